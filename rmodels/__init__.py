@@ -1,0 +1,151 @@
+"""Patched model families: where the atomic units are.
+
+    model = rmodels.load("meta-llama/Llama-2-7b-chat-hf")      # upstream's model, plus an AU gate per site
+    for gate in rmodels.gates(model, "ffn"): ...
+
+To port a family: one file like `modeling_llama.py`, one line in FAMILIES (docs/porting.md).
+This package knows no task, no ranks and no metric.
+"""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedModel
+
+from errors import AUSteerError
+from rmodels.causal_lm import KERNELS, check_gates, gates
+from rmodels.gate import SITES, AUGate
+
+__all__ = ["FAMILIES", "SITES", "AUGate", "check_gates", "family", "gates", "load", "site_shape"]
+
+FAMILIES = {  # config.model_type -> (module in this package, its ForCausalLM class)
+    "llama": ("modeling_llama", "LlamaForCausalLM"),
+    "gemma2": ("modeling_gemma2", "Gemma2ForCausalLM"),
+    "qwen3": ("modeling_qwen3", "Qwen3ForCausalLM"),
+    "qwen3_moe": ("modeling_qwen3_moe", "Qwen3MoeForCausalLM"),
+    "mistral": ("modeling_mistral", "MistralForCausalLM"),  # the worked example of docs/porting.md
+}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# transformers' sdpa kernel drops the attention soft cap that Gemma-2 was trained with
+DEFAULT_KERNEL = {"gemma2": "eager"}
+
+
+def family(model_type: str) -> type[PreTrainedModel]:
+    """The patched ForCausalLM class for a config's `model_type`."""
+    if model_type not in FAMILIES:
+        raise AUSteerError(
+            f"no patched family for model type {model_type!r}; there are {', '.join(FAMILIES)}. "
+            "docs/porting.md shows how to add one"
+        )
+    module, name = FAMILIES[model_type]
+    return getattr(importlib.import_module(f"rmodels.{module}"), name)
+
+
+def load(
+    name_or_path: str | Path,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device | None = None,
+    device_map: str | dict | None = None,
+    quantization: str | None = None,
+    attn_implementation: str | None = None,
+    revision: str | None = None,
+) -> PreTrainedModel:
+    """Load a checkpoint into its patched family, frozen and in eval mode.
+
+    dtype: "auto" (the checkpoint's), "float32", "bfloat16", "float16" or a torch.dtype.
+    device: by default the first GPU, else the CPU. device_map: accelerate's, to spread over several.
+    quantization: "4bit" (nf4) or "8bit", through bitsandbytes.
+    attn_implementation: "sdpa", "eager", "flash_attention_2", "flash_attention_3"; by default upstream's
+    choice, except for Gemma-2, which gets "eager" because transformers' sdpa drops its soft cap.
+    """
+    name_or_path = str(name_or_path)
+    if device is not None and device_map is not None:
+        raise AUSteerError("give either device or device_map, not both")
+    if attn_implementation is not None and attn_implementation not in KERNELS:
+        raise AUSteerError(f"attention kernel {attn_implementation!r} is unknown; use one of {', '.join(KERNELS)}")
+    config = _config(name_or_path, revision)
+    cls = family(config.model_type)
+    if device_map is None:
+        device_map = {"": check_device(device)}
+    try:
+        model = cls.from_pretrained(
+            name_or_path,
+            revision=revision,
+            dtype=_dtype(dtype),
+            device_map=device_map,
+            quantization_config=_quantization(quantization),
+            attn_implementation=attn_implementation or DEFAULT_KERNEL.get(config.model_type),
+            trust_remote_code=False,
+        )
+    except OSError as error:
+        raise AUSteerError(f"cannot load the weights of {name_or_path}: {_first_line(error)}") from error
+    except ImportError as error:
+        raise AUSteerError(f"cannot load {name_or_path}: {_first_line(error)}") from error
+    check_gates(model)
+    return model.eval().requires_grad_(False)
+
+
+def check_device(device: str | torch.device | None) -> str:
+    """The device to use: the one asked for, if it is there; by default the first GPU, else the CPU."""
+    if device is None:
+        return "cuda:0" if torch.cuda.is_available() else "cpu"
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        raise AUSteerError(f"device {device!r} is unknown; use cpu, cuda, cuda:1, ...") from None
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise AUSteerError("no CUDA device here; use --device cpu, or install a CUDA build of torch")
+    return str(device)
+
+
+def site_shape(model: PreTrainedModel, site: str) -> tuple[int, int]:
+    """(layers, AUs per layer) of one site."""
+    widths = [gate.width for gate in gates(model, site)]
+    if not widths:
+        raise AUSteerError(f"{type(model).__name__} has no AU gates; load it with rmodels.load")
+    return len(widths), widths[0]
+
+
+def _config(name_or_path: str, revision: str | None):
+    try:
+        return AutoConfig.from_pretrained(name_or_path, revision=revision, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        text = str(error)
+        if Path(name_or_path).is_dir() and not (Path(name_or_path) / "config.json").exists():
+            why = "the folder has no config.json"
+        elif "gated repo" in text.lower() or "restricted" in text.lower():
+            why = "the repository is gated: accept its terms on the hub, then set HF_TOKEN"
+        elif "model type" in text or "custom code" in text:
+            raise AUSteerError(
+                f"{name_or_path}: transformers has no such model type, and code of a model repository "
+                f"is never run here; there are patched families for {', '.join(FAMILIES)} (docs/porting.md)"
+            ) from error
+        else:
+            why = f"no such folder, and the hub did not give it ({_first_line(error)})"
+        raise AUSteerError(f"cannot load model {name_or_path}: {why}") from error
+
+
+def _dtype(dtype: str | torch.dtype) -> str | torch.dtype:
+    if isinstance(dtype, torch.dtype) or dtype == "auto":
+        return dtype
+    if dtype not in DTYPES:
+        raise AUSteerError(f"dtype {dtype!r} is unknown; use auto, {', '.join(DTYPES)}")
+    return DTYPES[dtype]
+
+
+def _quantization(bits: str | None) -> BitsAndBytesConfig | None:
+    if bits is None:
+        return None
+    if bits not in ("4bit", "8bit"):
+        raise AUSteerError(f"quantization {bits!r} is unknown; use 4bit or 8bit")
+    if bits == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

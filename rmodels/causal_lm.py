@@ -1,0 +1,121 @@
+"""What every family shares: how gates are put into upstream's own decoder layers.
+
+A family file subclasses upstream's attention, MLP and decoder layer and lists the three pairs in
+`GATED`; `GatedCausalLM.__init__` turns upstream's modules into those subclasses, in place, after
+upstream has built and initialised them. Nothing is built twice and no weight is renamed.
+
+The attention site is the input of `o_proj`, a place upstream's forward does not expose. It is reached
+through transformers' `AttentionInterface`: for every kernel K there is a registered "au_K" that runs K
+and passes its output, still before `o_proj`, through the module's gate.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import eager_mask, flash_attention_mask, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from errors import AUSteerError
+from rmodels.gate import SITES, AUGate
+
+PREFIX = "au_"
+KERNELS = {  # kernel -> how transformers must build its mask
+    "eager": eager_mask,
+    "sdpa": sdpa_mask,
+    "flash_attention_2": flash_attention_mask,
+    "flash_attention_3": flash_attention_mask,
+}
+
+
+class _Unprefixed:
+    """An attention module as a flash kernel must see it: its config names the kernel without "au_"."""
+
+    def __init__(self, module: nn.Module, kernel: str):
+        self._module = module
+        self.config = copy.copy(module.config)
+        self.config._attn_implementation_internal = kernel
+
+    def __getattr__(self, name: str):
+        return getattr(self._module, name)
+
+
+def _gated_attention(kernel: str) -> Callable:
+    def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs):
+        if kernel == "eager":
+            heads, weights = module.eager_attention(module, query, key, value, mask, **kwargs)
+        else:
+            seen = _Unprefixed(module, kernel) if "flash" in kernel else module
+            heads, weights = ALL_ATTENTION_FUNCTIONS[kernel](seen, query, key, value, mask, **kwargs)
+        return module.au(heads.flatten(-2)).view(heads.shape), weights  # (batch, tokens, heads * head_dim)
+
+    return attend
+
+
+for _kernel, _mask in KERNELS.items():
+    AttentionInterface.register(PREFIX + _kernel, _gated_attention(_kernel))
+    AttentionMaskInterface.register(PREFIX + _kernel, _mask)
+
+
+class GatedCausalLM:
+    """Mixed into upstream's ForCausalLM class, before it.
+
+    GATED maps upstream's classes to the family's. Of the three, the attention subclass must offer
+    `eager_attention`, the MLP and layer subclasses pass their output through `self.au`.
+    """
+
+    GATED: dict[type, type]
+
+    def __init__(self, config):
+        super().__init__(config)
+        for index, layer in enumerate(self.model.layers):
+            for site, module in (("attention", layer.self_attn), ("ffn", layer.mlp), ("layer", layer)):
+                gated = self.GATED.get(type(module))
+                if gated is None:
+                    known = ", ".join(cls.__name__ for cls in self.GATED)
+                    raise AUSteerError(
+                        f"layer {index} has a {type(module).__name__} at site {site}, for which "
+                        f"{type(self).__module__} has no gated class (it has: {known}); see docs/porting.md"
+                    )
+                module.__class__ = gated
+                # head_dim, not hidden_size / heads: they differ in Gemma-2-9B and Qwen3-30B-A3B
+                width = config.num_attention_heads * module.head_dim if site == "attention" else config.hidden_size
+                module.au = AUGate(site, index, width)
+        self._route_attention_through_gates()
+
+    def _route_attention_through_gates(self) -> None:
+        kernel = self.config._attn_implementation
+        if kernel.startswith(PREFIX):
+            return
+        if kernel not in KERNELS:
+            raise AUSteerError(
+                f"attention kernel {kernel!r} has no gated form; use one of {', '.join(KERNELS)}"
+            )
+        self.config._attn_implementation = PREFIX + kernel
+
+    def set_attn_implementation(self, attn_implementation: str, *args, **kwargs) -> None:
+        super().set_attn_implementation(attn_implementation.removeprefix(PREFIX), *args, **kwargs)
+        self._route_attention_through_gates()
+
+
+def gates(model: nn.Module, site: str | None = None) -> Iterator[AUGate]:
+    """The gates of a model in order of layer, of one site or of all."""
+    if site is not None and site not in SITES:
+        raise AUSteerError(f"unknown site {site!r}; the sites are {', '.join(SITES)}")
+    for module in model.modules():
+        if isinstance(module, AUGate) and site in (None, module.site):
+            yield module
+
+
+def check_gates(model: nn.Module) -> None:
+    """Every layer has exactly one gate of each site; a family without them would steer nothing, silently."""
+    found = sorted((gate.site, gate.layer) for gate in gates(model))
+    wanted = sorted((site, layer) for site in SITES for layer in range(model.config.num_hidden_layers))
+    if found != wanted:
+        raise AUSteerError(
+            f"{type(model).__name__} has {len(found)} AU gates where {len(wanted)} belong "
+            f"(one per layer at each of {', '.join(SITES)}); load it with rmodels.load, see docs/porting.md"
+        )

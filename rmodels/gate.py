@@ -1,0 +1,60 @@
+"""The AU gate: the only steering arithmetic of the repository.
+
+An atomic unit (AU) is one dimension of one block activation (paper, section 3.1). A gate sits on one
+site of one layer and applies `x -> x + x * scale + shift` to its AUs (section 4.2 with scale = gamma).
+
+Rules that keep it harmless:
+- idle, it returns its very input: an unsteered patched model is bit-equal to upstream;
+- no parameters and no buffers: the state dict is upstream's, and idle is `None` (a buffer of ones
+  would come back from `from_pretrained` as uninitialised memory);
+- never in place, never a value read back to the host: gradients, CUDA graphs and torch.compile work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+SITES = ("attention", "ffn", "layer")
+
+
+class AUGate(nn.Module):
+    """Identity until `set`. Sees activations of shape (batch, tokens, width)."""
+
+    def __init__(self, site: str, layer: int, width: int):
+        super().__init__()
+        self.site, self.layer, self.width = site, layer, width
+        self.tap: Callable[[Tensor], Tensor] | None = None  # screening looks through here, after steering
+        self.clear()
+
+    def set(self, scale: Tensor | None, shift: Tensor | None, like: Tensor) -> None:
+        """Steer by float32 `scale` and `shift`, each (width,) or one row per sequence, (batch, 1, width).
+
+        Values are rounded once, here, to the dtype of `like`, a tensor on the gate's device.
+        """
+        device = "cpu" if like.is_meta else like.device  # offloaded layers: moved on use
+        self.scale = None if scale is None else scale.to(device=device, dtype=like.dtype)
+        self.shift = None if shift is None else shift.to(device=device, dtype=like.dtype)
+
+    def clear(self) -> None:
+        self.scale: Tensor | None = None
+        self.shift: Tensor | None = None
+        self.positions: Tensor | None = None  # (batch, tokens, 1) of bool, or None for every position
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.scale is not None or self.shift is not None:
+            steered = x
+            if self.scale is not None:
+                # two roundings, as the authors': x * (1 + scale) differs in a quarter of all values
+                steered = x + x * self.scale.to(device=x.device, dtype=x.dtype)
+            if self.shift is not None:
+                steered = steered + self.shift.to(device=x.device, dtype=x.dtype)
+            if self.positions is not None:
+                steered = torch.where(self.positions.to(x.device), steered, x)
+            x = steered
+        return x if self.tap is None else self.tap(x)
+
+    def extra_repr(self) -> str:
+        return f"{self.site}, layer {self.layer}, {self.width} AUs" + (", set" if self.scale is not None else "")

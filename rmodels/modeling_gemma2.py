@@ -1,0 +1,33 @@
+"""Gemma-2, except that every layer has AU gates.
+
+Gemma-2 normalises the output of each block before adding it to the residual stream. The ffn gate sits
+before that norm, as the authors' does: scaling one AU there rescales all the others through the RMS.
+"""
+
+from transformers.models.gemma2 import modeling_gemma2 as upstream
+
+from rmodels.causal_lm import GatedCausalLM
+
+
+class Gemma2Attention(upstream.Gemma2Attention):
+    # Site "attention": the input of o_proj, all heads concatenated. The gate is called between the
+    # attention kernel and o_proj; see rmodels/causal_lm.py.
+    eager_attention = staticmethod(upstream.eager_attention_forward)
+
+
+class Gemma2MLP(upstream.Gemma2MLP):
+    def forward(self, x):
+        return self.au(super().forward(x))  # site "ffn": the output of down_proj, before the post-norm
+
+
+class Gemma2DecoderLayer(upstream.Gemma2DecoderLayer):  # upstream's name: _no_split_modules goes by it
+    def forward(self, *args, **kwargs):
+        return self.au(super().forward(*args, **kwargs))  # site "layer": the residual stream
+
+
+class Gemma2ForCausalLM(GatedCausalLM, upstream.Gemma2ForCausalLM):
+    GATED = {
+        upstream.Gemma2Attention: Gemma2Attention,
+        upstream.Gemma2MLP: Gemma2MLP,
+        upstream.Gemma2DecoderLayer: Gemma2DecoderLayer,
+    }

@@ -1,0 +1,29 @@
+"""Llama, except that every layer has AU gates."""
+
+from transformers.models.llama import modeling_llama as upstream
+
+from rmodels.causal_lm import GatedCausalLM
+
+
+class LlamaAttention(upstream.LlamaAttention):
+    # Site "attention": the input of o_proj, all heads concatenated. The gate is called between the
+    # attention kernel and o_proj; see rmodels/causal_lm.py.
+    eager_attention = staticmethod(upstream.eager_attention_forward)
+
+
+class LlamaMLP(upstream.LlamaMLP):
+    def forward(self, x):
+        return self.au(super().forward(x))  # site "ffn": the output of down_proj
+
+
+class LlamaDecoderLayer(upstream.LlamaDecoderLayer):  # upstream's name: _no_split_modules goes by it
+    def forward(self, *args, **kwargs):
+        return self.au(super().forward(*args, **kwargs))  # site "layer": the residual stream
+
+
+class LlamaForCausalLM(GatedCausalLM, upstream.LlamaForCausalLM):
+    GATED = {
+        upstream.LlamaAttention: LlamaAttention,
+        upstream.LlamaMLP: LlamaMLP,
+        upstream.LlamaDecoderLayer: LlamaDecoderLayer,
+    }

@@ -1,0 +1,29 @@
+"""Mistral, except that every layer has AU gates."""
+
+from transformers.models.mistral import modeling_mistral as upstream
+
+from rmodels.causal_lm import GatedCausalLM
+
+
+class MistralAttention(upstream.MistralAttention):
+    # Site "attention": the input of o_proj, all heads concatenated. The gate is called between the
+    # attention kernel and o_proj; see rmodels/causal_lm.py.
+    eager_attention = staticmethod(upstream.eager_attention_forward)
+
+
+class MistralMLP(upstream.MistralMLP):
+    def forward(self, x):
+        return self.au(super().forward(x))  # site "ffn": the output of down_proj
+
+
+class MistralDecoderLayer(upstream.MistralDecoderLayer):  # upstream's name: _no_split_modules goes by it
+    def forward(self, *args, **kwargs):
+        return self.au(super().forward(*args, **kwargs))  # site "layer": the residual stream
+
+
+class MistralForCausalLM(GatedCausalLM, upstream.MistralForCausalLM):
+    GATED = {
+        upstream.MistralAttention: MistralAttention,
+        upstream.MistralMLP: MistralMLP,
+        upstream.MistralDecoderLayer: MistralDecoderLayer,
+    }

@@ -1,0 +1,310 @@
+"""Steering: ranks, k and alpha -> a plan, and a plan on a model.
+
+    plan = set_MFU(ranks, k=16, alpha=2.0)         # paper, section 4.2: x -> (1 + alpha * r) x on the best k
+    with steer(model, plan):                       # cleared on the way out, whatever happens
+        model.generate(...)
+
+    python set_MFU.py --ranks ranks.safetensors --k 16 --alpha 2 --out plan.safetensors
+
+Every variant is a choice of where (LOCATIONS) and how strongly (STRENGTHS).
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from errors import AUSteerError, run_command
+from plan import TOKENS, Plan
+from ranks import AURanks, check_made_for
+from rmodels import gates
+
+LOCATIONS = {
+    "score": "the k highest scores (the paper)",
+    "lowest": "the k lowest scores (suppression, Table 13)",
+    "random": "k AUs drawn by lot, strengths kept (Random Loc., Table 3)",
+    "difference": "the k largest mean activation differences (Act. Diff., Table 3; as SADI)",
+}
+STRENGTHS = {
+    "adaptive": "gamma = alpha * signed share of pairs (the paper); causal ranks: alpha * direction",
+    "fixed": "one strength for all AUs, signs kept (Fixed Strength, Table 3)",
+    "sign-aware": "times the sign of the mean activation: pushes towards the positive side, not outwards",
+    "flipped": "directions drawn by coin: what an arbitrary change of basis does (control, docs/sign.md)",
+    "vector": "add alpha * mean activation difference instead of scaling (Fixed Vec., Table 3)",
+    "suppress": "x -> alpha * x with alpha below 1 (suppression, Table 13)",
+}
+
+
+def set_MFU(ranks: AURanks | Sequence[float], *args, **options) -> Plan:
+    """set_MFU(ranks, k, alpha, location=..., strength=..., tokens=..., seed=...) -> Plan.
+
+    Also the authors' call, set_MFU(all_scores, all_layer, all_indices, k, alpha, model, applied_module),
+    which sets the plan on the model at once, in place of what was set at that site.
+    """
+    if isinstance(ranks, AURanks):
+        return plan_from_ranks(ranks, *args, **options)
+    return _authors_call(ranks, *args, **options)
+
+
+def plan_from_ranks(
+    ranks: AURanks,
+    k: int,
+    alpha: float,
+    *,
+    location: str = "score",
+    strength: str = "adaptive",
+    tokens: str = "all",
+    seed: int = 0,
+) -> Plan:
+    """Choose k AUs and their strengths. `seed` draws the locations or signs of the random controls."""
+    n = ranks.score.numel()
+    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= n:
+        raise AUSteerError(f"k must be a whole number from 1 to {n} (the AUs at site {ranks.site}), not {k}")
+    if not math.isfinite(alpha):
+        raise AUSteerError(f"alpha must be a finite number, not {alpha}")
+    units = _locate(ranks, location, seed)[:k]
+    kept = torch.zeros(n, dtype=torch.bool)
+    kept[units] = True
+    kept = kept.view(ranks.score.shape)
+    header = {key: ranks.header.get(key) for key in ("model", "fingerprint", "precision", "momentum", "pairs_hash")}
+    header |= {"site": ranks.site, "k": k, "alpha": alpha, "location": location, "strength": strength}
+    if location == "random" or strength == "flipped":
+        header["seed"] = seed
+    if strength == "vector":
+        shift = _stat(ranks, "sum_momentum", "a fixed vector") / ranks.header["pairs"]
+        return Plan({}, {ranks.site: torch.where(kept, alpha * shift.float(), 0.0)}, tokens, header)
+    gamma = _gamma(ranks, alpha, strength, seed)
+    return Plan({ranks.site: torch.where(kept, gamma, 0.0)}, {}, tokens, header)
+
+
+def _locate(ranks: AURanks, location: str, seed: int) -> Tensor:
+    """All flat unit numbers, the ones to steer first."""
+    if location == "score":
+        return ranks.order
+    if location == "lowest":
+        return ranks.order.flip(0)
+    if location == "random":
+        return torch.randperm(ranks.score.numel(), generator=torch.Generator().manual_seed(seed))
+    if location == "difference":
+        size = _stat(ranks, "sum_momentum", "location by activation difference").flatten().abs()
+        return torch.sort(size, descending=True, stable=True).indices
+    raise AUSteerError(f"location {location!r} is unknown; use one of {', '.join(LOCATIONS)}")
+
+
+def _gamma(ranks: AURanks, alpha: float, strength: str, seed: int) -> Tensor:
+    if strength == "adaptive":
+        return ranks.gain * alpha
+    if strength == "fixed":
+        return ranks.gain.sign() * alpha
+    if strength == "sign-aware":
+        return ranks.gain * alpha * _stat(ranks, "sum_activation", "sign-aware strength").sign().float()
+    if strength == "flipped":
+        coin = torch.randint(0, 2, ranks.gain.shape, generator=torch.Generator().manual_seed(seed))
+        return ranks.gain * alpha * (2 * coin - 1)
+    if strength == "suppress":
+        if not 0 <= alpha < 1:
+            raise AUSteerError(f"to suppress is to multiply by alpha from 0 to below 1, not {alpha}")
+        return torch.full_like(ranks.gain, alpha - 1)
+    raise AUSteerError(f"strength {strength!r} is unknown; use one of {', '.join(STRENGTHS)}")
+
+
+def _stat(ranks: AURanks, name: str, purpose: str) -> Tensor:
+    if name not in ranks.stats:
+        raise AUSteerError(f"{purpose} needs ranks of activation momentum made by this project (no {name} in these)")
+    return ranks.stats[name]
+
+
+def _authors_call(
+    all_scores: Sequence[float],
+    all_layer: Sequence[int],
+    all_indices: Sequence[Sequence[int]],
+    k: float,
+    alpha: float,
+    model: PreTrainedModel,
+    applied_module: str,
+) -> Plan:
+    """Their rule: write one AU at a time, stop once k are not zero. So k <= 0 still steers one, 2.5 three."""
+    ranks = AURanks.from_lists(all_scores, all_layer, all_indices, site=applied_module)
+    written = max(1, math.ceil(k))
+    nonzero = int((ranks.score != 0).sum())
+    plan = plan_from_ranks(ranks, min(written, max(nonzero, 1)), alpha)
+    apply(model, plan)
+    return plan
+
+
+class Steering:
+    """A plan that is set on a model. `clear` removes it and reports what it did."""
+
+    def __init__(self, model: PreTrainedModel, plans: list[Plan | None], rowwise: bool, prompt_end: int | Tensor | None):
+        self.model, self.prompt_end = model, prompt_end
+        real = [plan for plan in plans if plan is not None]
+        scopes = {plan.tokens for plan in real}
+        if len(scopes) > 1:
+            raise AUSteerError(f"plans of one batch must steer the same tokens, not {' and '.join(sorted(scopes))}")
+        self.tokens = scopes.pop() if scopes else "all"
+        self.rows = len(plans) if rowwise else None
+        self.sites = sorted({site for plan in real for site in plan.sites})
+        self._not_finite = torch.zeros((), dtype=torch.bool, device=model.get_input_embeddings().weight.device)
+        self._gates = [gate for site in self.sites for gate in gates(model, site)]
+        like = {gate: _float_weight(layer) for layer in model.base_model.layers for gate in gates(layer)}
+        for gate in self._gates:
+            gate.clear()
+            scale, shift = (_gate_rows(plans, kind, gate, rowwise) for kind in ("scales", "shifts"))
+            if scale is not None or shift is not None:
+                gate.set(scale, shift, like=like[gate])
+        base = model.base_model
+        self._hooks = [base.register_forward_hook(self._note_overflow)]
+        if rowwise or self.tokens != "all":
+            self._hooks.append(base.register_forward_pre_hook(self._place, with_kwargs=True))
+
+    def clear(self) -> None:
+        for gate in self._gates:
+            gate.clear()
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    def check(self) -> None:
+        """Raise if a forward under this plan ended in inf or nan: its answers must not be scored."""
+        if bool(self._not_finite):
+            raise AUSteerError(
+                f"steering overflowed: hidden states became inf or nan in {self.model.dtype}; "
+                "lower alpha, or load the model in bfloat16 or float32"
+            )
+
+    def _place(self, base, args, kwargs) -> None:
+        """Before a forward: which of its positions are steered, and does every row have its plan?"""
+        inputs = kwargs.get("input_ids", args[0] if args else None)
+        inputs = kwargs["inputs_embeds"] if inputs is None else inputs
+        batch, new = inputs.shape[:2]
+        if self.rows not in (None, batch):
+            raise AUSteerError(f"{self.rows} plans were set, one a row, but the batch has {batch} rows")
+        if self.tokens == "all":
+            return
+        cache = kwargs.get("past_key_values")
+        start = 0 if cache is None else int(cache.get_seq_length())
+        if self.prompt_end is not None:
+            end = torch.as_tensor(self.prompt_end).reshape(-1, 1)
+        elif start == 0:  # a forward on an empty cache is the prompt
+            end = self._end = torch.tensor([[new]])
+        else:
+            end = self._end
+        column = torch.arange(start, start + new)
+        steered = {"prompt": column < end, "generated": column >= end, "last": column >= end - 1}[self.tokens]
+        for gate in self._gates:
+            gate.positions = steered[..., None]
+
+    def _note_overflow(self, base, args, output) -> None:
+        self._not_finite.logical_or_(~torch.isfinite(output.last_hidden_state).all())
+
+
+def apply(
+    model: PreTrainedModel,
+    plan: Plan | Sequence[Plan | None],
+    *,
+    prompt_end: int | Tensor | None = None,
+    check: bool = True,
+) -> Steering:
+    """Set a plan by hand, replacing what is set at its sites; undo with `.clear()`, or `clear(model)`.
+
+    A list of plans steers each row of a batch by its own (None: not at all). prompt_end: the column where
+    the answers begin, for token scopes other than all when there is no generation cache to tell.
+    """
+    rowwise = not isinstance(plan, Plan)
+    plans = list(plan) if rowwise else [plan]
+    for one in {id(p): p for p in plans if p is not None}.values():
+        shapes = {site: one.shape(site) for site in one.sites}
+        check_made_for(model, shapes, one.header if check else {"model": one.header.get("model")}, "plan's AUs")
+    for earlier in getattr(model, "_au_steering", []):
+        if set(earlier.sites) & {site for one in plans if one is not None for site in one.sites}:
+            earlier.clear()
+    steering = Steering(model, plans, rowwise, prompt_end)
+    model._au_steering = [s for s in getattr(model, "_au_steering", []) if s._hooks] + [steering]
+    return steering
+
+
+def clear(model: PreTrainedModel) -> None:
+    """Remove whatever is set: the model is upstream's again, bit for bit."""
+    for steering in getattr(model, "_au_steering", []):
+        steering.clear()
+    model._au_steering = []
+    for gate in gates(model):
+        gate.clear()
+
+
+@contextmanager
+def steer(
+    model: PreTrainedModel,
+    plan: Plan | Sequence[Plan | None],
+    *,
+    prompt_end: int | Tensor | None = None,
+    check: bool = True,
+) -> Iterator[Steering]:
+    """Steer inside a `with`; cleared on the way out, and inf or nan inside is an error, not a score."""
+    if any(gate.scale is not None or gate.shift is not None for gate in gates(model)):
+        raise AUSteerError("the model is steered already; add the plans (plan + plan), or clear(model) first")
+    steering = apply(model, plan, prompt_end=prompt_end, check=check)
+    try:
+        yield steering
+    finally:
+        steering.clear()
+    steering.check()
+
+
+def _gate_rows(plans: list[Plan | None], kind: str, gate, rowwise: bool) -> Tensor | None:
+    """What one gate gets: (width,), or (rows, 1, width) when every row has its own; None if all zero."""
+    rows = []
+    for plan in plans:
+        values = getattr(plan, kind).get(gate.site) if plan is not None else None
+        rows.append(torch.zeros(gate.width) if values is None else values[gate.layer])
+    if not any(row.any() for row in rows):
+        return None
+    return torch.stack(rows)[:, None] if rowwise else rows[0]
+
+
+def _float_weight(layer: nn.Module) -> Tensor:
+    """A tensor with the layer's device and the dtype of its activations: a norm, which is never quantised."""
+    return next(weight for weight in layer.parameters() if weight.dim() == 1 and weight.is_floating_point())
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    def table(choices: dict[str, str]) -> str:
+        return "\n".join(f"  {name:<11} {text}" for name, text in choices.items())
+
+    parser = argparse.ArgumentParser(
+        description="Make a steering plan from ranks, print it, and save it.",
+        epilog=f"locations:\n{table(LOCATIONS)}\nstrengths:\n{table(STRENGTHS)}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--ranks", required=True, help="ranks file, or a folder of the authors' .pt files")
+    add("--k", type=int, required=True, help="how many AUs to steer")
+    add("--alpha", type=float, required=True, help="strength")
+    add("--location", default="score", choices=LOCATIONS, help="which AUs (default: %(default)s)")
+    add("--strength", default="adaptive", choices=STRENGTHS, help="how strongly (default: %(default)s)")
+    add("--tokens", default="all", choices=TOKENS, help="which positions (default: %(default)s)")
+    add("--seed", type=int, default=0, help="for random locations and flipped signs")
+    add("--out", help="save the plan here (.safetensors)")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = _arguments(argv)
+    plan = set_MFU(
+        AURanks.load(args.ranks), args.k, args.alpha,
+        location=args.location, strength=args.strength, tokens=args.tokens, seed=args.seed,
+    )  # fmt: skip
+    print(plan)
+    if args.out:
+        plan.save(args.out)
+        print(f"\nsaved to {args.out}")
+
+
+if __name__ == "__main__":
+    run_command(main)

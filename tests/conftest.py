@@ -1,0 +1,86 @@
+"""Tiny seeded checkpoints of every family, a byte tokenizer, and the golden data where it exists."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+import rmodels
+
+SHARED = Path(__file__).parents[2] / "shared"
+needs_shared = pytest.mark.skipif(not (SHARED / "golden").exists(), reason="needs ../shared, which users do not have")
+
+torch.set_num_threads(1)  # on busy machines two threads are several times slower than one
+
+COMMON = dict(
+    hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+    head_dim=16, vocab_size=320, max_position_embeddings=256, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    initializer_range=0.2,
+)  # fmt: skip
+SPECIAL = {  # head_dim * heads differs from hidden_size everywhere: code that confuses them fails
+    "llama": {},
+    "gemma2": dict(
+        sliding_window=12, attn_logit_softcapping=3.0, final_logit_softcapping=6.0, query_pre_attn_scalar=16,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+    ),
+    "qwen3": {},
+    "qwen3_moe": dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, mlp_only_layers=[1]),
+    "mistral": dict(sliding_window=12),
+}  # fmt: skip
+FAMILIES = sorted(rmodels.FAMILIES)
+assert set(SPECIAL) == set(FAMILIES), "a new family needs a tiny config here"
+
+PAIRS = [
+    (f"Question: is {a} {w} than {b}?\nAnswer:", right, wrong)
+    for i, (a, b) in enumerate([("iron", "water"), ("an owl", "a mouse"), ("June", "May"), ("a lamp", "the moon"),
+                                ("ten", "four and a half"), ("ice", "steam"), ("a drum", "a bell"), ("night", "noon")])
+    for w, right, wrong in [("heavier", " yes", " no"), ("more quiet" + " still" * (i % 3), " no, never", " yes")]
+]  # fmt: skip
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """Bytes, one merge ("ga" + "ve") that crosses a prompt's seam, and BOS in front."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "<s>", "</s>", *alphabet, "ga", "ve", "gave"])}
+    core = Tokenizer(models.BPE(vocab=vocabulary, merges=[("g", "a"), ("v", "e"), ("ga", "ve")]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.decoder = decoders.ByteLevel()
+    core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token="<s>", eos_token="</s>", pad_token="<pad>", padding_side="left"
+    )
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return byte_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory) -> dict[str, Path]:
+    """family -> a saved upstream checkpoint with its tokenizer."""
+    root, made = tmp_path_factory.mktemp("checkpoints"), {}
+    for name in FAMILIES:
+        config = AutoConfig.for_model(name, **COMMON, **SPECIAL[name])
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(config).save_pretrained(root / name)
+        byte_tokenizer().save_pretrained(root / name)
+        made[name] = root / name
+    return made
+
+
+@pytest.fixture(scope="session")
+def llama(checkpoints):
+    return rmodels.load(checkpoints["llama"], dtype="float32", device="cpu")
+
+
+@pytest.fixture(autouse=True)
+def no_steering_left(request):
+    """Shared models must leave every test as they entered it."""
+    yield
+    for name in ("llama", "model"):
+        if name in request.fixturenames:
+            left = [gate for gate in rmodels.gates(request.getfixturevalue(name)) if gate.scale is not None or gate.tap]
+            assert not left, f"the test left {len(left)} gates set"

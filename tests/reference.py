@@ -1,0 +1,71 @@
+"""The oracle: the paper's formulas as plain loops and forward hooks on the *upstream* model, batch 1."""
+
+from contextlib import contextmanager
+
+import torch
+
+
+@contextmanager
+def hooked(model, site, change):
+    """Call change(layer, x) at a site of an unpatched model; what it returns (if anything) replaces x."""
+    handles = []
+    for index, layer in enumerate(model.model.layers):
+        if site == "attention":
+            before = lambda module, args, i=index: (out,) if (out := change(i, args[0])) is not None else None  # noqa: E731
+            handles.append(layer.self_attn.o_proj.register_forward_pre_hook(before))
+        else:
+            after = lambda module, args, out, i=index: change(i, out)  # noqa: E731
+            handles.append((layer.mlp if site == "ffn" else layer).register_forward_hook(after))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def hook_steering(model, plan):
+    """Steer an upstream model by hooks: x + x * scale + shift."""
+    (site,) = plan.sites
+
+    def change(layer, x):
+        x = x + x * plan.scale(site, layer).to(x.dtype)
+        return x + plan.shift(site, layer).to(x.dtype)
+
+    return hooked(model, site, change)
+
+
+@torch.no_grad()
+def last_activations(model, tokenizer, text, site):
+    """(layers, width) at the last token of a text."""
+    rows = {}
+    with hooked(model, site, lambda layer, x: rows.__setitem__(layer, x[0, -1].clone())):
+        model(torch.tensor([tokenizer(text)["input_ids"]]))
+    return torch.stack([rows[layer] for layer in sorted(rows)])
+
+
+def activation_scores(model, tokenizer, pairs, site):
+    """Equation 2 and the score of section 4.1, one AU at a time."""
+    x = [(last_activations(model, tokenizer, p + a, site), last_activations(model, tokenizer, p + b, site)) for p, a, b in pairs]
+    layers, width = x[0][0].shape
+    score = torch.zeros(layers, width)
+    for layer in range(layers):
+        for dim in range(width):
+            momenta = [float(right[layer, dim] - wrong[layer, dim]) for right, wrong in x]
+            r_pos = sum(m > 0 for m in momenta) / len(pairs)
+            r_neg = sum(m < 0 for m in momenta) / len(pairs)
+            score[layer, dim] = -r_neg if r_pos < r_neg else max(r_pos, r_neg)
+    return score
+
+
+@torch.no_grad()
+def log_odds(model, tokenizer, prompt, right, wrong):
+    """log p(right | prompt) - log p(wrong | prompt), by full forwards."""
+    two = [tokenizer(prompt + answer)["input_ids"] for answer in (right, wrong)]
+    shared = 0
+    while shared < min(map(len, two)) and two[0][shared] == two[1][shared]:
+        shared += 1
+    total = []
+    for ids in two:
+        logp = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+        total.append(sum(float(logp[t - 1, ids[t]]) for t in range(shared, len(ids))))
+    return total[0] - total[1]

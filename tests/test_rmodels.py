@@ -1,0 +1,245 @@
+"""The contract of rmodels, every rule over every family. A ported family is tested by being in the table."""
+
+import copy
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import FAMILIES
+from reference import hook_steering
+from transformers import AutoModelForCausalLM
+
+import rmodels
+from errors import AUSteerError
+from plan import Plan
+from set_MFU import steer
+
+IDS = torch.tensor([[1, 40, 77, 130, 9, 200, 31, 55, 88, 12, 254, 17, 99, 43, 66, 71, 20], list(range(30, 47))])
+
+
+@pytest.fixture(params=FAMILIES)
+def name(request):
+    return request.param
+
+
+def load(checkpoints, name, dtype="float32", kernel=None):
+    return rmodels.load(checkpoints[name], dtype=dtype, device="cpu", attn_implementation=kernel)
+
+
+def load_upstream(checkpoints, name, dtype="float32", kernel=None):
+    return AutoModelForCausalLM.from_pretrained(
+        checkpoints[name], dtype=getattr(torch, dtype), attn_implementation=kernel
+    ).eval()
+
+
+def some_plan(model, site, value=1.5, shift=0.0):
+    """Two AUs a layer, of differing strength."""
+    scale = torch.zeros(rmodels.site_shape(model, site))
+    scale[:, 3], scale[:, -2] = value, -0.4 * value
+    return Plan({site: scale}, {site: (scale != 0) * shift} if shift else {})
+
+
+@pytest.mark.parametrize("kernel", ["eager", "sdpa"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_idle_is_bit_equal_to_upstream(checkpoints, name, dtype, kernel):
+    model, upstream = load(checkpoints, name, dtype, kernel), load_upstream(checkpoints, name, dtype, kernel)
+    assert list(model.state_dict()) == list(upstream.state_dict())
+    mask = torch.ones_like(IDS)
+    mask[1, :4] = 0
+    assert torch.equal(model(IDS).logits, upstream(IDS).logits)
+    assert torch.equal(model(IDS, attention_mask=mask).logits, upstream(IDS, attention_mask=mask).logits)
+    short = dict(attention_mask=mask, max_new_tokens=8, do_sample=False, pad_token_id=0)
+    assert torch.equal(model.generate(IDS, **short), upstream.generate(IDS, **short))
+
+
+def test_one_gate_per_layer_and_site_of_the_right_width(checkpoints, name):
+    model = load(checkpoints, name)
+    for site in rmodels.SITES:
+        assert [gate.layer for gate in rmodels.gates(model, site)] == [0, 1, 2]
+    assert rmodels.site_shape(model, "attention") == (3, 64)  # heads * head_dim, not hidden
+    assert rmodels.site_shape(model, "ffn") == rmodels.site_shape(model, "layer") == (3, 48)
+    assert not [key for key in model.state_dict() if ".au" in key]
+    assert not any(True for gate in rmodels.gates(model) for _ in (*gate.parameters(), *gate.buffers()))
+
+
+@pytest.mark.parametrize("kernel", ["eager", "sdpa"])
+@pytest.mark.parametrize("site", rmodels.SITES)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_steered_equals_hooks_on_upstream(checkpoints, name, site, kernel, dtype):
+    model, upstream = load(checkpoints, name, dtype, kernel), load_upstream(checkpoints, name, dtype, kernel)
+    plan = some_plan(model, site, shift=0.25)
+    vanilla = model(IDS).logits
+    with steer(model, plan), hook_steering(upstream, plan):
+        ours = model(IDS).logits
+        assert torch.equal(ours, upstream(IDS).logits)
+        assert not torch.equal(ours, vanilla)
+        short = dict(max_new_tokens=8, do_sample=False, pad_token_id=0, attention_mask=torch.ones_like(IDS))
+        assert torch.equal(model.generate(IDS, **short), upstream.generate(IDS, **short))
+    assert torch.equal(model(IDS).logits, vanilla)
+
+
+@pytest.mark.parametrize("site", rmodels.SITES)
+def test_only_the_chosen_dimensions_move(checkpoints, name, site):
+    model = load(checkpoints, name)
+    seen = {}
+    first = next(gate for gate in rmodels.gates(model, site) if gate.layer == 0)
+    first.register_forward_hook(lambda gate, args, out: seen.update(x=args[0], y=out))
+    with steer(model, some_plan(model, site)):
+        model(IDS)
+    moved = (seen["x"] != seen["y"]).any(0).any(0).nonzero().flatten().tolist()
+    assert moved == [3, first.width - 2]
+    assert torch.equal(seen["y"][..., 3], seen["x"][..., 3] + seen["x"][..., 3] * 1.5)
+    assert seen["x"].data_ptr() != seen["y"].data_ptr()  # never in place
+
+
+def test_idle_gate_returns_its_very_input():
+    x = torch.randn(2, 3, 8)
+    assert rmodels.AUGate("ffn", 0, 8)(x) is x
+
+
+@pytest.mark.parametrize("site", rmodels.SITES)
+def test_compiles_without_a_graph_break(llama, site):
+    compiled = torch.compile(llama, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(IDS).logits, llama(IDS).logits)
+    with steer(llama, some_plan(llama, site)):
+        assert torch.equal(compiled(IDS).logits, llama(IDS).logits)
+    torch.compiler.reset()
+
+
+def test_saved_checkpoint_is_upstreams(checkpoints, name, tmp_path):
+    model = load(checkpoints, name)
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert "au_" not in json.dumps(config)
+    assert config["architectures"] == [type(load_upstream(checkpoints, name)).__name__]
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
+    assert torch.equal(again(IDS).logits, load_upstream(checkpoints, name, kernel="eager")(IDS).logits)
+
+
+def test_switching_the_kernel_keeps_the_gates(checkpoints, name):
+    model = load(checkpoints, name, kernel="sdpa")
+    plan = some_plan(model, "attention")
+    model.set_attn_implementation("eager")
+    with steer(model, plan):
+        steered = model(IDS).logits
+    with steer(fresh := load(checkpoints, name, kernel="eager"), plan):
+        assert torch.equal(fresh(IDS).logits, steered)
+
+
+def test_layers_survive_device_placement(checkpoints, name):
+    model = load(checkpoints, name)
+    (protected,) = model._no_split_modules
+    assert all(type(layer).__name__ == protected for layer in model.model.layers)
+
+
+def test_gates_survive_a_swap_of_linear_layers(checkpoints, name):
+    """What a quantiser does: every Linear becomes another module after the model was built."""
+
+    class Swapped(torch.nn.Module):
+        def __init__(self, linear):
+            super().__init__()
+            self.inner = linear
+
+        def forward(self, x):
+            return self.inner(x)
+
+    model = load(checkpoints, name)
+    plan = {site: some_plan(model, site) for site in rmodels.SITES}
+    wanted = {}
+    for site in rmodels.SITES:
+        with steer(model, plan[site]):
+            wanted[site] = model(IDS).logits
+    for parent in list(model.modules()):
+        for child_name, child in list(parent.named_children()):
+            if type(child) is torch.nn.Linear and not isinstance(parent, Swapped):
+                setattr(parent, child_name, Swapped(child))
+    for site in rmodels.SITES:
+        with steer(model, plan[site]):
+            assert torch.equal(model(IDS).logits, wanted[site])
+
+
+def test_flash_kernels_see_their_own_name(llama, monkeypatch):
+    """No GPU here: a stand-in flash kernel checks what upstream's reads from the module's config."""
+    from transformers import AttentionInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    def stand_in(module, query, key, value, mask, **kwargs):
+        assert module.config._attn_implementation == "flash_attention_2"
+        assert module.is_causal and module.layer_idx in range(3)
+        return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
+
+    monkeypatch.setitem(AttentionInterface._global_mapping, "flash_attention_2", stand_in)
+    with steer(llama, some_plan(llama, "attention")):
+        wanted = llama(IDS).logits
+        kernel = llama.config._attn_implementation
+        llama.config._attn_implementation = "au_flash_attention_2"
+        try:
+            assert torch.equal(llama(IDS).logits, wanted)
+        finally:
+            llama.config._attn_implementation = kernel
+
+
+def test_a_family_without_gates_is_an_error(checkpoints, name):
+    upstream = load_upstream(checkpoints, name)
+    with pytest.raises(AUSteerError, match="0 AU gates where 9 belong"):
+        rmodels.check_gates(upstream)
+
+
+def test_an_unlisted_module_is_an_error(checkpoints, monkeypatch):
+    cls = rmodels.family("qwen3_moe")
+    short = {up: ours for up, ours in cls.GATED.items() if "Sparse" not in up.__name__}
+    monkeypatch.setattr(cls, "GATED", short)
+    with pytest.raises(AUSteerError, match="Qwen3MoeSparseMoeBlock at site ffn.*docs/porting.md"):
+        load(checkpoints, "qwen3_moe")
+
+
+def test_gemma2_gets_eager_attention_by_default(checkpoints):
+    """transformers' sdpa ignores the attention soft cap."""
+    assert load(checkpoints, "gemma2").config._attn_implementation == "au_eager"
+    assert load(checkpoints, "llama").config._attn_implementation == "au_sdpa"
+
+
+def test_deep_copies_steer_apart(llama):
+    twin = copy.deepcopy(llama)
+    with steer(twin, some_plan(twin, "ffn")):
+        assert not torch.equal(twin(IDS).logits, llama(IDS).logits)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(device="cuda"), "no CUDA device"),
+        (dict(device="gpu0"), "unknown"),
+        (dict(dtype="half"), "dtype 'half' is unknown"),
+        (dict(attn_implementation="magic"), "kernel 'magic' is unknown"),
+        (dict(quantization="3bit"), "use 4bit or 8bit"),
+        (dict(device="cpu", device_map="auto"), "not both"),
+    ],
+)
+def test_bad_load_arguments(checkpoints, change, message, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(AUSteerError, match=message):
+        rmodels.load(checkpoints["llama"], **change)
+
+
+def test_bad_checkpoints(checkpoints, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(AUSteerError, match="no config.json"):
+        rmodels.load(tmp_path / "empty")
+    shutil.copytree(checkpoints["llama"], tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors"))
+    with pytest.raises(AUSteerError, match="cannot load the weights"):
+        rmodels.load(tmp_path / "bare")
+    config = json.loads((tmp_path / "bare" / "config.json").read_text())
+    for model_type, message in (("gpt2", "no patched family for model type 'gpt2'.*porting"), ("nonesuch", "porting")):
+        (tmp_path / "bare" / "config.json").write_text(json.dumps({**config, "model_type": model_type}))
+        with pytest.raises(AUSteerError, match=message):
+            rmodels.load(tmp_path / "bare")
+
+
+def test_a_truncated_checkpoint_is_one_clear_line(checkpoints, tmp_path):
+    shutil.copytree(checkpoints["llama"], tmp_path / "cut")
+    weights = tmp_path / "cut" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(AUSteerError, match="cannot load the weights"):
+        rmodels.load(tmp_path / "cut")
