@@ -27,7 +27,8 @@ from momentum import MOMENTA, Momentum
 from pairs import Pair, check_pairs, pairs_hash, read_pairs
 from ranks import AURanks, fingerprint, model_header
 
-BATCH_SIZE = {"activation": 32, "causal": 16}  # the causal pass keeps activations for its backward
+# How many tokens of prompt run at once. On a CPU more only costs memory (benchmarks/core.py).
+BATCH_TOKENS = {"cpu": 300, "cuda": 8192}
 
 
 def MFU_screening(
@@ -87,11 +88,10 @@ def screen(
 
     state = PartialState()
     mine = encoded[state.process_index :: state.num_processes]
-    size = batch_size or BATCH_SIZE[momentum]
-    if not rules.share_prompt:
-        size = 1
+    size = batch_size if rules.share_prompt else 1
+    tokens = BATCH_TOKENS.get(model.device.type, 8192)
     total = kind(model, sites, rules)
-    _run(total, _batches(mine, size), len(mine), progress and state.is_main_process)
+    _run(total, batches(mine, size, tokens), len(mine), progress and state.is_main_process)
     if state.num_processes > 1:
         _add_over_processes(total)
     if bool(total.not_finite):
@@ -132,17 +132,26 @@ def _as_pairs(train_dataset: Sequence[Sequence[str]], rules: Protocol) -> list[P
     return pairs[: rules.first_pairs]
 
 
-def _batches(encoded: Sequence[EncodedPair], size: int) -> list[list[EncodedPair]]:
-    """Pairs of like length together, longest first: what does not fit in memory shows at once."""
-    ordered = sorted(encoded, key=lambda pair: (bool(pair.prefix), len(pair.prefix), pair.length), reverse=True)
-    with_prompt = sum(bool(pair.prefix) for pair in ordered)  # never mixed: a row of only padding has no attention
-    groups = (ordered[:with_prompt], ordered[with_prompt:])
-    return [list(group[i : i + size]) for group in groups for i in range(0, len(group), size)]
+def batches(encoded: Sequence[EncodedPair], size: int | None, tokens: int) -> list[list[EncodedPair]]:
+    """Pairs of like length together, `size` at once or as many as `tokens` allow.
+
+    Longest first, so what does not fit in memory shows at once.
+    """
+    made: list[list[EncodedPair]] = []
+    for pair in sorted(encoded, key=lambda pair: (bool(pair.prefix), len(pair.prefix), pair.length), reverse=True):
+        batch = made[-1] if made else []
+        room = size or max(1, tokens // batch[0].length) if batch else 0
+        # never mixed: beside prompts, a pair without one would be a row of padding, which has no attention
+        if len(batch) < room and bool(batch[0].prefix) == bool(pair.prefix):
+            batch.append(pair)
+        else:
+            made.append([pair])
+    return made
 
 
-def _run(total: Momentum, batches: list[list[EncodedPair]], count: int, progress: bool) -> None:
+def _run(total: Momentum, todo: list[list[EncodedPair]], count: int, progress: bool) -> None:
     with tqdm(total=count, desc="screening", unit=" pairs", disable=not progress) as bar:
-        queue = batches[::-1]
+        queue = todo[::-1]
         while queue:
             batch = queue.pop()
             try:
@@ -151,7 +160,9 @@ def _run(total: Momentum, batches: list[list[EncodedPair]], count: int, progress
                 if not _is_out_of_memory(error):
                     raise
                 if len(batch) == 1:
-                    raise AUSteerError("out of memory with a single pair; use --max-length, 4-bit, or a larger GPU") from error
+                    raise AUSteerError(
+                        "out of memory with a single pair; use --max-length, 4-bit, or a larger GPU"
+                    ) from error
                 half = (len(batch) + 1) // 2
                 waiting = [batch, *queue[::-1]]
                 queue = [b[i : i + half] for b in waiting for i in range(0, len(b), half)][::-1]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from os.path import commonprefix
 
 from transformers import PreTrainedTokenizerBase
 
@@ -65,7 +64,7 @@ def encode(
             equal += 1
         elif protocol.share_prompt:
             # each member keeps a token of its own: its last one is where activations are read
-            shared = min(len(commonprefix([positive, negative])), len(positive) - 1, len(negative) - 1)
+            shared = min(_common(positive, negative), len(positive) - 1, len(negative) - 1)
             encoded.append(EncodedPair(positive[:shared], positive[shared:], negative[shared:]))
         else:
             encoded.append(EncodedPair((), positive, negative))
@@ -78,6 +77,12 @@ def _texts(pair: Pair, protocol: Protocol) -> tuple[str, str]:
     return (positive if refused else prompt + positive), prompt + negative
 
 
+def _common(positive: tuple[int, ...], negative: tuple[int, ...]) -> int:
+    """Length of the longest common prefix."""
+    differ = (i for i, (a, b) in enumerate(zip(positive, negative, strict=False)) if a != b)
+    return next(differ, min(len(positive), len(negative)))
+
+
 def _cut_prompt(
     positive: tuple[int, ...], negative: tuple[int, ...], limit: int, tokenizer: PreTrainedTokenizerBase, index: int
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -86,7 +91,7 @@ def _cut_prompt(
     if excess <= 0:
         return positive, negative
     lead = int(positive[0] in tokenizer.all_special_ids)
-    shared = len(commonprefix([positive, negative]))
+    shared = _common(positive, negative)
     if lead + excess > shared:
         raise AUSteerError(
             f"pair {index}: an answer is longer than the context of {limit} tokens leaves room for; shorten it"

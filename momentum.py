@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from encoding import EncodedPair, Protocol
-from rmodels import gates, site_shape
+from rmodels import gates
 
 
 class Momentum:

@@ -40,7 +40,9 @@ def read_pairs(path: str | Path, fields: Sequence[str] = FIELDS) -> list[Pair]:
         raise AUSteerError(f"{path} is not UTF-8 (byte {error.start}); save it as UTF-8") from None
     rows = list(_csv_rows(text, path, fields) if path.suffix.lower() == ".csv" else _json_rows(text, path, fields))
     if not rows:
-        raise AUSteerError(f"{path} holds no pairs; one line a pair: {{\"prompt\": ..., \"positive\": ..., \"negative\": ...}}")
+        raise AUSteerError(
+            f'{path} holds no pairs; one line a pair: {{"prompt": ..., "positive": ..., "negative": ...}}'
+        )
     check_pairs([pair for _, pair in rows], [f"{path}, line {line}" for line, _ in rows])
     return [pair for _, pair in rows]
 
@@ -85,7 +87,9 @@ def _json_rows(text: str, path: Path, fields: Sequence[str]) -> Iterable[tuple[i
         elif isinstance(row, dict):
             yield number, _pick(row, fields, f"{path}, line {number}")
         else:
-            raise AUSteerError(f"{path}, line {number}: expected an object with {', '.join(fields)}, or a list of three")
+            raise AUSteerError(
+                f"{path}, line {number}: expected an object with {', '.join(fields)}, or a list of three"
+            )
 
 
 def _csv_rows(text: str, path: Path, fields: Sequence[str]) -> Iterable[tuple[int, Pair]]:

@@ -92,7 +92,9 @@ class Plan:
             raise AUSteerError(f"a plan for tokens {self.tokens!r} and one for {other.tokens!r} do not add up")
         for site in set(self.sites) & set(other.sites):
             if self.shape(site) != other.shape(site):
-                raise AUSteerError(f"the plans are for different models: {self.shape(site)} and {other.shape(site)} AUs at {site}")
+                raise AUSteerError(
+                    f"the plans are for different models: {self.shape(site)} and {other.shape(site)} AUs at {site}"
+                )
         return Plan(
             _sum(self.scales, other.scales),
             _sum(self.shifts, other.shifts),
@@ -110,7 +112,12 @@ class Plan:
                 shapes[f"{kind}.{site}"] = list(values.shape)
                 tensors[f"{kind}.{site}.units"] = values.flatten().nonzero().squeeze(1).to(torch.int32)
                 tensors[f"{kind}.{site}.values"] = values.flatten()[values.flatten() != 0].contiguous()
-        metadata = {"format": FORMAT, "tokens": self.tokens, "shapes": json.dumps(shapes), "header": json.dumps(self.header)}
+        metadata = {
+            "format": FORMAT,
+            "tokens": self.tokens,
+            "shapes": json.dumps(shapes),
+            "header": json.dumps(self.header),
+        }
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
         save_file(tensors, temporary, metadata)
         os.replace(temporary, path)

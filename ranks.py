@@ -99,9 +99,13 @@ class AURanks:
             try:
                 lists.append(torch.load(folder / name, weights_only=True, map_location="cpu"))
             except FileNotFoundError:
-                raise AUSteerError(f"{folder} has no {name}; the authors' ranks are {', '.join(AUTHORS_FILES)}") from None
+                raise AUSteerError(
+                    f"{folder} has no {name}; the authors' ranks are {', '.join(AUTHORS_FILES)}"
+                ) from None
             except Exception as error:  # a refused unpickling has many error types, all of them "no"
-                raise AUSteerError(f"{folder / name} is not a plain list of numbers or is damaged: it was not read") from error
+                raise AUSteerError(
+                    f"{folder / name} is not a plain list of numbers or is damaged: it was not read"
+                ) from error
         return cls.from_lists(*lists, site=site, header={"source": "authors' files"})
 
     @classmethod
@@ -126,23 +130,23 @@ class AURanks:
             torch.save(values, folder / name)
 
     def check_model(self, model: nn.Module) -> None:
-        check_made_for(model, {self.site: tuple(self.score.shape)}, self.header, "ranks")
+        check_made_for(model, {self.site: tuple(self.score.shape)}, self.header, "these ranks were")
 
 
-def check_made_for(model: nn.Module, shapes: dict[str, tuple[int, int]], header: dict, kind: str) -> None:
+def check_made_for(model: nn.Module, shapes: dict[str, tuple[int, int]], header: dict, what: str) -> None:
     """Refuse a model that ranks or a plan, with these shapes by site and this header, were not made for."""
     for site, made in shapes.items():
         shape = site_shape(model, site)
         if shape != tuple(made):
             raise AUSteerError(
-                f"these {kind} are for {header.get('model', 'another model')}, site {site}: "
+                f"{what} made for {header.get('model', 'another model')}, site {site}: "
                 f"{made[0]} layers of {made[1]} AUs; this model has {shape[0]} of {shape[1]}"
             )
     theirs = header.get("fingerprint")
     if theirs and precision(model) == header.get("precision") and theirs != fingerprint(model):
         raise AUSteerError(
-            f"these {kind} were made on other weights ({header.get('model')}, fingerprint {theirs[:8]}; this model has "
-            f"{fingerprint(model)[:8]}); rank this model, or pass check=False (--any-model) to use them all the same"
+            f"{what} made on other weights ({header.get('model')}, fingerprint {theirs[:8]}; this model has "
+            f"{fingerprint(model)[:8]}); rank this model, or pass check=False to go on all the same"
         )
 
 
@@ -151,7 +155,7 @@ def read_tensors(path: Path, wanted_format: str, kind: str) -> tuple[dict[str, T
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     except FileNotFoundError:
         raise AUSteerError(f"no such file: {path}") from None
     except (safetensors.SafetensorError, OSError) as error:

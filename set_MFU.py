@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -141,7 +141,9 @@ def _authors_call(
 class Steering:
     """A plan that is set on a model. `clear` removes it and reports what it did."""
 
-    def __init__(self, model: PreTrainedModel, plans: list[Plan | None], rowwise: bool, prompt_end: int | Tensor | None):
+    def __init__(
+        self, model: PreTrainedModel, plans: list[Plan | None], rowwise: bool, prompt_end: int | Tensor | None
+    ):
         self.model, self.prompt_end = model, prompt_end
         real = [plan for plan in plans if plan is not None]
         scopes = {plan.tokens for plan in real}
@@ -220,7 +222,7 @@ def apply(
     plans = list(plan) if rowwise else [plan]
     for one in {id(p): p for p in plans if p is not None}.values():
         shapes = {site: one.shape(site) for site in one.sites}
-        check_made_for(model, shapes, one.header if check else {"model": one.header.get("model")}, "plan's AUs")
+        check_made_for(model, shapes, one.header if check else {"model": one.header.get("model")}, "this plan was")
     for earlier in getattr(model, "_au_steering", []):
         if set(earlier.sites) & {site for one in plans if one is not None for site in one.sites}:
             earlier.clear()

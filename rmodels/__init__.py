@@ -13,6 +13,7 @@ import importlib
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedModel
 
 from errors import AUSteerError
@@ -72,20 +73,29 @@ def load(
     if device_map is None:
         device_map = {"": check_device(device)}
     try:
-        model = cls.from_pretrained(
+        model, loaded = cls.from_pretrained(
             name_or_path,
             revision=revision,
             dtype=_dtype(dtype),
             device_map=device_map,
             quantization_config=_quantization(quantization),
             attn_implementation=attn_implementation or DEFAULT_KERNEL.get(config.model_type),
+            use_safetensors=True,  # never a pickle
             trust_remote_code=False,
+            output_loading_info=True,
         )
-    except OSError as error:
+    except (OSError, ImportError, SafetensorError) as error:
         raise AUSteerError(f"cannot load the weights of {name_or_path}: {_first_line(error)}") from error
-    except ImportError as error:
-        raise AUSteerError(f"cannot load {name_or_path}: {_first_line(error)}") from error
+    if loaded["missing_keys"]:
+        raise AUSteerError(
+            f"{name_or_path} lacks {len(loaded['missing_keys'])} weights ({min(loaded['missing_keys'])}, ...), "
+            "which would be random numbers; get the whole checkpoint"
+        )
     check_gates(model)
+    for module in model.modules():
+        # on some CPUs bitsandbytes repacks 4-bit weights at the first forward, for a kernel without gradients
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     return model.eval().requires_grad_(False)
 
 

@@ -50,6 +50,8 @@ def _gated_attention(kernel: str) -> Callable:
         else:
             seen = _Unprefixed(module, kernel) if "flash" in kernel else module
             heads, weights = ALL_ATTENTION_FUNCTIONS[kernel](seen, query, key, value, mask, **kwargs)
+        if module.au.idle:
+            return heads, weights
         return module.au(heads.flatten(-2)).view(heads.shape), weights  # (batch, tokens, heads * head_dim)
 
     return attend
@@ -91,9 +93,7 @@ class GatedCausalLM:
         if kernel.startswith(PREFIX):
             return
         if kernel not in KERNELS:
-            raise AUSteerError(
-                f"attention kernel {kernel!r} has no gated form; use one of {', '.join(KERNELS)}"
-            )
+            raise AUSteerError(f"attention kernel {kernel!r} has no gated form; use one of {', '.join(KERNELS)}")
         self.config._attn_implementation = PREFIX + kernel
 
     def set_attn_implementation(self, attn_implementation: str, *args, **kwargs) -> None:

@@ -43,6 +43,10 @@ class AUGate(nn.Module):
         self.shift: Tensor | None = None
         self.positions: Tensor | None = None  # (batch, tokens, 1) of bool, or None for every position
 
+    @property
+    def idle(self) -> bool:
+        return self.scale is None and self.shift is None and self.tap is None
+
     def forward(self, x: Tensor) -> Tensor:
         if self.scale is not None or self.shift is not None:
             steered = x

@@ -43,9 +43,13 @@ def last_activations(model, tokenizer, text, site):
     return torch.stack([rows[layer] for layer in sorted(rows)])
 
 
-def activation_scores(model, tokenizer, pairs, site):
-    """Equation 2 and the score of section 4.1, one AU at a time."""
-    x = [(last_activations(model, tokenizer, p + a, site), last_activations(model, tokenizer, p + b, site)) for p, a, b in pairs]
+def activation_scores(model, tokenizer, pairs, site, half=False):
+    """Equation 2 and the score of section 4.1, one AU at a time; half: rounded first, as the authors' code."""
+    x = [
+        [last_activations(model, tokenizer, prompt + answer, site) for answer in answers] for prompt, *answers in pairs
+    ]
+    if half:
+        x = [[activation.half() for activation in two] for two in x]
     layers, width = x[0][0].shape
     score = torch.zeros(layers, width)
     for layer in range(layers):

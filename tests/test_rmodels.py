@@ -190,7 +190,7 @@ def test_an_unlisted_module_is_an_error(checkpoints, monkeypatch):
     cls = rmodels.family("qwen3_moe")
     short = {up: ours for up, ours in cls.GATED.items() if "Sparse" not in up.__name__}
     monkeypatch.setattr(cls, "GATED", short)
-    with pytest.raises(AUSteerError, match="Qwen3MoeSparseMoeBlock at site ffn.*docs/porting.md"):
+    with pytest.raises(AUSteerError, match=r"Qwen3MoeSparseMoeBlock at site ffn.*docs/porting.md"):
         load(checkpoints, "qwen3_moe")
 
 
@@ -225,7 +225,7 @@ def test_bad_load_arguments(checkpoints, change, message, monkeypatch):
 
 def test_bad_checkpoints(checkpoints, tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(AUSteerError, match="no config.json"):
+    with pytest.raises(AUSteerError, match=r"no config.json"):
         rmodels.load(tmp_path / "empty")
     shutil.copytree(checkpoints["llama"], tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors"))
     with pytest.raises(AUSteerError, match="cannot load the weights"):
@@ -243,3 +243,14 @@ def test_a_truncated_checkpoint_is_one_clear_line(checkpoints, tmp_path):
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(AUSteerError, match="cannot load the weights"):
         rmodels.load(tmp_path / "cut")
+
+
+def test_missing_weights_are_an_error_not_random_numbers(checkpoints, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(checkpoints["llama"], tmp_path / "part")
+    weights = load_file(tmp_path / "part" / "model.safetensors")
+    del weights["model.layers.1.mlp.down_proj.weight"]
+    save_file(weights, tmp_path / "part" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(AUSteerError, match=r"lacks 1 weights .model.layers.1.mlp.down_proj"):
+        rmodels.load(tmp_path / "part")

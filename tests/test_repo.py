@@ -1,0 +1,98 @@
+"""The repository as a whole: imports flow one way, documents tell the truth, nothing unsafe."""
+
+import ast
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+ALLOWED = {  # module -> what of this project it may import: data flows one way
+    "errors": set(),
+    "pairs": {"errors"},
+    "rmodels": {"rmodels", "errors"},
+    "encoding": {"pairs", "errors"},
+    "ranks": {"rmodels", "errors"},
+    "momentum": {"encoding", "rmodels"},
+    "plan": {"ranks", "errors"},
+    "MFU_screening": {"encoding", "errors", "momentum", "pairs", "ranks", "rmodels"},
+    "set_MFU": {"errors", "plan", "ranks", "rmodels"},
+}
+
+
+def sources():
+    names = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard", "*.py"], cwd=ROOT, capture_output=True, text=True
+    )
+    return [ROOT / name for name in names.stdout.split()]
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module.split(".")[0]
+
+
+def test_imports_flow_one_way():
+    for path in sources():
+        unit = path.relative_to(ROOT).parts[0].removesuffix(".py")
+        if unit in ALLOWED:
+            back = (set(imports(path)) & set(ALLOWED)) - ALLOWED[unit]
+            assert not back, f"{path.name} imports {back}"
+    assert all((ROOT / name).exists() or (ROOT / f"{name}.py").exists() for name in ALLOWED)
+
+
+def test_nothing_unsafe():
+    for path in sources():
+        if "tests" in path.parts:
+            continue
+        text = path.read_text()
+        assert "pickle" not in set(imports(path)), path
+        for call in re.findall(r"torch\.load\(.*", text):
+            assert "weights_only=True" in call, path
+        assert not re.search(r"trust_remote_code=True|shell=True|\bexec\(|[^.\w]eval\(", text), path
+
+
+def test_porting_guide_shows_the_file_as_it_is():
+    guide = (ROOT / "docs" / "porting.md").read_text()
+    (code,) = [block for block in re.findall(r"```python\n(.*?)```", guide, re.S) if "class MistralMLP" in block]
+    assert code == (ROOT / "rmodels" / "modeling_mistral.py").read_text()
+    assert '"mistral": ("modeling_mistral", "MistralForCausalLM")' in (ROOT / "rmodels" / "__init__.py").read_text()
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/porting.md", "docs/fidelity.md"])
+def test_paths_in_documents_exist(document):
+    text = (ROOT / document).read_text()
+    named = re.findall(r"`((?:rmodels|tests|docs|benchmarks|eval|embedded)/[\w./-]+)`|\]\(([\w./-]+)\)", text)
+    named += re.findall(r"`(\w+\.(?:py|sh|txt|cff))`()", text)
+    assert named
+    for path in [a or b for a, b in named]:
+        assert (
+            (ROOT / path).exists() or ((ROOT / document).parent / path).exists() or (ROOT / "rmodels" / path).exists()
+        ), path
+
+
+def test_readme_code_is_python():
+    for block in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S):
+        ast.parse(block)
+
+
+def test_fidelity_names_every_switch():
+    from dataclasses import fields
+
+    from encoding import Protocol
+
+    text = (ROOT / "docs" / "fidelity.md").read_text()
+    assert all(f"`{field.name}`" in text for field in fields(Protocol) if field.name != "name")
+
+
+def test_scripts_parse():
+    for script in ("setup.sh", "tests/run.sh", ".ci/run"):
+        subprocess.run(["bash", "-n", script], cwd=ROOT, check=True)
+
+
+def test_datasets_folder_would_shadow_the_library():
+    assert not list((ROOT / "datasets").rglob("*.py")) if (ROOT / "datasets").exists() else True

@@ -1,0 +1,277 @@
+"""From ranks to a plan to a steered model: selection, every variant, scopes, batches, and clearing."""
+
+import math
+
+import pytest
+import torch
+from conftest import PAIRS
+
+import rmodels
+from errors import AUSteerError
+from MFU_screening import screen
+from plan import Plan
+from ranks import AURanks
+from set_MFU import LOCATIONS, STRENGTHS, apply, clear, set_MFU, steer
+
+IDS = torch.tensor([[1, 40, 77, 130, 9, 200, 31, 55], [1, 12, 99, 240, 8, 61, 70, 33]])
+
+
+@pytest.fixture(scope="module")
+def ranks(llama, tokenizer):
+    return screen(PAIRS, llama, tokenizer, ["ffn"], progress=False)["ffn"]
+
+
+@pytest.fixture(scope="module")
+def causal(llama, tokenizer):
+    return screen(PAIRS, llama, tokenizer, ["ffn"], momentum="causal", progress=False)["ffn"]
+
+
+def worked_example():
+    """methods: four pairs, two layers, three AUs; signed shares as their code has them."""
+    beta = torch.tensor([[0.75, 0.5, 1.0], [0.0, -1.0, 0.75]])
+    return AURanks("ffn", beta, beta.clone(), {}, {"pairs": 4})
+
+
+def units(plan):
+    return {(layer, dim): scale for _, layer, dim, scale, _ in plan.units()}
+
+
+def test_worked_example():
+    ranks = worked_example()
+    assert [(u // 3, u % 3) for u in ranks.order.tolist()] == [(0, 2), (1, 1), (0, 0), (1, 2), (0, 1), (1, 0)]
+    assert units(set_MFU(ranks, 2, 1.0)) == {(0, 2): 1.0, (1, 1): -1.0}
+    plan = set_MFU(ranks, 3, 2.0)
+    assert torch.equal(
+        torch.stack([plan.scale("ffn", 0), plan.scale("ffn", 1)]), torch.tensor([[1.5, 0, 2], [0, -2, 0]])
+    )
+    assert torch.equal(plan.shift("ffn", 1), torch.zeros(3))
+    gate = rmodels.AUGate("ffn", 1, 3)
+    gate.set(plan.scale("ffn", 1), None, like=torch.zeros(1))
+    assert torch.equal(gate(torch.tensor([[[4.0, -1.0, 3.0]]])), torch.tensor([[[4.0, 1.0, 3.0]]]))  # -1 changed sign
+
+
+def test_half_precision_rounds_gamma_as_theirs():
+    gate = rmodels.AUGate("ffn", 0, 1)
+    gate.set(torch.tensor([15 * 0.915]), None, like=torch.zeros(1, dtype=torch.float16))
+    assert float(gate(torch.tensor([[[0.3333]]], dtype=torch.float16))) == 4.90625  # 4.90784 in float32
+
+
+def test_the_authors_k_rule(llama):
+    lists = list(worked_example())
+    config = torch.zeros(rmodels.site_shape(llama, "ffn"))
+    config[0, :3], config[1, :3] = worked_example().score
+    ranks = AURanks("ffn", config, config.clone())
+    for k, count in ((0, 1), (-3, 1), (1, 1), (2, 2), (2.5, 3), (6, 5), (10**6, 5)):  # zeros never count
+        assert len(set_MFU(*ranks, k, 1.0, llama, "ffn")) == count
+    clear(llama)
+    with pytest.raises(AUSteerError, match="2 layers of 3 AUs; this model has 3 of 48"):
+        set_MFU(*lists, 2, 1.0, llama, "ffn")
+
+
+def test_a_second_authors_call_replaces_one_site_only(llama, ranks):
+    set_MFU(*ranks, 4, 1.0, llama, "ffn")
+    set_MFU(*AURanks("layer", ranks.score, ranks.gain), 5, 1.0, llama, "layer")
+    set_MFU(*ranks, 2, 1.0, llama, "ffn")
+    count = {
+        site: sum(int((g.scale != 0).sum()) for g in rmodels.gates(llama, site) if g.scale is not None)
+        for site in rmodels.SITES
+    }
+    assert count == {"attention": 0, "ffn": 2, "layer": 5}
+    clear(llama)
+
+
+def test_every_option_changes_the_plan(ranks):
+    paper = units(set_MFU(ranks, 10, 0.5))
+    seen = [paper]
+    for options in [*({"location": name} for name in LOCATIONS if name != "score"),
+                    *({"strength": name} for name in STRENGTHS if name not in ("adaptive", "vector"))]:  # fmt: skip
+        plan = units(set_MFU(ranks, 10, 0.5, **options))
+        assert plan not in seen, options
+        seen.append(plan)
+    for name in ("location", "strength"):
+        drawn = [
+            units(set_MFU(ranks, 10, 0.5, **{name: "random" if name == "location" else "flipped"}, seed=s))
+            for s in (1, 2, 1)
+        ]
+        assert drawn[0] == drawn[2] != drawn[1]
+
+
+def test_locations(ranks):
+    top = set(units(set_MFU(ranks, 10, 1.0)))
+    assert top == {(layer, dim) for layer, dim, _ in ranks.top(10)}
+    bottom = set(units(set_MFU(ranks, ranks.score.numel() - 10, 0.5, location="lowest", strength="suppress")))
+    assert top.isdisjoint(bottom) and len(bottom) == ranks.score.numel() - 10
+    difference = ranks.stats["sum_momentum"].abs()
+    by_difference = units(set_MFU(ranks, 3, 1.0, location="difference"))
+    assert min(difference[unit] for unit in by_difference) >= difference.flatten().topk(3).values[-1]
+
+
+def test_strengths(ranks):
+    def gamma(strength, alpha=2.0):
+        plan = set_MFU(ranks, 8, alpha, strength=strength)
+        return units(plan)
+
+    paper, fixed, aware, flipped = (gamma(s) for s in ("adaptive", "fixed", "sign-aware", "flipped"))
+    for unit, value in paper.items():
+        assert value == pytest.approx(2 * float(ranks.score[unit]))
+        assert fixed[unit] == math.copysign(2.0, value)
+        assert aware[unit] == pytest.approx(value * math.copysign(1, ranks.stats["sum_activation"][unit]))
+        assert abs(flipped[unit]) == abs(value)
+    assert flipped != paper
+    assert list(gamma("suppress", 0.3).values()) == pytest.approx([-0.7] * 8)
+    vector = set_MFU(ranks, 8, 2.0, strength="vector")
+    assert {u[1:3] for u in vector.units()} == set(paper)
+    for _, layer, dim, scale, shift in vector.units():
+        assert scale == 0 and shift == pytest.approx(2 * float(ranks.stats["sum_momentum"][layer, dim]) / len(PAIRS))
+
+
+def test_causal_plans_scale_by_the_direction(causal):
+    plan = set_MFU(causal, 6, 0.5)
+    assert {abs(scale) for scale in units(plan).values()} == {0.5}
+    assert all(math.copysign(1, scale) == math.copysign(1, causal.score[unit]) for unit, scale in units(plan).items())
+    with pytest.raises(AUSteerError, match="needs ranks of activation momentum"):
+        set_MFU(causal, 6, 0.5, strength="sign-aware")
+
+
+@pytest.mark.parametrize("k", [0, -1, 145, 2.5, True, None])
+def test_bad_k(ranks, k):
+    with pytest.raises(AUSteerError, match="k must be a whole number from 1 to 144"):
+        set_MFU(ranks, k, 1.0)
+
+
+@pytest.mark.parametrize("alpha", [math.nan, math.inf, -math.inf])
+def test_bad_alpha(ranks, alpha):
+    with pytest.raises(AUSteerError, match="alpha must be a finite number"):
+        set_MFU(ranks, 3, alpha)
+
+
+def test_bad_options(ranks):
+    for options, message in ((dict(location="top"), "location 'top' is unknown"), (dict(strength="big"), "strength 'big'"),
+                             (dict(tokens="some"), "token scope 'some'"), (dict(strength="suppress"), "below 1")):  # fmt: skip
+        with pytest.raises(AUSteerError, match=message):
+            set_MFU(ranks, 3, 2.0, **options)
+
+
+def test_ranks_of_another_model_or_site(llama, checkpoints, ranks, tokenizer):
+    attention = screen(PAIRS, llama, tokenizer, ["attention"], progress=False)["attention"]
+    other_site = AURanks("ffn", attention.score, attention.gain, {}, attention.header)
+    with (
+        pytest.raises(AUSteerError, match="3 layers of 64 AUs; this model has 3 of 48"),
+        steer(llama, set_MFU(other_site, 3, 1.0)),
+    ):
+        pass
+    qwen = rmodels.load(checkpoints["qwen3"], dtype="float32", device="cpu")  # same shapes, other weights
+    with (
+        pytest.raises(AUSteerError, match=r"made on other weights .*llama.*check=False"),
+        steer(qwen, set_MFU(ranks, 3, 1.0)),
+    ):
+        pass
+    with steer(qwen, set_MFU(ranks, 3, 1.0), check=False):
+        pass
+
+
+def test_the_model_is_cleared_even_after_an_error(llama, ranks):
+    vanilla = llama(IDS).logits
+    with pytest.raises(ZeroDivisionError), steer(llama, set_MFU(ranks, 5, 3.0)):
+        assert not torch.equal(llama(IDS).logits, vanilla)
+        raise ZeroDivisionError
+    assert torch.equal(llama(IDS).logits, vanilla)
+    assert not llama.model._forward_hooks and not llama.model._forward_pre_hooks
+
+
+def test_set_and_cleared_by_hand(llama, ranks):
+    vanilla = llama(IDS).logits
+    steering = apply(llama, set_MFU(ranks, 5, 3.0))
+    steered = llama(IDS).logits
+    assert not torch.equal(steered, vanilla)
+    apply(llama, set_MFU(ranks, 2, 1.0))  # replaces, does not add
+    with steer_fresh(llama, set_MFU(ranks, 2, 1.0)) as wanted:
+        assert torch.equal(llama(IDS).logits, wanted)
+    clear(llama)
+    steering.check()
+    assert torch.equal(llama(IDS).logits, vanilla)
+
+
+class steer_fresh:
+    """The logits of a plan on a copy that was never steered before."""
+
+    def __init__(self, model, plan):
+        import copy
+
+        self.model, self.plan = copy.deepcopy(model), plan
+
+    def __enter__(self):
+        clear(self.model)
+        with steer(self.model, self.plan):
+            return self.model(IDS).logits
+
+    def __exit__(self, *_):
+        pass
+
+
+def test_steering_twice_is_refused(llama, ranks):
+    plan = set_MFU(ranks, 2, 1.0)
+    with steer(llama, plan), pytest.raises(AUSteerError, match="steered already"), steer(llama, plan):
+        pass
+
+
+def test_each_row_of_a_batch_by_its_own_plan(llama, ranks):
+    plans = [set_MFU(ranks, 4, 3.0), None, set_MFU(ranks, 9, -1.0, strength="fixed")]
+    batch = IDS[:1].expand(3, -1)
+    with steer(llama, plans):
+        rows = llama(batch).logits
+        tokens = llama.generate(batch, attention_mask=torch.ones_like(batch), max_new_tokens=5, do_sample=False)
+    for row, plan in enumerate(plans):
+        with steer(llama, plan or Plan({})):
+            assert torch.allclose(llama(IDS[:1]).logits[0], rows[row], atol=1e-4)
+            alone = llama.generate(IDS[:1], attention_mask=torch.ones_like(IDS[:1]), max_new_tokens=5, do_sample=False)
+            assert torch.equal(alone[0], tokens[row])
+    with (
+        pytest.raises(AUSteerError, match="3 plans were set, one a row, but the batch has 2 rows"),
+        steer(llama, plans),
+    ):
+        llama(IDS)
+
+
+@pytest.mark.parametrize("tokens", ["prompt", "generated", "last"])
+def test_token_scopes_touch_their_tokens_cached_or_not(llama, ranks, tokens):
+    """A whole forward with prompt_end, and prefill plus cached steps, must be the same computation."""
+    prompt, answer = IDS[:, :5], IDS[:, 5:]
+    plan = set_MFU(ranks, 12, 3.0, tokens=tokens)
+    with steer(llama, plan, prompt_end=5):
+        whole = llama(IDS).logits
+    with steer(llama, plan):
+        out = llama(prompt, use_cache=True)
+        parts = [out.logits]
+        for t in range(3):
+            out = llama(answer[:, t : t + 1], past_key_values=out.past_key_values, use_cache=True)
+            parts.append(out.logits)
+    assert torch.allclose(torch.cat(parts, 1), whole, atol=1e-4)
+    vanilla = llama(IDS).logits
+    first = {"prompt": 0, "generated": 5, "last": 4}[tokens]
+    assert torch.equal(whole[:, :first], vanilla[:, :first])
+    assert not torch.allclose(whole[:, first], vanilla[:, first], atol=1e-3)
+    with steer(llama, set_MFU(ranks, 12, 3.0)):
+        assert not torch.allclose(whole, llama(IDS).logits, atol=1e-3)
+
+
+def test_overflow_is_reported(checkpoints, ranks):
+    model = rmodels.load(checkpoints["llama"], dtype="float16", device="cpu")
+    with pytest.raises(AUSteerError, match=r"overflowed.*float16.*lower alpha"), steer(model, set_MFU(ranks, 100, 6e4)):
+        model(IDS)
+    with steer(model, set_MFU(ranks, 3, 1.0)):
+        model(IDS)
+
+
+def test_alpha_zero_is_vanilla_bit_for_bit(llama, ranks, causal):
+    vanilla = llama(IDS).logits
+    for made in (ranks, causal):
+        with steer(llama, set_MFU(made, 100, 0.0)):
+            assert torch.equal(llama(IDS).logits, vanilla)
+
+
+def test_gradients_flow_through_a_steered_model(llama, ranks):
+    embeds = llama.get_input_embeddings()(IDS).detach().requires_grad_()
+    with steer(llama, set_MFU(ranks, 5, 2.0)):
+        llama(inputs_embeds=embeds).logits.sum().backward()
+    assert torch.isfinite(embeds.grad).all() and embeds.grad.abs().sum() > 0

@@ -1,0 +1,208 @@
+"""Pairs, ranks and plans: reading, writing, and what is refused."""
+
+import json
+
+import pytest
+import torch
+from conftest import PAIRS
+
+from errors import AUSteerError
+from MFU_screening import screen
+from pairs import Pair, pairs_hash, read_pairs, write_pairs
+from plan import Plan
+from ranks import AURanks, fingerprint
+from set_MFU import set_MFU
+
+
+@pytest.fixture(scope="module")
+def ranks(llama, tokenizer):
+    return screen(PAIRS, llama, tokenizer, ["ffn"], progress=False)["ffn"]
+
+
+# pairs
+
+
+def test_pairs_round_trip_and_all_accepted_forms(tmp_path):
+    pairs = [Pair("Is it?\n", " yes", " no"), Pair('say "x, y"', " é\u2028", " b\tc")]
+    write_pairs(tmp_path / "a.jsonl", pairs)
+    assert read_pairs(tmp_path / "a.jsonl") == pairs
+    (tmp_path / "triples.jsonl").write_text("\n".join(json.dumps(list(pair)) for pair in pairs) + "\n\n")
+    assert read_pairs(tmp_path / "triples.jsonl") == pairs
+    (tmp_path / "b.csv").write_text(
+        '\ufeffprompt,positive,negative\n"Is it?\n", yes, no\n"say ""x, y""", é\u2028, b\tc\n', "utf-8"
+    )
+    assert read_pairs(tmp_path / "b.csv") == pairs
+    (tmp_path / "c.jsonl").write_text(json.dumps({"q": "p", "good": "a", "bad": "b", "id": 3}))
+    assert read_pairs(tmp_path / "c.jsonl", ["q", "good", "bad"]) == [Pair("p", "a", "b")]
+    assert pairs_hash(pairs) == pairs_hash([list(pair) for pair in pairs]) != pairs_hash(pairs[::-1])
+
+
+GOOD = '{"prompt": "p", "positive": "a", "negative": "b"}\n'
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.jsonl", "", "holds no pairs"),
+        ("a.jsonl", "\n\n", "holds no pairs"),
+        ("a.jsonl", GOOD + "{oops}\n", "line 2: not JSON"),
+        ("a.jsonl", GOOD + '{"prompt": "p", "positive": "a"}', r"line 2: no negative \(it has: prompt, positive\)"),
+        ("a.jsonl", '{"prompt": "p", "positive": "", "negative": "b"}', "line 1: positive is empty"),
+        ("a.jsonl", GOOD + '{"prompt": "p", "positive": "b", "negative": "b"}', "line 2: both answers are 'b'"),
+        ("a.jsonl", '{"prompt": 3, "positive": "a", "negative": "b"}', "line 1: prompt is int, not text"),
+        ("a.jsonl", '["p", "a"]', "line 1: expected an object"),
+        ("a.csv", "prompt,positive\np,a\n", "line 2: no negative"),
+        ("a.csv", 'prompt,positive,negative\n"p,a,b\n', "not CSV|no positive"),
+    ],
+)
+def test_bad_pairs(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(AUSteerError, match=message):
+        read_pairs(tmp_path / name)
+
+
+def test_unreadable_pairs(tmp_path):
+    (tmp_path / "latin.jsonl").write_bytes(b'{"prompt": "caf\xe9"}')
+    for path, message in (
+        (tmp_path / "none.jsonl", "no such file"),
+        (tmp_path, "cannot read"),
+        (tmp_path / "latin.jsonl", "not UTF-8"),
+    ):
+        with pytest.raises(AUSteerError, match=message):
+            read_pairs(path)
+
+
+# ranks
+
+
+def test_ranks_round_trip(ranks, tmp_path):
+    ranks.save(tmp_path / "deep" / "ffn.safetensors")
+    again = AURanks.load(tmp_path / "deep" / "ffn.safetensors")
+    assert again.site == "ffn" and torch.equal(again.score, ranks.score) and torch.equal(again.gain, ranks.gain)
+    assert all(torch.equal(again.stats[name], ranks.stats[name]) for name in ranks.stats)
+    ties = again.header.pop("ties_at_cut")
+    assert again.header == ranks.header and ties["8"] == ranks.ties(8)
+    assert [file.name for file in (tmp_path / "deep").iterdir()] == ["ffn.safetensors"]
+    wanted = {
+        "model",
+        "revision",
+        "fingerprint",
+        "tokenizer",
+        "pairs",
+        "pairs_hash",
+        "protocol",
+        "momentum",
+        "tie_rule",
+        "versions",
+    }
+    assert wanted <= set(ranks.header)
+
+
+def test_ties_are_counted():
+    score = torch.tensor([[0.5, -0.5, 0.9, 0.5]])
+    ranks = AURanks("ffn", score, score)
+    assert ranks.order.tolist() == [2, 0, 1, 3]
+    assert [ranks.ties(k) for k in (1, 2, 3, 4, 9)] == [0, 2, 1, 0, 0]
+
+
+def test_the_authors_files(ranks, tmp_path):
+    ranks.save_authors(tmp_path / "ffn")
+    lists = [
+        torch.load(tmp_path / "ffn" / f"all_{n}.pt", weights_only=True) for n in ("scores", "layer_ids", "indices")
+    ]
+    assert lists == list(ranks) and lists[2][1] == [1, 2]
+    again = AURanks.load(tmp_path / "ffn")
+    assert again.site == "ffn" and torch.equal(again.score, ranks.score) and torch.equal(again.order, ranks.order)
+    with pytest.raises(AUSteerError, match="which site"):
+        AURanks.load_authors(tmp_path)
+    (tmp_path / "ffn" / "all_indices.pt").unlink()
+    with pytest.raises(AUSteerError, match=r"has no all_indices.pt"):
+        AURanks.load(tmp_path / "ffn")
+
+
+def test_code_in_the_authors_files_is_never_run(ranks, tmp_path):
+    import os
+
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "pwned"),)
+
+    ranks.save_authors(tmp_path / "ffn")
+    torch.save(Evil(), tmp_path / "ffn" / "all_scores.pt")
+    with pytest.raises(AUSteerError, match="was not read"):
+        AURanks.load(tmp_path / "ffn")
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_damaged_and_foreign_files(ranks, tmp_path):
+    file = tmp_path / "ffn.safetensors"
+    with pytest.raises(AUSteerError, match="no such file"):
+        AURanks.load(file)
+    ranks.save(file)
+    whole = file.read_bytes()
+    for cut in (0, 5, 100, len(whole) - 1):
+        file.write_bytes(whole[:cut])
+        with pytest.raises(AUSteerError, match="damaged"):
+            AURanks.load(file)
+    set_MFU(ranks, 3, 1.0).save(file)
+    with pytest.raises(AUSteerError, match="holds no ranks"):
+        AURanks.load(file)
+
+
+def test_the_fingerprint_sees_one_changed_weight(checkpoints):
+    import rmodels
+
+    model = rmodels.load(checkpoints["llama"], dtype="float32", device="cpu")
+    before = fingerprint(model)
+    assert (
+        before == fingerprint(model) == fingerprint(rmodels.load(checkpoints["llama"], dtype="float32", device="cpu"))
+    )
+    with torch.no_grad():
+        model.model.layers[2].mlp.up_proj.weight[5, 7] *= 1.001
+    assert fingerprint(model) != before
+
+
+# plans
+
+
+def test_plan_round_trip(ranks, tmp_path):
+    plan = set_MFU(ranks, 7, -1.25, tokens="generated") + Plan({}, {"layer": torch.eye(3, 48)}, "generated")
+    plan.save(tmp_path / "plan.safetensors")
+    again = Plan.load(tmp_path / "plan.safetensors")
+    assert again.units() == plan.units() and again.tokens == "generated" and again.header == plan.header
+    assert torch.equal(again.scales["ffn"], plan.scales["ffn"]) and torch.equal(
+        again.shifts["layer"], plan.shifts["layer"]
+    )
+    assert (tmp_path / "plan.safetensors").stat().st_size < 2000
+
+
+def test_plans_add_up_and_report_conflicts(ranks):
+    one, two = set_MFU(ranks, 5, 1.0), set_MFU(ranks, 3, -0.5)
+    assert one.conflicts(two) == [
+        (*u[:3], u[3], pytest.approx(-0.5 * u[3])) for u in one.units() if u[:3] in {v[:3] for v in two.units()}
+    ]
+    assert len(one.conflicts(two)) == 3
+    total = one + two
+    assert torch.equal(total.scales["ffn"], one.scales["ffn"] + two.scales["ffn"])
+    assert total.header["fingerprint"] == ranks.header["fingerprint"] and "alpha" not in total.header
+    assert len(one + Plan({"layer": torch.ones(3, 48)})) == 5 + 144
+    with pytest.raises(AUSteerError, match="do not add up"):
+        one + set_MFU(ranks, 5, 1.0, tokens="last")
+    with pytest.raises(AUSteerError, match="different models"):
+        one + Plan({"ffn": torch.ones(2, 48)})
+
+
+def test_a_plan_prints_as_a_table(ranks):
+    text = str(set_MFU(ranks, 4, 2.0))
+    rows = text.splitlines()
+    assert rows[0] == "4 atomic units, tokens: all"
+    assert len([row for row in rows if row.startswith("ffn ")]) == 4 and "alpha: 2.0" in rows
+
+
+def test_plan_refusals(ranks):
+    plan = set_MFU(ranks, 4, 2.0)
+    for call, message in ((lambda: plan.scale("attention", 0), "does nothing at site 'attention'"),
+                          (lambda: plan.scale("ffn", 3), "no layer 3"),
+                          (lambda: Plan({"ffn": torch.tensor([[torch.nan]])}), "inf or nan")):  # fmt: skip
+        with pytest.raises(AUSteerError, match=message):
+            call()
