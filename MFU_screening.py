@@ -28,7 +28,7 @@ from pairs import Pair, check_pairs, pairs_hash, read_pairs
 from ranks import AURanks, fingerprint, model_header
 
 # How many tokens of prompt run at once. On a CPU more only costs memory (benchmarks/core.py).
-BATCH_TOKENS = {"cpu": 300, "cuda": 8192}
+BATCH_TOKENS = {"cpu": 160, "cuda": 8192}
 
 
 def MFU_screening(

@@ -11,6 +11,7 @@ Sums add up, so any batching, any order and any number of processes give the sam
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import ExitStack, contextmanager
 
@@ -64,11 +65,8 @@ class ActivationMomentum(Momentum):
 
     @torch.inference_mode()
     def add(self, batch: Sequence[EncodedPair]) -> None:
-        prompt = _Prompt(self.model, [pair.prefix for pair in batch], logits=False)
-        right = self._last_activations(prompt, [pair.positive for pair in batch])
-        wrong = self._last_activations(prompt, [pair.negative for pair in batch])
-        for (site, layer), positive in right.items():
-            negative = wrong[site, layer]
+        for (site, layer), last in self._last_activations(batch).items():
+            positive, negative = last[0::2], last[1::2]
             momentum = positive - negative
             self._note_not_finite(momentum)
             self._accumulate(site, "positive", layer, (momentum > 0).sum(0))
@@ -76,22 +74,23 @@ class ActivationMomentum(Momentum):
             self._accumulate(site, "sum_momentum", layer, momentum.sum(0, dtype=torch.float64))
             self._accumulate(site, "sum_activation", layer, positive.sum(0, dtype=torch.float64))
 
-    def _last_activations(self, prompt: _Prompt, tails: list[tuple[int, ...]]) -> dict[tuple[str, int], Tensor]:
-        last = torch.tensor([len(tail) - 1 for tail in tails])
-        rows = torch.arange(len(tails))
-        seen: dict[tuple[str, int], Tensor] = {}
+    def _last_activations(self, batch: Sequence[EncodedPair]) -> dict[tuple[str, int], Tensor]:
+        """(2 * pairs, width) by site and layer, at the last token of each text."""
+        texts = PairTexts(self.model, batch, logits=False)
+        seen: dict[tuple[str, int], list[Tensor]] = defaultdict(list)
 
         def keep(gate):
             def tap(x: Tensor) -> Tensor:
-                values = x[rows.to(x.device), last.to(x.device)]  # (batch, width): a copy, x itself is freed
-                seen[gate.site, gate.layer] = values.half() if self.protocol.round_to_half else values
+                last = texts.last.to(x.device)
+                values = x[torch.arange(len(last), device=x.device), last]  # a copy: x itself is freed
+                seen[gate.site, gate.layer].append(values.half() if self.protocol.round_to_half else values)
                 return x
 
             return tap
 
         with tapped(self.model, self.sites, keep):
-            prompt.run(tails)
-        return seen
+            texts.run_tails([tail for pair in batch for tail in (pair.positive, pair.negative)])
+        return {place: torch.cat(rows) for place, rows in seen.items()}
 
 
 class CausalMomentum(Momentum):
@@ -106,14 +105,13 @@ class CausalMomentum(Momentum):
                 key = (gate.site, gate.layer)
                 if key not in probes:
                     probes[key] = x.new_zeros(len(batch), 1, gate.width, requires_grad=True)
-                return x + x * probes[key]
+                each = len(x) // len(batch)  # 1 for the prompts, 2 for right and wrong answers behind them
+                return x + x * probes[key].repeat_interleave(each, 0)
 
             return tap
 
         with tapped(self.model, self.sites, probe):
-            prompt = _Prompt(self.model, [pair.prefix for pair in batch], logits=True)
-            log_odds = prompt.log_probability([pair.positive for pair in batch])
-            log_odds = log_odds - prompt.log_probability([pair.negative for pair in batch])
+            log_odds = PairTexts(self.model, batch, logits=True).log_odds()
         # rows are independent, so one backward pass of the sum gives every pair its own gradient
         gradients = torch.autograd.grad(nn.functional.logsigmoid(log_odds).sum(), list(probes.values()))
         for (site, layer), gradient in zip(probes, gradients, strict=True):
@@ -137,47 +135,60 @@ def tapped(model: PreTrainedModel, sites: Sequence[str], make_tap):
         yield
 
 
-class _Prompt:
-    """What the pairs of a batch share, run once; then any number of tails on its cache."""
+class PairTexts:
+    """The texts of a batch of pairs: what each pair shares is run once, at once; then the tails on its cache.
 
-    def __init__(self, model: PreTrainedModel, prefixes: list[tuple[int, ...]], logits: bool):
-        self.model, self.device = model, _device(model)
-        self.lengths = torch.tensor([len(prefix) for prefix in prefixes])
-        self.width = int(self.lengths.max())
-        self.cache = None
-        if not self.width:
-            return  # nothing is shared: every tail is a whole text
-        # a cache without a config keeps every position, also of sliding-window layers (whose mask still
-        # applies): only so can a tail be taken back
+    Rows of tails are right, wrong, right, wrong, ... Pairs that share nothing are run text by text.
+    """
+
+    def __init__(self, model: PreTrainedModel, batch: Sequence[EncodedPair], logits: bool):
+        self.model, self.device, self.batch = model, _device(model), batch
+        self.lengths = torch.tensor([len(pair.prefix) for pair in batch])
+        width = int(self.lengths.max())
+        self.cache: DynamicCache | None = None
+        if not width:
+            return
+        # a cache without a config keeps every position, also those that left a sliding window: its mask
+        # still applies, and padding makes the rows' windows differ
         self.cache = DynamicCache()
-        padded = [(0,) * (self.width - len(prefix)) + prefix for prefix in prefixes]
-        columns = torch.arange(self.width) - (self.width - self.lengths)[:, None]  # negative on padding
+        padded = [(0,) * (width - len(pair.prefix)) + pair.prefix for pair in batch]
+        columns = torch.arange(width) - (width - self.lengths)[:, None]  # negative on padding
         self.mask = (columns >= 0).long() if (columns < 0).any() else None
         out = self._forward(padded, columns.clamp(min=0), self.mask, keep=1 if logits else None)
-        self.last_logits = out.logits if logits else None  # (batch, 1, vocabulary)
+        self.prompt_logits = out.logits if logits else None  # (batch, 1, vocabulary)
+        self.cache.batch_repeat_interleave(2)
 
-    def run(self, tails: list[tuple[int, ...]], keep: int | None = None):
-        """Run the tails behind the prompt, right-padded, and leave the cache as it was."""
+    def run_tails(self, tails: list[tuple[int, ...]], keep: int | None = None):
+        """Run the tails behind their prompts, right-padded."""
+        if self.cache is None:
+            for tail in tails:
+                self.last = torch.tensor([len(tail) - 1])
+                self._forward([tail], torch.arange(len(tail))[None], None, keep)
+            return None
+        self.last = torch.tensor([len(tail) - 1 for tail in tails])
         width = max(map(len, tails))
         padded = [tail + (0,) * (width - len(tail)) for tail in tails]
+        positions = self.lengths.repeat_interleave(2)[:, None] + torch.arange(width)
         mask = None
-        if self.cache is not None and self.mask is not None:
-            mask = torch.cat([self.mask, self.mask.new_ones(len(tails), width)], dim=1)
-        out = self._forward(padded, self.lengths[:, None] + torch.arange(width), mask, keep)
-        if self.cache is not None:
-            self.cache.crop(-width)
-        return out
+        if self.mask is not None:
+            mask = torch.cat([self.mask.repeat_interleave(2, 0), self.mask.new_ones(len(tails), width)], dim=1)
+        return self._forward(padded, positions, mask, keep)
 
-    def log_probability(self, tails: list[tuple[int, ...]]) -> Tensor:
-        """log p(tail | prompt), (batch,). A tail's last token is never run: one-token answers cost nothing."""
-        logits = self.last_logits
+    def log_odds(self) -> Tensor:
+        """log p(right | prompt) - log p(wrong | prompt), (pairs,).
+
+        The last token of a tail is never run: for one-token answers the prompt is all there is.
+        """
+        tails = [tail for pair in self.batch for tail in (pair.positive, pair.negative)]
+        logits = self.prompt_logits.repeat_interleave(2, 0)
         if any(len(tail) > 1 for tail in tails):
-            behind = self.run([tail[:-1] or (0,) for tail in tails], keep=0)
+            behind = self.run_tails([tail[:-1] or (0,) for tail in tails], keep=0)
             logits = torch.cat([logits, behind.logits], dim=1)
         width = max(map(len, tails))
         wanted = torch.tensor([list(tail) + [-1] * (width - len(tail)) for tail in tails], device=logits.device)
         chosen = logits[:, :width].float().log_softmax(-1).gather(-1, wanted.clamp(min=0)[..., None])
-        return (chosen[..., 0] * (wanted >= 0)).sum(1)
+        log_probability = (chosen[..., 0] * (wanted >= 0)).sum(1)
+        return log_probability[0::2] - log_probability[1::2]
 
     def _forward(self, ids: list[tuple[int, ...]], positions: Tensor, mask: Tensor | None, keep: int | None):
         """keep: how many of the last positions get logits, 0 for all; None leaves the LM head out."""
