@@ -25,7 +25,7 @@ from encoding import PROTOCOLS, EncodedPair, Protocol, encode
 from errors import AUSteerError, run_command
 from momentum import MOMENTA, Momentum
 from pairs import Pair, check_pairs, pairs_hash, read_pairs
-from ranks import AURanks, fingerprint, model_header
+from ranks import AURanks, fingerprint, model_header, public_name
 
 # How many tokens of prompt run at once. On a CPU more only costs memory (benchmarks/core.py).
 BATCH_TOKENS = {"cpu": 160, "cuda": 8192}
@@ -80,11 +80,8 @@ def screen(
     pairs = _as_pairs(train_dataset, rules)
     limit = max_length or model.config.max_position_embeddings
     encoded, equal = encode(pairs, tokenizer, rules, limit)
-    if momentum == "causal":
-        if len(pairs) < 2:
-            raise AUSteerError("causal momentum needs at least two pairs: it is ranked by a t statistic")
-        if not all(pair.prefix for pair in encoded):
-            raise AUSteerError("causal momentum needs a prompt: the two answers of some pair share no token at all")
+    if momentum == "causal" and len(pairs) < 2:
+        raise AUSteerError("causal momentum needs at least two pairs: it is ranked by a t statistic")
 
     state = PartialState()
     mine = encoded[state.process_index :: state.num_processes]
@@ -101,7 +98,7 @@ def screen(
         )
     header = {
         **model_header(model),
-        "tokenizer": tokenizer.name_or_path,
+        "tokenizer": public_name(tokenizer.name_or_path),
         "pairs": len(pairs),
         "pairs_hash": pairs_hash(pairs),
         "pairs_with_equal_tokens": equal,

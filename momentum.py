@@ -17,9 +17,10 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from encoding import EncodedPair, Protocol
+from pair_texts import PairTexts, input_device
 from rmodels import gates
 
 
@@ -32,12 +33,12 @@ class Momentum:
         self.model, self.sites, self.protocol = model, sites, protocol
         self.sums = {
             site: {
-                name: [torch.zeros(gate.width, dtype=dtype, device=_device(model)) for gate in gates(model, site)]
+                name: [torch.zeros(gate.width, dtype=dtype, device=input_device(model)) for gate in gates(model, site)]
                 for name, dtype in self.SUMS.items()
             }
             for site in sites
         }
-        self.not_finite = torch.zeros((), dtype=torch.int64, device=_device(model))  # read once, at the end
+        self.not_finite = torch.zeros((), dtype=torch.int64, device=input_device(model))  # read once, at the end
 
     def add(self, batch: Sequence[EncodedPair]) -> None:
         """Run one batch of pairs. Sums change only once everything has been computed."""
@@ -133,75 +134,3 @@ def tapped(model: PreTrainedModel, sites: Sequence[str], make_tap):
                 gate.tap = make_tap(gate)
                 undo.callback(setattr, gate, "tap", None)
         yield
-
-
-class PairTexts:
-    """The texts of a batch of pairs: what each pair shares is run once, at once; then the tails on its cache.
-
-    Rows of tails are right, wrong, right, wrong, ... Pairs that share nothing are run text by text.
-    """
-
-    def __init__(self, model: PreTrainedModel, batch: Sequence[EncodedPair], logits: bool):
-        self.model, self.device, self.batch = model, _device(model), batch
-        self.lengths = torch.tensor([len(pair.prefix) for pair in batch])
-        width = int(self.lengths.max())
-        self.cache: DynamicCache | None = None
-        if not width:
-            return
-        # a cache without a config keeps every position, also those that left a sliding window: its mask
-        # still applies, and padding makes the rows' windows differ
-        self.cache = DynamicCache()
-        padded = [(0,) * (width - len(pair.prefix)) + pair.prefix for pair in batch]
-        columns = torch.arange(width) - (width - self.lengths)[:, None]  # negative on padding
-        self.mask = (columns >= 0).long() if (columns < 0).any() else None
-        out = self._forward(padded, columns.clamp(min=0), self.mask, keep=1 if logits else None)
-        self.prompt_logits = out.logits if logits else None  # (batch, 1, vocabulary)
-        self.cache.batch_repeat_interleave(2)
-
-    def run_tails(self, tails: list[tuple[int, ...]], keep: int | None = None):
-        """Run the tails behind their prompts, right-padded."""
-        if self.cache is None:
-            for tail in tails:
-                self.last = torch.tensor([len(tail) - 1])
-                self._forward([tail], torch.arange(len(tail))[None], None, keep)
-            return None
-        self.last = torch.tensor([len(tail) - 1 for tail in tails])
-        width = max(map(len, tails))
-        padded = [tail + (0,) * (width - len(tail)) for tail in tails]
-        positions = self.lengths.repeat_interleave(2)[:, None] + torch.arange(width)
-        mask = None
-        if self.mask is not None:
-            mask = torch.cat([self.mask.repeat_interleave(2, 0), self.mask.new_ones(len(tails), width)], dim=1)
-        return self._forward(padded, positions, mask, keep)
-
-    def log_odds(self) -> Tensor:
-        """log p(right | prompt) - log p(wrong | prompt), (pairs,).
-
-        The last token of a tail is never run: for one-token answers the prompt is all there is.
-        """
-        tails = [tail for pair in self.batch for tail in (pair.positive, pair.negative)]
-        logits = self.prompt_logits.repeat_interleave(2, 0)
-        if any(len(tail) > 1 for tail in tails):
-            behind = self.run_tails([tail[:-1] or (0,) for tail in tails], keep=0)
-            logits = torch.cat([logits, behind.logits], dim=1)
-        width = max(map(len, tails))
-        wanted = torch.tensor([list(tail) + [-1] * (width - len(tail)) for tail in tails], device=logits.device)
-        chosen = logits[:, :width].float().log_softmax(-1).gather(-1, wanted.clamp(min=0)[..., None])
-        log_probability = (chosen[..., 0] * (wanted >= 0)).sum(1)
-        return log_probability[0::2] - log_probability[1::2]
-
-    def _forward(self, ids: list[tuple[int, ...]], positions: Tensor, mask: Tensor | None, keep: int | None):
-        """keep: how many of the last positions get logits, 0 for all; None leaves the LM head out."""
-        run, extra = (self.model.base_model, {}) if keep is None else (self.model, {"logits_to_keep": keep})
-        return run(
-            input_ids=torch.tensor(ids, device=self.device),
-            position_ids=positions.to(self.device),
-            attention_mask=None if mask is None else mask.to(self.device),
-            past_key_values=self.cache,
-            use_cache=self.cache is not None,
-            **extra,
-        )
-
-
-def _device(model: PreTrainedModel) -> torch.device:
-    return model.get_input_embeddings().weight.device

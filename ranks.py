@@ -196,9 +196,14 @@ def _fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def public_name(name_or_path: str) -> str:
+    """A hub id as it is; of a local folder only its last two parts: ranks are given away, home folders are not."""
+    return "/".join(Path(name_or_path).resolve().parts[-2:]) if Path(name_or_path).exists() else name_or_path
+
+
 def model_header(model: nn.Module) -> dict:
     return {
-        "model": model.config.name_or_path or type(model).__name__,
+        "model": public_name(model.config.name_or_path) or type(model).__name__,
         "revision": getattr(model.config, "_commit_hash", None),
         "fingerprint": fingerprint(model),
         "precision": precision(model),

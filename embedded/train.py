@@ -1,0 +1,169 @@
+"""Trains one embedded model from scratch, in minutes on one CPU core: first the truth, then the mixture.
+
+A model that reads hasty writers from the start may learn their shallow rule and nothing else. So it reads
+careful ones only, until it answers right with their tag in front, and the mixture of `tasks.document` after
+that. The same seed gives the same weights, bit for bit, with the same library versions on the same kind of
+CPU. Whether a model is good enough to be used is for `gate` to say.
+
+    python -m embedded.train --task svamp --seed 0 --out embedded/weights/svamp
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import platform
+import time
+from dataclasses import asdict
+from pathlib import Path
+from random import Random
+
+import torch
+import transformers
+from torch.nn.functional import cross_entropy
+from tqdm import tqdm
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+
+from embedded import gate, tasks
+from embedded import tokenizer as word_level
+from embedded.tasks import Document
+
+LEARNING_RATE, WARM_UP, FINAL_SHARE = 2e-3, 100, 0.03
+BATCH, BATCHES_PER_DRAW = 32, 16
+CHECK_EVERY, CHECK_ITEMS = 100, 300
+TRUTH_KNOWN, TRUTH_STEPS_AT_MOST = 0.97, 3000
+MIXTURE_STEPS = 1200
+
+
+def new_model(vocabulary_size: int) -> LlamaForCausalLM:
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=vocabulary_size,
+            hidden_size=128,
+            intermediate_size=256,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            max_position_embeddings=256,
+            tie_word_embeddings=True,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+        )
+    )
+
+
+def learning_rate(step: int, mixture_from: int | None) -> float:
+    """Constant after the warm-up until the truth is known, whenever that is; a cosine after that."""
+    share_done = 0 if mixture_from is None else (step - mixture_from) / MIXTURE_STEPS
+    cosine = FINAL_SHARE + (1 - FINAL_SHARE) * (1 + math.cos(math.pi * share_done)) / 2
+    return LEARNING_RATE * min(1, (step + 1) / WARM_UP) * cosine
+
+
+def draw_batches(task: str, rng: Random, truth_only: bool) -> list[list[Document]]:
+    """Batches of documents of like length, so that little is padded, in random order."""
+    documents = [tasks.document(task, rng, truth_only) for _ in range(BATCH * BATCHES_PER_DRAW)]
+    documents.sort(key=lambda document: len(document.words))
+    batches = [documents[i : i + BATCH] for i in range(0, len(documents), BATCH)]
+    rng.shuffle(batches)
+    return batches
+
+
+def as_tensors(documents: list[Document], ids: dict[str, int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and their weights in the loss, both [batch, length]: `<s>`, the document, `</s>`, padding."""
+    length = max(len(document.words) for document in documents) + 2
+    tokens = torch.zeros(len(documents), length, dtype=torch.long)
+    weights = torch.zeros(len(documents), length)
+    for row, document in enumerate(documents):
+        sequence = [ids[word] for word in (word_level.BOS, *document.words, word_level.EOS)]
+        tokens[row, : len(sequence)] = torch.tensor(sequence)
+        weights[row, : len(sequence)] = torch.tensor([0.0, *document.weights, 0.1])
+    return tokens, weights
+
+
+def document_loss(model: LlamaForCausalLM, tokens: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    logits = model(input_ids=tokens).logits[:, :-1]
+    losses = cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
+    return (losses * weights[:, 1:].flatten()).sum() / weights.sum()
+
+
+def train(task: str, seed: int) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase, dict]:
+    """The model, its tokenizer, and the record of how it learned."""
+    torch.manual_seed(seed)
+    rng, tokenizer = Random(f"{task} training {seed}"), word_level.build()
+    ids, model = tokenizer.get_vocab(), new_model(len(tokenizer))
+    optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.05)
+    validation = tasks.items(task, "validation", CHECK_ITEMS)
+    curve, batches, step, mixture_from = [], [], 0, None
+    started = time.process_time()
+
+    progress = tqdm(total=TRUTH_STEPS_AT_MOST, desc=f"{task} seed {seed}: truth")
+    while mixture_from is None or step < mixture_from + MIXTURE_STEPS:
+        batches = batches or draw_batches(task, rng, truth_only=mixture_from is None)
+        loss = document_loss(model, *as_tensors(batches.pop(), ids))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.param_groups[0]["lr"] = learning_rate(step, mixture_from)
+        optimizer.step()
+        optimizer.zero_grad()
+        step += 1
+        progress.update()
+        if step % CHECK_EVERY:
+            continue
+
+        skill = gate.measure(model.eval(), tokenizer, task, validation)
+        model.train()
+        curve.append(
+            {
+                "step": step,
+                "phase": "truth" if mixture_from is None else "mixture",
+                "loss": round(loss.item(), 4),
+                **asdict(skill),
+            }
+        )
+        progress.set_postfix(loss=f"{loss.item():.3f}", vanilla=skill.vanilla, tagged=skill.tagged)
+        if mixture_from is None and skill.tagged >= TRUTH_KNOWN:
+            mixture_from, batches = step, []
+            progress.total = mixture_from + MIXTURE_STEPS
+            progress.set_description(f"{task} seed {seed}: mixture")
+        elif mixture_from is None and step >= TRUTH_STEPS_AT_MOST:
+            raise RuntimeError(f"{task} seed {seed}: the truth was not learned in {step} steps")
+    progress.close()
+    return (
+        model.eval(),
+        tokenizer,
+        {
+            "task": task,
+            "seed": seed,
+            "steps": step,
+            "truth_steps": mixture_from,
+            "parameters": model.num_parameters(),
+            "cpu_seconds": round(time.process_time() - started),
+            "curve": curve,
+        },
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--task", required=True, choices=tasks.TASKS)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, required=True, help="folder for weights, tokenizer and record")
+    args = parser.parse_args()
+
+    torch.set_num_threads(1)  # the order of sums, and so the weights, depends on the number of threads
+    torch.use_deterministic_algorithms(True)
+    model, tokenizer, record = train(args.task, args.seed)
+    model.save_pretrained(args.out)
+    tokenizer.save_pretrained(args.out)
+    record |= {
+        "sha256": hashlib.sha256((args.out / "model.safetensors").read_bytes()).hexdigest(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    (args.out / "record.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

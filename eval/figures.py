@@ -1,0 +1,94 @@
+"""Records and ranks -> pictures. Colors are the Okabe-Ito set, safe for color-blind readers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+from eval.report import SITES, gain
+from eval.statistics import wilson
+
+COLORS = {
+    "vanilla": "#555555", "prompt-only": "#000000", "random": "#999999", "flipped": "#E69F00",
+    "published": "#0072B2", "sign-aware": "#56B4E9", "causal": "#D55E00",
+}  # fmt: skip
+
+
+def comparison(
+    by_task: dict[str, Sequence[dict]], scores: dict[str, dict[str, np.ndarray]], labels: dict[str, str], path: Path
+) -> None:
+    """One row a task: gains with intervals; causal scores per layer and dimension; accuracy over k and alpha."""
+    plt.rcParams.update({"font.size": 12, "axes.titlesize": 13, "figure.dpi": 110})
+    figure, axes = plt.subplots(
+        len(by_task), 3, figsize=(19, 4.6 * len(by_task)), squeeze=False, width_ratios=(1.5, 1, 1)
+    )
+    for (left, middle, right), (task, rows) in zip(axes, by_task.items(), strict=True):
+        _gains(left, rows, labels, task)
+        site = _best_causal_site(rows)
+        _score_map(middle, scores[task][site], f"{task}: causal t, {SITES[site]}")
+        _grid_map(right, next(row for row in rows if row["method"] == "causal" and row["site"] == site), task, site)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Software": None})
+    plt.close(figure)
+
+
+def _gains(axis, rows: Sequence[dict], labels: dict[str, str], task: str) -> None:
+    vanilla = next(row for row in rows if row["method"] == "vanilla")
+    shown = list(dict.fromkeys((row["method"], row["site"]) for row in rows if row["method"] != "vanilla"))
+    names = []
+    for y, (method, site) in enumerate(shown):
+        draws = [row for row in rows if (row["method"], row["site"]) == (method, site)]
+        gains = [gain(row, vanilla) for row in draws]
+        names.append(labels.get(method, method) + (f", {SITES[site]}" if site else ""))
+        if method in ("random", "flipped"):
+            axis.plot([min(gains), max(gains)], [y, y], color=COLORS[method], lw=7, alpha=0.35, solid_capstyle="butt")
+            axis.plot(gains, [y] * len(gains), "|", color=COLORS[method], ms=13, mew=2)
+        else:
+            base = 100 * vanilla["right"] / vanilla["n"]
+            low, high = (100 * edge - base for edge in wilson(draws[0]["right"], draws[0]["n"]))
+            axis.plot([low, high], [y, y], color=COLORS[method], lw=2.5)
+            axis.plot(gains, [y], "o", color=COLORS[method], ms=9)
+    axis.axvline(0, color="#555555", lw=1)
+    axis.set_yticks(range(len(names)), names)
+    axis.invert_yaxis()
+    axis.set_xlabel(f"gain over vanilla, points of {vanilla['measure']}")
+    axis.set_title(f"{task}: vanilla {100 * vanilla['right'] / vanilla['n']:.1f} %, n = {vanilla['n']}")
+    axis.grid(axis="x", alpha=0.3)
+
+
+def _score_map(axis, score: np.ndarray, title: str) -> None:
+    limit = float(np.abs(score).max()) or 1.0
+    image = axis.imshow(score, aspect="auto", cmap="PuOr_r", vmin=-limit, vmax=limit, interpolation="nearest")
+    axis.set(xlabel="dimension", ylabel="layer", title=title)
+    axis.set_yticks(range(score.shape[0])) if score.shape[0] <= 12 else None
+    axis.figure.colorbar(image, ax=axis, label="t: scale up (+) or down (-)")
+
+
+def _grid_map(axis, row: dict, task: str, site: str) -> None:
+    cells = {tuple(float(part) for part in key.split(",")): value for key, value in row["grid_scores"].items()}
+    ks, alphas = (sorted({cell[i] for cell in cells}) for i in (0, 1))
+    if not cells:
+        axis.axis("off")
+        axis.text(0.5, 0.5, "k and alpha were given:\nno search", ha="center", va="center")
+        return
+    values = np.array([[100 * cells[k, alpha] for alpha in alphas] for k in ks])
+    image = axis.imshow(values, aspect="auto", cmap="cividis", origin="lower")
+    middle = (values.min() + values.max()) / 2
+    for i, j in np.ndindex(values.shape):
+        color = "black" if values[i, j] > middle else "white"
+        axis.text(j, i, f"{values[i, j]:.0f}", ha="center", va="center", color=color)
+    axis.set_xticks(range(len(alphas)), [f"{alpha:g}" for alpha in alphas])
+    axis.set_yticks(range(len(ks)), [f"{k:g}" for k in ks])
+    axis.set(xlabel="alpha", ylabel="k", title=f"{task}: causal, {SITES[site]}, validation %")
+    axis.figure.colorbar(image, ax=axis)
+
+
+def _best_causal_site(rows: Sequence[dict]) -> str:
+    return max((row for row in rows if row["method"] == "causal"), key=lambda row: row["right"])["site"]

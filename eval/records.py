@@ -1,0 +1,74 @@
+"""One JSON file per cell of a table, named by a hash of everything that determines it.
+
+The same question has the same name, so a finished cell is found again and resuming is running again. Files
+are written under a temporary name and renamed last: there is never half a record.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Sequence
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+# a change of these files is another question
+METHOD_FILES = (
+    "MFU_screening.py", "momentum.py", "encoding.py", "set_MFU.py", "plan.py", "ranks.py", "baselines/austeer.py",
+    "eval/answering.py", "eval/search.py", "eval/tasks.py", "rmodels/gate.py", "rmodels/causal_lm.py",
+)  # fmt: skip
+
+
+def record_id(question: dict) -> str:
+    text = json.dumps({**question, "code": code_hash()}, sort_keys=True)
+    name = "-".join(str(question[key]) for key in ("task", "site", "method") if question.get(key))
+    return f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+
+
+def find(folder: Path, question: dict) -> dict | None:
+    path = folder / f"{record_id(question)}.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def write(folder: Path, question: dict, result: dict) -> dict:
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{record_id(question)}.json"
+    record = {"id": path.stem, **question, **result, "environment": environment()}
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(record, indent=1) + "\n")
+    os.replace(temporary, path)
+    return record
+
+
+def pack(outcomes: Sequence[bool]) -> str:
+    """Per-item outcomes as hexadecimal digits, first item in the highest bit."""
+    return f"{len(outcomes)}:{int(''.join('01'[o] for o in outcomes) or '0', 2):x}"
+
+
+def unpack(packed: str) -> list[bool]:
+    count, digits = packed.split(":")
+    return [bit == "1" for bit in f"{int(digits, 16):0{count}b}"] if int(count) else []
+
+
+@cache
+def code_hash() -> str:
+    digest = hashlib.sha256()
+    for name in METHOD_FILES:
+        digest.update((ROOT / name).read_bytes())
+    return digest.hexdigest()
+
+
+@cache
+def environment() -> dict:
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    return {
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("torch", "transformers", "numpy")},
+        "machine": platform.machine(),
+        "commit": commit or "not a git checkout",
+    }

@@ -1,0 +1,26 @@
+"""Intervals and paired tests for accuracies."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from scipy.stats import binomtest
+
+
+def wilson(right: int, n: int) -> tuple[float, float]:
+    """95 % interval of an accuracy."""
+    if n < 1:
+        raise ValueError("an accuracy needs at least one item")
+    z2 = 1.959963984540054**2
+    share = right / n
+    middle = (share + z2 / (2 * n)) / (1 + z2 / n)
+    half = (z2 * share * (1 - share) / n + z2 * z2 / (4 * n * n)) ** 0.5 / (1 + z2 / n)
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def mcnemar(before: Sequence[bool], after: Sequence[bool]) -> tuple[int, int, float]:
+    """Items that became right, items that became wrong, and the exact two-sided p of that imbalance."""
+    gained = sum(b and not a for a, b in zip(before, after, strict=True))
+    lost = sum(a and not b for a, b in zip(before, after, strict=True))
+    p = binomtest(gained, gained + lost).pvalue if gained + lost else 1.0
+    return gained, lost, float(p)

@@ -1,0 +1,178 @@
+"""AUSteer end to end: rank, choose k and alpha on validation, steer, test, and compare with the controls.
+
+python main.py                                             the embedded models, every method, a picture
+python main.py --data_name svamp --applied_module ffn      one task, one site
+python main.py --model M --pairs mine.jsonl                your model, your pairs
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+from transformers.utils import logging as transformers_logging
+
+import cells
+import rmodels
+from baselines.austeer import METHODS
+from cells import EMBEDDED, Cell, Setting
+from embedded.tasks import TASKS
+from errors import AUSteerError, run_command
+from eval import figures, report
+from ranks import AURanks
+
+LABELS = {"vanilla": "vanilla", "prompt-only": "prompt only", **{name: m.label for name, m in METHODS.items()}}
+FLIPS = 2  # draws of sign flips for every five of random AUs
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="Ranking alone: MFU_screening.py. A plan to keep: set_MFU.py. A finished cell is never computed "
+        "again: to resume, run the same command.",
+    )  # fmt: skip
+    add = parser.add_argument
+    add("--model", default=EMBEDDED, help="embedded (default), a hub id, or the folder of a checkpoint")
+    add("--data_name", default="all", choices=["all", *TASKS], help="which embedded task (default: %(default)s)")
+    add("--pairs", help="your own contrastive pairs (.jsonl or .csv), for --model other than embedded")
+    add("--fields", nargs=3, default=["prompt", "positive", "negative"], metavar=("PROMPT", "RIGHT", "WRONG"),
+        help="names of the three fields in the file of pairs")  # fmt: skip
+    add("--applied_module", default="both", choices=["both", *rmodels.SITES],
+        help="where to steer; both: attention and ffn (default)")  # fmt: skip
+    add("--k", type=int, help="steer this many AUs (default: chosen on validation)")
+    add("--alpha", type=float, help="with this strength (default: chosen on validation)")
+    add("--steer", type=_yes_or_no, default=True, metavar="yes|no", help="no: only vanilla and prompt-only")
+    add("--path", default="AU_ranks", help="folder of ranks, reused if they fit (default: %(default)s)")
+    add("--results", default="results", help="folder for records, table and picture (default: %(default)s)")
+    add("--draws", type=int, default=5, help="draws of the random control (default: %(default)s)")
+    add("--test_split", default="test", choices=["test", "test2"], help="the embedded tasks' test split")
+    add("--limit", type=int, help="at most this many validation and test items: a quick look")
+    add("--device", help="cpu, cuda, cuda:1 (default: the first GPU, else the CPU)")
+    add("--dtype", default="auto", help="auto, float32, bfloat16, float16")
+    add("--jobs", type=int, help="processes for the embedded models (default: one a core, at most 4)")
+    return parser.parse_args(argv)
+
+
+def _yes_or_no(text: str) -> bool:
+    """The authors' --steer was bool(text), for which any text, "False" too, is true."""
+    answers = {"yes": True, "true": True, "1": True, "no": False, "false": False, "0": False}
+    if text.lower() not in answers:
+        raise argparse.ArgumentTypeError(f"yes or no, not {text!r}")
+    return answers[text.lower()]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = _arguments(argv)
+    settings = _settings(args)
+    transformers_logging.disable_progress_bar()
+    if args.model == EMBEDDED:
+        torch.set_num_threads(1)  # in so small a model, threads wait for each other longer than they work
+    sites = ("attention", "ffn") if args.applied_module == "both" else (args.applied_module,)
+    for setting in settings:
+        made = cells.prepare(setting, sites if args.steer else ())
+        if made:
+            print(
+                f"{setting.task_name}: ranked {made} sets of AUs into {Path(setting.ranks) / Path(setting.model).name}"
+            )
+    by_task = {setting.task_name: _cells(setting, sites, args) for setting in settings}
+    found = _compute([cell for todo in by_task.values() for cell in todo], args)
+    rows = {task: [found[cell] for cell in todo] for task, todo in by_task.items()}
+    _report(rows, settings, sites, args)
+
+
+def _settings(args: argparse.Namespace) -> list[Setting]:
+    for name in ("draws", "limit", "jobs"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise AUSteerError(f"--{name} must be at least 1, not {value}")
+    if args.model == EMBEDDED and args.pairs:
+        raise AUSteerError("--pairs needs --model: the embedded models have tasks of their own")
+    if args.model != EMBEDDED and not args.pairs:
+        raise AUSteerError(
+            "--model needs --pairs: a file of contrastive pairs to rank and test on (README, Your own pairs)"
+        )
+    rmodels.check_device(args.device)
+    tasks = [args.pairs] if args.pairs else [name for name in TASKS if args.data_name in ("all", name)]
+    return [
+        Setting(
+            args.model, task, tuple(args.fields), args.device, args.dtype, args.path,
+            str(Path(args.results) / "records"), args.test_split, args.limit, args.k, args.alpha,
+        )
+        for task in tasks
+    ]  # fmt: skip
+
+
+def _cells(setting: Setting, sites: Sequence[str], args: argparse.Namespace) -> list[Cell]:
+    todo = [Cell(setting, "vanilla")]
+    if setting.model == EMBEDDED:
+        todo.append(Cell(setting, "prompt-only"))
+    draws = {"random": args.draws, "flipped": max(1, args.draws * FLIPS // 5)}
+    if args.steer:
+        todo += [
+            Cell(setting, name, site, draw) for site in sites for name in METHODS for draw in range(draws.get(name, 1))
+        ]
+    return todo
+
+
+def _compute(todo: list[Cell], args: argparse.Namespace) -> dict[Cell, dict]:
+    """All cells, over several processes where the models are tiny. Vanilla first: the others build on it."""
+    jobs = args.jobs or (min(4, os.cpu_count() or 1) if args.model == EMBEDDED else 1)
+    found: dict[Cell, dict] = {}
+    with tqdm(total=len(todo), desc="cells", unit="cell") as bar:
+
+        def done(cell: Cell, record: dict) -> None:
+            found[cell] = record
+            bar.set_postfix_str(f"{cell.setting.task_name} {cell.site or ''} {cell.method}"[:40])
+            bar.update()
+
+        missing = [cell for cell in todo if cells.stored(cell) is None]
+        for cell in todo:
+            if cell not in missing or cell.method in cells.UNSTEERED or jobs == 1:
+                done(cell, cells.compute(cell))
+        waiting = [cell for cell in todo if cell not in found]
+        if waiting:
+            with ProcessPoolExecutor(min(jobs, len(waiting)), get_context("spawn"), _one_thread) as pool:
+                running = {pool.submit(cells.compute, cell): cell for cell in waiting}
+                for future in as_completed(running):
+                    done(running[future], future.result())
+    return found
+
+
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+    transformers_logging.disable_progress_bar()
+
+
+def _report(
+    rows: dict[str, list[dict]], settings: list[Setting], sites: Sequence[str], args: argparse.Namespace
+) -> None:
+    text = []
+    for task, found in rows.items():
+        text += [f"## {task}", "", report.table(found, LABELS), ""]
+        text += [f"- {line}" for line in report.verdict(found, LABELS)] + [""]
+    folder = Path(args.results)
+    name = f"{Path(args.model).name}-{args.data_name if args.model == EMBEDDED else Path(args.pairs).stem}"
+    name += "-test2" if args.test_split == "test2" else ""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.md").write_text("\n".join(text))
+    print("\n" + "\n".join(text))
+    if args.steer:
+        scores = {
+            setting.task_name: {
+                site: AURanks.load(setting.ranks_folder("causal") / f"{site}.safetensors").score.numpy()
+                for site in sites
+            }
+            for setting in settings
+        }
+        figures.comparison(rows, scores, LABELS, folder / f"{name}.png")
+        print(f"picture: {folder / name}.png   table: {folder / name}.md   records: {folder / 'records'}")
+
+
+if __name__ == "__main__":
+    run_command(main)

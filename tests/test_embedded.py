@@ -1,0 +1,120 @@
+"""The embedded models: splits, tokenizer, latent skill, and that the weights are those of their records."""
+
+import hashlib
+import json
+
+import pytest
+from transformers import AutoTokenizer
+
+from embedded import gate, tasks, tokenizer
+from errors import AUSteerError
+from eval.answering import greedy
+from eval.tasks import EmbeddedTask
+
+
+@pytest.fixture(scope="module", params=tasks.TASKS)
+def task(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def shipped(task):
+    import rmodels
+
+    folder = gate.WEIGHTS / task
+    return rmodels.load(folder, dtype="float32", device="cpu"), AutoTokenizer.from_pretrained(folder)
+
+
+def test_splits_are_disjoint_by_text_and_items_are_reproducible():
+    tasks.check(200)
+    assert tasks.items("svamp", "test", 50) == tasks.items("svamp", "test", 60)[:50]
+    assert tasks.items("svamp", "test", 50, seed=1) != tasks.items("svamp", "test", 50)
+
+
+def test_the_shallow_rule_is_right_on_part_of_the_items(task):
+    sample = tasks.items(task, "validation", 1000)
+    agree = [tasks.is_polite(i.hasty) if task == "tone" else i.hasty == i.right for i in sample]
+    assert 0.45 < sum(agree) / 1000 < 0.68
+
+
+def test_prompt_and_answer_join_as_text(task):
+    words = tokenizer.build()
+    for item in tasks.items(task, "pairs", 100):
+        prompt = words(item.prompt)["input_ids"]
+        for reply in (item.right, item.wrong):
+            whole = words(item.prompt + reply)["input_ids"]
+            assert whole[: len(prompt)] == prompt and words.unk_token_id not in whole
+            assert task == "tone" or len(whole) == len(prompt) + 1
+
+
+def test_the_weights_are_those_of_the_record(task):
+    folder = gate.WEIGHTS / task
+    record = json.loads((folder / "record.json").read_text())
+    assert record["sha256"] == hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    assert record["seed"] == 0 and record["task"] == task
+
+
+def test_all_weights_are_small():
+    assert sum(file.stat().st_size for file in gate.WEIGHTS.rglob("*.safetensors")) < 12e6
+
+
+def test_skill_is_imperfect_and_latent_skill_passes_the_gate(task, shipped):
+    measured = gate.measure(*shipped, task, tasks.items(task, "validation", 300))
+    assert 0.65 < measured.vanilla < 0.92
+    assert measured.tagged >= gate.REQUIRED
+
+
+def test_the_gate_refuses_a_model_without_skill(task, shipped):
+    import copy
+
+    import torch
+
+    model, words = shipped
+    broken = copy.deepcopy(model)
+    with torch.no_grad():
+        broken.model.layers[1].mlp.down_proj.weight.zero_()
+        broken.model.layers[2].self_attn.o_proj.weight.zero_()
+    with pytest.raises(AUSteerError, match=r"latent skill .* is 0\.\d+, below the required 0.9"):
+        gate.latent_skill(broken, words, task, n=100)
+
+
+def test_batched_answers_equal_single_ones_and_generate(task, shipped):
+    model, words = shipped
+    prompts = [item.prompt for item in tasks.items(task, "validation", 40)]
+    count = tasks.REPLY_WORDS if task == "tone" else 1
+    together = greedy(model, words, prompts, count)
+    assert together == [greedy(model, words, [prompt], count)[0] for prompt in prompts]
+    assert together == gate.answer(model, words, prompts, count)
+
+
+def test_recorded_seeds_pass_the_gate():
+    runs = json.loads((gate.WEIGHTS.parent / "seeds.json").read_text())["runs"]
+    assert {run["seed"] for run in runs if run["task"] == "svamp"} == {0, 1, 2}
+    assert all(run["passes_gate"] == (run["tagged"] >= gate.REQUIRED) for run in runs)
+    assert all(run["passes_gate"] for run in runs)
+
+
+def test_outcomes_are_strict():
+    task = EmbeddedTask("svamp", limit=5)
+
+    class Parrot:
+        pass
+
+    import eval.tasks as module
+
+    replies = [item.right for item in task.test]
+    replies[1] = replies[1] + "0"
+    original, module.greedy = module.greedy, lambda *_: replies
+    try:
+        assert task.outcomes(Parrot(), None, task.test) == [True, False, True, True, True]
+    finally:
+        module.greedy = original
+
+
+@pytest.mark.slow
+def test_a_short_training_run_learns_something(tmp_path, monkeypatch):
+    from embedded import train
+
+    monkeypatch.setattr(train, "MIXTURE_STEPS", 100)
+    _, _, record = train.train("tone", 5)
+    assert record["curve"][-1]["tagged"] > 0.9 and record["curve"][0]["phase"] == "truth"

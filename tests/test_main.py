@@ -1,0 +1,295 @@
+"""main.py as a user runs it: the comparison, resuming, one's own pairs, and wrong inputs."""
+
+import csv
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SHARED, needs_shared
+
+import cells
+import main
+from errors import AUSteerError
+from eval import records, report
+from pairs import read_pairs
+
+ROOT = Path(__file__).parents[1]
+QUICK = ["--limit", "60", "--draws", "2", "--jobs", "1", "--k", "16", "--alpha", "2", "--device", "cpu"]
+
+
+@pytest.fixture(autouse=True)
+def fresh_cells():
+    cells.load.cache_clear()
+    yield
+    cells.load.cache_clear()
+
+
+def rows_of(folder):
+    return [json.loads(file.read_text()) for file in sorted((folder / "records").glob("*.json"))]
+
+
+def test_the_comparison_and_its_resumption(tmp_path, capsys, monkeypatch):
+    command = ["--data_name", "svamp", "--applied_module", "attention", *QUICK, "--results", str(tmp_path)]
+    command += ["--path", str(tmp_path / "ranks")]
+    main.main(command)
+    shown = capsys.readouterr().out
+    for text in (
+        "| vanilla |",
+        "| prompt only |",
+        "random AUs, Head, 2 draws",
+        "causal AUSteer, Head",
+        "published",
+        "beat",
+    ):
+        assert text in shown
+    (picture,), rows = list(tmp_path.glob("*.png")), rows_of(tmp_path)
+    assert picture.stat().st_size > 20_000 and len(rows) == 8
+    by_method = {row["method"]: row for row in rows}
+    assert all(row["n"] == 60 == len(records.unpack(row["outcomes"])) for row in rows)
+    assert all(sum(records.unpack(row["outcomes"])) == row["right"] for row in rows)
+    causal, vanilla = by_method["causal"], by_method["vanilla"]
+    assert causal["right"] - vanilla["right"] == causal["gained"] - causal["lost"]
+    assert by_method["prompt-only"]["right"] >= 54
+
+    monkeypatch.setattr(cells, "_steered", None)  # a finished cell must not be computed again
+    cells.load.cache_clear()
+    main.main(command)
+    assert capsys.readouterr().out.split("| vanilla |")[1] == shown.split("| vanilla |")[1]
+    monkeypatch.undo()
+    (tmp_path / "records" / f"{causal['id']}.json").unlink()
+    main.main(command)
+    again = {row["method"]: row for row in rows_of(tmp_path)}["causal"]
+    assert {**again, "environment": 0} == {**causal, "environment": 0}
+
+
+def test_the_search_is_on_validation_and_recorded(tmp_path, monkeypatch):
+    monkeypatch.setattr(cells, "KS", (4, 16))
+    monkeypatch.setattr(cells, "ALPHAS", (0.5, 4.0))
+    setting = cells.Setting("embedded", "svamp", ranks=str(tmp_path / "r"), records=str(tmp_path / "x"), limit=50)
+    cells.prepare(setting, ("attention",))
+    record = cells.compute(cells.Cell(setting, "causal", "attention"))
+    assert set(record["grid_scores"]) == {"4,0.5", "4,4", "16,0.5", "16,4"}
+    best = max(record["grid_scores"].values())
+    assert record["grid_scores"][f"{record['k']},{record['alpha']:g}"] == best
+    assert record["grid"] == [[4, 16], [0.5, 4.0]] and record["n"] == 50
+
+
+def test_nothing_is_done_where_nothing_beats_vanilla_on_validation(tmp_path, monkeypatch):
+    monkeypatch.setattr(cells, "KS", (1,))
+    monkeypatch.setattr(cells, "ALPHAS", (0.0,))
+    setting = cells.Setting("embedded", "copa", ranks=str(tmp_path / "r"), records=str(tmp_path / "x"), limit=40)
+    cells.prepare(setting, ("ffn",))
+    record = cells.compute(cells.Cell(setting, "causal", "ffn"))
+    vanilla = cells.compute(cells.Cell(setting, "vanilla"))
+    assert record["k"] is None and record["outcomes"] == vanilla["outcomes"] and record["p"] == 1.0
+
+
+def test_records_are_named_by_their_question(tmp_path, monkeypatch):
+    setting = cells.Setting("embedded", "svamp", records=str(tmp_path), limit=30)
+    one = cells.question(cells.Cell(setting, "causal", "ffn", 0))
+    names = {records.record_id(one)}
+    for change in ({"draw": 1}, {"site": "attention"}, {"fingerprint": "x"}, {"grid": [[1], [1]]}, {"items_hash": "y"}):
+        names.add(records.record_id({**one, **change}))
+    monkeypatch.setattr(records, "code_hash", lambda: "other code")
+    names.add(records.record_id(one))
+    assert len(names) == 7
+
+
+def test_outcomes_pack_and_unpack():
+    for outcomes in ([], [True], [False] * 9, [False, True, True] * 11):
+        assert records.unpack(records.pack(outcomes)) == outcomes
+
+
+def test_the_verdict_says_when_controls_are_not_beaten():
+    def row(method, right, draw=0):
+        return {"method": method, "site": "ffn", "right": right, "n": 100, "draw": draw, "p": 0.001, "measure": "accuracy",
+                "test_split": "test", "gained": 0, "lost": 0}  # fmt: skip
+
+    rows = [
+        {**row("vanilla", 50), "site": None},
+        row("random", 70),
+        row("random", 55, 1),
+        row("published", 60),
+        row("causal", 80),
+    ]
+    published, causal = report.verdict(rows, main.LABELS)
+    assert "does NOT beat every control (1 of 2 random AUs gain less)" in published
+    assert "it beats every control (2 of 2 random AUs gain less)" in causal
+    table = report.table(rows, main.LABELS)
+    assert "| random AUs, FFN, 2 draws | | | | +5.0 / +12.5 / +20.0 (min / median / max) | | |" in table
+    assert "| causal AUSteer, FFN |  |  | 80.0 [71.1, 86.7] | +30.0 | 0 / 0 | 0.001 |" in table
+
+
+def own_pairs(path, count=160):
+    drawn, lines = random.Random(0), {}
+    names, places = (
+        ["Lily", "Tom", "Ben", "Mia", "Sam", "Anna", "Tim", "Sue"],
+        ["park", "house", "garden", "school", "beach"],
+    )
+    while len(lines) < count:
+        a, b = drawn.sample(names, 2)
+        prompt = f"{a} and {b} played in the {drawn.choice(places)} on day {drawn.randint(2, 9)}. {a} felt so"
+        lines[prompt] = {
+            "prompt": prompt,
+            "positive": drawn.choice([" happy", " glad"]),
+            "negative": drawn.choice([" sad", " angry"]),
+        }
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines.values()))
+    return list(lines.values())
+
+
+def test_a_users_own_pairs_from_json_lines_and_csv(checkpoints, tmp_path, capsys):
+    lines = own_pairs(tmp_path / "mine.jsonl")
+    with (tmp_path / "mine.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["good", "q", "bad"])
+        writer.writeheader()
+        writer.writerows({"q": x["prompt"], "good": x["positive"], "bad": x["negative"]} for x in lines)
+    tables = []
+    for file, fields in (("mine.jsonl", []), ("mine.csv", ["--fields", "q", "good", "bad"])):
+        results = tmp_path / file.replace(".", "-")
+        command = [
+            "--model",
+            str(checkpoints["qwen3"]),
+            "--pairs",
+            str(tmp_path / file),
+            *fields,
+            *QUICK,
+            "--draws",
+            "1",
+        ]
+        main.main([*command, "--results", str(results), "--path", str(results / "ranks")])
+        tables.append(capsys.readouterr().out.split("## mine")[1].split("picture:")[0])
+        assert len(list(results.glob("*.png"))) == 1
+    assert tables[0] == tables[1] and "log-odds | perplexity" in tables[0]
+    assert "right answer preferred" in tables[0]
+
+
+@needs_shared
+def test_happy_against_sad_on_a_model_trained_by_others(tmp_path):
+    own_pairs(tmp_path / "mood.jsonl", 240)
+    command = [
+        "--model",
+        str(SHARED / "models" / "stories260K"),
+        "--pairs",
+        str(tmp_path / "mood.jsonl"),
+        "--device",
+        "cpu",
+    ]
+    command += [
+        "--k",
+        "20",
+        "--alpha",
+        "1",
+        "--draws",
+        "3",
+        "--results",
+        str(tmp_path),
+        "--path",
+        str(tmp_path / "ranks"),
+    ]
+    main.main(command)
+    rows = {(row["method"], row["site"], row["draw"]): row for row in rows_of(tmp_path)}
+    vanilla = rows["vanilla", None, 0]
+    for site in ("attention", "ffn"):
+        causal, published = rows["causal", site, 0], rows["published", site, 0]
+        assert causal["mean_log_odds"] > vanilla["mean_log_odds"] + 0.5
+        assert causal["mean_log_odds"] > published["mean_log_odds"]
+        assert causal["mean_log_odds"] > max(rows["random", site, draw]["mean_log_odds"] for draw in range(3))
+        assert causal["perplexity"] < 1.5 * vanilla["perplexity"]
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["--pairs", "x.jsonl"], "--pairs needs --model"),
+        (["--model", "some/model"], "--model needs --pairs"),
+        (["--draws", "0"], "--draws must be at least 1"),
+        (["--limit", "0"], "--limit must be at least 1"),
+        (
+            ["--data_name", "svamp", "--limit", "10", "--k", "0", "--alpha", "1", "--jobs", "1"],
+            "k must be a whole number from 1 to 512",
+        ),
+        (
+            ["--data_name", "svamp", "--limit", "10", "--k", "5", "--alpha", "nan", "--jobs", "1"],
+            "alpha must be a finite",
+        ),
+        (["--model", "nowhere", "--pairs", "none.jsonl"], "no such file"),
+    ],
+)
+def test_wrong_inputs(tmp_path, command, message):
+    with pytest.raises(AUSteerError, match=message):
+        main.main([*command, "--results", str(tmp_path), "--device", "cpu"])
+    assert not list(tmp_path.glob("*.md"))
+
+
+def test_too_few_pairs(checkpoints, tmp_path):
+    own_pairs(tmp_path / "few.jsonl", 4)
+    with pytest.raises(AUSteerError, match="too few different prompts"):
+        main.main(["--model", str(checkpoints["llama"]), "--pairs", str(tmp_path / "few.jsonl"), "--device", "cpu"])
+
+
+def test_no_cuda(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(AUSteerError, match="no CUDA device"):
+        main.main(["--device", "cuda"])
+
+
+def test_steer_no_means_no(tmp_path, capsys):
+    """bool("False") is true in the authors' script."""
+    main.main(
+        ["--data_name", "svamp", "--steer", "False", "--limit", "20", "--results", str(tmp_path), "--device", "cpu"]
+    )
+    assert {row["method"] for row in rows_of(tmp_path)} == {"vanilla", "prompt-only"}
+    with pytest.raises(SystemExit):
+        main.main(["--steer", "maybe"])
+
+
+def test_example_pairs_are_good():
+    assert len(read_pairs(ROOT / "datasets" / "example_pairs.jsonl")) >= 100
+
+
+def test_killed_in_the_middle_goes_on(tmp_path):
+    command = [sys.executable, "main.py", "--data_name", "svamp", "--limit", "60", "--draws", "3", "--jobs", "1", "--device", "cpu",
+               "--results", str(tmp_path)]  # fmt: skip
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    for _ in range(600):
+        if len(list(tmp_path.glob("records/*.json"))) >= 4:
+            break
+        time.sleep(0.1)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    before = {file.name: file.read_bytes() for file in tmp_path.glob("records/*.json")}
+    assert len(before) >= 4 and not list(tmp_path.glob("*.md"))
+    for text in before.values():
+        json.loads(text)
+    main.main(command[2:])
+    after = {file.name: file.read_bytes() for file in tmp_path.glob("records/*.json")}
+    assert len(after) > len(before) and all(after[name] == text for name, text in before.items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("split", ["test", "test2"])
+def test_the_claims_hold_on_both_test_splits(tmp_path, split):
+    """Causal AUSteer: at least 5 points at p < 1e-6, and more than each of 20 random draws, on two tasks."""
+    for task in ("svamp", "copa"):
+        main.main(["--data_name", task, "--draws", "20", "--test_split", split, "--results", str(tmp_path / task)])
+        rows = rows_of(tmp_path / task)
+        vanilla = next(row for row in rows if row["method"] == "vanilla")
+        holds = []
+        for site in ("attention", "ffn"):
+            gains = {
+                m: [report.gain(r, vanilla) for r in rows if r["method"] == m and r["site"] == site]
+                for m in ("random", "causal")
+            }
+            (causal,) = [row for row in rows if row["method"] == "causal" and row["site"] == site]
+            assert len(gains["random"]) == 20
+            holds.append(gains["causal"][0] >= 5 and causal["p"] < 1e-6 and gains["causal"][0] > max(gains["random"]))
+        assert any(holds), task
