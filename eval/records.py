@@ -19,8 +19,9 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 # a change of these files is another question
 METHOD_FILES = (
-    "MFU_screening.py", "momentum.py", "encoding.py", "set_MFU.py", "plan.py", "ranks.py", "baselines/austeer.py",
-    "eval/answering.py", "eval/search.py", "eval/tasks.py", "rmodels/gate.py", "rmodels/causal_lm.py",
+    "MFU_screening.py", "momentum.py", "pair_texts.py", "encoding.py", "pairs.py", "ranks.py", "plan.py", "set_MFU.py",
+    "cells.py", "eval/answering.py", "eval/search.py", "eval/statistics.py", "eval/tasks.py", "embedded/tasks.py",
+    *(str(file.relative_to(ROOT)) for folder in ("rmodels", "baselines") for file in sorted((ROOT / folder).glob("*.py"))),
 )  # fmt: skip
 
 

@@ -72,9 +72,9 @@ def test_the_gate_refuses_a_model_without_skill(task, shipped):
     model, words = shipped
     broken = copy.deepcopy(model)
     with torch.no_grad():
-        broken.model.layers[1].mlp.down_proj.weight.zero_()
-        broken.model.layers[2].self_attn.o_proj.weight.zero_()
-    with pytest.raises(AUSteerError, match=r"latent skill .* is 0\.\d+, below the required 0.9"):
+        for layer in broken.model.layers:  # a model that cannot look back
+            layer.self_attn.o_proj.weight.zero_()
+    with pytest.raises(AUSteerError, match=r"latent skill .*.* below the required 0.9"):
         gate.latent_skill(broken, words, task, n=100)
 
 

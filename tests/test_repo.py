@@ -21,7 +21,19 @@ ALLOWED = {  # module -> what of this project it may import: data flows one way
     "set_MFU": {"errors", "plan", "ranks", "rmodels"},
     "baselines": {"plan", "ranks", "set_MFU"},
     "embedded": {"embedded", "errors"},
-    "eval": {"embedded", "encoding", "errors", "eval", "pair_texts", "pairs"},
+    "eval": {"embedded", "encoding", "errors", "eval", "pair_texts", "pairs"},  # no method, no plan
+    "cells": {
+        "MFU_screening",
+        "baselines",
+        "embedded",
+        "errors",
+        "eval",
+        "momentum",
+        "pairs",
+        "ranks",
+        "rmodels",
+        "set_MFU",
+    },
 }
 
 
@@ -67,7 +79,7 @@ def test_porting_guide_shows_the_file_as_it_is():
     assert '"mistral": ("modeling_mistral", "MistralForCausalLM")' in (ROOT / "rmodels" / "__init__.py").read_text()
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/porting.md", "docs/fidelity.md"])
+@pytest.mark.parametrize("document", ["README.md", "docs/porting.md", "docs/fidelity.md", "docs/sign.md"])
 def test_paths_in_documents_exist(document):
     text = (ROOT / document).read_text()
     named = re.findall(r"`((?:rmodels|tests|docs|benchmarks|eval|embedded)/[\w./-]+)`|\]\(([\w./-]+)\)", text)
@@ -94,9 +106,36 @@ def test_fidelity_names_every_switch():
 
 
 def test_scripts_parse():
-    for script in ("setup.sh", "tests/run.sh", ".ci/run"):
+    for script in ("setup.sh", "reproduce.sh", "tests/run.sh", ".ci/run"):
         subprocess.run(["bash", "-n", script], cwd=ROOT, check=True)
 
 
-def test_datasets_folder_would_shadow_the_library():
-    assert not list((ROOT / "datasets").rglob("*.py")) if (ROOT / "datasets").exists() else True
+def test_datasets_holds_no_code():
+    """With an __init__.py this folder would shadow the Hugging Face package of the same name."""
+    assert (ROOT / "datasets").is_dir() and not list((ROOT / "datasets").rglob("*.py"))
+
+
+def test_the_required_top_level_is_there():
+    for name in ["main.py", "reproduce.sh", "rmodels", "MFU_screening.py", "set_MFU.py", "datasets", "AU_ranks", "eval", "requirements.txt", "requirements2.txt", "tests", "README.md", "LICENSE", "CITATION.cff"]:  # fmt: skip
+        assert (ROOT / name).exists(), name
+
+
+def test_records_know_every_method_file():
+    from eval.records import METHOD_FILES
+
+    assert all((ROOT / name).exists() for name in METHOD_FILES)
+    for package in ("rmodels", "baselines"):
+        missing = {f"{package}/{file.name}" for file in (ROOT / package).glob("*.py")} - set(METHOD_FILES)
+        assert not missing, f"a change of {missing} would not be another question"
+
+
+def test_shipped_ranks_are_of_the_shipped_models():
+    """What the README's command makes; main.py uses them only if weights and pairs are these."""
+    from ranks import AURanks
+
+    files = sorted((ROOT / "AU_ranks" / "embedded").rglob("*.safetensors"))
+    assert len(files) == 16  # four tasks, two momenta, two sites
+    for file in files:
+        header = AURanks.load(file).header
+        assert header["pairs"] == 500 and header["model"] == f"weights/{file.parts[-3]}"
+        assert header["momentum"] == file.parts[-2]
