@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import time
+import warnings
 from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -18,16 +19,17 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from tqdm import tqdm
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import rmodels
 from encoding import PROTOCOLS, EncodedPair, Protocol, encode
 from errors import AUSteerError, run_command
 from momentum import MOMENTA, Momentum
 from pairs import Pair, check_pairs, pairs_hash, read_pairs
-from ranks import AURanks, fingerprint, model_header, public_name
+from ranks import AURanks, check_writable, fingerprint, model_header, public_name
 
-# How many tokens of prompt run at once. On a CPU more only costs memory (benchmarks/core.py).
+# How many tokens run at once, both texts of a pair counted. On a CPU, one prompt of ordinary length at a time keeps
+# memory small; --batch-size 8 is a fifth faster and takes several times the memory (benchmarks/core.py).
 BATCH_TOKENS = {"cpu": 160, "cuda": 8192}
 
 
@@ -78,11 +80,19 @@ def screen(
     for site in sites:
         rmodels.site_shape(model, site)
     pairs = _as_pairs(train_dataset, rules)
-    limit = max_length or model.config.max_position_embeddings
+    context = model.config.max_position_embeddings
+    limit = _longest(rules, model, max_length)
+    if max_length is not None and not 1 <= max_length <= context:
+        raise AUSteerError(
+            f"the longest text must be from 1 to {context} tokens (the model's context), not {max_length}"
+        )
+    if batch_size is not None and batch_size < 1:
+        raise AUSteerError(f"the batch size must be at least 1, not {batch_size}")
     encoded, equal = encode(pairs, tokenizer, rules, limit)
     if momentum == "causal" and len(pairs) < 2:
         raise AUSteerError("causal momentum needs at least two pairs: it is ranked by a t statistic")
 
+    made_by = model_header(model)  # before the forwards: what fails here fails early
     state = PartialState()
     mine = encoded[state.process_index :: state.num_processes]
     size = batch_size if rules.share_prompt else 1
@@ -91,24 +101,35 @@ def screen(
     _run(total, batches(mine, size, tokens), len(mine), progress and state.is_main_process)
     if state.num_processes > 1:
         _add_over_processes(total)
-    if bool(total.not_finite):
+    not_finite = int(total.not_finite)
+    if not_finite and rules.refuse_overflow:
         raise AUSteerError(
-            f"{int(total.not_finite)} activations are inf or nan in {model.dtype}: the ranks would be noise; "
+            f"{not_finite} values are inf or nan in {model.dtype}: the ranks would be noise; "
             "load the model in bfloat16 or float32"
         )
+    if not_finite:
+        warnings.warn(
+            f"{not_finite} activations are inf or nan in {model.dtype}; the authors' code counts on", stacklevel=2
+        )
     header = {
-        **model_header(model),
+        **made_by,
         "tokenizer": public_name(tokenizer.name_or_path),
         "pairs": len(pairs),
         "pairs_hash": pairs_hash(pairs),
         "pairs_with_equal_tokens": equal,
+        "not_finite": not_finite,
         "protocol": protocol,
         "momentum": momentum,
-        "max_length": 512 if rules.truncation == "right-512" else limit,
+        "max_length": limit,
         "tie_rule": "lower layer, then lower dimension",
         "versions": {name: version(name) for name in ("torch", "transformers")},
     }
     return {site: _ranks(total, site, len(pairs), header) for site in sites}
+
+
+def _longest(rules: Protocol, model: PreTrainedModel, max_length: int | None) -> int:
+    """The longest text in tokens. The authors cut at 512 whatever the context."""
+    return rules.cut_at or max_length or model.config.max_position_embeddings
 
 
 def ranks_file(path: str | Path, site: str) -> Path:
@@ -119,9 +140,11 @@ def ranks_file(path: str | Path, site: str) -> Path:
 
 def _as_pairs(train_dataset: Sequence[Sequence[str]], rules: Protocol) -> list[Pair]:
     try:
-        pairs = [Pair(*row) for row in train_dataset]
+        pairs = [Pair(*row) for row in train_dataset if not isinstance(row, str)]
     except TypeError:
-        raise AUSteerError("every pair must be [prompt, right answer, wrong answer]") from None
+        pairs = []
+    if len(pairs) < len(train_dataset):
+        raise AUSteerError("every pair must be [prompt, right answer, wrong answer]")
     if rules.first_pairs is None:
         check_pairs(pairs)
     elif not pairs:
@@ -135,12 +158,14 @@ def batches(encoded: Sequence[EncodedPair], size: int | None, tokens: int) -> li
     Longest first, so what does not fit in memory shows at once.
     """
     made: list[list[EncodedPair]] = []
-    for pair in sorted(encoded, key=lambda pair: (bool(pair.prefix), len(pair.prefix), pair.length), reverse=True):
-        batch = made[-1] if made else []
-        room = size or max(1, tokens // batch[0].length) if batch else 0
+    for pair in sorted(encoded, key=lambda pair: (bool(pair.prefix), pair.cost), reverse=True):
+        # a batch is padded to its longest prompt and its longest tail, of which every pair has two
+        batch = [*made[-1], pair] if made else [pair]
+        padded = max(len(p.prefix) for p in batch) + 2 * max(p.tail for p in batch)
+        room = len(batch) <= size if size else len(batch) * padded <= tokens
         # never mixed: beside prompts, a pair without one would be a row of padding, which has no attention
-        if len(batch) < room and bool(batch[0].prefix) == bool(pair.prefix):
-            batch.append(pair)
+        if len(batch) > 1 and room and bool(batch[0].prefix) == bool(pair.prefix):
+            made[-1].append(pair)
         else:
             made.append([pair])
     return made
@@ -240,41 +265,49 @@ def main(argv: Iterable[str] | None = None) -> None:
     args = _arguments(argv)
     if len(args.site) > 1 and args.out.endswith(".safetensors"):
         raise AUSteerError("--out must be a folder when several sites are ranked")
-    for name, value in (("--batch-size", args.batch_size), ("--max-length", args.max_length)):
-        if value is not None and value < 1:
-            raise AUSteerError(f"{name} must be at least 1, not {value}")
-    pairs = read_pairs(args.pairs, args.fields)
+    rules = PROTOCOLS[args.protocol]
+    if not rules.share_prompt and (args.batch_size or args.max_length):
+        raise AUSteerError(
+            "--protocol paper runs one text at a time, cut at 512 tokens: leave out --batch-size and --max-length"
+        )
+    pairs = read_pairs(args.pairs, args.fields, check=rules.first_pairs is None)[: rules.first_pairs]
+    for site in args.site:
+        check_writable(ranks_file(args.out, site))
     state = PartialState(cpu=args.device == "cpu" or not torch.cuda.is_available())
     device = args.device if args.device or state.num_processes == 1 else str(state.device)
     model = rmodels.load(
         args.model, dtype=args.dtype, device=device, quantization=args.quantization,
         attn_implementation=args.attn, revision=args.revision,
     )  # fmt: skip
-    tokenizer = AutoTokenizer.from_pretrained(args.model, revision=args.revision)
+    tokenizer = rmodels.load_tokenizer(args.model, revision=args.revision)
     question = {
-        "fingerprint": fingerprint(model), "pairs_hash": pairs_hash(pairs[: PROTOCOLS[args.protocol].first_pairs]),
-        "protocol": args.protocol, "momentum": args.momentum,
+        "fingerprint": fingerprint(model), "pairs_hash": pairs_hash(pairs), "protocol": args.protocol,
+        "momentum": args.momentum, "tokenizer": public_name(tokenizer.name_or_path),
+        "max_length": _longest(rules, model, args.max_length),
     }  # fmt: skip
     wanted = [site for site in args.site if not _already_there(ranks_file(args.out, site), question, args.force)]
-    if not wanted:
-        return
-    started = time.monotonic()
-    found = screen(
-        pairs, model, tokenizer, wanted, protocol=args.protocol, momentum=args.momentum,
-        batch_size=args.batch_size, max_length=args.max_length,
-    )  # fmt: skip
+    if state.num_processes > 1:  # other nodes may not see the same disk
+        shared = [wanted]
+        torch.distributed.broadcast_object_list(shared)
+        wanted = shared[0]
+    if wanted:
+        started = time.monotonic()
+        found = screen(
+            pairs, model, tokenizer, wanted, protocol=args.protocol, momentum=args.momentum,
+            batch_size=args.batch_size, max_length=args.max_length,
+        )  # fmt: skip
+        seconds = time.monotonic() - started
     if not state.is_main_process:
         return
-    seconds = time.monotonic() - started
-    for site, ranks in found.items():
+    for site in wanted:
         file = ranks_file(args.out, site)
-        ranks.save(file)
-        if args.authors_files:
-            ranks.save_authors(Path(args.authors_files) / site)
-        layers, width = ranks.score.shape
+        found[site].save(file)
+        layers, width = found[site].score.shape
         print(f"{file}: {layers} x {width} AUs at site {site}, {len(pairs)} pairs, {len(pairs) / seconds:.1f} pairs/s")
-        best = ", ".join(f"({layer}, {dim}) {score:+.3f}" for layer, dim, score in ranks.top(5))
-        print(f"  best (layer, dim): {best}; {ranks.ties(100)} more tie with the 100th")
+        best = ", ".join(f"({layer}, {dim}) {score:+.3f}" for layer, dim, score in found[site].top(5))
+        print(f"  best (layer, dim): {best}; {found[site].ties(100)} more tie with the 100th")
+    for site in args.site if args.authors_files else ():
+        AURanks.load(ranks_file(args.out, site)).save_authors(Path(args.authors_files) / site)
 
 
 def _already_there(file: Path, question: dict, force: bool) -> bool:

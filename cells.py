@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import rmodels
 from baselines.austeer import METHODS
@@ -75,7 +75,7 @@ def load(setting: Setting) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Ta
     else:
         task = PairTask(setting.task_name, read_pairs(setting.task, setting.fields), setting.limit)
     model = rmodels.load(setting.checkpoint, dtype=setting.dtype, device=setting.device)
-    return model, AutoTokenizer.from_pretrained(setting.checkpoint), task
+    return model, rmodels.load_tokenizer(setting.checkpoint), task
 
 
 def prepare(setting: Setting, sites: tuple[str, ...]) -> int:

@@ -20,15 +20,16 @@ class Protocol:
     """How pairs are read. Each field is one quirk; docs/fidelity.md gives the reason for both values."""
 
     name: str
-    truncation: str  # "prompt-left": cut the prompt's start; "right-512": cut whatever is behind token 512
+    cut_at: int | None  # cut whatever is behind this token; None: cut the prompt's start, where the context ends
     share_prompt: bool  # run what a pair shares once, batched; False: one full text per forward, unpadded
     round_to_half: bool  # round activations to float16 before taking the difference
     drop_refused_prompt: bool  # a positive with the stock refusal is used without its prompt
-    first_pairs: int | None  # use at most this many
+    first_pairs: int | None  # use at most this many, and take empty or equal answers as they come
+    refuse_overflow: bool  # inf or nan in an activation is an error; else a warning, and counted by its sign
 
 
-CLEAN = Protocol("clean", "prompt-left", True, False, False, None)
-PAPER = Protocol("paper", "right-512", False, True, True, 1000)
+CLEAN = Protocol("clean", None, True, False, False, None, True)
+PAPER = Protocol("paper", 512, False, True, True, 1000, False)
 PROTOCOLS = {"clean": CLEAN, "paper": PAPER}
 REFUSAL = "I'm sorry, but I can't assist"
 
@@ -42,8 +43,17 @@ class EncodedPair:
     negative: tuple[int, ...]
 
     @property
+    def tail(self) -> int:
+        return max(len(self.positive), len(self.negative))
+
+    @property
     def length(self) -> int:
-        return len(self.prefix) + max(len(self.positive), len(self.negative))
+        return len(self.prefix) + self.tail
+
+    @property
+    def cost(self) -> int:
+        """Tokens to run: the prompt once, the tails both."""
+        return self.length + self.tail
 
 
 def encode(
@@ -51,14 +61,13 @@ def encode(
 ) -> tuple[list[EncodedPair], int]:
     """The pairs whose token sequences differ, and how many are equal (their momentum is zero)."""
     texts = [_texts(pair, protocol) for pair in pairs]
-    paper = protocol.truncation == "right-512"
-    cut = {"truncation": True, "max_length": 512} if paper else {}
+    cut = {"truncation": True, "max_length": protocol.cut_at} if protocol.cut_at else {}
     ids = [tuple(row) for row in tokenizer([text for two in texts for text in two], **cut, verbose=False)["input_ids"]]
     encoded, equal = [], 0
     for index, (positive, negative) in enumerate(zip(ids[::2], ids[1::2], strict=True)):
         if not positive or not negative:
             raise AUSteerError(f"pair {index}: a text has no tokens at all")
-        if not paper:
+        if not protocol.cut_at:
             positive, negative = _cut_prompt(positive, negative, max_length, tokenizer, index)
         if positive == negative:
             equal += 1

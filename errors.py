@@ -17,5 +17,5 @@ def run_command(command: Callable[[], int | None]) -> None:
     except AUSteerError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        print("\ninterrupted; run the same command again to go on", file=sys.stderr)
+        print("\ninterrupted", file=sys.stderr)
         sys.exit(130)

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from encoding import EncodedPair, Protocol
@@ -67,13 +67,14 @@ class ActivationMomentum(Momentum):
     @torch.inference_mode()
     def add(self, batch: Sequence[EncodedPair]) -> None:
         for (site, layer), last in self._last_activations(batch).items():
-            positive, negative = last[0::2], last[1::2]
-            momentum = positive - negative
-            self._note_not_finite(momentum)
-            self._accumulate(site, "positive", layer, (momentum > 0).sum(0))
-            self._accumulate(site, "negative", layer, (momentum < 0).sum(0))
+            self._note_not_finite(last)
+            momentum = last[0::2] - last[1::2]
+            # in the authors' float16, overflow counts by its sign and inf - inf as zero
+            signs = last[0::2].half() - last[1::2].half() if self.protocol.round_to_half else momentum
+            self._accumulate(site, "positive", layer, (signs > 0).sum(0))
+            self._accumulate(site, "negative", layer, (signs < 0).sum(0))
             self._accumulate(site, "sum_momentum", layer, momentum.sum(0, dtype=torch.float64))
-            self._accumulate(site, "sum_activation", layer, positive.sum(0, dtype=torch.float64))
+            self._accumulate(site, "sum_activation", layer, last[0::2].sum(0, dtype=torch.float64))
 
     def _last_activations(self, batch: Sequence[EncodedPair]) -> dict[tuple[str, int], Tensor]:
         """(2 * pairs, width) by site and layer, at the last token of each text."""
@@ -83,8 +84,7 @@ class ActivationMomentum(Momentum):
         def keep(gate):
             def tap(x: Tensor) -> Tensor:
                 last = texts.last.to(x.device)
-                values = x[torch.arange(len(last), device=x.device), last]  # a copy: x itself is freed
-                seen[gate.site, gate.layer].append(values.half() if self.protocol.round_to_half else values)
+                seen[gate.site, gate.layer].append(x[torch.arange(len(last), device=x.device), last])  # a copy
                 return x
 
             return tap
@@ -114,9 +114,10 @@ class CausalMomentum(Momentum):
         with tapped(self.model, self.sites, probe):
             log_odds = PairTexts(self.model, batch, logits=True).log_odds()
         # rows are independent, so one backward pass of the sum gives every pair its own gradient
-        gradients = torch.autograd.grad(nn.functional.logsigmoid(log_odds).sum(), list(probes.values()))
+        gradients = torch.autograd.grad(log_odds.sum(), list(probes.values()))
+        weight = torch.sigmoid(-log_odds.detach().double())  # d log sigmoid(M) / d M: it would underflow in float16
         for (site, layer), gradient in zip(probes, gradients, strict=True):
-            values = gradient[:, 0].double()
+            values = gradient[:, 0].double() * weight[:, None].to(gradient.device)
             self._note_not_finite(values)
             self._accumulate(site, "sum", layer, values.sum(0))
             self._accumulate(site, "sum_squares", layer, values.square().sum(0))

@@ -25,8 +25,7 @@ class PairTexts:
         self.cache: DynamicCache | None = None
         if not width:
             return
-        # a cache without a config keeps every position, also those that left a sliding window: its mask
-        # still applies, and padding makes the rows' windows differ
+        # without a config no layer forgets what left its sliding window, whose mask still applies: repeating rows is safe
         self.cache = DynamicCache()
         padded = [(0,) * (width - len(pair.prefix)) + pair.prefix for pair in batch]
         columns = torch.arange(width) - (width - self.lengths)[:, None]  # negative on padding

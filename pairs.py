@@ -1,7 +1,7 @@
 """Contrastive pairs: a prompt, a right answer and a wrong one. What everything here starts from.
 
 A file of pairs is JSON Lines of {"prompt", "positive", "negative"} (or the authors' [prompt, right,
-wrong] triples), or CSV with those three columns. Prompt and answer are joined as they are: no space is
+wrong] triples, also as one JSON array), or CSV with those three columns. Prompt and answer are joined as they are: no space is
 added, so an answer that should follow a space begins with one.
 """
 
@@ -26,8 +26,11 @@ class Pair(NamedTuple):
     negative: str
 
 
-def read_pairs(path: str | Path, fields: Sequence[str] = FIELDS) -> list[Pair]:
-    """Read and check a file of pairs; `fields` names its columns for prompt, positive and negative."""
+def read_pairs(path: str | Path, fields: Sequence[str] = FIELDS, check: bool = True) -> list[Pair]:
+    """Read a file of pairs; `fields` names its columns for prompt, positive and negative.
+
+    check=False lets empty and equal answers pass, as the authors' code does.
+    """
     path = Path(path)
     try:
         # utf-8-sig: spreadsheets put a byte-order mark in front
@@ -43,7 +46,8 @@ def read_pairs(path: str | Path, fields: Sequence[str] = FIELDS) -> list[Pair]:
         raise AUSteerError(
             f'{path} holds no pairs; one line a pair: {{"prompt": ..., "positive": ..., "negative": ...}}'
         )
-    check_pairs([pair for _, pair in rows], [f"{path}, line {line}" for line, _ in rows])
+    if check:
+        check_pairs([pair for _, pair in rows], [f"{path}, line {line}" for line, _ in rows])
     return [pair for _, pair in rows]
 
 
@@ -75,6 +79,11 @@ def pairs_hash(pairs: Iterable[Sequence[str]]) -> str:
 
 
 def _json_rows(text: str, path: Path, fields: Sequence[str]) -> Iterable[tuple[int, Pair]]:
+    if _is_array_of_rows(text):
+        yield from (
+            (number, _row(row, fields, f"{path}, row {number}")) for number, row in enumerate(json.loads(text), 1)
+        )
+        return
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
@@ -82,14 +91,24 @@ def _json_rows(text: str, path: Path, fields: Sequence[str]) -> Iterable[tuple[i
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise AUSteerError(f"{path}, line {number}: not JSON ({error.msg}, column {error.colno})") from None
-        if isinstance(row, list) and len(row) == 3:
-            yield number, Pair(*row)
-        elif isinstance(row, dict):
-            yield number, _pick(row, fields, f"{path}, line {number}")
-        else:
-            raise AUSteerError(
-                f"{path}, line {number}: expected an object with {', '.join(fields)}, or a list of three"
-            )
+        yield number, _row(row, fields, f"{path}, line {number}")
+
+
+def _is_array_of_rows(text: str) -> bool:
+    """One JSON array of everything, as the authors write their triples, rather than a row a line."""
+    try:
+        whole = json.loads(text)
+    except json.JSONDecodeError:
+        return False
+    return isinstance(whole, list) and bool(whole) and all(isinstance(row, list | dict) for row in whole)
+
+
+def _row(row: object, fields: Sequence[str], place: str) -> Pair:
+    if isinstance(row, list) and len(row) == 3:
+        return Pair(*row)
+    if isinstance(row, dict):
+        return _pick(row, fields, place)
+    raise AUSteerError(f"{place}: expected an object with {', '.join(fields)}, or a list of three")
 
 
 def _csv_rows(text: str, path: Path, fields: Sequence[str]) -> Iterable[tuple[int, Pair]]:
@@ -105,5 +124,5 @@ def _pick(row: dict, fields: Sequence[str], place: str) -> Pair:
     missing = [field for field in fields if row.get(field) is None]
     if missing:
         have = ", ".join(str(key) for key in row if key is not None)
-        raise AUSteerError(f"{place}: no {', '.join(missing)} (it has: {have})")
+        raise AUSteerError(f"{place}: no {', '.join(missing)}, or nothing in it (fields there: {have})")
     return Pair(*(row[field] for field in fields))

@@ -8,16 +8,14 @@ At the planned AUs, x -> x * (1 + scale) + shift, at the token positions named b
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from errors import AUSteerError
-from ranks import read_tensors
+from ranks import read_tensors, write_tensors
 
 FORMAT = "austeer-plan-1"
 TOKENS = ("all", "prompt", "generated", "last")
@@ -73,6 +71,9 @@ class Plan:
     def __len__(self) -> int:
         return len(self.units())
 
+    def __bool__(self) -> bool:
+        return True  # also a plan that does nothing is a plan
+
     def __str__(self) -> str:
         lines = [f"{len(self)} atomic units, tokens: {self.tokens}"]
         lines += [f"{key}: {value}" for key, value in self.header.items() if key not in ("fingerprint",)]
@@ -81,10 +82,10 @@ class Plan:
             lines.append(f"{site:<10} {layer:>5} {dim:>6}     {1 + scale:+.3f} x" + (f" {shift:+.4g}" if shift else ""))
         return "\n".join(lines)
 
-    def conflicts(self, other: Plan) -> list[tuple[str, int, int, float, float]]:
-        """AUs both plans touch: (site, layer, dim, scale here, scale there)."""
-        there = {unit[:3]: unit[3] for unit in other.units()}
-        return [(*unit[:3], unit[3], there[unit[:3]]) for unit in self.units() if unit[:3] in there]
+    def conflicts(self, other: Plan) -> list[tuple[str, int, int, tuple[float, float], tuple[float, float]]]:
+        """AUs both plans touch: (site, layer, dim, (scale, shift) here, (scale, shift) there)."""
+        there = {unit[:3]: unit[3:] for unit in other.units()}
+        return [(*unit[:3], unit[3:], there[unit[:3]]) for unit in self.units() if unit[:3] in there]
 
     def __add__(self, other: Plan) -> Plan:
         """Both at once: scales and shifts add. Look at `conflicts` for AUs that both touch."""
@@ -95,17 +96,19 @@ class Plan:
                 raise AUSteerError(
                     f"the plans are for different models: {self.shape(site)} and {other.shape(site)} AUs at {site}"
                 )
-        return Plan(
-            _sum(self.scales, other.scales),
-            _sum(self.shifts, other.shifts),
-            self.tokens,
-            {key: value for key, value in self.header.items() if other.header.get(key) == value},
-        )
+        made_for = {
+            key: self.header.get(key) or other.header.get(key)
+            for key in ("model", "family", "fingerprint", "precision")
+        }
+        for header in (self.header, other.header):
+            if header.get("fingerprint") not in (None, made_for["fingerprint"]):
+                raise AUSteerError(
+                    f"the plans are for different models: {self.header.get('model')} and {other.header.get('model')}"
+                )
+        return Plan(_sum(self.scales, other.scales), _sum(self.shifts, other.shifts), self.tokens, made_for)
 
     def save(self, path: str | Path) -> None:
         """Sparse: a few kilobytes for a hundred AUs of any model."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
         tensors, shapes = {}, {}
         for kind, by_site in (("scale", self.scales), ("shift", self.shifts)):
             for site, values in by_site.items():
@@ -118,9 +121,7 @@ class Plan:
             "shapes": json.dumps(shapes),
             "header": json.dumps(self.header),
         }
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        save_file(tensors, temporary, metadata)
-        os.replace(temporary, path)
+        write_tensors(Path(path), tensors, metadata)
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from errors import AUSteerError
-from rmodels import gates, site_shape
+from rmodels import SITES, gates, site_shape
 
 FORMAT = "austeer-ranks-1"
 AUTHORS_FILES = ("all_scores.pt", "all_layer_ids.pt", "all_indices.pt")
@@ -51,6 +51,10 @@ class AURanks:
 
     def __iter__(self) -> Iterator[list]:
         """Unpacks as the authors' `all_scores, all_layer_ids, all_indices`."""
+        if self.header.get("momentum") == "causal":
+            raise AUSteerError(
+                "the authors' lists hold one number per AU, so causal ranks do not fit: use set_MFU(ranks, k, alpha)"
+            )
         layers, width = self.score.shape
         yield self.score.flatten().tolist()
         yield [layer for layer in range(layers) for _ in range(width)]
@@ -69,31 +73,30 @@ class AURanks:
         return [(u // width, u % width, float(self.score.flatten()[u])) for u in self.order[:k].tolist()]
 
     def save(self, path: str | Path) -> None:
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
         header = {**self.header, "ties_at_cut": {str(k): self.ties(k) for k in COMMON_CUTS if k <= self.score.numel()}}
         tensors = {"score": self.score, "gain": self.gain, **{f"stats.{name}": t for name, t in self.stats.items()}}
         metadata = {"format": FORMAT, "site": self.site, "header": json.dumps(header, sort_keys=True)}
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")  # renamed last: never a half-written file
-        save_file({name: t.contiguous().cpu() for name, t in tensors.items()}, temporary, metadata)
-        os.replace(temporary, path)
+        write_tensors(Path(path), tensors, metadata)
 
     @classmethod
-    def load(cls, path: str | Path) -> AURanks:
+    def load(cls, path: str | Path, site: str | None = None) -> AURanks:
+        """Read a ranks file, or a folder of the authors' (whose site is `site`, or the folder's name)."""
         path = Path(path)
         if path.is_dir():
-            return cls.load_authors(path)
+            return cls.load_authors(path, site)
         tensors, metadata = read_tensors(path, FORMAT, "ranks")
         stats = {name.removeprefix("stats."): t for name, t in tensors.items() if name.startswith("stats.")}
         return cls(metadata["site"], tensors["score"], tensors["gain"], stats, json.loads(metadata["header"]))
 
     @classmethod
     def load_authors(cls, folder: str | Path, site: str | None = None) -> AURanks:
-        """Read the authors' three lists. They do not say their site: it is taken from the folder's name."""
+        """Read the authors' three lists. They do not say their site: name it, or the folder by it."""
         folder = Path(folder)
-        site = site or next((s for s in ("attention", "ffn", "layer") if s in folder.name), None)
-        if site is None:
-            raise AUSteerError(f"{folder}: which site are these ranks of? name it: attention, ffn or layer")
+        site = site or folder.name
+        if site not in SITES:
+            raise AUSteerError(
+                f"{folder}: the authors' files do not say their site; pass site= (--site): {', '.join(SITES)}"
+            )
         lists = []
         for name in AUTHORS_FILES:
             try:
@@ -142,12 +145,42 @@ def check_made_for(model: nn.Module, shapes: dict[str, tuple[int, int]], header:
                 f"{what} made for {header.get('model', 'another model')}, site {site}: "
                 f"{made[0]} layers of {made[1]} AUs; this model has {shape[0]} of {shape[1]}"
             )
-    theirs = header.get("fingerprint")
-    if theirs and precision(model) == header.get("precision") and theirs != fingerprint(model):
+    if not header:
+        return
+    if header.get("family") not in (None, model.config.model_type):
         raise AUSteerError(
-            f"{what} made on other weights ({header.get('model')}, fingerprint {theirs[:8]}; this model has "
-            f"{fingerprint(model)[:8]}); rank this model, or pass check=False to go on all the same"
+            f"{what} made for a {header['family']} model ({header.get('model')}); this one is {model.config.model_type}"
         )
+    theirs, ours = header.get("fingerprint"), fingerprint(model)
+    # other precision, other bits: nothing to compare then but shapes and family
+    if theirs and ours and precision(model) == header.get("precision") and theirs != ours:
+        raise AUSteerError(
+            f"{what} made on other weights ({header.get('model')}, fingerprint {theirs[:8]}; this model has {ours[:8]}); "
+            "rank this model, or pass check=False to go on all the same"
+        )
+
+
+def check_writable(path: Path) -> None:
+    """Make the folder of a file to come: a place that cannot be written to should show before the work."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        probe = path.with_name(f".{path.name}.{os.getpid()}")
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise AUSteerError(f"cannot write {path}: {error.strerror}") from None
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write under a temporary name and rename last: there is never half a file."""
+    check_writable(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, temporary, metadata)
+        os.replace(temporary, path)
+    except (OSError, safetensors.SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        raise AUSteerError(f"cannot write {path}: {error}") from error
 
 
 def read_tensors(path: Path, wanted_format: str, kind: str) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -166,33 +199,44 @@ def read_tensors(path: Path, wanted_format: str, kind: str) -> tuple[dict[str, T
 
 
 def precision(model: nn.Module) -> str:
-    quantization = getattr(model.config, "quantization_config", None)
-    return f"{model.dtype}".removeprefix("torch.") + (f"-{quantization.quant_method}" if quantization else "")
+    name = str(model.dtype).removeprefix("torch.")
+    for bits in ("4bit", "8bit"):
+        if getattr(model, f"is_loaded_in_{bits}", False):
+            name += f"-{bits}"
+    return name
 
 
-_fingerprints: weakref.WeakKeyDictionary[nn.Module, tuple[tuple, str]] = weakref.WeakKeyDictionary()
+_fingerprints: weakref.WeakKeyDictionary[nn.Module, tuple[tuple, str | None]] = weakref.WeakKeyDictionary()
 
 
-def fingerprint(model: nn.Module) -> str:
-    """A hash of every weight's name, shape and exact sum of bit patterns: same weights, same fingerprint.
+def fingerprint(model: nn.Module) -> str | None:
+    """A hash of every weight's name, shape and bits, as exact integer sums: same weights, same fingerprint.
 
-    Integer sums do not depend on the order of addition, so CPU and GPU agree. Kept per model until a
-    weight is written to (or replaced), because plans are checked every time they are applied.
+    Sums of integers do not depend on their order, so CPU and GPU agree; sums of rows and of columns show which
+    row or column differs, so reordering is seen too. None for a model whose weights are not all in memory. Kept
+    per model until a weight is written to or replaced, because plans are checked every time they are applied.
     """
-    state = tuple((weight.data_ptr(), weight._version) for weight in model.parameters())
+    state = tuple(
+        (weight.data_ptr(), None if weight.is_inference() else weight._version) for weight in model.parameters()
+    )
     if model not in _fingerprints or _fingerprints[model][0] != state:
         _fingerprints[model] = (state, _fingerprint(model))
     return _fingerprints[model][1]
 
 
-def _fingerprint(model: nn.Module) -> str:
+def _fingerprint(model: nn.Module) -> str | None:
     digest = hashlib.sha256()
     for name, weight in model.state_dict().items():
+        if weight.is_meta:
+            return None
         bits = weight.detach().contiguous()
         if bits.dtype.is_floating_point:
             bits = bits.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[bits.element_size()])
-        total = 0 if bits.is_meta else int(bits.sum(dtype=torch.int64))
-        digest.update(f"{name} {tuple(weight.shape)} {total};".encode())
+        rows = bits.reshape(len(bits), -1) if bits.dim() else bits.reshape(1, 1)
+        place = [torch.arange(1, size + 1, device=bits.device) for size in rows.shape]
+        sums = rows.sum(1, dtype=torch.int64), rows.sum(0, dtype=torch.int64)
+        totals = [int((total * at).sum()) for total, at in zip(sums, place, strict=True)]  # wraps around, exactly
+        digest.update(f"{name} {tuple(weight.shape)} {totals};".encode())
     return digest.hexdigest()
 
 

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from errors import AUSteerError, run_command
 from plan import TOKENS, Plan
 from ranks import AURanks, check_made_for
-from rmodels import gates
+from rmodels import SITES, gates
 
 LOCATIONS = {
     "score": "the k highest scores (the paper)",
@@ -41,7 +41,7 @@ STRENGTHS = {
 }
 
 
-def set_MFU(ranks: AURanks | Sequence[float], *args, **options) -> Plan:
+def set_MFU(ranks: AURanks | Sequence[float] | None = None, *args, **options) -> Plan:
     """set_MFU(ranks, k, alpha, location=..., strength=..., tokens=..., seed=...) -> Plan.
 
     Also the authors' call, set_MFU(all_scores, all_layer, all_indices, k, alpha, model, applied_module),
@@ -49,7 +49,7 @@ def set_MFU(ranks: AURanks | Sequence[float], *args, **options) -> Plan:
     """
     if isinstance(ranks, AURanks):
         return plan_from_ranks(ranks, *args, **options)
-    return _authors_call(ranks, *args, **options)
+    return _authors_call(*(() if ranks is None else (ranks,)), *args, **options)
 
 
 def plan_from_ranks(
@@ -72,7 +72,9 @@ def plan_from_ranks(
     kept = torch.zeros(n, dtype=torch.bool)
     kept[units] = True
     kept = kept.view(ranks.score.shape)
-    header = {key: ranks.header.get(key) for key in ("model", "fingerprint", "precision", "momentum", "pairs_hash")}
+    header = {
+        key: ranks.header.get(key) for key in ("model", "family", "fingerprint", "precision", "momentum", "pairs_hash")
+    }
     header |= {"site": ranks.site, "k": k, "alpha": alpha, "location": location, "strength": strength}
     if location == "random" or strength == "flipped":
         header["seed"] = seed
@@ -145,6 +147,7 @@ class Steering:
         self, model: PreTrainedModel, plans: list[Plan | None], rowwise: bool, prompt_end: int | Tensor | None
     ):
         self.model, self.prompt_end = model, prompt_end
+        self._end: Tensor | None = None  # where the prompt of the generation under way ends
         real = [plan for plan in plans if plan is not None]
         scopes = {plan.tokens for plan in real}
         if len(scopes) > 1:
@@ -166,11 +169,18 @@ class Steering:
             self._hooks.append(base.register_forward_pre_hook(self._place, with_kwargs=True))
 
     def clear(self) -> None:
+        self.release(set(self.sites))
+
+    def release(self, sites: set[str]) -> None:
+        """Clear these sites only; of a steering that was replaced, nothing is left to clear."""
         for gate in self._gates:
-            gate.clear()
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
+            if gate.site in sites:
+                gate.clear()
+        self._gates = [gate for gate in self._gates if gate.site not in sites]
+        if not self._gates:
+            for hook in self._hooks:
+                hook.remove()
+            self._hooks = []
 
     def check(self) -> None:
         """Raise if a forward under this plan ended in inf or nan: its answers must not be scored."""
@@ -192,18 +202,24 @@ class Steering:
         cache = kwargs.get("past_key_values")
         start = 0 if cache is None else int(cache.get_seq_length())
         if self.prompt_end is not None:
-            end = torch.as_tensor(self.prompt_end).reshape(-1, 1)
-        elif start == 0:  # a forward on an empty cache is the prompt
+            end = torch.as_tensor(self.prompt_end).cpu().reshape(-1, 1)
+        elif start == 0 and (cache is not None or kwargs.get("use_cache")):  # on an empty cache: the prompt
             end = self._end = torch.tensor([[new]])
-        else:
+        elif cache is not None and self._end is not None:
             end = self._end
+        else:
+            raise AUSteerError(
+                f"tokens={self.tokens!r} needs to know where the answers begin, and there is no generation cache that "
+                "began under this plan to tell; pass prompt_end=..."
+            )
         column = torch.arange(start, start + new)
         steered = {"prompt": column < end, "generated": column >= end, "last": column >= end - 1}[self.tokens]
         for gate in self._gates:
             gate.positions = steered[..., None]
 
     def _note_overflow(self, base, args, output) -> None:
-        self._not_finite.logical_or_(~torch.isfinite(output.last_hidden_state).all())
+        bad = ~torch.isfinite(output.last_hidden_state).all()
+        self._not_finite.logical_or_(bad.to(self._not_finite.device))  # the last layer may be on another GPU
 
 
 def apply(
@@ -224,8 +240,7 @@ def apply(
         shapes = {site: one.shape(site) for site in one.sites}
         check_made_for(model, shapes, one.header if check else {"model": one.header.get("model")}, "this plan was")
     for earlier in getattr(model, "_au_steering", []):
-        if set(earlier.sites) & {site for one in plans if one is not None for site in one.sites}:
-            earlier.clear()
+        earlier.release({site for one in plans if one is not None for site in one.sites})
     steering = Steering(model, plans, rowwise, prompt_end)
     model._au_steering = [s for s in getattr(model, "_au_steering", []) if s._hooks] + [steering]
     return steering
@@ -286,6 +301,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--ranks", required=True, help="ranks file, or a folder of the authors' .pt files")
+    add("--site", choices=SITES, help="the site of the authors' .pt files, which do not say")
     add("--k", type=int, required=True, help="how many AUs to steer")
     add("--alpha", type=float, required=True, help="strength")
     add("--location", default="score", choices=LOCATIONS, help="which AUs (default: %(default)s)")
@@ -299,7 +315,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     args = _arguments(argv)
     plan = set_MFU(
-        AURanks.load(args.ranks), args.k, args.alpha,
+        AURanks.load(args.ranks, args.site), args.k, args.alpha,
         location=args.location, strength=args.strength, tokens=args.tokens, seed=args.seed,
     )  # fmt: skip
     print(plan)

@@ -17,7 +17,6 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 from tqdm import tqdm
-from transformers import AutoTokenizer
 
 import rmodels
 from embedded import gate, tasks
@@ -55,7 +54,7 @@ def main() -> None:
 
     torch.set_num_threads(1)
     folder = gate.WEIGHTS / args.task
-    model, tokenizer = rmodels.load(folder, device="cpu"), AutoTokenizer.from_pretrained(folder)
+    model, tokenizer = rmodels.load(folder, device="cpu"), rmodels.load_tokenizer(folder)
     pairs = [(item.prompt, item.right, item.wrong) for item in tasks.items(args.task, "pairs", PAIRS)]
     items = tasks.items(args.task, "test", ITEMS)
     probe = torch.tensor([tokenizer(items[0].prompt)["input_ids"]])

@@ -33,7 +33,9 @@ class Skill:
 
 
 def load(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    return AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False).eval(), AutoTokenizer.from_pretrained(
+        folder, trust_remote_code=False
+    )
 
 
 @torch.inference_mode()

@@ -14,13 +14,13 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from errors import AUSteerError
 from rmodels.causal_lm import KERNELS, check_gates, gates
 from rmodels.gate import SITES, AUGate
 
-__all__ = ["FAMILIES", "SITES", "AUGate", "check_gates", "family", "gates", "load", "site_shape"]
+__all__ = ["FAMILIES", "SITES", "AUGate", "check_gates", "family", "gates", "load", "load_tokenizer", "site_shape"]
 
 FAMILIES = {  # config.model_type -> (module in this package, its ForCausalLM class)
     "llama": ("modeling_llama", "LlamaForCausalLM"),
@@ -84,7 +84,7 @@ def load(
             trust_remote_code=False,
             output_loading_info=True,
         )
-    except (OSError, ImportError, SafetensorError) as error:
+    except (OSError, ImportError, SafetensorError, RuntimeError, torch.OutOfMemoryError) as error:
         raise AUSteerError(f"cannot load the weights of {name_or_path}: {_first_line(error)}") from error
     if loaded["missing_keys"]:
         raise AUSteerError(
@@ -99,6 +99,14 @@ def load(
     return model.eval().requires_grad_(False)
 
 
+def load_tokenizer(name_or_path: str | Path, *, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """AutoTokenizer's, and never code of a model repository: with the flag unset transformers would ask."""
+    try:
+        return AutoTokenizer.from_pretrained(str(name_or_path), revision=revision, trust_remote_code=False)
+    except (OSError, ValueError, ImportError, KeyError, AttributeError) as error:
+        raise AUSteerError(f"cannot load the tokenizer of {name_or_path}: {_first_line(error)}") from error
+
+
 def check_device(device: str | torch.device | None) -> str:
     """The device to use: the one asked for, if it is there; by default the first GPU, else the CPU."""
     if device is None:
@@ -109,6 +117,8 @@ def check_device(device: str | torch.device | None) -> str:
         raise AUSteerError(f"device {device!r} is unknown; use cpu, cuda, cuda:1, ...") from None
     if kind == "cuda" and not torch.cuda.is_available():
         raise AUSteerError("no CUDA device here; use --device cpu, or install a CUDA build of torch")
+    if kind == "cuda" and (torch.device(device).index or 0) >= torch.cuda.device_count():
+        raise AUSteerError(f"no device {device}: there are {torch.cuda.device_count()} CUDA devices here")
     return str(device)
 
 
@@ -125,10 +135,13 @@ def _config(name_or_path: str, revision: str | None):
         return AutoConfig.from_pretrained(name_or_path, revision=revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
         text = str(error)
-        if Path(name_or_path).is_dir() and not (Path(name_or_path) / "config.json").exists():
+        is_folder = Path(name_or_path).is_dir()
+        if is_folder and not (Path(name_or_path) / "config.json").exists():
             why = "the folder has no config.json"
         elif "gated repo" in text.lower() or "restricted" in text.lower():
             why = "the repository is gated: accept its terms on the hub, then set HF_TOKEN"
+        elif is_folder and "does not recognize this architecture" not in text and "custom code" not in text:
+            why = f"its config.json cannot be read ({_first_line(error)})"
         elif "model type" in text or "custom code" in text:
             raise AUSteerError(
                 f"{name_or_path}: transformers has no such model type, and code of a model repository "

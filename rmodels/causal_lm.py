@@ -96,6 +96,12 @@ class GatedCausalLM:
             raise AUSteerError(f"attention kernel {kernel!r} has no gated form; use one of {', '.join(KERNELS)}")
         self.config._attn_implementation = PREFIX + kernel
 
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        # transformers looks for a decorator in the source of the class's own module; ours is another module
+        upstream = next(base for base in cls.__mro__ if base.__module__.startswith("transformers.models."))
+        return upstream._can_set_experts_implementation()
+
     def set_attn_implementation(self, attn_implementation: str, *args, **kwargs) -> None:
         super().set_attn_implementation(attn_implementation.removeprefix(PREFIX), *args, **kwargs)
         self._route_attention_through_gates()

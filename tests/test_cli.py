@@ -59,6 +59,10 @@ def test_rank_then_plan(checkpoints, workplace):
     assert "3 x 48 AUs at site ffn, 16 pairs" in done.stdout and "pairs/s" in done.stderr
     again = rank(checkpoints, workplace)
     assert again.returncode == 0 and "already there" in again.stdout
+    later = rank(checkpoints, workplace, "--authors-files", workplace / "later")
+    assert later.returncode == 0 and (workplace / "later" / "ffn" / "all_scores.pt").exists()
+    shorter = rank(checkpoints, workplace, "--max-length", "30")
+    assert shorter.returncode == 1 and "differs in max_length" in shorter.stderr
     differs = rank(checkpoints, workplace, "--momentum", "causal")
     assert differs.returncode == 1 and "differs in momentum" in differs.stderr
     assert rank(checkpoints, workplace, "--momentum", "causal", out="causal.safetensors").returncode == 0
@@ -119,10 +123,14 @@ def test_wrong_options(checkpoints, workplace, monkeypatch):
     ):
         done = run("set_MFU.py", "--ranks", ranks, *options)
         assert done.returncode == 1 and message in done.stderr
-    done = run(
-        "MFU_screening.py", "--model", "m", "--pairs", workplace / "pairs.jsonl", "--out", "x", "--batch-size", "0"
-    )
-    assert done.returncode == 1 and "--batch-size must be at least 1" in done.stderr
+    for options, message in (
+        (["--batch-size", "0"], "batch size must be at least 1"),
+        (["--max-length", "257"], "from 1 to 256 tokens"),
+        (["--protocol", "paper", "--batch-size", "4"], "--protocol paper runs one text at a time"),
+        (["--out", workplace / "pairs.jsonl" / "x.safetensors"], "cannot write"),
+    ):
+        done = rank(checkpoints, workplace, *options, out="new.safetensors")
+        assert done.returncode == 1 and message in done.stderr and not (workplace / "new.safetensors").exists()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     cuda = run("MFU_screening.py", "--model", checkpoints["llama"], "--pairs", workplace / "pairs.jsonl", "--out",
                workplace / "new.safetensors", "--device", "cuda")  # fmt: skip

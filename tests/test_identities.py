@@ -38,7 +38,7 @@ def test_weights_folded_by_hand_equal_live_steering(checkpoints, tokenizer, name
         assert (live - model(IDS).logits).abs().max() > 0.1  # the plan does something
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "qwen3", "mistral"])
+@pytest.mark.parametrize("name", FAMILIES)
 def test_the_published_sign_is_a_matter_of_basis_and_the_causal_one_is_not(checkpoints, tokenizer, name):
     """Flip row i of v_proj and the matching columns of o_proj: the same function, the other sign."""
     model = rmodels.load(checkpoints[name], dtype="float32", device="cpu")

@@ -69,6 +69,8 @@ def test_nothing_unsafe():
         assert "pickle" not in set(imports(path)), path
         for call in re.findall(r"torch\.load\(.*", text):
             assert "weights_only=True" in call, path
+        for call in re.findall(r"Auto\w+\.from_pretrained\([^()]*(?:\([^()]*\)[^()]*)*\)", text):
+            assert "trust_remote_code=False" in call, (path, call)
         assert not re.search(r"trust_remote_code=True|shell=True|\bexec\(|[^.\w]eval\(", text), path
 
 

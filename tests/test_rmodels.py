@@ -1,8 +1,12 @@
 """The contract of rmodels, every rule over every family. A ported family is tested by being in the table."""
 
+import contextlib
 import copy
 import json
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -98,13 +102,79 @@ def test_idle_gate_returns_its_very_input():
     assert rmodels.AUGate("ffn", 0, 8)(x) is x
 
 
-@pytest.mark.parametrize("site", rmodels.SITES)
-def test_compiles_without_a_graph_break(llama, site):
-    compiled = torch.compile(llama, fullgraph=True, backend="eager")
-    assert torch.equal(compiled(IDS).logits, llama(IDS).logits)
-    with steer(llama, some_plan(llama, site)):
-        assert torch.equal(compiled(IDS).logits, llama(IDS).logits)
+def test_compiles_without_a_graph_break(checkpoints, name):
+    model = load(checkpoints, name)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    assert torch.allclose(compiled(IDS).logits, model(IDS).logits, atol=1e-5)
+    for site in rmodels.SITES:
+        with steer(model, some_plan(model, site)):
+            assert torch.allclose(compiled(IDS).logits, model(IDS).logits, atol=1e-4)
     torch.compiler.reset()
+
+
+def test_experts_run_as_upstreams_in_a_process_that_never_built_upstream(checkpoints):
+    """transformers caches the answer on the class, so the tests above could not tell."""
+    script = (
+        "import sys, torch, rmodels; from transformers import AutoModelForCausalLM as Upstream;"
+        "ours = rmodels.load(sys.argv[1], dtype='bfloat16', device='cpu'); ids = torch.arange(3, 40)[None];"
+        "theirs = Upstream.from_pretrained(sys.argv[1], dtype=torch.bfloat16).eval();"
+        "assert ours.config._experts_implementation == theirs.config._experts_implementation == 'grouped_mm';"
+        "assert torch.equal(ours(ids).logits, theirs(ids).logits)"
+    )
+    root = Path(__file__).parents[1]
+    subprocess.run([sys.executable, "-c", script, str(checkpoints["qwen3_moe"])], cwd=root, check=True)
+
+
+def test_loaded_models_are_frozen_and_in_eval_mode(checkpoints, name):
+    model = load(checkpoints, name)
+    assert not model.training and not any(weight.requires_grad for weight in model.parameters())
+
+
+def test_pickled_weights_are_never_read(checkpoints, tmp_path):
+    folder = tmp_path / "pickled"
+    shutil.copytree(checkpoints["llama"], folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    torch.save(load(checkpoints, "llama").state_dict(), folder / "pytorch_model.bin")
+    with pytest.raises(AUSteerError, match="cannot load the weights"):
+        rmodels.load(folder)
+
+
+def test_code_of_a_model_repository_is_never_run(checkpoints, tmp_path, monkeypatch):
+    folder, marker = tmp_path / "evil", tmp_path / "ran"
+    shutil.copytree(checkpoints["llama"], folder)
+    (folder / "evil.py").write_text(f"open({str(marker)!r}, 'w')\nclass Evil: pass\n")
+    for file in ("config.json", "tokenizer_config.json"):
+        config = json.loads((folder / file).read_text())
+        auto = {"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil", "AutoTokenizer": ["evil.Evil", None]}
+        if file == "tokenizer_config.json":
+            config["tokenizer_class"] = "Evil"
+        (folder / file).write_text(json.dumps({**config, "auto_map": auto}))
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    for use in (rmodels.load, rmodels.load_tokenizer):
+        with contextlib.suppress(AUSteerError):
+            use(folder)
+        assert not marker.exists()
+
+
+def test_a_checkpoint_without_a_tokenizer(checkpoints, tmp_path):
+    shutil.copytree(checkpoints["llama"], tmp_path / "mute", ignore=shutil.ignore_patterns("tokenizer*", "special*"))
+    with pytest.raises(AUSteerError, match=r"cannot load the tokenizer of .*mute"):
+        rmodels.load_tokenizer(tmp_path / "mute")
+
+
+def test_a_layer_kept_on_disk_is_ranked_and_steered_alike(checkpoints, tokenizer, tmp_path):
+    from accelerate import disk_offload
+    from conftest import PAIRS
+
+    from MFU_screening import screen
+    from set_MFU import set_MFU
+
+    whole, offloaded = load(checkpoints, "llama"), load(checkpoints, "llama")
+    ranks = screen(PAIRS, whole, tokenizer, ["ffn"], progress=False)["ffn"]
+    disk_offload(offloaded.model.layers[1], tmp_path)
+    again = screen(PAIRS, offloaded, tokenizer, ["ffn"], progress=False)["ffn"]
+    assert torch.equal(again.score, ranks.score) and again.header["fingerprint"] is None
+    with steer(whole, set_MFU(ranks, 9, 2.0)), steer(offloaded, set_MFU(ranks, 9, 2.0)):
+        assert torch.equal(whole(IDS).logits, offloaded(IDS).logits)
 
 
 def test_saved_checkpoint_is_upstreams(checkpoints, name, tmp_path):

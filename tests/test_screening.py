@@ -12,9 +12,9 @@ from reference import activation_scores, hooked, log_odds
 from transformers import AutoModelForCausalLM
 
 import rmodels
-from encoding import CLEAN, PAPER, encode
+from encoding import CLEAN, PAPER, EncodedPair, encode
 from errors import AUSteerError
-from MFU_screening import MFU_screening, screen
+from MFU_screening import MFU_screening, batches, screen
 from momentum import ActivationMomentum, CausalMomentum
 from pairs import Pair, write_pairs
 from ranks import AURanks
@@ -112,8 +112,7 @@ def test_causal_score_is_the_t_statistic(llama, tokenizer):
     assert torch.equal(ranks.gain, ranks.score.sign())
 
 
-@pytest.mark.parametrize("momentum", ["activation", "causal"])
-def test_padding_is_really_exercised(llama, tokenizer, momentum):
+def test_padding_is_really_exercised(tokenizer):
     """The pairs above must differ in prompt and answer length, or the batching tests test nothing."""
     encoded, _ = encode([Pair(*p) for p in PAIRS], tokenizer, CLEAN, 256)
     assert len({len(pair.prefix) for pair in encoded}) > 3
@@ -222,6 +221,39 @@ def test_overflow_is_reported_not_ranked(checkpoints, tokenizer, momentum):
         MFU_screening(PAIRS, model, tokenizer, None, "ffn", momentum=momentum, progress=False)
 
 
+def test_the_paper_protocol_counts_overflow_by_its_sign(llama, tokenizer, monkeypatch):
+    """x beyond 65504 is fine in float32 and inf in the authors' float16: counted, not refused."""
+    ranks = MFU_screening(PAIRS, llama, tokenizer, None, "ffn", protocol="paper", progress=False)
+    model = __import__("copy").deepcopy(llama)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.down_proj.weight *= 1e6
+    huge = MFU_screening(PAIRS, model, tokenizer, None, "ffn", protocol="paper", progress=False)
+    assert huge.header["not_finite"] == 0 and ranks.score.shape == huge.score.shape
+    clean = MFU_screening(PAIRS, model, tokenizer, None, "ffn", progress=False)
+    assert (huge.stats["positive"] < clean.stats["positive"]).any()  # inf - inf is no difference
+    half = rmodels.load(llama.config.name_or_path, dtype="float16", device="cpu")
+    with torch.no_grad():
+        half.model.layers[1].mlp.down_proj.weight *= 3e4
+    with pytest.warns(UserWarning, match="inf or nan in torch.float16"):
+        MFU_screening(PAIRS, half, tokenizer, None, "ffn", protocol="paper", progress=False)
+
+
+def test_batches_hold_the_token_budget_tails_included():
+    pairs = [
+        EncodedPair((1,) * p, (2,) * a, (3,) * b)
+        for p, a, b in [(20, 1, 1)] * 400 + [(18, 1000, 3), (30, 2, 900), (5, 1, 1)]
+    ]
+    pairs += [EncodedPair((), (1,) * 40, (2,) * 9)]
+    made = batches(pairs, None, 8192)
+    assert sorted(map(id, (pair for batch in made for pair in batch))) == sorted(map(id, pairs))
+    for batch in made:
+        padded = max(len(p.prefix) for p in batch) + 2 * max(p.tail for p in batch)
+        assert len(batch) == 1 or len(batch) * padded <= 8192
+        assert len({bool(pair.prefix) for pair in batch}) == 1
+    assert len(made) < 12 and max(pair.cost for pair in made[0]) == max(pair.cost for pair in pairs)
+
+
 def test_constant_effects_and_silent_units_have_a_defined_score(llama, tokenizer):
     ranks = screen([PAIRS[0], PAIRS[0]], llama, tokenizer, ["ffn"], momentum="causal", progress=False)["ffn"]
     assert torch.isfinite(ranks.score).all() and ranks.score.abs().max() > 1e6
@@ -239,6 +271,10 @@ def test_constant_effects_and_silent_units_have_a_defined_score(llama, tokenizer
         (dict(momentum="moment"), "momentum 'moment' is unknown"),
         (dict(momentum="causal", protocol="paper"), "not the paper's"),
         (dict(train_dataset=PAIRS[:1], momentum="causal"), "at least two pairs"),
+        (dict(train_dataset=["abc", "def"]), "every pair must be"),
+        (dict(max_length=0), "from 1 to 256 tokens"),
+        (dict(max_length=10**6), "from 1 to 256 tokens"),
+        (dict(batch_size=0), "batch size must be at least 1"),
     ],
 )
 def test_bad_arguments(llama, tokenizer, arguments, message):

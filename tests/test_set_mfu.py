@@ -160,14 +160,18 @@ def test_ranks_of_another_model_or_site(llama, checkpoints, ranks, tokenizer):
         steer(llama, set_MFU(other_site, 3, 1.0)),
     ):
         pass
-    qwen = rmodels.load(checkpoints["qwen3"], dtype="float32", device="cpu")  # same shapes, other weights
-    with (
-        pytest.raises(AUSteerError, match=r"made on other weights .*llama.*check=False"),
-        steer(qwen, set_MFU(ranks, 3, 1.0)),
+    qwen = rmodels.load(checkpoints["qwen3"], dtype="float32", device="cpu")  # same shapes, other family
+    tuned = rmodels.load(checkpoints["llama"], dtype="float32", device="cpu")
+    with torch.no_grad():
+        tuned.model.layers[0].mlp.up_proj.weight[0, 0] += 1
+    for model, message in (
+        (qwen, "made for a llama model .*this one is qwen3"),
+        (tuned, "made on other weights .*check=False"),
     ):
-        pass
-    with steer(qwen, set_MFU(ranks, 3, 1.0), check=False):
-        pass
+        with pytest.raises(AUSteerError, match=message), steer(model, set_MFU(ranks, 3, 1.0)):
+            pass
+        with steer(model, set_MFU(ranks, 3, 1.0), check=False):
+            pass
 
 
 def test_the_model_is_cleared_even_after_an_error(llama, ranks):
@@ -209,6 +213,46 @@ class steer_fresh:
         pass
 
 
+def test_a_replaced_steering_clears_nothing_of_the_new_one(llama, ranks):
+    first = apply(llama, set_MFU(ranks, 5, 3.0))
+    apply(llama, set_MFU(ranks, 2, 1.0))
+    steered = llama(IDS).logits
+    first.clear()
+    assert torch.equal(llama(IDS).logits, steered)
+    clear(llama)
+
+
+def test_replacing_one_site_leaves_the_others(llama, ranks):
+    both = set_MFU(ranks, 3, 1.0) + Plan({"layer": torch.full((3, 48), 0.1)})
+    apply(llama, both)
+    apply(llama, set_MFU(ranks, 5, 2.0))
+    count = {site: sum(g.scale is not None for g in rmodels.gates(llama, site)) for site in rmodels.SITES}
+    assert count["layer"] == 3 and count["ffn"] >= 1
+    clear(llama)
+    assert not llama.model._forward_hooks
+
+
+def test_scopes_that_cannot_be_known_are_refused(llama, ranks):
+    plan = set_MFU(ranks, 5, 2.0, tokens="generated")
+    ones = torch.ones_like(IDS)
+    for call in (lambda: llama(IDS, use_cache=False),
+                 lambda: llama.generate(IDS, attention_mask=ones, use_cache=False, max_new_tokens=2, do_sample=False)):  # fmt: skip
+        with pytest.raises(AUSteerError, match="pass prompt_end"), steer(llama, plan):
+            call()
+    cache = llama(IDS[:, :4], use_cache=True).past_key_values
+    with pytest.raises(AUSteerError, match="pass prompt_end"), steer(llama, plan):
+        llama(IDS[:, 4:], past_key_values=cache)
+
+
+def test_the_authors_call_by_keyword(llama, ranks):
+    scores, layers, indices = ranks
+    plan = set_MFU(
+        all_scores=scores, all_layer=layers, all_indices=indices, k=3, alpha=1.0, model=llama, applied_module="ffn"
+    )
+    assert len(plan) == 3
+    clear(llama)
+
+
 def test_steering_twice_is_refused(llama, ranks):
     plan = set_MFU(ranks, 2, 1.0)
     with steer(llama, plan), pytest.raises(AUSteerError, match="steered already"), steer(llama, plan):
@@ -222,7 +266,7 @@ def test_each_row_of_a_batch_by_its_own_plan(llama, ranks):
         rows = llama(batch).logits
         tokens = llama.generate(batch, attention_mask=torch.ones_like(batch), max_new_tokens=5, do_sample=False)
     for row, plan in enumerate(plans):
-        with steer(llama, plan or Plan({})):
+        with steer(llama, Plan({}) if plan is None else plan):
             assert torch.allclose(llama(IDS[:1]).logits[0], rows[row], atol=1e-4)
             alone = llama.generate(IDS[:1], attention_mask=torch.ones_like(IDS[:1]), max_new_tokens=5, do_sample=False)
             assert torch.equal(alone[0], tokens[row])

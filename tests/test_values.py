@@ -28,6 +28,12 @@ def test_pairs_round_trip_and_all_accepted_forms(tmp_path):
     assert read_pairs(tmp_path / "a.jsonl") == pairs
     (tmp_path / "triples.jsonl").write_text("\n".join(json.dumps(list(pair)) for pair in pairs) + "\n\n")
     assert read_pairs(tmp_path / "triples.jsonl") == pairs
+    (tmp_path / "array.json").write_text(json.dumps([list(pair) for pair in pairs], indent=1))
+    assert read_pairs(tmp_path / "array.json") == pairs
+    (tmp_path / "one.json").write_text(json.dumps([list(pairs[0])]))
+    assert read_pairs(tmp_path / "one.json") == pairs[:1]
+    (tmp_path / "equal.json").write_text('[["p", "a", "a"]]')
+    assert read_pairs(tmp_path / "equal.json", check=False) == [Pair("p", "a", "a")]
     (tmp_path / "b.csv").write_text(
         '\ufeffprompt,positive,negative\n"Is it?\n", yes, no\n"say ""x, y""", é\u2028, b\tc\n', "utf-8"
     )
@@ -46,7 +52,11 @@ GOOD = '{"prompt": "p", "positive": "a", "negative": "b"}\n'
         ("a.jsonl", "", "holds no pairs"),
         ("a.jsonl", "\n\n", "holds no pairs"),
         ("a.jsonl", GOOD + "{oops}\n", "line 2: not JSON"),
-        ("a.jsonl", GOOD + '{"prompt": "p", "positive": "a"}', r"line 2: no negative \(it has: prompt, positive\)"),
+        (
+            "a.jsonl",
+            GOOD + '{"prompt": "p", "positive": "a"}',
+            r"line 2: no negative, or nothing in it \(fields there: prompt, positive\)",
+        ),
         ("a.jsonl", '{"prompt": "p", "positive": "", "negative": "b"}', "line 1: positive is empty"),
         ("a.jsonl", GOOD + '{"prompt": "p", "positive": "b", "negative": "b"}', "line 2: both answers are 'b'"),
         ("a.jsonl", '{"prompt": 3, "positive": "a", "negative": "b"}', "line 1: prompt is int, not text"),
@@ -113,8 +123,9 @@ def test_the_authors_files(ranks, tmp_path):
     assert lists == list(ranks) and lists[2][1] == [1, 2]
     again = AURanks.load(tmp_path / "ffn")
     assert again.site == "ffn" and torch.equal(again.score, ranks.score) and torch.equal(again.order, ranks.order)
-    with pytest.raises(AUSteerError, match="which site"):
+    with pytest.raises(AUSteerError, match="do not say their site"):
         AURanks.load_authors(tmp_path)
+    assert AURanks.load(tmp_path / "ffn", "attention").site == "attention"
     (tmp_path / "ffn" / "all_indices.pt").unlink()
     with pytest.raises(AUSteerError, match=r"has no all_indices.pt"):
         AURanks.load(tmp_path / "ffn")
@@ -149,6 +160,38 @@ def test_damaged_and_foreign_files(ranks, tmp_path):
         AURanks.load(file)
 
 
+def test_causal_ranks_do_not_fit_the_authors_lists(llama, tokenizer, tmp_path):
+    causal = screen(PAIRS, llama, tokenizer, ["ffn"], momentum="causal", progress=False)["ffn"]
+    for use in (lambda: list(causal), lambda: causal.save_authors(tmp_path)):
+        with pytest.raises(AUSteerError, match="causal ranks do not fit"):
+            use()
+    assert not list(tmp_path.iterdir())
+
+
+def test_unwritable_places_are_one_clear_line(ranks, tmp_path):
+    (tmp_path / "file").touch()
+    for save in (ranks.save, set_MFU(ranks, 3, 1.0).save):
+        with pytest.raises(AUSteerError, match="cannot write"):
+            save(tmp_path / "file" / "ffn.safetensors")
+
+
+def test_a_failed_write_leaves_the_old_file_whole(ranks, tmp_path, monkeypatch):
+    import ranks as module
+
+    ranks.save(tmp_path / "ffn.safetensors")
+    before = (tmp_path / "ffn.safetensors").read_bytes()
+
+    def full_disk(tensors, path, metadata):
+        path.write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(module, "save_file", full_disk)
+    with pytest.raises(AUSteerError, match="No space left"):
+        ranks.save(tmp_path / "ffn.safetensors")
+    assert [file.name for file in tmp_path.iterdir()] == ["ffn.safetensors"]
+    assert (tmp_path / "ffn.safetensors").read_bytes() == before
+
+
 def test_the_fingerprint_sees_one_changed_weight(checkpoints):
     import rmodels
 
@@ -159,7 +202,11 @@ def test_the_fingerprint_sees_one_changed_weight(checkpoints):
     )
     with torch.no_grad():
         model.model.layers[2].mlp.up_proj.weight[5, 7] *= 1.001
-    assert fingerprint(model) != before
+    changed = fingerprint(model)
+    assert changed != before
+    with torch.no_grad():
+        model.model.layers[2].mlp.down_proj.weight.copy_(model.model.layers[2].mlp.down_proj.weight.flip(0))
+    assert fingerprint(model) not in (before, changed)  # rows in another order are other AUs
 
 
 # plans
@@ -178,9 +225,10 @@ def test_plan_round_trip(ranks, tmp_path):
 
 def test_plans_add_up_and_report_conflicts(ranks):
     one, two = set_MFU(ranks, 5, 1.0), set_MFU(ranks, 3, -0.5)
-    assert one.conflicts(two) == [
-        (*u[:3], u[3], pytest.approx(-0.5 * u[3])) for u in one.units() if u[:3] in {v[:3] for v in two.units()}
-    ]
+    both = {unit[:3] for unit in one.units()} & {unit[:3] for unit in two.units()}
+    assert {conflict[:3] for conflict in one.conflicts(two)} == both
+    for *_, here, there in one.conflicts(two):
+        assert there == (pytest.approx(-0.5 * here[0]), 0.0)
     assert len(one.conflicts(two)) == 3
     total = one + two
     assert torch.equal(total.scales["ffn"], one.scales["ffn"] + two.scales["ffn"])
@@ -190,6 +238,17 @@ def test_plans_add_up_and_report_conflicts(ranks):
         one + set_MFU(ranks, 5, 1.0, tokens="last")
     with pytest.raises(AUSteerError, match="different models"):
         one + Plan({"ffn": torch.ones(2, 48)})
+
+
+def test_plans_of_two_models_do_not_add_up(ranks):
+    other = set_MFU(ranks, 3, 1.0)
+    other.header["fingerprint"] = "0" * 64
+    with pytest.raises(AUSteerError, match="different models"):
+        set_MFU(ranks, 3, 1.0) + other
+    assert (Plan({"ffn": torch.zeros(3, 48)}) + set_MFU(ranks, 3, 1.0)).header["fingerprint"] == ranks.header[
+        "fingerprint"
+    ]
+    assert bool(set_MFU(ranks, 3, 0.0))
 
 
 def test_a_plan_prints_as_a_table(ranks):
