@@ -1,4 +1,4 @@
-"""Tiny seeded checkpoints of every family, a byte tokenizer, and the golden data where it exists."""
+"""Tiny seeded checkpoints of every family, and a byte tokenizer."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 import rmodels
 
 SHARED = Path(__file__).parents[2] / "shared"
-needs_shared = pytest.mark.skipif(not (SHARED / "golden").exists(), reason="needs ../shared, which users do not have")
+needs_shared = pytest.mark.skipif(not (SHARED / "models").exists(), reason="needs ../shared, which users do not have")
 
 torch.set_num_threads(1)  # on busy machines two threads are several times slower than one
 

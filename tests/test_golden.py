@@ -1,11 +1,11 @@
-"""Number by number against what the authors' code computed (../shared/golden), in the paper protocol."""
+"""Number by number against what the authors' code computed (tests/golden), in the paper protocol."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import SHARED, needs_shared
 from transformers import AutoTokenizer
 
 import rmodels
@@ -13,8 +13,7 @@ from MFU_screening import MFU_screening
 from plan import Plan
 from set_MFU import clear, set_MFU, steer
 
-pytestmark = needs_shared
-GOLDEN = SHARED / "golden"
+GOLDEN = Path(__file__).parent / "golden"
 FAMILIES = ("llama", "gemma2")
 
 
