@@ -251,6 +251,7 @@ def _arguments(argv: Iterable[str] | None) -> argparse.Namespace:
         help="names of the three fields in the file of pairs")  # fmt: skip
     add("--dtype", default="auto", help="auto, float32, bfloat16, float16 (default: the checkpoint's)")
     add("--device", help="cpu, cuda, cuda:1 (default: the first GPU, else the CPU)")
+    add("--device-map", help="spread one model over several GPUs: auto, balanced, ... (instead of --device)")
     add("--quantization", choices=["4bit", "8bit"], help="load through bitsandbytes")
     add("--attn", help="attention kernel: sdpa, eager, flash_attention_2, flash_attention_3")
     add("--revision", help="revision of the checkpoint on the hub")
@@ -274,9 +275,11 @@ def main(argv: Iterable[str] | None = None) -> None:
     for site in args.site:
         check_writable(ranks_file(args.out, site))
     state = PartialState(cpu=args.device == "cpu" or not torch.cuda.is_available())
-    device = args.device if args.device or state.num_processes == 1 else str(state.device)
+    device = args.device
+    if device is None and args.device_map is None and state.num_processes > 1:
+        device = str(state.device)
     model = rmodels.load(
-        args.model, dtype=args.dtype, device=device, quantization=args.quantization,
+        args.model, dtype=args.dtype, device=device, device_map=args.device_map, quantization=args.quantization,
         attn_implementation=args.attn, revision=args.revision,
     )  # fmt: skip
     tokenizer = rmodels.load_tokenizer(args.model, revision=args.revision)

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import argparse
 import os
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
+from multiprocessing import get_all_start_methods, get_context, parent_process
 from pathlib import Path
 
 import torch
@@ -137,16 +138,32 @@ def _compute(todo: list[Cell], args: argparse.Namespace) -> dict[Cell, dict]:
                 done(cell, cells.compute(cell))
         waiting = [cell for cell in todo if cell not in found]
         if waiting:
-            with ProcessPoolExecutor(min(jobs, len(waiting)), get_context("spawn"), _one_thread) as pool:
+            with ProcessPoolExecutor(min(jobs, len(waiting)), _workers(), _start_worker) as pool:
                 running = {pool.submit(cells.compute, cell): cell for cell in waiting}
                 for future in as_completed(running):
                     done(running[future], future.result())
     return found
 
 
-def _one_thread() -> None:
+def _workers():
+    """Workers fork from a process that has imported everything and run nothing: torch is in memory once."""
+    if "forkserver" not in get_all_start_methods():
+        return get_context("spawn")
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["cells"])
+    return context
+
+
+def _start_worker() -> None:
     torch.set_num_threads(1)
     transformers_logging.disable_progress_bar()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A worker whose parent was killed would otherwise work, and then wait, for ever."""
+    parent_process().join()
+    os._exit(1)
 
 
 def _report(

@@ -255,6 +255,28 @@ def test_example_pairs_are_good():
     assert len(read_pairs(ROOT / "datasets" / "example_pairs.jsonl")) >= 100
 
 
+def test_workers_end_when_their_parent_is_killed(tmp_path):
+    command = [sys.executable, "main.py", "--data_name", "svamp", "--limit", "200", "--draws", "9", "--jobs", "2", "--device", "cpu",
+               "--results", str(tmp_path)]  # fmt: skip
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    for _ in range(600):
+        if len(list(tmp_path.glob("records/*.json"))) >= 3:
+            break
+        time.sleep(0.1)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    for _ in range(100):
+        alive = subprocess.run(
+            ["ps", "-o", "pid=,stat=", "-s", str(process.pid)], capture_output=True, text=True
+        ).stdout
+        if not [line for line in alive.splitlines() if " Z" not in line]:
+            return
+        time.sleep(0.1)
+    pytest.fail(f"workers outlived their parent: {alive}")
+
+
 def test_killed_in_the_middle_goes_on(tmp_path):
     command = [sys.executable, "main.py", "--data_name", "svamp", "--limit", "60", "--draws", "3", "--jobs", "1", "--device", "cpu",
                "--results", str(tmp_path)]  # fmt: skip
