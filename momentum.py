@@ -11,6 +11,7 @@ Sums add up, so any batching, any order and any number of processes give the sam
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import ExitStack, contextmanager
@@ -24,7 +25,7 @@ from pair_texts import PairTexts, input_device
 from rmodels import gates
 
 
-class Momentum:
+class Momentum(ABC):
     """What both momenta share: named sums of shape (layers, width) per site."""
 
     SUMS: dict[str, torch.dtype]
@@ -40,9 +41,9 @@ class Momentum:
         }
         self.not_finite = torch.zeros((), dtype=torch.int64, device=input_device(model))  # read once, at the end
 
+    @abstractmethod
     def add(self, batch: Sequence[EncodedPair]) -> None:
         """Run one batch of pairs. Sums change only once everything has been computed."""
-        raise NotImplementedError
 
     def _note_not_finite(self, values: Tensor) -> None:
         self.not_finite += (~torch.isfinite(values)).sum().to(self.not_finite.device)

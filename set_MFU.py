@@ -141,7 +141,7 @@ def _authors_call(
 
 
 class Steering:
-    """A plan that is set on a model. `clear` removes it and reports what it did."""
+    """A plan that is set on a model. `clear` removes it; `check` says whether it overflowed."""
 
     def __init__(
         self, model: PreTrainedModel, plans: list[Plan | None], rowwise: bool, prompt_end: int | Tensor | None
