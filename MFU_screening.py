@@ -79,6 +79,10 @@ def screen(
         raise AUSteerError("causal momentum is not the paper's; use it with protocol='clean'")
     for site in sites:
         rmodels.site_shape(model, site)
+    if not rules.share_prompt and (batch_size is not None or max_length is not None):
+        raise AUSteerError(
+            "--protocol paper runs one text at a time, cut at 512 tokens: leave out the batch size and the longest length"
+        )
     pairs = _as_pairs(train_dataset, rules)
     context = model.config.max_position_embeddings
     limit = _longest(rules, model, max_length)
@@ -267,10 +271,6 @@ def main(argv: Iterable[str] | None = None) -> None:
     if len(args.site) > 1 and args.out.endswith(".safetensors"):
         raise AUSteerError("--out must be a folder when several sites are ranked")
     rules = PROTOCOLS[args.protocol]
-    if not rules.share_prompt and (args.batch_size or args.max_length):
-        raise AUSteerError(
-            "--protocol paper runs one text at a time, cut at 512 tokens: leave out --batch-size and --max-length"
-        )
     pairs = read_pairs(args.pairs, args.fields, check=rules.first_pairs is None)[: rules.first_pairs]
     for site in args.site:
         check_writable(ranks_file(args.out, site))

@@ -16,11 +16,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import rmodels
 from baselines.austeer import METHODS
 from embedded import gate
-from errors import AUSteerError
 from eval import records
 from eval.search import ALPHAS, KS, search
 from eval.statistics import mcnemar
-from eval.tasks import EmbeddedTask, PairTask
+from eval.tasks import VALIDATION, EmbeddedTask, PairTask
 from MFU_screening import screen
 from momentum import MOMENTA
 from pairs import pairs_hash, read_pairs
@@ -82,12 +81,7 @@ def prepare(setting: Setting, sites: tuple[str, ...]) -> int:
     """Check that there is skill to recover, and make the ranks that are not there yet. Returns how many."""
     model, tokenizer, task = load(setting)
     if setting.model == EMBEDDED:
-        skill = sum(task.outcomes(model, tokenizer, task.prompted(task.validation))) / len(task.validation)
-        if skill < gate.REQUIRED:
-            raise AUSteerError(
-                f"{setting.task}: latent skill {skill:.3f} is below {gate.REQUIRED}: there is nothing for steering to "
-                f"recover; retrain with python -m embedded.train --task {setting.task} --out {setting.checkpoint}"
-            )
+        gate.latent_skill(model, tokenizer, setting.task, n=VALIDATION)
     made = 0
     for momentum in MOMENTA:
         missing = [site for site in sites if _stored_ranks(setting, momentum, site) is None]

@@ -132,9 +132,8 @@ def _compute(todo: list[Cell], args: argparse.Namespace) -> dict[Cell, dict]:
             bar.set_postfix_str(f"{cell.setting.task_name} {cell.site or ''} {cell.method}"[:40])
             bar.update()
 
-        missing = [cell for cell in todo if cells.stored(cell) is None]
         for cell in todo:
-            if cell not in missing or cell.method in cells.UNSTEERED or jobs == 1:
+            if jobs == 1 or cell.method in cells.UNSTEERED or cells.stored(cell) is not None:
                 done(cell, cells.compute(cell))
         waiting = [cell for cell in todo if cell not in found]
         if waiting:

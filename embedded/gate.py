@@ -43,7 +43,7 @@ def answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: 
     """Greedy continuations of `n_words` words."""
     answers = []
     for start in range(0, len(prompts), BATCH):
-        batch = tokenizer(prompts[start : start + BATCH], return_tensors="pt", padding=True)
+        batch = tokenizer(prompts[start : start + BATCH], return_tensors="pt", padding=True).to(model.device)
         output = model.generate(
             input_ids=batch.input_ids,
             attention_mask=batch.attention_mask,

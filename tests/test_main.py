@@ -255,18 +255,22 @@ def test_example_pairs_are_good():
     assert len(read_pairs(ROOT / "datasets" / "example_pairs.jsonl")) >= 100
 
 
+def _kill_after_records(process, folder, count):
+    for _ in range(600):
+        if len(list(folder.glob("records/*.json"))) >= count:
+            break
+        time.sleep(0.1)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
 def test_workers_end_when_their_parent_is_killed(tmp_path):
     command = [sys.executable, "main.py", "--data_name", "svamp", "--limit", "200", "--draws", "9", "--jobs", "2", "--device", "cpu",
                "--results", str(tmp_path)]  # fmt: skip
     process = subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     )
-    for _ in range(600):
-        if len(list(tmp_path.glob("records/*.json"))) >= 3:
-            break
-        time.sleep(0.1)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    _kill_after_records(process, tmp_path, 3)
     for _ in range(100):
         alive = subprocess.run(
             ["ps", "-o", "pid=,stat=", "-s", str(process.pid)], capture_output=True, text=True
@@ -282,12 +286,7 @@ def test_killed_in_the_middle_goes_on(tmp_path):
                "--results", str(tmp_path)]  # fmt: skip
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    for _ in range(600):
-        if len(list(tmp_path.glob("records/*.json"))) >= 4:
-            break
-        time.sleep(0.1)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    _kill_after_records(process, tmp_path, 4)
     before = {file.name: file.read_bytes() for file in tmp_path.glob("records/*.json")}
     assert len(before) >= 4 and not list(tmp_path.glob("*.md"))
     for text in before.values():

@@ -275,6 +275,8 @@ def test_constant_effects_and_silent_units_have_a_defined_score(llama, tokenizer
         (dict(max_length=0), "from 1 to 256 tokens"),
         (dict(max_length=10**6), "from 1 to 256 tokens"),
         (dict(batch_size=0), "batch size must be at least 1"),
+        (dict(protocol="paper", batch_size=4), "one text at a time"),
+        (dict(protocol="paper", max_length=99), "one text at a time"),
     ],
 )
 def test_bad_arguments(llama, tokenizer, arguments, message):
