@@ -6,7 +6,8 @@ the folders of ranks and records.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -16,19 +17,24 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import rmodels
 from baselines.austeer import METHODS
 from embedded import gate
+from errors import AUSteerError
 from eval import records
-from eval.search import ALPHAS, KS, search
-from eval.statistics import mcnemar
-from eval.tasks import VALIDATION, EmbeddedTask, PairTask
+from eval.answer_file import AnswerFile
+from eval.search import GRIDS, search
+from eval.statistics import mcnemar, summary
+from eval.tasks.base import Columns, Task
+from eval.tasks.embedded import VALIDATION, EmbeddedTask
+from eval.tasks.own_pairs import PairTask
+from eval.tasks.registry import PAPER_TASKS, paper_task
 from MFU_screening import screen
 from momentum import MOMENTA
 from pairs import pairs_hash, read_pairs
+from plan import Plan
 from ranks import AURanks, fingerprint, public_name
 from set_MFU import steer
 
 EMBEDDED = "embedded"
 UNSTEERED = ("vanilla", "prompt-only")
-Task = EmbeddedTask | PairTask
 
 
 @dataclass(frozen=True)
@@ -36,7 +42,7 @@ class Setting:
     """What every cell of one comparison shares. `model` is "embedded", a hub id or a folder."""
 
     model: str
-    task: str  # an embedded task, or the file of a user's pairs
+    task: str  # a task of the embedded models, one of the paper, or the file of a user's pairs
     fields: tuple[str, str, str] = ("prompt", "positive", "negative")
     device: str | None = None
     dtype: str = "auto"
@@ -46,6 +52,17 @@ class Setting:
     limit: int | None = None
     k: int | None = None  # with alpha: no search
     alpha: float | None = None
+    # of the paper's tasks
+    data_dir: str | None = None
+    protocol: str = "clean"
+    toxicity: str = "local"
+    encoder: str | None = None
+    chat: bool = False
+    batch_size: int | None = None
+
+    @property
+    def of_the_paper(self) -> bool:
+        return self.model != EMBEDDED and self.task in PAPER_TASKS
 
     @property
     def checkpoint(self) -> str:
@@ -56,7 +73,8 @@ class Setting:
         return self.task if self.model == EMBEDDED else Path(self.task).stem
 
     def ranks_folder(self, momentum: str) -> Path:
-        return Path(self.ranks) / Path(self.model).name / self.task_name / momentum
+        by = momentum if self.protocol == "clean" else f"{momentum}-{self.protocol}"
+        return Path(self.ranks) / Path(self.model).name / self.task_name / by
 
 
 @dataclass(frozen=True)
@@ -69,8 +87,15 @@ class Cell:
 
 @cache
 def load(setting: Setting) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Task]:
+    # the model last: a mistake in the data should not wait for it
     if setting.model == EMBEDDED:
         task: Task = EmbeddedTask(setting.task, setting.test_split, limit=setting.limit)
+    elif setting.of_the_paper:
+        task = paper_task(
+            setting.task, setting.toxicity, data_dir=setting.data_dir, protocol=setting.protocol,
+            encoder=setting.encoder, chat=rmodels.load_tokenizer(setting.checkpoint) if setting.chat else None,
+            limit=setting.limit, batch_size=setting.batch_size,
+        )  # fmt: skip
     else:
         task = PairTask(setting.task_name, read_pairs(setting.task, setting.fields), setting.limit)
     model = rmodels.load(setting.checkpoint, dtype=setting.dtype, device=setting.device)
@@ -82,13 +107,29 @@ def prepare(setting: Setting, sites: tuple[str, ...]) -> int:
     model, tokenizer, task = load(setting)
     if setting.model == EMBEDDED:
         gate.latent_skill(model, tokenizer, setting.task, n=VALIDATION)
+    if sites and not task.validation and None in (setting.k, setting.alpha):
+        raise AUSteerError(
+            f"the {setting.protocol} protocol ranks on all rows of {setting.task_name} and leaves none to choose k and "
+            "alpha on: give --k and --alpha (Tables 8 and 9 of the paper have theirs), or use --protocol clean"
+        )
     made = 0
-    for momentum in MOMENTA:
+    for momentum in _momenta(setting):
         missing = [site for site in sites if _stored_ranks(setting, momentum, site) is None]
-        for site, ranks in screen(task.pairs, model, tokenizer, missing, momentum=momentum).items() if missing else ():
-            ranks.save(setting.ranks_folder(momentum) / f"{site}.safetensors")
-            made += 1
+        if missing:
+            found = screen(task.pairs, model, tokenizer, missing, momentum=momentum, protocol=setting.protocol)
+            for site, ranks in found.items():
+                ranks.save(setting.ranks_folder(momentum) / f"{site}.safetensors")
+                made += 1
     return made
+
+
+def methods(setting: Setting) -> list[str]:
+    """Those that the setting's protocol knows: causal momentum is not the authors'."""
+    return [name for name, method in METHODS.items() if method.momentum in _momenta(setting)]
+
+
+def _momenta(setting: Setting) -> list[str]:
+    return [name for name in MOMENTA if setting.protocol == "clean" or name == "activation"]
 
 
 def question(cell: Cell) -> dict:
@@ -108,6 +149,9 @@ def question(cell: Cell) -> dict:
         "items_hash": task.fingerprint,
         "test_split": task.test_split,
         "grid": [list(axis) for axis in _grid(setting)] if searched else None,
+        "wording": task.wording,
+        "protocol": setting.protocol,
+        "measured": task.measured,
     }
 
 
@@ -120,50 +164,69 @@ def compute(cell: Cell) -> dict:
     found = stored(cell)
     if found is not None:
         return found
-    model, tokenizer, task = load(cell.setting)
+    _, _, task = load(cell.setting)
     if cell.method in UNSTEERED:
         prepared = task.prompted if cell.method == "prompt-only" else lambda items: items
-        validation, test = (task.outcomes(model, tokenizer, prepared(items)) for items in (task.validation, task.test))
-        result = {"validation": _share(validation), **_extras(task, model, tokenizer)}
+        result = {"validation": _share(_columns(cell, prepared(task.validation), "validation"))}
+        columns, extras = _tested(cell, prepared(task.test))
     else:
-        vanilla = compute(Cell(cell.setting, "vanilla"))
-        result, test = _steered(cell, vanilla["validation"], records.unpack(vanilla["outcomes"]))
-    result |= {"n": len(test), "right": sum(test), "measure": task.measure, "outcomes": records.pack(test)}
+        result, columns, extras = _steered(cell, compute(Cell(cell.setting, "vanilla")))
+    measure, outcomes = next(iter(columns.items()))
+    result |= {"n": len(outcomes), "right": sum(outcomes), "measure": measure, "outcomes": records.pack(outcomes)}
+    result |= {"columns": records.pack_columns(columns), "measures": summary(columns), "extras": extras}
     return records.write(Path(cell.setting.records), question(cell), result)
 
 
-def _steered(cell: Cell, vanilla_validation: float, vanilla_test: list[bool]) -> tuple[dict, list[bool]]:
+def _steered(cell: Cell, vanilla: dict) -> tuple[dict, Columns, dict[str, float]]:
     setting, method = cell.setting, METHODS[cell.method]
-    model, tokenizer, task = load(setting)
+    _, _, task = load(setting)
     ranks = {method.momentum: _stored_ranks(setting, method.momentum, cell.site)}
 
-    def on(items) -> Callable[[int, float], list[bool]]:
-        def outcomes(k: int, alpha: float) -> list[bool]:
-            with steer(model, method.plan(ranks, k, alpha, cell.draw)):
-                return task.outcomes(model, tokenizer, items)
+    def plan(k: int, alpha: float) -> Plan:
+        return method.plan(ranks, k, alpha, cell.draw)
 
-        return outcomes
+    def validated(k: int, alpha: float) -> float:
+        return _share(_columns(cell, task.validation, f"validation, k={k}, alpha={alpha:g}", plan(k, alpha)))
 
     if setting.k is not None and setting.alpha is not None:
         chosen, grid = (setting.k, setting.alpha), {}
     else:
-        validate = on(task.validation)
-        chosen, grid = search(lambda k, alpha: _share(validate(k, alpha)), vanilla_validation, *_grid(setting))
+        chosen, grid = search(validated, vanilla["validation"], *_grid(setting))
     result: dict = {"k": chosen and chosen[0], "alpha": chosen and chosen[1], "grid_scores": grid}
     if chosen is None:  # nothing beat doing nothing on validation, so nothing is done
-        return result | {"gained": 0, "lost": 0, "p": 1.0, **_extras(task, model, tokenizer)}, vanilla_test
-    test = on(task.test)(*chosen)
-    gained, lost, p = mcnemar(vanilla_test, test)
-    with steer(model, method.plan(ranks, *chosen, cell.draw)):
-        extras = _extras(task, model, tokenizer)
-    return result | {"gained": gained, "lost": lost, "p": p, **extras}, test
+        unchanged = records.unpack_columns(vanilla["columns"])
+        return result | {"gained": 0, "lost": 0, "p": 1.0}, unchanged, vanilla["extras"]
+    columns, extras = _tested(cell, task.test, plan(*chosen))
+    gained, lost, p = mcnemar(records.unpack(vanilla["outcomes"]), next(iter(columns.values())))
+    return result | {"gained": gained, "lost": lost, "p": p}, columns, extras
 
 
-def _extras(task: Task, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict:
-    if not isinstance(task, PairTask):
-        return {}
-    odds = task.log_odds(model, tokenizer, task.test)
-    return {"mean_log_odds": sum(odds) / len(odds), "perplexity": task.perplexity(model, tokenizer)}
+def _columns(cell: Cell, items: Sequence, name: str, plan: Plan | None = None) -> Columns:
+    _, _, task = load(cell.setting)
+    return task.columns(items, _answers(cell, items, name, plan))
+
+
+def _tested(cell: Cell, items: Sequence, plan: Plan | None = None) -> tuple[Columns, dict[str, float]]:
+    model, tokenizer, task = load(cell.setting)
+    answers = _answers(cell, items, "test", plan)
+    return task.columns(items, answers), task.extras(model, tokenizer, items, answers)
+
+
+def _answers(cell: Cell, items: Sequence, name: str, plan: Plan | None):
+    """Of the paper's tasks, which take long, answers are kept as they come, and a killed run goes on."""
+    model, tokenizer, task = load(cell.setting)
+    file = progress = None
+    if cell.setting.of_the_paper and (task.speaks_on_validation or name == "test"):
+        file = AnswerFile(answers_path(cell, name))
+        progress = " ".join(filter(None, (cell.setting.task_name, cell.site, cell.method, name)))
+    with steer(model, plan) if plan is not None else nullcontext():
+        return task.answers(model, tokenizer, items, file, progress)
+
+
+def answers_path(cell: Cell, name: str = "test") -> Path:
+    setting = cell.setting
+    part = name.replace(", ", "-").replace("=", "")
+    return Path(setting.records).parent / "answers" / records.record_id(question(cell)) / f"{part}.jsonl"
 
 
 def _stored_ranks(setting: Setting, momentum: str, site: str) -> AURanks | None:
@@ -177,14 +240,16 @@ def _stored_ranks(setting: Setting, momentum: str, site: str) -> AURanks | None:
         "fingerprint": fingerprint(model),
         "pairs_hash": pairs_hash(task.pairs),
         "momentum": momentum,
-        "protocol": "clean",
+        "protocol": setting.protocol,
     }
     return ranks if all(ranks.header.get(key) == value for key, value in wanted.items()) else None
 
 
 def _grid(setting: Setting) -> tuple[tuple[int, ...], tuple[float, ...]]:
-    return ((setting.k,) if setting.k is not None else KS, (setting.alpha,) if setting.alpha is not None else ALPHAS)
+    ks, alphas = GRIDS["embedded" if setting.model == EMBEDDED else "real"]
+    return ((setting.k,) if setting.k is not None else ks, (setting.alpha,) if setting.alpha is not None else alphas)
 
 
-def _share(outcomes: list[bool]) -> float:
-    return sum(outcomes) / len(outcomes)
+def _share(columns: Columns) -> float | None:
+    outcomes = next(iter(columns.values()), [])
+    return sum(outcomes) / len(outcomes) if outcomes else None

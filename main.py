@@ -2,13 +2,16 @@
 
 python main.py                                             the embedded models, every method, a picture
 python main.py --data_name svamp --applied_module ffn      one task, one site
+python main.py --model M --data_name copa                  a task of the paper on a real model
 python main.py --model M --pairs mine.jsonl                your model, your pairs
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
+import sys
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -24,23 +27,36 @@ import rmodels
 from baselines.austeer import METHODS
 from cells import EMBEDDED, Cell, Setting
 from embedded.tasks import TASKS
+from encoding import PROTOCOLS
 from errors import AUSteerError, run_command
 from eval import figures, report
+from eval.tasks.registry import PAPER_TASKS
 from ranks import AURanks
 
 LABELS = {"vanilla": "vanilla", "prompt-only": "prompt only", **{name: m.label for name, m in METHODS.items()}}
+COMMANDS = {  # name: module with a main, and what it does
+    "data": ("eval.data_command", "fetch and check the paper's datasets"),
+    "pairs": ("eval.pairs_command", "make, show and save the contrastive pairs of a task or of your data"),
+    "import-authors": ("eval.import_authors", "prompts, data and ranks out of the authors' checkout"),
+    "toxicity": ("eval.toxicity", "how far a toxicity scorer agrees with Perspective"),
+    "judge": ("eval.judge", "win rate of one file of answers against another, by a judge model"),
+    "human": ("eval.human", "blind sheets for human raters, and their scores"),
+}
 FLIPS = 2  # draws of sign flips for every five of random AUs
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="Ranking alone: MFU_screening.py. A plan to keep: set_MFU.py. A finished cell is never computed "
+        epilog=f"commands, each with its own --help:\n{_command_lines()}\n\n"
+        "Ranking alone: MFU_screening.py. A plan to keep: set_MFU.py. A finished cell is never computed "
         "again: to resume, run the same command.",
     )  # fmt: skip
     add = parser.add_argument
     add("--model", default=EMBEDDED, help="embedded (default), a hub id, or the folder of a checkpoint")
-    add("--data_name", default="all", choices=["all", *TASKS], help="which embedded task (default: %(default)s)")
+    add("--data_name", default="all", choices=["all", *dict.fromkeys((*TASKS, *PAPER_TASKS))], metavar="TASK",
+        help=f"a task: of the embedded models, {', '.join(TASKS)} (default: all of them); of the paper, for other "
+        f"models, {', '.join(PAPER_TASKS)}")  # fmt: skip
     add("--pairs", help="your own contrastive pairs (.jsonl or .csv), for --model other than embedded")
     add("--fields", nargs=3, default=["prompt", "positive", "negative"], metavar=("PROMPT", "RIGHT", "WRONG"),
         help="names of the three fields in the file of pairs")  # fmt: skip
@@ -54,10 +70,21 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--draws", type=int, default=5, help="draws of the random control (default: %(default)s)")
     add("--test_split", default="test", choices=["test", "test2"], help="the embedded tasks' test split")
     add("--limit", type=int, help="at most this many validation and test items: a quick look")
+    add("--data-dir", help="folder of the paper's datasets (default: datasets/, then the hub)")
+    add("--protocol", default="clean", choices=PROTOCOLS, help="clean, or paper: the authors' code, quirk by quirk")
+    add("--toxicity", default="local", metavar="SCORER",
+        help="who scores toxicity: local[:MODEL[:LABEL]] (default), embedded, perspective[:first-span]")  # fmt: skip
+    add("--encoder", help="sentence encoder for similar wrong answers, or tfidf (default: all-MiniLM-L6-v2)")
+    add("--chat", action="store_true", help="ask in the model's chat format")
+    add("--batch-size", type=int, help="prompts at once (default: as many as fit; 1 with --protocol paper)")
     add("--device", help="cpu, cuda, cuda:1 (default: the first GPU, else the CPU)")
     add("--dtype", default="auto", help="auto, float32, bfloat16, float16")
     add("--jobs", type=int, help="processes for the embedded models (default: one a core, at most 4)")
     return parser.parse_args(argv)
+
+
+def _command_lines() -> str:
+    return "\n".join(f"  {name:<15} {text}" for name, (_, text) in COMMANDS.items())
 
 
 def _yes_or_no(text: str) -> bool:
@@ -69,6 +96,10 @@ def _yes_or_no(text: str) -> bool:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if argv and argv[0] in COMMANDS:
+        module, _ = COMMANDS[argv[0]]
+        return importlib.import_module(module).main(argv[1:])
     args = _arguments(argv)
     settings = _settings(args)
     transformers_logging.disable_progress_bar()
@@ -88,25 +119,34 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _settings(args: argparse.Namespace) -> list[Setting]:
-    for name in ("draws", "limit", "jobs"):
+    for name in ("draws", "limit", "jobs", "batch_size"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise AUSteerError(f"--{name} must be at least 1, not {value}")
     if args.model == EMBEDDED and args.pairs:
         raise AUSteerError("--pairs needs --model: the embedded models have tasks of their own")
-    if args.model != EMBEDDED and not args.pairs:
+    if args.model == EMBEDDED and args.data_name not in ("all", *TASKS):
+        raise AUSteerError(f"the embedded models do {', '.join(TASKS)}; {args.data_name} needs --model")
+    if args.model != EMBEDDED and not args.pairs and args.data_name not in PAPER_TASKS:
         raise AUSteerError(
-            "--model needs --pairs: a file of contrastive pairs to rank and test on (README, Your own pairs)"
+            f"--model needs --data_name, one of {', '.join(PAPER_TASKS)}, or --pairs, a file of contrastive pairs"
         )
     rmodels.check_device(args.device)
-    tasks = [args.pairs] if args.pairs else [name for name in TASKS if args.data_name in ("all", name)]
+    if args.model == EMBEDDED:
+        tasks = [name for name in TASKS if args.data_name in ("all", name)]
+    else:
+        tasks = [args.pairs or args.data_name]
+    shared = {
+        name: getattr(args, name) for name in
+        ("device", "dtype", "test_split", "limit", "k", "alpha", "data_dir", "protocol", "toxicity", "encoder", "chat",
+         "batch_size")
+    }  # fmt: skip
     return [
         Setting(
-            args.model, task, tuple(args.fields), args.device, args.dtype, args.path,
-            str(Path(args.results) / "records"), args.test_split, args.limit, args.k, args.alpha,
+            args.model, task, tuple(args.fields), ranks=args.path, records=str(Path(args.results) / "records"), **shared
         )
         for task in tasks
-    ]  # fmt: skip
+    ]
 
 
 def _cells(setting: Setting, sites: Sequence[str], args: argparse.Namespace) -> list[Cell]:
@@ -116,7 +156,10 @@ def _cells(setting: Setting, sites: Sequence[str], args: argparse.Namespace) -> 
     draws = {"random": args.draws, "flipped": max(1, args.draws * FLIPS // 5)}
     if args.steer:
         todo += [
-            Cell(setting, name, site, draw) for site in sites for name in METHODS for draw in range(draws.get(name, 1))
+            Cell(setting, name, site, draw)
+            for site in sites
+            for name in cells.methods(setting)
+            for draw in range(draws.get(name, 1))
         ]
     return todo
 
@@ -172,22 +215,29 @@ def _report(
     for task, found in rows.items():
         text += [f"## {task}", "", report.table(found, LABELS), ""]
         text += [f"- {line}" for line in report.verdict(found, LABELS)] + [""]
+        beside = report.more(found, LABELS)
+        text += [beside, ""] if beside else []
+        text += [f"Prompts: {found[0]['wording']}. Protocol: {found[0]['protocol']}.", ""]
     folder = Path(args.results)
-    name = f"{Path(args.model).name}-{args.data_name if args.model == EMBEDDED else Path(args.pairs).stem}"
+    name = f"{Path(args.model).name}-{Path(args.pairs).stem if args.pairs else args.data_name}"
+    name += "-paper-protocol" if args.protocol == "paper" else ""
     name += "-test2" if args.test_split == "test2" else ""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.md").write_text("\n".join(text))
     print("\n" + "\n".join(text))
     if args.steer:
+        shown = "causal" if args.protocol == "clean" else "published"
         scores = {
             setting.task_name: {
-                site: AURanks.load(setting.ranks_folder("causal") / f"{site}.safetensors").score.numpy()
+                site: AURanks.load(setting.ranks_folder(METHODS[shown].momentum) / f"{site}.safetensors").score.numpy()
                 for site in sites
             }
             for setting in settings
         }
-        figures.comparison(rows, scores, LABELS, folder / f"{name}.png")
+        figures.comparison(rows, scores, LABELS, shown, folder / f"{name}.png")
         print(f"picture: {folder / name}.png   table: {folder / name}.md   records: {folder / 'records'}")
+    if args.model != EMBEDDED and not args.pairs:
+        print(f"answers: {folder / 'answers'}")
 
 
 if __name__ == "__main__":

@@ -51,7 +51,12 @@ class PairTexts:
         return self._forward(padded, positions, mask, keep)
 
     def log_odds(self) -> Tensor:
-        """log p(right | prompt) - log p(wrong | prompt), (pairs,).
+        """log p(right | prompt) - log p(wrong | prompt), (pairs,)."""
+        log_probability = self.log_probabilities()
+        return log_probability[0::2] - log_probability[1::2]
+
+    def log_probabilities(self) -> Tensor:
+        """Of the tails behind their prompts: right, wrong, right, wrong, ...
 
         The last token of a tail is never run: for one-token answers the prompt is all there is.
         """
@@ -65,8 +70,7 @@ class PairTexts:
         width = max(map(len, tails))
         wanted = torch.tensor([list(tail) + [-1] * (width - len(tail)) for tail in tails], device=logits.device)
         chosen = logits[:, :width].float().log_softmax(-1).gather(-1, wanted.clamp(min=0)[..., None])
-        log_probability = (chosen[..., 0] * (wanted >= 0)).sum(1)
-        return log_probability[0::2] - log_probability[1::2]
+        return (chosen[..., 0] * (wanted >= 0)).sum(1)
 
     def _forward(self, ids: list[tuple[int, ...]], positions: Tensor, mask: Tensor | None, keep: int | None):
         """keep: how many of the last positions get logits, 0 for all; None leaves the LM head out."""

@@ -31,7 +31,26 @@ def read_pairs(path: str | Path, fields: Sequence[str] = FIELDS, check: bool = T
 
     check=False lets empty and equal answers pass, as the authors' code does.
     """
-    path = Path(path)
+    rows = _read(Path(path), fields)
+    if not rows:
+        raise AUSteerError(
+            f'{path} holds no pairs; one line a pair: {{"prompt": ..., "positive": ..., "negative": ...}}'
+        )
+    pairs = [Pair(*row) for _, row in rows]
+    if check:
+        check_pairs(pairs, [f"{path}, line {line}" for line, _ in rows])
+    return pairs
+
+
+def read_columns(path: str | Path, fields: Sequence[str]) -> list[tuple[str, ...]]:
+    """These fields of each row of a table of your own, as text."""
+    rows = _read(Path(path), fields)
+    if not rows:
+        raise AUSteerError(f"{path} holds no rows")
+    return [tuple(map(str, row)) for _, row in rows]
+
+
+def _read(path: Path, fields: Sequence[str]) -> list[tuple[int, Sequence]]:
     try:
         # utf-8-sig: spreadsheets put a byte-order mark in front
         text = path.read_bytes().decode("utf-8-sig")
@@ -41,14 +60,7 @@ def read_pairs(path: str | Path, fields: Sequence[str] = FIELDS, check: bool = T
         raise AUSteerError(f"cannot read {path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise AUSteerError(f"{path} is not UTF-8 (byte {error.start}); save it as UTF-8") from None
-    rows = list(_csv_rows(text, path, fields) if path.suffix.lower() == ".csv" else _json_rows(text, path, fields))
-    if not rows:
-        raise AUSteerError(
-            f'{path} holds no pairs; one line a pair: {{"prompt": ..., "positive": ..., "negative": ...}}'
-        )
-    if check:
-        check_pairs([pair for _, pair in rows], [f"{path}, line {line}" for line, _ in rows])
-    return [pair for _, pair in rows]
+    return list(_csv_rows(text, path, fields) if path.suffix.lower() == ".csv" else _json_rows(text, path, fields))
 
 
 def check_pairs(pairs: Sequence[Pair], where: Sequence[str] | None = None) -> None:
@@ -78,7 +90,7 @@ def pairs_hash(pairs: Iterable[Sequence[str]]) -> str:
     return digest.hexdigest()
 
 
-def _json_rows(text: str, path: Path, fields: Sequence[str]) -> Iterable[tuple[int, Pair]]:
+def _json_rows(text: str, path: Path, fields: Sequence[str]) -> Iterable[tuple[int, Sequence]]:
     if _is_array_of_rows(text):
         yield from (
             (number, _row(row, fields, f"{path}, row {number}")) for number, row in enumerate(json.loads(text), 1)
@@ -103,15 +115,15 @@ def _is_array_of_rows(text: str) -> bool:
     return isinstance(whole, list) and bool(whole) and all(isinstance(row, list | dict) for row in whole)
 
 
-def _row(row: object, fields: Sequence[str], place: str) -> Pair:
-    if isinstance(row, list) and len(row) == 3:
-        return Pair(*row)
+def _row(row: object, fields: Sequence[str], place: str) -> Sequence:
+    if isinstance(row, list) and len(row) == len(fields):
+        return row
     if isinstance(row, dict):
         return _pick(row, fields, place)
-    raise AUSteerError(f"{place}: expected an object with {', '.join(fields)}, or a list of three")
+    raise AUSteerError(f"{place}: expected an object with {', '.join(fields)}, or a list of {len(fields)}")
 
 
-def _csv_rows(text: str, path: Path, fields: Sequence[str]) -> Iterable[tuple[int, Pair]]:
+def _csv_rows(text: str, path: Path, fields: Sequence[str]) -> Iterable[tuple[int, Sequence]]:
     try:
         reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
         for row in reader:
@@ -120,9 +132,9 @@ def _csv_rows(text: str, path: Path, fields: Sequence[str]) -> Iterable[tuple[in
         raise AUSteerError(f"{path}: not CSV ({error})") from None
 
 
-def _pick(row: dict, fields: Sequence[str], place: str) -> Pair:
+def _pick(row: dict, fields: Sequence[str], place: str) -> Sequence:
     missing = [field for field in fields if row.get(field) is None]
     if missing:
         have = ", ".join(str(key) for key in row if key is not None)
         raise AUSteerError(f"{place}: no {', '.join(missing)}, or nothing in it (fields there: {have})")
-    return Pair(*(row[field] for field in fields))
+    return [row[field] for field in fields]

@@ -201,8 +201,9 @@ class Steering:
             return
         cache = kwargs.get("past_key_values")
         start = 0 if cache is None else int(cache.get_seq_length())
-        if self.prompt_end is not None:
-            end = torch.as_tensor(self.prompt_end).cpu().reshape(-1, 1)
+        told = self.prompt_end if self.prompt_end is not None else getattr(cache, "prompt_end", None)
+        if told is not None:
+            end = torch.as_tensor(told).cpu().reshape(-1, 1)
         elif start == 0 and (cache is not None or kwargs.get("use_cache")):  # on an empty cache: the prompt
             end = self._end = torch.tensor([[new]])
         elif cache is not None and self._end is not None:

@@ -21,18 +21,23 @@ COLORS = {
 
 
 def comparison(
-    by_task: dict[str, Sequence[dict]], scores: dict[str, dict[str, np.ndarray]], labels: dict[str, str], path: Path
+    by_task: dict[str, Sequence[dict]],
+    scores: dict[str, dict[str, np.ndarray]],
+    labels: dict[str, str],
+    method: str,
+    path: Path,
 ) -> None:
-    """One row a task: gains with intervals; causal scores per layer and dimension; accuracy over k and alpha."""
+    """One row a task: gains with intervals; one method's scores per layer and dimension, and its grid."""
     plt.rcParams.update({"font.size": 12, "axes.titlesize": 13, "figure.dpi": 110})
     figure, axes = plt.subplots(
         len(by_task), 3, figsize=(19, 4.6 * len(by_task)), squeeze=False, width_ratios=(1.5, 1, 1)
     )
     for (left, middle, right), (task, rows) in zip(axes, by_task.items(), strict=True):
         _gains(left, rows, labels, task)
-        site = _best_causal_site(rows)
-        _score_map(middle, scores[task][site], f"{task}: causal t, {SITES[site]}")
-        _grid_map(right, next(row for row in rows if row["method"] == "causal" and row["site"] == site), task, site)
+        best = max((row for row in rows if row["method"] == method), key=lambda row: row["right"])
+        where = f"{labels[method]}, {SITES[best['site']]}"
+        _score_map(middle, scores[task][best["site"]], f"{task}: scores, {where}")
+        _grid_map(right, best, f"{task}: {where}, validation %")
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Software": None})
@@ -68,10 +73,10 @@ def _score_map(axis, score: np.ndarray, title: str) -> None:
     image = axis.imshow(score, aspect="auto", cmap="PuOr_r", vmin=-limit, vmax=limit, interpolation="nearest")
     axis.set(xlabel="dimension", ylabel="layer", title=title)
     axis.set_yticks(range(score.shape[0])) if score.shape[0] <= 12 else None
-    axis.figure.colorbar(image, ax=axis, label="t: scale up (+) or down (-)")
+    axis.figure.colorbar(image, ax=axis, label="score: scale up (+) or down (-)")
 
 
-def _grid_map(axis, row: dict, task: str, site: str) -> None:
+def _grid_map(axis, row: dict, title: str) -> None:
     cells = {tuple(float(part) for part in key.split(",")): value for key, value in row["grid_scores"].items()}
     ks, alphas = (sorted({cell[i] for cell in cells}) for i in (0, 1))
     if not cells:
@@ -86,9 +91,5 @@ def _grid_map(axis, row: dict, task: str, site: str) -> None:
         axis.text(j, i, f"{values[i, j]:.0f}", ha="center", va="center", color=color)
     axis.set_xticks(range(len(alphas)), [f"{alpha:g}" for alpha in alphas])
     axis.set_yticks(range(len(ks)), [f"{k:g}" for k in ks])
-    axis.set(xlabel="alpha", ylabel="k", title=f"{task}: causal, {SITES[site]}, validation %")
+    axis.set(xlabel="alpha", ylabel="k", title=title)
     axis.figure.colorbar(image, ax=axis)
-
-
-def _best_causal_site(rows: Sequence[dict]) -> str:
-    return max((row for row in rows if row["method"] == "causal"), key=lambda row: row["right"])["site"]

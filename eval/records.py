@@ -20,8 +20,10 @@ ROOT = Path(__file__).parents[1]
 # a change of these files is another question
 METHOD_FILES = (
     "MFU_screening.py", "momentum.py", "pair_texts.py", "encoding.py", "pairs.py", "ranks.py", "plan.py", "set_MFU.py",
-    "cells.py", "eval/answering.py", "eval/search.py", "eval/statistics.py", "eval/tasks.py", "embedded/tasks.py",
-    *(str(file.relative_to(ROOT)) for folder in ("rmodels", "baselines") for file in sorted((ROOT / folder).glob("*.py"))),
+    "cells.py", "embedded/tasks.py", "embedded/toxicity.py", "eval/answering.py", "eval/decoding_cache.py",
+    "eval/numbers.py", "eval/rows.py", "eval/search.py", "eval/similar.py", "eval/statistics.py", "eval/toxicity.py",
+    "eval/wording.py",
+    *(str(file.relative_to(ROOT)) for folder in ("rmodels", "baselines", "eval/tasks") for file in sorted((ROOT / folder).glob("*.py"))),
 )  # fmt: skip
 
 
@@ -44,6 +46,22 @@ def write(folder: Path, question: dict, result: dict) -> dict:
     temporary.write_text(json.dumps(record, indent=1) + "\n")
     os.replace(temporary, path)
     return record
+
+
+def pack_columns(columns: dict[str, Sequence[float]]) -> dict[str, str | list[float]]:
+    """Right-or-wrong columns as digits, others as numbers of six digits."""
+    return {
+        name: pack(values) if _are_outcomes(values) else [float(f"{value:.6g}") for value in values]
+        for name, values in columns.items()
+    }
+
+
+def unpack_columns(packed: dict[str, str | list[float]]) -> dict[str, list[float]]:
+    return {name: unpack(values) if isinstance(values, str) else values for name, values in packed.items()}
+
+
+def _are_outcomes(values: Sequence[float]) -> bool:
+    return all(isinstance(value, bool) for value in values)
 
 
 def pack(outcomes: Sequence[bool]) -> str:

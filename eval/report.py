@@ -13,31 +13,50 @@ SITES = {"attention": "Head", "ffn": "FFN", "layer": "Layer"}
 def table(rows: Sequence[dict], labels: dict[str, str]) -> str:
     """Markdown: one line a method and site; repeated draws of a control become one line with their band."""
     vanilla = next(row for row in rows if row["method"] == "vanilla")
-    extra = "mean_log_odds" in vanilla
     lines = [
         f"{vanilla['measure']} on {vanilla['n']} items of {vanilla['test_split']}; gains in points against vanilla; "
         "[95 % Wilson interval]; p: exact McNemar, paired",
         "",
-        "| method | k | alpha | right | gain | up / down | p |" + (" log-odds | perplexity |" if extra else ""),
-        "|---|--:|--:|--:|--:|--:|--:|" + ("--:|--:|" if extra else ""),
+        "| method | k | alpha | right | gain | up / down | p |",
+        "|---|--:|--:|--:|--:|--:|--:|",
     ]
     for row in rows:
         if row["method"] in ("vanilla", "prompt-only"):
-            lines.append(_line(row, vanilla, labels.get(row["method"], row["method"]), extra))
+            lines.append(_line(row, vanilla, labels.get(row["method"], row["method"])))
     for site in dict.fromkeys(row["site"] for row in rows if row["site"]):
         here = [row for row in rows if row["site"] == site]
         for method in dict.fromkeys(row["method"] for row in here):
             draws = [row for row in here if row["method"] == method]
             name = f"{labels[method]}, {SITES[site]}"
             if len(draws) == 1 and method not in ("random", "flipped"):
-                lines.append(_line(draws[0], vanilla, name, extra))
+                lines.append(_line(draws[0], vanilla, name))
             else:
                 gains = sorted(gain(row, vanilla) for row in draws)
-                blank = " |" * (2 if extra else 0)
                 lines.append(
                     f"| {name}, {len(draws)} draws | | | | {gains[0]:+.1f} / {median(gains):+.1f} / {gains[-1]:+.1f} "
-                    f"(min / median / max) | | |{blank}"
+                    f"(min / median / max) | | |"
                 )
+    return "\n".join(lines)
+
+
+def more(rows: Sequence[dict], labels: dict[str, str]) -> str:
+    """The measures beside the one that settings were chosen by; "" where there are none. Draws show their median."""
+    vanilla = next(row for row in rows if row["method"] == "vanilla")
+    measures = [name for name in vanilla["measures"] if name != vanilla["measure"]]
+    extras = list(vanilla["extras"])
+    if not measures + extras:
+        return ""
+    shares = {name for name in measures if isinstance(vanilla["columns"][name], str)}
+    lines = ["| method | " + " | ".join(measures + extras) + " |", "|---|" + "--:|" * len(measures + extras)]
+    for method, site in dict.fromkeys((row["method"], row["site"]) for row in rows):
+        draws = [row for row in rows if (row["method"], row["site"]) == (method, site)]
+        name = labels.get(method, method) + (f", {SITES[site]}" if site else "")
+        name += f", {len(draws)} draws" if len(draws) > 1 else ""
+        row = sorted(draws, key=lambda row: row["right"])[len(draws) // 2]
+        shown = [_with_interval(row["measures"][measure], 100 if measure in shares else 1) for measure in measures]
+        lines.append(
+            "| " + " | ".join([name, *shown, *(_three_digits(row["extras"].get(key)) for key in extras)]) + " |"
+        )
     return "\n".join(lines)
 
 
@@ -70,7 +89,7 @@ def gain(row: dict, vanilla: dict) -> float:
     return 100 * (row["right"] / row["n"] - vanilla["right"] / vanilla["n"])
 
 
-def _line(row: dict, vanilla: dict, name: str, extra: bool) -> str:
+def _line(row: dict, vanilla: dict, name: str) -> str:
     low, high = wilson(row["right"], row["n"])
     cells = [name, _number(row.get("k")), _number(row.get("alpha"))]
     cells.append(f"{100 * row['right'] / row['n']:.1f} [{100 * low:.1f}, {100 * high:.1f}]")
@@ -78,9 +97,17 @@ def _line(row: dict, vanilla: dict, name: str, extra: bool) -> str:
     cells.append(f"{gain(row, vanilla):+.1f}" if steered else "")
     cells.append(f"{row['gained']} / {row['lost']}" if "gained" in row else "")
     cells.append(f"{row['p']:.1g}" if "p" in row else "")
-    if extra:
-        cells += [f"{row['mean_log_odds']:+.2f}", f"{row['perplexity']:.2f}"]
     return "| " + " | ".join(cells) + " |"
+
+
+def _with_interval(measure: dict[str, float], unit: int) -> str:
+    value, low, high = (unit * measure[key] for key in ("value", "low", "high"))
+    digits = 1 if unit == 100 else 3
+    return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def _three_digits(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3g}"
 
 
 def _number(value: float | None) -> str:

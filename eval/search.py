@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from itertools import product
 
-KS = (4, 16, 32)
-ALPHAS = (0.5, 1.0, 2.0, 4.0, 8.0)
+# k and alpha. The paper steers at most 100 AUs and sweeps alpha to 100; the embedded models have 512 AUs a site
+GRIDS = {
+    "embedded": ((4, 16, 32), (0.5, 1.0, 2.0, 4.0, 8.0)),
+    "real": ((8, 32, 100), (0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0)),
+}
 
 
 def search(
-    score: Callable[[int, float], float], vanilla: float, ks: Iterable[int] = KS, alphas: Iterable[float] = ALPHAS
+    score: Callable[[int, float], float], vanilla: float, ks: Iterable[int], alphas: Iterable[float]
 ) -> tuple[tuple[int, float] | None, dict[str, float]]:
     """The best (k, alpha) with every cell's score; None where no cell beats doing nothing.
 

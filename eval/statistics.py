@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 from scipy.stats import binomtest
+
+RESAMPLES, SEED = 2000, 0
 
 
 def wilson(right: int, n: int) -> tuple[float, float]:
@@ -24,3 +27,21 @@ def mcnemar(before: Sequence[bool], after: Sequence[bool]) -> tuple[int, int, fl
     lost = sum(a and not b for a, b in zip(before, after, strict=True))
     p = binomtest(gained, gained + lost).pvalue if gained + lost else 1.0
     return gained, lost, float(p)
+
+
+def bootstrap(values: Sequence[float]) -> tuple[float, float]:
+    """95 % percentile interval of a mean, over resampled items."""
+    values = np.asarray(values, float)
+    draws = np.random.default_rng(SEED).integers(0, len(values), (RESAMPLES, len(values)))
+    low, high = np.percentile(values[draws].mean(1), (2.5, 97.5))
+    return float(low), float(high)
+
+
+def summary(columns: dict[str, Sequence[float]]) -> dict[str, dict[str, float]]:
+    """Of each measure its mean, its 95 % interval (Wilson for right or wrong, else bootstrap) and n."""
+    found = {}
+    for name, values in columns.items():
+        share = all(isinstance(value, bool) for value in values)
+        low, high = wilson(sum(values), len(values)) if share else bootstrap(values)
+        found[name] = {"value": sum(values) / len(values), "low": low, "high": high, "n": len(values)}
+    return found

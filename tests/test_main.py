@@ -70,8 +70,7 @@ def test_the_comparison_and_its_resumption(tmp_path, capsys, monkeypatch):
 
 
 def test_the_search_is_on_validation_and_recorded(tmp_path, monkeypatch):
-    monkeypatch.setattr(cells, "KS", (4, 16))
-    monkeypatch.setattr(cells, "ALPHAS", (0.5, 4.0))
+    monkeypatch.setitem(cells.GRIDS, "embedded", ((4, 16), (0.5, 4.0)))
     setting = cells.Setting("embedded", "svamp", ranks=str(tmp_path / "r"), records=str(tmp_path / "x"), limit=50)
     cells.prepare(setting, ("attention",))
     record = cells.compute(cells.Cell(setting, "causal", "attention"))
@@ -82,8 +81,7 @@ def test_the_search_is_on_validation_and_recorded(tmp_path, monkeypatch):
 
 
 def test_nothing_is_done_where_nothing_beats_vanilla_on_validation(tmp_path, monkeypatch):
-    monkeypatch.setattr(cells, "KS", (1,))
-    monkeypatch.setattr(cells, "ALPHAS", (0.0,))
+    monkeypatch.setitem(cells.GRIDS, "embedded", ((1,), (0.0,)))
     setting = cells.Setting("embedded", "copa", ranks=str(tmp_path / "r"), records=str(tmp_path / "x"), limit=40)
     cells.prepare(setting, ("ffn",))
     record = cells.compute(cells.Cell(setting, "causal", "ffn"))
@@ -167,7 +165,7 @@ def test_a_users_own_pairs_from_json_lines_and_csv(checkpoints, tmp_path, capsys
         main.main([*command, "--results", str(results), "--path", str(results / "ranks")])
         tables.append(capsys.readouterr().out.split("## mine")[1].split("picture:")[0])
         assert len(list(results.glob("*.png"))) == 1
-    assert tables[0] == tables[1] and "log-odds | perplexity" in tables[0]
+    assert tables[0] == tables[1] and "| method | log-odds | perplexity |" in tables[0]
     assert "right answer preferred" in tables[0]
 
 
@@ -199,17 +197,19 @@ def test_happy_against_sad_on_a_model_trained_by_others(tmp_path):
     vanilla = rows["vanilla", None, 0]
     for site in ("attention", "ffn"):
         causal, published = rows["causal", site, 0], rows["published", site, 0]
-        assert causal["mean_log_odds"] > vanilla["mean_log_odds"] + 0.5
-        assert causal["mean_log_odds"] > published["mean_log_odds"]
-        assert causal["mean_log_odds"] > max(rows["random", site, draw]["mean_log_odds"] for draw in range(3))
-        assert causal["perplexity"] < 1.5 * vanilla["perplexity"]
+        assert causal["measures"]["log-odds"]["value"] > vanilla["measures"]["log-odds"]["value"] + 0.5
+        assert causal["measures"]["log-odds"]["value"] > published["measures"]["log-odds"]["value"]
+        assert causal["measures"]["log-odds"]["value"] > max(
+            rows["random", site, draw]["measures"]["log-odds"]["value"] for draw in range(3)
+        )
+        assert causal["extras"]["perplexity"] < 1.5 * vanilla["extras"]["perplexity"]
 
 
 @pytest.mark.parametrize(
     ("command", "message"),
     [
         (["--pairs", "x.jsonl"], "--pairs needs --model"),
-        (["--model", "some/model"], "--model needs --pairs"),
+        (["--model", "some/model"], "--model needs --data_name"),
         (["--draws", "0"], "--draws must be at least 1"),
         (["--limit", "0"], "--limit must be at least 1"),
         (

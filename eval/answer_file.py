@@ -1,0 +1,58 @@
+"""An answer, and answers on disk as they come: a killed run loses only the batch that was in flight.
+
+A line is an answer. While a run is under way lines stand in the order of the batches; a finished file is in
+the order of the items, so it is the same bytes however often the run was broken off.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from errors import AUSteerError
+
+
+@dataclass(frozen=True)
+class Answer:
+    text: str
+    options: tuple[float, ...] = ()  # log-probability of each option's likeliest spelling, where asked for
+
+
+class AnswerFile:
+    """A line is {"item", "prompt", "answer", "options"}, which the judge and the raters' sheets read too."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def read(self, prompts: Sequence[str]) -> dict[int, Answer]:
+        """What is there already, of these prompts. A last line that was torn is cut off."""
+        self.prompts = prompts
+        if not self.path.exists():
+            return {}
+        whole, newline, torn = self.path.read_bytes().rpartition(b"\n")
+        if torn:
+            self.path.write_bytes(whole + newline)
+        rows = [json.loads(line) for line in whole.splitlines()]
+        if any(row["item"] >= len(prompts) or row["prompt"] != prompts[row["item"]] for row in rows):
+            raise AUSteerError(f"{self.path} holds answers to other prompts; move it away")
+        return {row["item"]: Answer(row["answer"], tuple(row["options"])) for row in rows}
+
+    def append(self, fresh: dict[int, Answer]) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("ab") as file:
+            file.write(b"".join(self._line(*item) for item in fresh.items()))
+            file.flush()
+            os.fsync(file.fileno())
+
+    def finish(self, ordered: Sequence[Answer]) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")
+        temporary.write_bytes(b"".join(self._line(*item) for item in enumerate(ordered)))
+        os.replace(temporary, self.path)
+
+    def _line(self, item: int, answer: Answer) -> bytes:
+        row = {"item": item, "prompt": self.prompts[item], "answer": answer.text, "options": answer.options}
+        return (json.dumps(row, ensure_ascii=True) + "\n").encode()

@@ -1,0 +1,104 @@
+"""SVAMP, MAWPS and GSM8K: a number is the answer, with its steps or without.
+
+Wrong answers of pairs are the most similar other right answers (appendix B.1). clean: another number. paper: as
+the authors' code, the nearest answer, or white space where that is the same text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import nan
+
+from eval.answer_file import Answer
+from eval.answering import Question, answers
+from eval.numbers import TOLERANCE, authors_number, robust_number, same_number
+from eval.tasks.base import Columns
+from eval.tasks.dataset import DatasetTask, Item
+from eval.wording import fill
+from pairs import Pair
+
+
+class NumberTask(DatasetTask):
+    trigger: str  # where the authors cut an answer
+    stop: str  # where an answer has ended, or has begun to ask itself the next question
+
+    def answers(self, model, tokenizer, items: Sequence[Item], file=None, progress=None):
+        # the authors let every answer run to its full length
+        stop = None if self.protocol == "paper" else self.stop
+        question = Question(self.tokens_for(model.config.model_type), stop=stop)
+        prompts = [item.prompt for item in items]
+        return answers(model, tokenizer, prompts, question, batch_size=self.batch_size, file=file, progress=progress)
+
+    def columns(self, items: Sequence[Item], answers: Sequence[Answer]) -> Columns:
+        texts = [answer.text for answer in answers]
+        robust = [same_number(robust_number(a), robust_number(i.gold)) for a, i in zip(texts, items, strict=True)]
+        # their gold number is read by the same function, and compared exactly
+        theirs = [
+            authors_number(a, self.trigger) == authors_number(i.gold, "") for a, i in zip(texts, items, strict=True)
+        ]
+        both = {"right number": robust, "right number, authors' rule": theirs}
+        if self.protocol == "paper":
+            both = dict(reversed(both.items()))
+        return {**both, "a number at all": [robust_number(text) is not None for text in texts]}
+
+    def _pairs(self, rows: Sequence[dict]) -> list[Pair]:
+        prompts = [fill(self.words.train["prompt"], _with_number(row)) for row in rows]
+        # the ranking rows come first in the pool
+        pool = [fill(self.words.train["answer"], _with_number(row)) for row in self._pool()]
+        if self.protocol == "paper":
+            nearest = self._similarity().nearest(pool)
+            wrong = [pool[j] if pool[j] != pool[i] else self.words.train["missing"] for i, j in enumerate(nearest)]
+        else:
+            numbers = [robust_number(text) for text in pool]
+            values = [nan if number is None else number for number in numbers]
+            nearest = self._similarity().nearest_different(pool, values, TOLERANCE)
+            self.dropped["no different number in the pool"] += nearest.count(None)
+            wrong = [None if j is None else pool[j] for j in nearest]
+        three = zip(prompts, pool, wrong, strict=False)
+        return [Pair(prompt, right, other) for prompt, right, other in three if other is not None]
+
+    def _pool(self) -> Sequence[dict]:
+        return self.split.pool
+
+    def _item(self, row: dict) -> Item:
+        row = _with_number(row)
+        return Item(fill(self.words.test["prompt"], row), fill(self.words.test["answer"], row))
+
+
+class SVAMP(NumberTask):
+    name, trigger, stop = "svamp", "Answer", r"(?i)\n\s*question:"
+    new_tokens = {"": 5, "llama": 50, "qwen3": 100, "qwen3_moe": 100}
+
+    def tokens_for(self, family):
+        # five tokens, the authors' length for Gemma, cut numbers of more than four digits
+        return super().tokens_for(family) if self.protocol == "paper" else 50
+
+    def text(self, row):
+        return f"{row['body']} {row['question']}"
+
+
+class _WithSteps(NumberTask):
+    trigger, stop = "####", r"(?i)####[^\n]*\d[^\n]*\n|\n\s*question:"
+
+    def text(self, row):
+        return row["question"]
+
+
+class MAWPS(_WithSteps):
+    name = "mawps"
+    new_tokens = {"": 250, "qwen3": 150, "qwen3_moe": 150}
+
+
+class GSM8K(_WithSteps):
+    name = "gsm8k"
+    new_tokens = {"": 400}
+
+    def _pool(self):
+        # the authors embed the first thousand answers of the 7,473
+        return self.split.pool[:1000]
+
+
+def _with_number(row: dict) -> dict:
+    """SVAMP's answers are floats: {answer} is 145.0, as the authors print it, {number} is 145."""
+    answer = row["answer"]
+    return {**row, "number": f"{answer:g}" if isinstance(answer, float) and abs(answer) < 1e6 else answer}

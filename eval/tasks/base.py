@@ -1,0 +1,62 @@
+"""What a task is: pairs to rank by, validation items to choose by, a test split, and how answers are scored.
+
+A cell asks in three steps: `answers` runs the model as it is given, steered or not; `columns` scores the
+answers item by item, the measure that settings are chosen by first; `extras` says what only the whole set
+can say. Tasks know no method.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from functools import cached_property
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from eval.answer_file import Answer, AnswerFile
+from pairs import Pair
+
+Columns = dict[str, list[float]]  # by measure, a value an item; True and False for what is right or wrong
+
+
+class Task(ABC):
+    name: str
+    test_split: str
+    pairs: list[Pair]
+    validation: list
+    test: list
+    wording = "the task's own"  # whose prompts these are
+    speaks_on_validation = True  # False: settings are chosen by likelihoods, and only the test is answered in words
+    measured: dict = {}  # how answers are made and scored, where that can be chosen
+
+    @abstractmethod
+    def answers(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        items: Sequence,
+        file: AnswerFile | None = None,
+        progress: str | None = None,
+    ) -> list[Answer]: ...
+
+    @abstractmethod
+    def columns(self, items: Sequence, answers: Sequence[Answer]) -> Columns: ...
+
+    def extras(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, items: Sequence, answers: Sequence[Answer]
+    ) -> dict[str, float]:
+        """Figures of the whole set of answers. The model is not steered here."""
+        return {}
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of everything asked: a change of an item or of its wording is another question."""
+        return hashlib.sha256(
+            json.dumps([list(map(str, _fields(item))) for item in (*self.validation, *self.test)]).encode()
+        ).hexdigest()
+
+
+def _fields(item) -> list:
+    return list(item) if isinstance(item, tuple) else list(vars(item).values())

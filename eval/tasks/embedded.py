@@ -1,0 +1,39 @@
+"""The tasks of the embedded models: strict exact match of a greedy answer, or a polite reply."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from embedded import tasks as small_world
+from embedded.tasks import Item
+from errors import AUSteerError
+from eval.answering import Question, answers
+from eval.tasks.base import Columns, Task
+from pairs import Pair
+
+PAIRS, VALIDATION, TEST = 500, 200, 2000
+
+
+class EmbeddedTask(Task):
+    def __init__(self, name: str, test_split: str = "test", seed: int = 0, limit: int | None = None):
+        if name not in small_world.TASKS:
+            raise AUSteerError(f"unknown task {name!r}; the embedded tasks are {', '.join(small_world.TASKS)}")
+        self.name, self.test_split = name, test_split
+        self.pairs = [Pair(item.prompt, item.right, item.wrong) for item in small_world.items(name, "pairs", PAIRS)]
+        self.validation = small_world.items(name, "validation", min(VALIDATION, limit or VALIDATION))
+        self.test = small_world.items(name, test_split, min(TEST, limit or TEST), seed)
+
+    def answers(self, model, tokenizer, items: Sequence[Item], file=None, progress=None):
+        question = Question(small_world.REPLY_WORDS if self.name == "tone" else 1)
+        return answers(model, tokenizer, [item.prompt for item in items], question, file=file, progress=progress)
+
+    def columns(self, items: Sequence[Item], answers) -> Columns:
+        if self.name == "tone":
+            return {"accuracy": [small_world.is_polite(answer.text) for answer in answers]}
+        pairs = zip(answers, items, strict=True)
+        return {"accuracy": [answer.text.strip() == item.right for answer, item in pairs]}
+
+    def prompted(self, items: Sequence[Item]) -> list[Item]:
+        """The same items behind the instruction that asks for the behaviour: the prompt-only control."""
+        return [replace(item, prompt=small_world.prompt_with_tag(item.prompt)) for item in items]

@@ -1,0 +1,63 @@
+"""A user's own pairs as a task: an item is right if the model prefers its right answer."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+
+import torch
+
+from encoding import CLEAN, encode
+from errors import AUSteerError
+from eval.answer_file import Answer
+from eval.tasks.base import Columns, Task
+from pair_texts import PairTexts, input_device
+from pairs import Pair
+
+
+class PairTask(Task):
+    """Split 50/20/30 by the hash of the prompt, so that a prompt that occurs twice stays on one side."""
+
+    def __init__(self, name: str, pairs: Sequence[Pair], limit: int | None = None):
+        self.name, self.test_split = name, "held-out pairs"
+        parts: dict[str, list[Pair]] = {"pairs": [], "validation": [], "test": []}
+        for pair in pairs:
+            share = int(hashlib.sha256(pair.prompt.encode()).hexdigest()[:8], 16) / 2**32
+            parts["pairs" if share < 0.5 else "validation" if share < 0.7 else "test"].append(pair)
+        if min(map(len, parts.values())) < 2:
+            counts = ", ".join(f"{len(part)} {name}" for name, part in parts.items())
+            raise AUSteerError(
+                f"too few different prompts to rank, choose and test on ({len(pairs)} pairs fall into {counts}); "
+                "about 100 are a sensible minimum"
+            )
+        self.pairs = parts["pairs"]
+        self.validation, self.test = parts["validation"][:limit], parts["test"][:limit]
+
+    @torch.inference_mode()
+    def answers(self, model, tokenizer, items: Sequence[Pair], file=None, progress=None) -> list[Answer]:
+        """Nothing is said: of each pair the log-odds, and the prompt's own surprise and tokens."""
+        encoded, _ = encode(items, tokenizer, CLEAN, model.config.max_position_embeddings)
+        if len(encoded) < len(items):
+            raise AUSteerError("both answers of some pair are the same tokens; no model can prefer one")
+        batches = (encoded[i : i + 8] for i in range(0, len(encoded), 8))
+        odds = torch.cat([PairTexts(model, batch, logits=True).log_odds() for batch in batches]).tolist()
+        surprise = {prompt: _surprise(model, tokenizer, prompt) for prompt in {pair.prompt for pair in items}}
+        return [Answer("", (value, *surprise[pair.prompt])) for value, pair in zip(odds, items, strict=True)]
+
+    def columns(self, items: Sequence[Pair], answers: Sequence[Answer]) -> Columns:
+        odds = [answer.options[0] for answer in answers]
+        return {"right answer preferred": [value > 0 for value in odds], "log-odds": odds}
+
+    def extras(self, model, tokenizer, items: Sequence[Pair], answers: Sequence[Answer]) -> dict[str, float]:
+        """Perplexity of the prompts, which no plan means to change: what steering costs elsewhere."""
+        once = {pair.prompt: answer.options[1:] for pair, answer in zip(items, answers, strict=True)}
+        loss, count = (sum(column) for column in zip(*once.values(), strict=True))
+        return {"perplexity": math.exp(loss / max(1, count))}
+
+
+def _surprise(model, tokenizer, text: str) -> tuple[float, int]:
+    """Minus log-probability of a text behind its first token, and how many tokens that are."""
+    ids = torch.tensor([tokenizer(text)["input_ids"]], device=input_device(model))
+    logp = model(ids).logits[0, :-1].float().log_softmax(-1)
+    return -float(logp.gather(1, ids[0, 1:, None].to(logp.device)).sum()), ids.shape[1] - 1

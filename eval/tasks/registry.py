@@ -1,0 +1,17 @@
+"""The paper's tasks by name. A new one is a class with its texts, pairs and scores, and a line here."""
+
+from __future__ import annotations
+
+from eval.tasks.arithmetic import GSM8K, MAWPS, SVAMP
+from eval.tasks.dataset import DatasetTask
+from eval.tasks.open_text import BPO, Toxicity
+from eval.tasks.options import COPA, BoolQ, StoryCloze, WinoGrande
+from eval.toxicity import scorer
+
+PAPER_TASKS = {task.name: task for task in (BoolQ, COPA, WinoGrande, StoryCloze, SVAMP, MAWPS, GSM8K, Toxicity, BPO)}
+
+
+def paper_task(name: str, toxicity: str, **settings) -> DatasetTask:
+    if name == Toxicity.name:
+        return Toxicity(scorer(toxicity), **settings)
+    return PAPER_TASKS[name](**settings)

@@ -1,0 +1,57 @@
+"""Rows of a dataset -> rows to rank by, to choose by, and to test on.
+
+clean: rows that share their text (or their passage, their options: the task's `group`) stay on one side, and
+nothing of the test split is in training. paper: the first thousand rows, as they come; what follows them is
+kept to choose by, which the authors did on the test split.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+PAIRS, VALIDATION = 1000, 500
+HELD_OUT = 0.2  # of small training files
+
+
+@dataclass(frozen=True)
+class Split:
+    ranking: list[dict]
+    pool: list[dict]  # whose answers may serve as wrong ones
+    validation: list[dict]
+    test: list[dict]
+    dropped: dict[str, int]  # training rows, by reason
+
+
+def split(
+    train: Sequence[dict],
+    test: Sequence[dict],
+    protocol: str,
+    text: Callable[[dict], str],
+    group: Callable[[dict], str],
+) -> Split:
+    if protocol == "paper":
+        return Split(list(train[:PAIRS]), list(train), list(train[PAIRS : PAIRS + VALIDATION]), list(test), {})
+    tested = {group(row) for row in test}
+    apart = [row for row in train if group(row) not in tested]
+    once = list({text(row): row for row in reversed(apart)}.values())[::-1]
+    wanted = min(VALIDATION, max(round(HELD_OUT * len(once)), len(once) - PAIRS))
+    validation: set[str] = set()
+    held = 0
+    sizes: dict[str, int] = {}
+    for row in once:
+        sizes[group(row)] = sizes.get(group(row), 0) + 1
+    for name in sorted(sizes, key=lambda name: hashlib.sha256(name.encode()).digest()):
+        if held >= wanted:
+            break
+        validation.add(name)
+        held += sizes[name]
+    ranking = [row for row in once if group(row) not in validation][:PAIRS]
+    return Split(
+        ranking,
+        ranking,
+        [row for row in once if group(row) in validation],
+        list(test),
+        {"shares its text with the test split": len(train) - len(apart), "a repeated text": len(apart) - len(once)},
+    )

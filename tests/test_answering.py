@@ -1,0 +1,262 @@
+"""Answers: batched equals one by one equals `generate`, steered or not; ends, options, resumption."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import FAMILIES
+
+import rmodels
+from errors import AUSteerError
+from eval import answering
+from eval.answer_file import Answer, AnswerFile
+from eval.answering import Question, answers, chat_prompts, option_tokens
+from plan import Plan
+from set_MFU import steer
+
+WORDS = [
+    "the",
+    "cat",
+    "sat",
+    "on",
+    "a",
+    "mat",
+    "and",
+    "the",
+    "dog,",
+    "who",
+    "had",
+    "3",
+    "bones,",
+    "ran",
+    "12",
+    "miles",
+    "north",
+    "of",
+    "Paris",
+    "in",
+    "May",
+]
+
+
+def prompts(count: int, seed: int = 0, beginning: str = "") -> list[str]:
+    rng = random.Random(seed)
+    return [beginning + " ".join(rng.choices(WORDS, k=rng.randint(1, 12))) + ":" for _ in range(count)]
+
+
+def by_generate(model, tokenizer, texts, new_tokens):
+    """The authors' way: one prompt at a time, greedy; only the new tokens are decoded."""
+    made = []
+    for text in texts:
+        ids = tokenizer(text, return_tensors="pt")["input_ids"]
+        out = model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False, pad_token_id=0
+        )  # fmt: skip
+        made.append(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
+    return made
+
+
+def texts_of(found):
+    return [answer.text for answer in found]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def model(request, checkpoints):
+    return rmodels.load(checkpoints[request.param], dtype="float32", device="cpu")
+
+
+@pytest.mark.parametrize("beginning", ["", "Answer this in one word. "])
+@pytest.mark.parametrize("new_tokens", [1, 20])
+def test_batched_equals_one_by_one_equals_generate(model, tokenizer, beginning, new_tokens):
+    asked = prompts(14, beginning=beginning)
+    wanted = by_generate(model, tokenizer, asked, new_tokens)
+    question = Question(new_tokens)
+    assert texts_of(answers(model, tokenizer, asked, question, batch_size=1)) == wanted
+    assert texts_of(answers(model, tokenizer, asked, question, batch_size=5)) == wanted
+    assert texts_of(answers(model, tokenizer, asked, question)) == wanted
+
+
+@pytest.mark.parametrize("tokens", ["all", "prompt", "generated", "last"])
+def test_batched_equals_generate_when_steered(model, tokenizer, tokens):
+    scale = torch.zeros(rmodels.site_shape(model, "attention"))
+    scale[:, : scale.shape[1] // 2] = 1.5
+    plan = Plan({"attention": scale}, {}, tokens)
+    asked = prompts(9, beginning="Say it in one word. ")
+    plain = by_generate(model, tokenizer, asked, 10)
+    with steer(model, plan):
+        wanted = by_generate(model, tokenizer, asked, 10)
+        assert texts_of(answers(model, tokenizer, asked, Question(10), batch_size=4)) == wanted
+        assert texts_of(answers(model, tokenizer, asked, Question(10), batch_size=1)) == wanted
+        one = texts_of(answers(model, tokenizer, asked, Question(1)))
+        assert one == by_generate(model, tokenizer, asked, 1)
+    assert wanted != plain
+
+
+def test_a_beginning_is_run_once(llama, tokenizer, monkeypatch):
+    seen = []
+    hook = llama.base_model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    asked = [f"The very same beginning of every prompt {n}" for n in range(10, 20)]
+    answers(llama, tokenizer, asked, Question(1), batch_size=5)
+    hook.remove()
+    shared = len(tokenizer("The very same beginning of every prompt 1")["input_ids"])
+    assert seen == [(1, shared), (5, 1), (5, 1)]
+
+
+def test_nothing_is_shared_beyond_a_sliding_window(checkpoints, tokenizer):
+    model = rmodels.load(checkpoints["mistral"], dtype="float32", device="cpu")
+    ids = [[1, 2, 3, 4], [1, 2, 3, 5, 6]]
+    assert answering._shared(ids, Question(7), model) == 3  # 5 + 7 columns fit the window of 12
+    assert answering._shared(ids, Question(8), model) == 0
+
+
+def test_ends(llama, tokenizer):
+    asked = prompts(12)
+    whole = by_generate(llama, tokenizer, asked, 40)
+    letter = max(set("".join(whole)), key=lambda c: sum(c in text for text in whole) * (c != "\n") * c.isalpha())
+    stopped = texts_of(answers(llama, tokenizer, asked, Question(40, stop=letter)))
+    assert stopped == [text[: text.find(letter) + 1] if letter in text else text for text in whole]
+    assert any(letter in text for text in whole) and any(len(a) < len(b) for a, b in zip(stopped, whole, strict=True))
+
+
+def test_end_of_text_tokens(llama, tokenizer, monkeypatch):
+    asked = prompts(12)
+    ids = [tokenizer(text)["input_ids"] for text in by_generate(llama, tokenizer, asked, 20)]
+    letters = {token for row in ids for token in row[1:] if tokenizer.decode([token]).isascii()}
+    frequent = max(letters, key=lambda token: sum(token in row for row in ids))
+    monkeypatch.setattr(llama.generation_config, "eos_token_id", [2, frequent])
+    wanted = by_generate(llama, tokenizer, asked, 20)
+    ended = tokenizer.decode([frequent])
+    found = texts_of(answers(llama, tokenizer, asked, Question(20), batch_size=6))
+    assert found == [text.removesuffix(ended) for text in wanted]  # generate keeps a token that ends, unless special
+
+
+@torch.inference_mode()
+def test_options(llama, tokenizer):
+    asked = prompts(6)
+    options = option_tokens(tokenizer, ["Yes", "No"], asked[0])
+    first = {spelling: tokenizer(spelling)["input_ids"][1] for spelling in ("Y", "y", "N", "n")}
+    # " Yes" and " No" both begin with the byte of the space: that token is left out
+    assert options == (tuple(sorted((first["Y"], first["y"]))), tuple(sorted((first["N"], first["n"]))))
+    found = answers(llama, tokenizer, asked, Question(1, options=options))
+    for text, answer in zip(asked, found, strict=True):
+        logp = llama(**tokenizer(text, return_tensors="pt")).logits[0, -1].log_softmax(-1)
+        wanted = [max(float(logp[token]) for token in own) for own in options]
+        assert answer.options == pytest.approx(wanted, abs=1e-4)
+    with pytest.raises(AUSteerError, match="begin with the same tokens"):
+        option_tokens(tokenizer, ["Yes", "Yeti"], asked[0])
+
+
+def test_a_prompt_too_long_loses_its_start(llama, tokenizer):
+    long = "x" * 400 + "the very end of it:"
+    (found,) = answers(llama, tokenizer, [long], Question(4))
+    room = llama.config.max_position_embeddings - 4
+    assert found.text == by_generate(llama, tokenizer, [long[-(room - 1) :]], 4)[0]
+    with pytest.raises(AUSteerError, match="do not fit"):
+        answers(llama, tokenizer, ["x"], Question(256))
+
+
+def test_no_tokens():
+    with pytest.raises(AUSteerError, match="prompt 0 has no tokens"):
+        answering._encode(lambda texts, **_: {"input_ids": [[]]}, [""], 8)
+
+
+def test_inf_is_refused(checkpoints, tokenizer):
+    model = rmodels.load(checkpoints["llama"], dtype="float32", device="cpu")
+    model.lm_head.weight.data[5] = float("inf")
+    with pytest.raises(AUSteerError, match="inf or nan"):
+        answers(model, tokenizer, prompts(2), Question(3))
+
+
+def test_out_of_memory_halves_the_batches(llama, tokenizer, monkeypatch):
+    real, sizes = answering._batch, []
+
+    def scarce(model, tokenizer, rows, *rest):
+        sizes.append(len(rows))
+        if len(rows) > 3:
+            raise torch.OutOfMemoryError("no room")
+        return real(model, tokenizer, rows, *rest)
+
+    asked = prompts(11)
+    wanted = answers(llama, tokenizer, asked, Question(3))
+    monkeypatch.setattr(answering, "_batch", scarce)
+    assert texts_of(answers(llama, tokenizer, asked, Question(3))) == texts_of(wanted)
+    assert max(sizes[1:]) < sizes[0] and sum(size for size in sizes if size <= 3) == 11
+
+
+def test_chat(tokenizer, monkeypatch):
+    with pytest.raises(AUSteerError, match="no chat template"):
+        chat_prompts(tokenizer, ["hello"])
+    template = "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %} [assistant]"
+    monkeypatch.setattr(tokenizer, "chat_template", template)
+    assert chat_prompts(tokenizer, ["hello"]) == ["[user] hello [assistant]"]  # BOS comes with the tokens
+
+
+def test_file_resumes_to_the_same_bytes(llama, tokenizer, tmp_path):
+    asked, question = prompts(13), Question(6, options=((40,), (41,)))
+    whole = AnswerFile(tmp_path / "whole.jsonl")
+    wanted = answers(llama, tokenizer, asked, question, batch_size=4, file=whole)
+    lines = whole.path.read_bytes().splitlines(keepends=True)
+    assert len(lines) == 13 and AnswerFile(whole.path).read(asked) == dict(enumerate(wanted))
+
+    calls = []
+    hook = llama.base_model.register_forward_pre_hook(lambda *_: calls.append(1))
+    for kept in (lines[:5], [lines[7], lines[2], b'{"item": 3, "pro'], lines):
+        broken = AnswerFile(tmp_path / "broken.jsonl")
+        broken.path.write_bytes(b"".join(kept))
+        calls.clear()
+        assert answers(llama, tokenizer, asked, question, batch_size=4, file=broken) == wanted
+        assert broken.path.read_bytes() == whole.path.read_bytes()
+        assert bool(calls) == (kept is not lines)  # what is there is not asked again
+    hook.remove()
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+sys.path[:0] = [{root!r}, {tests!r}]
+import torch; torch.set_num_threads(1)
+import rmodels
+from conftest import byte_tokenizer
+from test_answering import prompts
+from eval.answer_file import AnswerFile
+from eval.answering import Question, answers
+class Dying(AnswerFile):
+    def append(self, fresh):
+        super().append(fresh)
+        if len(self.read(self.prompts)) >= 8:
+            with self.path.open("ab") as file: file.write(b'{{"item": 99, "prompt": "torn')
+            os.kill(os.getpid(), signal.SIGKILL)
+model = rmodels.load({checkpoint!r}, dtype="float32", device="cpu")
+answers(model, byte_tokenizer(), prompts(13), Question(6), batch_size=4, file=Dying(Path({path!r})))
+"""
+
+
+def test_a_killed_run_goes_on(llama, tokenizer, checkpoints, tmp_path):
+    path, tests = tmp_path / "answers.jsonl", Path(__file__).parent
+    script = KILLED.format(
+        root=str(tests.parent), tests=str(tests), checkpoint=str(checkpoints["llama"]), path=str(path)
+    )
+    died = subprocess.run([sys.executable, "-c", script], env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert died.returncode == -signal.SIGKILL and path.read_bytes().endswith(b"torn")
+    answers(llama, tokenizer, prompts(13), Question(6), batch_size=4, file=AnswerFile(path))
+    whole = AnswerFile(tmp_path / "whole.jsonl")
+    answers(llama, tokenizer, prompts(13), Question(6), batch_size=4, file=whole)
+    assert path.read_bytes() == whole.path.read_bytes()
+
+
+def test_answer_file_keeps_odd_text(tmp_path):
+    file = AnswerFile(tmp_path / "a.jsonl")
+    odd = Answer("line\u2028sep\nnew\x85 \ud800 é", (-1.5,))
+    asked = ["what\u2028?"]
+    assert file.read(asked) == {}
+    file.append({0: odd})
+    assert file.read(asked) == {0: odd}
+    with pytest.raises(AUSteerError, match="other prompts"):
+        file.read(["what?"])
