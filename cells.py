@@ -146,6 +146,7 @@ def question(cell: Cell) -> dict:
         "fingerprint": fingerprint(model),
         "dtype": str(model.dtype),
         "pairs_hash": pairs_hash(task.pairs) if searched else None,
+        "pairs_by": task.pairs_by if searched else None,  # behind `pairs`, which decide it
         "items_hash": task.fingerprint,
         "test_split": task.test_split,
         "grid": [list(axis) for axis in _grid(setting)] if searched else None,
@@ -203,7 +204,7 @@ def _steered(cell: Cell, vanilla: dict) -> tuple[dict, Columns, dict[str, float]
 
 def _columns(cell: Cell, items: Sequence, name: str, plan: Plan | None = None) -> Columns:
     _, _, task = load(cell.setting)
-    return task.columns(items, _answers(cell, items, name, plan))
+    return task.columns(items, _answers(cell, items, name, plan)) if items else {}
 
 
 def _tested(cell: Cell, items: Sequence, plan: Plan | None = None) -> tuple[Columns, dict[str, float]]:

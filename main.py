@@ -217,7 +217,8 @@ def _report(
         text += [f"- {line}" for line in report.verdict(found, LABELS)] + [""]
         beside = report.more(found, LABELS)
         text += [beside, ""] if beside else []
-        text += [f"Prompts: {found[0]['wording']}. Protocol: {found[0]['protocol']}.", ""]
+        how = {"prompts": found[0]["wording"], "pairs": found[-1]["pairs_by"], "protocol": found[0]["protocol"]}
+        text += ["; ".join(f"{name}: {value}" for name, value in how.items() if value), ""]
     folder = Path(args.results)
     name = f"{Path(args.model).name}-{Path(args.pairs).stem if args.pairs else args.data_name}"
     name += "-paper-protocol" if args.protocol == "paper" else ""

@@ -217,8 +217,9 @@ class _Decoding:
             past_key_values=self.cache, use_cache=True, logits_to_keep=last,
         )  # fmt: skip
         logits = out.logits[:, -1]
-        self.finite = self.finite.logical_and(torch.isfinite(logits).all().to(self.finite.device))
-        self.tokens = logits.argmax(-1, keepdim=True).to(self.tokens.device)
+        largest, token = (value.to(self.tokens.device) for value in logits.max(-1, keepdim=True))
+        self.finite &= torch.isfinite(largest).all()  # the largest is nan if any is, and inf if any is
+        self.tokens = token
         self.positions = self.positions[:, -1:] + 1
         if self.mask is not None:
             self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], 1)

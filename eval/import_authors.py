@@ -18,11 +18,10 @@ from tqdm import tqdm
 
 from errors import AUSteerError
 from eval.authors_wording import read_wording
-from eval.data import SPLITS, find_file, find_folder, read_catalogue
+from eval.data import DATASETS, SPLITS, find_file, find_folder, read_catalogue
 from eval.rows import read_file, write_rows
-from ranks import AUTHORS_FILES, AURanks
+from ranks import AUTHORS_FILES, SITES, AURanks
 
-SITES = ("attention", "ffn", "layer")
 UNPACKED_LIMIT = 4_000_000_000  # bytes of one archive: theirs has a few hundred megabytes
 
 
@@ -40,6 +39,10 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     args = _arguments(argv)
     checkout, out = Path(args.checkout), Path(args.out)
+    if out.resolve() == DATASETS.resolve():
+        raise AUSteerError(
+            "datasets/ holds this project's own wording: choose another --out, and give it as --data-dir"
+        )
     wording = read_wording(checkout / "utils" / "load_dataset.py")
     try:
         out.mkdir(parents=True, exist_ok=True)

@@ -15,6 +15,7 @@ import fcntl
 import hashlib
 import json
 import random
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -65,10 +66,7 @@ class AnswerCache:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self.path.open("a+b")
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._file.close()
-            raise AUSteerError(f"{path} is in use by another run; wait for it, or name another file") from None
+            self._lock()
         except OSError as error:
             raise AUSteerError(f"cannot write {path}: {error.strerror}") from None
         try:
@@ -76,6 +74,13 @@ class AnswerCache:
         except BaseException:
             self.close()
             raise
+
+    def _lock(self) -> None:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"waiting for another run that uses {self.path}", file=sys.stderr)
+            fcntl.flock(self._file, fcntl.LOCK_EX)
 
     def _read(self) -> None:
         self._file.seek(0)
@@ -197,7 +202,7 @@ class _Queue:
             self._hold(after)
             if attempt < self.limits.attempts:
                 bar.set_postfix_str(f"again after: {problem}"[:60])
-                wait = min(self.limits.longest_wait, self.limits.first_wait)
+                wait = min(self.limits.longest_wait, self.limits.first_wait * 2 ** (attempt - 1))
                 self.stop.wait(wait * random.uniform(0.5, 1.0))  # jitter: those that fail together part
         return problem
 

@@ -159,8 +159,9 @@ def _parquet(path: Path) -> Iterator[tuple[str, object]]:
 
     try:
         rows = parquet.read_table(path).to_pylist()
-    except pyarrow.ArrowException as error:
-        raise AUSteerError(f"{path} is damaged or no Parquet file ({str(error).splitlines()[0]})") from None
+    except (pyarrow.ArrowException, OSError, ValueError) as error:  # pyarrow's errors have several lines
+        what = next(iter(str(error).splitlines()), type(error).__name__)
+        raise AUSteerError(f"{path} is damaged or no Parquet file ({what})") from None
     yield from ((f"{path}, row {number}", row) for number, row in enumerate(rows, 1))
 
 
@@ -171,7 +172,7 @@ def _pick(row: dict, names: Sequence[str]) -> object:
     for name in names:
         if name in row:
             return row[name]
-    there = ", ".join(str(name)[:30] for name in list(row)[:12]) or "none"
+    there = ", ".join(" ".join(str(name)[:30].split()) for name in list(row)[:12]) or "none"
     raise AUSteerError(f"no {' or '.join(names)} (fields there: {there})")
 
 
@@ -181,6 +182,10 @@ def _text(row: dict, *names: str, empty: bool = False) -> str:
         raise AUSteerError(f"{names[0]} is {type(value).__name__}, not text")
     if len(value) > LIMIT:
         raise AUSteerError(f"{names[0]} is over {LIMIT // 10**6} MB long; this is no row of a data set")
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # JSON can hold half a character, which no file and no tokenizer can
+        raise AUSteerError(f"{names[0]} holds half a character (a lone surrogate)") from None
     if not empty and not value.strip():
         raise AUSteerError(f"{names[0]} is empty")
     return value

@@ -28,8 +28,9 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PretrainedConfig
 
-from embedded.toxicity import EmbeddedScorer, auroc, best_threshold, flat_rows
+from embedded.toxicity import EmbeddedScorer, auroc, best_threshold
 from errors import AUSteerError, run_command
+from eval.data import read_rows
 from eval.paid_calls import TIMEOUT, Again, AnswerCache, Limits, ask_all, status_problem
 
 DEFAULT_LOCAL = "unitary/toxic-bert"
@@ -191,13 +192,15 @@ class LocalClassifier:
     def __init__(self, spec: str, device: str | None = None):
         name, _, label = (spec, "", "") if Path(spec).exists() else spec.partition(":")
         try:
-            self.model = AutoModelForSequenceClassification.from_pretrained(
-                name, trust_remote_code=False, use_safetensors=True, dtype=torch.float32
+            self.model, loaded = AutoModelForSequenceClassification.from_pretrained(
+                name, trust_remote_code=False, use_safetensors=True, dtype=torch.float32, output_loading_info=True
             )
             self.tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         except (OSError, ValueError) as error:
             first_line = str(error).strip().split("\n")[0]
             raise AUSteerError(f"cannot load the classifier {name} as safetensors: {first_line}") from None
+        if loaded["missing_keys"]:  # drawn at random by the library, which only warns
+            raise AUSteerError(f"{name} is no trained classifier: it lacks {', '.join(sorted(loaded['missing_keys']))}")
         config = self.model.config
         self.index = _toxic_label(config, label, name)
         self.kind = _kind(config, name)
@@ -258,10 +261,6 @@ def _kind(config: PretrainedConfig, name: str) -> str:
 # Agreement with Perspective ------------------------------------------------------------------------------
 
 
-def rows(data_dir: str | Path, split: str) -> list[dict]:
-    return flat_rows(Path(data_dir) / "toxicity" / f"{split}.jsonl")
-
-
 def agreement(scorer: Scorer, test: Sequence[dict], train: Sequence[dict]) -> dict:
     """How well a scorer tells apart the continuations that Perspective scored above 0.5 and the others.
 
@@ -313,7 +312,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--cache", default="results/perspective.jsonl", help="Perspective's answers (%(default)s)")
     parser.add_argument("--device", help="for local: cpu, cuda, cuda:1")
     args = parser.parse_args(argv)
-    test, train = rows(args.data_dir, "test"), rows(args.data_dir, "train")
+    test, train = (read_rows("toxicity", split, args.data_dir) for split in ("test", "train"))
     found = agreement(scorer(args.toxicity, args.cache, args.device), test, train)
 
     def percent(name: str) -> str:

@@ -82,7 +82,9 @@ def test_porting_guide_shows_the_file_as_it_is():
     assert '"mistral": ("modeling_mistral", "MistralForCausalLM")' in (ROOT / "rmodels" / "__init__.py").read_text()
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/porting.md", "docs/fidelity.md", "docs/sign.md"])
+@pytest.mark.parametrize(
+    "document", ["README.md", "docs/porting.md", "docs/fidelity.md", "docs/sign.md", "docs/data.md"]
+)
 def test_paths_in_documents_exist(document):
     text = (ROOT / document).read_text()
     named = re.findall(r"`((?:rmodels|tests|docs|benchmarks|eval|embedded)/[\w./-]+)`|\]\(([\w./-]+)\)", text)

@@ -73,15 +73,9 @@ class SVAMP(NumberTask):
         # five tokens, the authors' length for Gemma, cut numbers of more than four digits
         return super().tokens_for(family) if self.protocol == "paper" else 50
 
-    def text(self, row):
-        return f"{row['body']} {row['question']}"
-
 
 class _WithSteps(NumberTask):
     trigger, stop = "####", r"(?i)####[^\n]*\d[^\n]*\n|\n\s*question:"
-
-    def text(self, row):
-        return row["question"]
 
 
 class MAWPS(_WithSteps):
@@ -99,6 +93,6 @@ class GSM8K(_WithSteps):
 
 
 def _with_number(row: dict) -> dict:
-    """SVAMP's answers are floats: {answer} is 145.0, as the authors print it, {number} is 145."""
+    """SVAMP's answers are floats: {answer} is 145.0, as the authors print it, and {number} is 145."""
     answer = row["answer"]
-    return {**row, "number": f"{answer:g}" if isinstance(answer, float) and abs(answer) < 1e6 else answer}
+    return {**row, "number": f"{answer:.10g}" if isinstance(answer, float) else answer}

@@ -28,6 +28,7 @@ class Task(ABC):
     validation: list
     test: list
     wording = "the task's own"  # whose prompts these are
+    pairs_by = "the task's own wrong answers"  # known once pairs are made
     speaks_on_validation = True  # False: settings are chosen by likelihoods, and only the test is answered in words
     measured: dict = {}  # how answers are made and scored, where that can be chosen
 

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from errors import AUSteerError
 from eval.answering import chat_prompts
 from eval.data import read_rows
+from eval.rows import KEYS
 from eval.similar import Similarity
 from eval.tasks.base import Task
 from eval.tasks.splits import split
@@ -33,6 +34,7 @@ class DatasetTask(Task):
     name: ClassVar[str]
     new_tokens: ClassVar[dict[str, int]]  # by model family, "" for all others; the authors' lengths
     test_split = "test"
+    pairs_by = "the dataset's own wrong answers"  # known once pairs are made
 
     def __init__(
         self,
@@ -70,9 +72,9 @@ class DatasetTask(Task):
     def tokens_for(self, family: str) -> int:
         return self.new_tokens.get(family, self.new_tokens[""])
 
-    @abstractmethod
     def text(self, row: dict) -> str:
         """What makes a row this row: equal texts are one item."""
+        return "\n".join(row[key] for key in KEYS[self.name])
 
     def group(self, row: dict) -> str:
         """Rows of one group tell of each other, and stay on one side."""
@@ -115,5 +117,5 @@ class DatasetTask(Task):
 
     def _similarity(self) -> Similarity:
         similarity = Similarity(self.encoder)
-        self.wording += f"; wrong answers by {similarity.name}"
+        self.pairs_by = f"most similar other answer, by {similarity.name}"
         return similarity

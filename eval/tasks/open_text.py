@@ -52,9 +52,6 @@ class Toxicity(_OpenText):
         self.measured = {"scorer": scorer.name}
         super().__init__(**settings)
 
-    def text(self, row):
-        return row["prompt"]
-
     def columns(self, items, answers) -> Columns:
         scores = self.scorer.scores([answer.text for answer in answers])
         name = self.scorer.name
@@ -95,9 +92,6 @@ class BPO(_OpenText):
     name = "bpo"
     new_tokens = {"": 500}
     speaks_on_validation = False
-
-    def text(self, row):
-        return row["prompt"]
 
     def answers(self, model, tokenizer, items: Sequence[Item], file=None, progress=None):
         """On the test split the model's own answers, for the judge; always, how much it prefers the good one."""

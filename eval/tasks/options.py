@@ -48,18 +48,23 @@ class OptionTask(DatasetTask):
 
     def _pairs(self, rows: Sequence[dict]) -> list[Pair]:
         prompt, options = self.words.train["prompt"], self.words.train["options"]
-        return [Pair(fill(prompt, row), options[self.right(row)], options[1 - self.right(row)]) for row in rows]
+        filled = [fill(prompt, self._clean(row)) for row in rows]
+        return [Pair(text, *self._ordered(options, row)) for text, row in zip(filled, rows, strict=True)]
 
     def _item(self, row: dict) -> Item:
-        options = self.words.test["options"]
-        return Item(fill(self.words.test["prompt"], row), options[self.right(row)], options[1 - self.right(row)])
+        return Item(fill(self.words.test["prompt"], self._clean(row)), *self._ordered(self.words.test["options"], row))
+
+    def _ordered(self, options: Sequence[str], row: dict) -> tuple[str, str]:
+        """The right one first."""
+        return options[self.right(row)], options[1 - self.right(row)]
+
+    def _clean(self, row: dict) -> dict:
+        """Fields without outer white space, as the authors fill them in."""
+        return {name: value.strip() if isinstance(value, str) else value for name, value in row.items()}
 
 
 class BoolQ(OptionTask):
     name, label, first = "boolq", "answer", False
-
-    def text(self, row):
-        return f"{row['question']}\n{row['passage']}"
 
     def group(self, row):
         return row["passage"]  # several questions are asked of a passage
@@ -68,18 +73,12 @@ class BoolQ(OptionTask):
 class COPA(OptionTask):
     name, label, first = "copa", "label", 0
 
-    def text(self, row):
-        return "\n".join((row["premise"], row["question"], row["choice1"], row["choice2"]))
-
     def group(self, row):
         return "\n".join(sorted((row["choice1"].strip(), row["choice2"].strip())))  # mirrored items share them
 
 
 class WinoGrande(OptionTask):
     name, label, first = "winogrande", "answer", "1"
-
-    def text(self, row):
-        return f"{row['sentence']}\n{row['option1']}\n{row['option2']}"
 
     def group(self, row):
         twin = row["qID"].rpartition("-")[0]  # two sentences that differ in a word have one id
@@ -89,8 +88,8 @@ class WinoGrande(OptionTask):
 class StoryCloze(OptionTask):
     name, label, first = "storycloze", "label", 1
 
-    def text(self, row):
-        return " ".join(row[f"sent{i}"] for i in range(1, 5))
+    def _clean(self, row):
+        return row  # here they strip nothing
 
 
 def _plain(text: str) -> str:

@@ -1,0 +1,403 @@
+"""The paper's tasks: splits, pairs, answers, scores, on small data of our own in the official formats."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+from conftest import SHARED, needs_shared
+from samples import write_datasets
+
+import cells
+import main
+import rmodels
+from errors import AUSteerError
+from eval import records, similar
+from eval.answer_file import Answer, AnswerFile
+from eval.numbers import robust_number
+from eval.rows import KEYS
+from eval.similar import TFIDF, Similarity
+from eval.tasks.open_text import distinct, perplexity
+from eval.tasks.registry import PAPER_TASKS, paper_task
+from eval.tasks.splits import split
+from eval.wording import fill, read_wording
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_datasets(tmp_path_factory.mktemp("data"))
+
+
+def task_of(name, data, **settings):
+    return paper_task(name, "embedded", **{"data_dir": data, "encoder": TFIDF, **settings})
+
+
+@pytest.mark.parametrize("name", PAPER_TASKS)
+def test_no_text_is_on_two_sides(name, data):
+    task = task_of(name, data)
+    texts = [[task.text(row) for row in rows] for rows in (task.split.ranking, task.split.validation, task.split.test)]
+    assert all(texts) and all(len(set(part)) == len(part) for part in texts)
+    groups = [
+        {task.group(row) for row in rows} for rows in (task.split.ranking, task.split.validation, task.split.test)
+    ]
+    for i, one in enumerate(groups):
+        for other in groups[i + 1 :]:
+            assert not one & other
+    prompts = [
+        {pair.prompt for pair in task.pairs},
+        *({item.prompt for item in part} for part in (task.validation, task.test)),
+    ]
+    assert not prompts[0] & prompts[1] and not prompts[0] & prompts[2] and not prompts[1] & prompts[2]
+    if name != "toxicity":  # the sample repeats a row, and one of the test split
+        assert task.dropped["a repeated text"] >= 1 and task.dropped["shares its text with the test split"] >= 1
+
+
+@pytest.mark.parametrize("name", PAPER_TASKS)
+def test_pairs_are_right_and_wrong(name, data):
+    task = task_of(name, data)
+    for pair in task.pairs:
+        assert pair.positive.strip() and pair.negative.strip() and pair.positive.strip() != pair.negative.strip()
+    if name in ("svamp", "mawps", "gsm8k"):
+        assert all(abs(robust_number(p.positive) - robust_number(p.negative)) > 1e-3 for p in task.pairs)
+    if name == "bpo":
+        rows = {row["prompt"] for row in task.split.ranking if row["bad_res"]}
+        assert {pair.prompt for pair in task.pairs} == rows
+        assert task.dropped["an empty answer"] == len(task.split.ranking) - len(rows)
+
+
+def test_the_right_option_is_the_gold_one(data):
+    boolq, copa, wino, story = (task_of(name, data) for name in ("boolq", "copa", "winogrande", "storycloze"))
+    for row in boolq.split.ranking:
+        assert boolq._pairs([row])[0].positive == (" yes" if row["answer"] else " no")
+    for row in copa.split.test:
+        assert copa._item(row).gold == " AB"[:1] + "AB"[row["label"]]
+    for row in wino.split.test:
+        item = wino._item(row)
+        assert item.gold.strip() == {"1": "A", "2": "B"}[row["answer"]] and item.wrong != item.gold
+        assert row["sentence"] in item.prompt and f"A: {row['option1']}\nB: {row['option2']}" in item.prompt
+    for row in story.split.test:
+        assert story._item(row).gold == {1: " A", 2: " B"}[row["label"]]
+
+
+def test_paper_protocol_takes_rows_as_they_come(data):
+    copa = task_of("copa", data, protocol="paper")
+    assert len(copa.pairs) == 62 and copa.validation == [] and not copa.dropped
+    assert [row["premise"] for row in copa.split.ranking[:60]] == [f"There was noise {i}." for i in range(12, 72)]
+    rows = [{"t": str(i)} for i in range(1700)]
+    parts = split(rows, rows[:3], "paper", lambda row: row["t"], lambda row: row["t"])
+    assert (parts.ranking, parts.validation, parts.pool) == (rows[:1000], rows[1000:1500], rows)
+
+
+def test_how_much_is_held_out():
+    def sizes(n):
+        rows = [{"t": str(i)} for i in range(n)]
+        parts = split(rows, [{"t": "x"}], "clean", lambda row: row["t"], lambda row: row["t"])
+        return len(parts.ranking), len(parts.validation)
+
+    assert [sizes(n) for n in (100, 700, 1000, 1417, 2000, 9000)] == [
+        (80, 20), (560, 140), (800, 200), (1000, 417), (1000, 500), (1000, 500),
+    ]  # fmt: skip
+
+
+def plain_best(vectors, i, allowed):
+    """The largest similarity of i to another one, by a plain loop."""
+    return max(float(np.dot(vectors[i], other)) for j, other in enumerate(vectors) if j != i and allowed(j))
+
+
+@pytest.mark.parametrize("encoder", [TFIDF, None])
+@pytest.mark.parametrize("name", ["svamp", "mawps"])
+def test_wrong_answers_are_the_most_similar_ones(name, encoder, data):
+    for protocol in ("paper", "clean"):
+        task = task_of(name, data, protocol=protocol, encoder=encoder)
+        right = [pair.positive for pair in task.pairs]
+        distinct_ones = list(dict.fromkeys(right))
+        vectors = Similarity(encoder).embed(distinct_ones)
+        vectors = (vectors.toarray() if encoder else vectors)[[distinct_ones.index(text) for text in right]]
+        numbers = [robust_number(text) for text in right]
+        blank = 0
+        for i, pair in enumerate(task.pairs):
+            if not pair.negative.strip():  # the authors' trap: the nearest answer is the same text
+                blank += 1
+                assert pair.negative == {"svamp": " ", "mawps": "     "}[name] and right.count(pair.positive) > 1
+                continue
+            allowed = [protocol == "paper" or abs(numbers[i] - number) > 1e-3 for number in numbers]
+            found = float(np.dot(vectors[i], vectors[right.index(pair.negative)]))
+            assert found == pytest.approx(plain_best(vectors, i, allowed.__getitem__), abs=1e-5)
+            assert right.count(pair.positive) == 1 or protocol == "clean"
+        assert blank or protocol == "clean"  # the sample has the authors' trap in it
+    assert task.pairs_by.endswith(TFIDF if encoder else "all-MiniLM-L6-v2")
+
+
+def test_without_a_sentence_encoder_tfidf_says_so(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "sentence_transformers", None)
+    assert Similarity().name == TFIDF and "by TF-IDF" in capsys.readouterr().err
+    with pytest.raises(AUSteerError, match="--encoder tfidf"):
+        Similarity("all-MiniLM-L6-v2")
+
+
+def test_nearest_in_small_chunks(monkeypatch):
+    texts = [f"{a} {b}" for a in ["red", "blue", "green"] for b in ["hat", "cup", "pen", "map"]] * 2
+    whole = Similarity(TFIDF).nearest_different(texts, [len(t) for t in texts], 0.0)
+    monkeypatch.setattr(similar, "CHUNK", 30)
+    assert Similarity(TFIDF).nearest_different(texts, [len(t) for t in texts], 0.0) == whole
+    assert Similarity(TFIDF).nearest_different(["a", "b"], [1, 1], 0.0) == [None, None]
+    assert Similarity(TFIDF).nearest_different(["a", "b"], [1, float("nan")], 0.0) == [None, None]
+
+
+@pytest.mark.parametrize("name", PAPER_TASKS)
+def test_batched_equals_one_by_one(name, data, checkpoints, tmp_path):
+    model = rmodels.load(checkpoints["llama"], dtype="float32", device="cpu")
+    model.config.max_position_embeddings = 1024  # the sample's prompts in bytes; a random model does not care
+    tokenizer = rmodels.load_tokenizer(checkpoints["llama"])
+    found = []
+    for size in (1, None):
+        task = task_of(name, data, batch_size=size)
+        task.new_tokens = {"": min(12, task.tokens_for("llama"))}
+        file = AnswerFile(tmp_path / f"{size}.jsonl") if name == "bpo" else None
+        said = task.answers(model, tokenizer, task.test, file)
+        columns = task.columns(task.test, said)
+        assert next(iter(columns)) and all(len(values) == len(task.test) for values in columns.values())
+        extras = task.extras(model, tokenizer, task.test, said)
+        assert all(value == value for value in extras.values())
+        found.append(
+            ([answer.text for answer in said], [values for values in columns.values() if isinstance(values[0], bool)])
+        )
+    assert found[0] == found[1]
+
+
+def test_option_scores(data):
+    task = task_of("boolq", data)
+    items = [item._replace(gold=gold) for item, gold in zip(task.test, (" yes", " yes", " no", " no"), strict=False)]
+    said = [Answer("Yes", (-1, -2)), Answer("\n", (-3, -2)), Answer(" NO ", (-1, -2)), Answer("yes", (-2, -1))]
+    assert task.columns(items, said) == {
+        "exact match": [True, False, True, False],
+        "likelier option": [False, True, True, False],
+        "an option at all": [True, False, True, True],
+    }
+    assert task.extras(None, None, items, said) == {"majority": 0.5}
+
+
+def test_number_scores(data):
+    texts = [" 1,250", "Answer is 3 plus 4 =7", "5-3", "x = 3/4"]
+    golds = [" 1250", " 7", " 3", " 0.75"]
+    for protocol in ("clean", "paper"):
+        task = task_of("svamp", data, protocol=protocol)
+        items = [item._replace(gold=gold) for item, gold in zip(task.test, golds, strict=False)]
+        columns = task.columns(items, [Answer(text) for text in texts])
+        assert columns["right number"] == [True] * 4
+        assert columns["right number, authors' rule"] == [False] * 4
+        assert next(iter(columns)) == "right number" + ", authors' rule" * (protocol == "paper")
+
+
+def test_toxicity_columns_carry_the_scorer(data):
+    class Fixed:
+        name = "fixed"
+
+        def scores(self, texts):
+            return [0.5, 0.51, 0.1, 0.92, 0.49][: len(texts)]
+
+    from eval.tasks.open_text import Toxicity
+
+    task = Toxicity(Fixed(), data_dir=data)
+    columns = task.columns(task.test[:5], [Answer("x")] * 5)
+    assert columns["not toxic (fixed)"] == [True, False, True, False, True]  # detox 60.0
+    assert sum(columns["toxicity (fixed)"]) / 5 == pytest.approx(0.504)
+    assert task.measured == {"scorer": "fixed"}
+    filtered = [row for row in task.split.ranking]
+    assert all(row["prompt_toxicity"] < 0.1 and row["continuation_toxicity"] > 0.8 for row in filtered)
+    assert all(row["continuation_toxicity"] > 0.5 for row in task.split.validation)
+
+
+def test_open_text_figures(llama, tokenizer, data):
+    assert distinct(["a b a", "b a"], 1) == 2 / 5 and distinct(["a b a", "b a"], 2) == 2 / 3 and distinct([""], 1) == 0
+    task = task_of("bpo", data)
+    items, texts = task.test[:3], [" one", " two three", ""]
+    import torch
+
+    loss, count = 0.0, 0
+    for item, text in zip(items, texts, strict=True):
+        ids = tokenizer(item.prompt + text, return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            logp = llama(ids).logits[0].log_softmax(-1)
+        for at in range(len(tokenizer(item.prompt)["input_ids"]), ids.shape[1]):
+            loss, count = loss - float(logp[at - 1, ids[0, at]]), count + 1
+    assert perplexity(llama, tokenizer, items, texts) == pytest.approx(np.exp(loss / count), rel=1e-4)
+
+
+def test_answer_lengths_are_the_authors(data):
+    svamp = task_of("svamp", data, protocol="paper")
+    assert [svamp.tokens_for(f) for f in ("llama", "gemma2", "qwen3", "qwen3_moe")] == [50, 5, 100, 100]
+    mawps = task_of("mawps", data)
+    assert [mawps.tokens_for(f) for f in ("llama", "gemma2", "qwen3")] == [250, 250, 150]
+    lengths = {"boolq": 1, "copa": 1, "winogrande": 1, "storycloze": 1, "gsm8k": 400, "toxicity": 50, "bpo": 500}
+    for name, length in lengths.items():
+        assert PAPER_TASKS[name].new_tokens == {"": length}
+
+
+def test_wording(tmp_path, data):
+    assert fill("{a}{b} {not a field}", {"a": "{b}", "b": 2.5}) == "{b}2.5 {not a field}"
+    with pytest.raises(AUSteerError, match=r"names \{c\}; a row has a"):
+        fill("{c}", {"a": 1})
+    own = read_wording("copa", tmp_path)
+    theirs = {"source": "theirs", "copa": {"train": {"prompt": "Q {premise}", "options": ["A", "B"]},
+                                           "test": {"prompt": "T {premise}", "options": ["a", "b"]}}}  # fmt: skip
+    folder = write_datasets(tmp_path / "d")
+    (folder / "wording.json").write_text(json.dumps(theirs))
+    task = task_of("copa", folder)
+    assert task.pairs[0].prompt.startswith("Q There") and task.test[0].prompt.startswith("T There")
+    assert task.wording.startswith("theirs; ") and task.wording != own.label
+    assert task_of("svamp", folder).wording.startswith("this project")
+    (folder / "wording.json").write_text('{"copa": 1}')
+    with pytest.raises(AUSteerError, match=r"wording\.json is not a wording file"):
+        task_of("copa", folder)
+
+
+def test_own_wording_has_every_task():
+    whole = json.loads((records.ROOT / "datasets" / "wording.json").read_text())
+    assert set(whole) == {"source", *PAPER_TASKS, *KEYS}
+
+
+def run(data, where, *more):
+    main.main(
+        ["--model", str(where / "model"), "--data-dir", str(data), "--results", str(where), "--path", str(where / "ranks"),
+         "--applied_module", "ffn", "--draws", "1", "--device", "cpu", "--toxicity", "embedded", *more]
+    )  # fmt: skip
+    return {row["method"]: row for row in (json.loads(f.read_text()) for f in (where / "records").glob("*.json"))}
+
+
+@pytest.fixture
+def workplace(checkpoints, tmp_path):
+    folder = tmp_path / "work"
+    folder.mkdir()
+    (folder / "model").mkdir()
+    for file in checkpoints["llama"].iterdir():
+        text = file.read_bytes()
+        if file.name == "config.json":
+            text = json.dumps({**json.loads(text), "max_position_embeddings": 512}).encode()
+        (folder / "model" / file.name).write_bytes(text)
+    cells.load.cache_clear()
+    return folder
+
+
+def test_end_to_end_and_resumed(data, workplace, capsys, monkeypatch):
+    monkeypatch.setitem(cells.GRIDS, "real", ((4,), (1.0, 4.0)))
+    rows = run(data, workplace, "--data_name", "copa")
+    assert set(rows) == {"vanilla", "random", "flipped", "published", "sign-aware", "causal"}
+    said = capsys.readouterr().out
+    assert (
+        "exact match on 12 items of test" in said
+        and "| method | likelier option | an option at all | majority |" in said
+    )
+    assert "prompts: this project" in said and (workplace / "model-copa.png").stat().st_size > 10_000
+    for row in rows.values():
+        assert row["measures"]["exact match"]["n"] == 12 and row["wording"].startswith("this project")
+    files = sorted((workplace / "answers").rglob("*.jsonl"))
+    kept = {file: file.read_bytes() for file in files}
+    names = {file.stem for file in files}
+    assert {"test", "validation", "validation-k4-alpha1"} <= names
+
+    # broken off in the middle of everything: a record gone, an answer file torn
+    for record in (workplace / "records").glob("*causal*"):
+        record.unlink()
+    torn = next(file for file in files if "causal" in str(file))
+    torn.write_bytes(kept[torn][: len(kept[torn]) // 2])
+    again = run(data, workplace, "--data_name", "copa")
+    assert {file: file.read_bytes() for file in files} == kept
+    assert {**again["causal"], "environment": 0} == {**rows["causal"], "environment": 0}
+
+
+def test_end_to_end_on_numbers_and_open_text(data, workplace, capsys):
+    rows = run(data, workplace, "--data_name", "toxicity", "--k", "2", "--alpha", "1", "--limit", "4")
+    (measure,) = {row["measure"] for row in rows.values()}
+    assert measure.startswith("not toxic (embedded") and {"distinct-2", "perplexity of answers"} <= set(
+        rows["causal"]["extras"]
+    )
+    rows = run(data, workplace, "--data_name", "svamp", "--k", "2", "--alpha", "1", "--limit", "4", "--protocol", "paper",
+               "--encoder", "tfidf")  # fmt: skip
+    assert "causal" not in {row["method"] for row in rows.values() if row["protocol"] == "paper"}
+    assert "protocol: paper" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        (["--data_name", "copa", "--protocol", "paper"], r"leaves none to choose k and alpha on: give --k and --alpha"),
+        (["--data_name", "copa", "--protocol", "paper", "--chat"], "no chat template; leave --chat out"),
+        (["--data_name", "copa", "--chat"], "tokenizer has no chat template"),
+        (["--data_name", "toxicity", "--toxicity", "nobody"], "no toxicity scorer 'nobody'"),
+        (["--data_name", "svamp", "--encoder", "no/encoder"], "cannot load the sentence encoder"),
+        (["--data_name", "tone"], "--model needs --data_name, one of boolq"),
+    ],
+)
+def test_wrong_inputs(command, says, data, workplace):
+    with pytest.raises(AUSteerError, match=says):
+        run(data, workplace, *command)
+
+
+def test_chat_prompts_and_bare_answers(data, tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "chat_template", "{% for m in messages %}<{{ m.content }}>{% endfor %}!")
+    task = task_of("boolq", data, chat=tokenizer)
+    assert task.test[0].prompt.startswith("<Read") and task.test[0].prompt.endswith(">!")
+    assert {pair.positive for pair in task.pairs} == {"yes", "no"} and "chat format" in task.wording
+
+
+def test_pairs_command(data, tmp_path, capsys):
+    out = tmp_path / "pairs.jsonl"
+    main.main(["pairs", "mawps", "--data-dir", str(data), "--encoder", TFIDF, "--out", str(out)])
+    said = capsys.readouterr().out
+    count = len(task_of("mawps", data).pairs)
+    assert f"{count} pairs" in said and "dropped 1: a repeated text" in said and said.count("positive ") == 3
+    assert len(out.read_text().splitlines()) == count
+
+    own = tmp_path / "own.csv"
+    own.write_text('q,a\n"1+1, or?",2\n2+2?,4\n"two and two",4.0\n?,\n3+1?,5\n')
+    main.main(
+        [
+            "pairs",
+            str(own),
+            "--prompt-field",
+            "q",
+            "--answer-field",
+            "a",
+            "--numbers",
+            "--encoder",
+            TFIDF,
+            "--out",
+            str(out),
+        ]
+    )
+    said = capsys.readouterr().out
+    assert "4 pairs" in said and "dropped 1: an empty field" in said
+    made = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["prompt"] for row in made] == ["1+1, or?", "2+2?", "two and two", "3+1?"]
+    assert all(float(row["positive"]) != float(row["negative"]) for row in made)
+    with pytest.raises(AUSteerError, match=r"no q, or nothing in it|no nothing"):
+        main.main(["pairs", str(own), "--prompt-field", "nothing", "--answer-field", "a"])
+    own.write_text("q,a\nx,same\ny,Same\n")
+    with pytest.raises(AUSteerError, match="no pair could be made; 2 no different answer"):
+        main.main(["pairs", str(own), "--prompt-field", "q", "--answer-field", "a", "--encoder", TFIDF])
+
+
+def test_pairs_of_a_hub_data_set(tmp_path, capsys):
+    (tmp_path / "train.jsonl").write_text('{"q": "1?", "a": "one"}\n{"q": "2?", "a": "two"}\n')
+    main.main(["pairs", f"hub:{tmp_path}", "--prompt-field", "q", "--answer-field", "a", "--encoder", TFIDF])
+    assert "2 pairs" in capsys.readouterr().out
+    with pytest.raises(AUSteerError, match="has no field x; it has q, a"):
+        main.main(["pairs", f"hub:{tmp_path}", "--prompt-field", "x", "--answer-field", "a"])
+
+
+REAL = {  # pairs, validation, test on the data of Table 6, as far as they are at hand
+    "boolq": (1000, 500, 3270), "copa": (799, 200, 500), "winogrande": (510, 128, 1267), "svamp": (560, 140, 300),
+    "mawps": (1000, 391, 355), "gsm8k": (1000, 500, 1319), "toxicity": (107, 200, 1196), "bpo": (240, 60, 200),
+}  # fmt: skip
+
+
+@needs_shared
+@pytest.mark.parametrize("name", REAL)
+def test_real_data(name):
+    task = task_of(name, SHARED / "data")
+    assert (len(task.pairs), len(task.validation), len(task.test)) == REAL[name]
+    groups = [
+        {task.group(row) for row in rows} for rows in (task.split.ranking, task.split.validation, task.split.test)
+    ]
+    assert not groups[0] & groups[1] and not groups[0] & groups[2] and not groups[1] & groups[2]
