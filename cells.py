@@ -6,6 +6,7 @@ the folders of ranks and records.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -15,12 +16,13 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import rmodels
-from baselines.austeer import METHODS
+from baselines.base import BUDGET, Evidence, Method, Settings
+from baselines.registry import METHODS
 from embedded import gate
 from errors import AUSteerError
 from eval import records
 from eval.answer_file import AnswerFile
-from eval.search import GRIDS, search
+from eval.search import key_of, search
 from eval.statistics import mcnemar, summary
 from eval.tasks.base import Columns, Task
 from eval.tasks.embedded import VALIDATION, EmbeddedTask
@@ -102,19 +104,21 @@ def load(setting: Setting) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Ta
     return model, rmodels.load_tokenizer(setting.checkpoint), task
 
 
-def prepare(setting: Setting, sites: tuple[str, ...]) -> int:
+def prepare(setting: Setting, todo: Sequence[Cell]) -> int:
     """Check that there is skill to recover, and make the ranks that are not there yet. Returns how many."""
     model, tokenizer, task = load(setting)
     if setting.model == EMBEDDED:
         gate.latent_skill(model, tokenizer, setting.task, n=VALIDATION)
-    if sites and not task.validation and None in (setting.k, setting.alpha):
+    searched = [cell for cell in todo if cell.method not in UNSTEERED]
+    if searched and not task.validation and any(len(_grid(cell)) > 1 for cell in searched):
         raise AUSteerError(
             f"the {setting.protocol} protocol ranks on all rows of {setting.task_name} and leaves none to choose k and "
             "alpha on: give --k and --alpha (Tables 8 and 9 of the paper have theirs), or use --protocol clean"
         )
     made = 0
-    for momentum in _momenta(setting):
-        missing = [site for site in sites if _stored_ranks(setting, momentum, site) is None]
+    for momentum in MOMENTA:
+        wanted = {cell.site: None for cell in searched if getattr(METHODS[cell.method], "momentum", None) == momentum}
+        missing = [site for site in wanted if _stored_ranks(setting, momentum, site) is None]
         if missing:
             found = screen(task.pairs, model, tokenizer, missing, momentum=momentum, protocol=setting.protocol)
             for site, ranks in found.items():
@@ -123,13 +127,25 @@ def prepare(setting: Setting, sites: tuple[str, ...]) -> int:
     return made
 
 
-def methods(setting: Setting) -> list[str]:
-    """Those that the setting's protocol knows: causal momentum is not the authors'."""
-    return [name for name, method in METHODS.items() if method.momentum in _momenta(setting)]
+def in_protocol(setting: Setting, method: Method) -> bool:
+    """The paper protocol is the authors' code: it has activation momentum, and nothing else to steer by."""
+    return setting.protocol == "clean" or getattr(method, "momentum", None) == "activation"
 
 
-def _momenta(setting: Setting) -> list[str]:
-    return [name for name in MOMENTA if setting.protocol == "clean" or name == "activation"]
+@cache
+def _prepared(setting: Setting, name: str, site: str) -> tuple[object, float]:
+    """What a method makes of the evidence, and the seconds it took (ranks are timed when they are made)."""
+    model, tokenizer, task = load(setting)
+
+    def ranks(momentum: str) -> AURanks:
+        found = _stored_ranks(setting, momentum, site)
+        if found is None:
+            found = screen(task.pairs, model, tokenizer, [site], momentum=momentum, protocol=setting.protocol)[site]
+        return found
+
+    start = time.perf_counter()
+    made = METHODS[name].prepare(Evidence(model, tokenizer, task.pairs, site, ranks))
+    return made, time.perf_counter() - start
 
 
 def question(cell: Cell) -> dict:
@@ -149,7 +165,7 @@ def question(cell: Cell) -> dict:
         "pairs_by": task.pairs_by if searched else None,  # behind `pairs`, which decide it
         "items_hash": task.fingerprint,
         "test_split": task.test_split,
-        "grid": [list(axis) for axis in _grid(setting)] if searched else None,
+        "grid": _grid(cell) if searched else None,
         "wording": task.wording,
         "protocol": setting.protocol,
         "measured": task.measured,
@@ -179,27 +195,29 @@ def compute(cell: Cell) -> dict:
 
 
 def _steered(cell: Cell, vanilla: dict) -> tuple[dict, Columns, dict[str, float]]:
-    setting, method = cell.setting, METHODS[cell.method]
-    _, _, task = load(setting)
-    ranks = {method.momentum: _stored_ranks(setting, method.momentum, cell.site)}
+    _, _, task = load(cell.setting)
+    method = METHODS[cell.method]
+    prepared, seconds = _prepared(cell.setting, cell.method, cell.site)
 
-    def plan(k: int, alpha: float) -> Plan:
-        return method.plan(ranks, k, alpha, cell.draw)
+    def validated(settings: Settings) -> float:
+        name = " ".join(["validation", *(f"{key}={value:g}" for key, value in settings.items())])
+        return _share(_columns(cell, task.validation, name, method.plan(prepared, settings, cell.draw)))
 
-    def validated(k: int, alpha: float) -> float:
-        return _share(_columns(cell, task.validation, f"validation, k={k}, alpha={alpha:g}", plan(k, alpha)))
-
-    if setting.k is not None and setting.alpha is not None:
-        chosen, grid = (setting.k, setting.alpha), {}
-    else:
-        chosen, grid = search(validated, vanilla["validation"], *_grid(setting))
-    result: dict = {"k": chosen and chosen[0], "alpha": chosen and chosen[1], "grid_scores": grid}
+    grid = _grid(cell)
+    chosen, scores = (grid[0], {}) if len(grid) == 1 else search(validated, vanilla["validation"], grid)
+    result: dict = {
+        "settings": chosen,
+        "chosen": chosen and key_of(chosen),
+        "grid_scores": scores,
+        "cost": {"prepare_s": seconds},
+    }
     if chosen is None:  # nothing beat doing nothing on validation, so nothing is done
         unchanged = records.unpack_columns(vanilla["columns"])
-        return result | {"gained": 0, "lost": 0, "p": 1.0}, unchanged, vanilla["extras"]
-    columns, extras = _tested(cell, task.test, plan(*chosen))
+        return result | {"touched": 0, "gained": 0, "lost": 0, "p": 1.0}, unchanged, vanilla["extras"]
+    plan = method.plan(prepared, chosen, cell.draw)
+    columns, extras = _tested(cell, task.test, plan)
     gained, lost, p = mcnemar(records.unpack(vanilla["outcomes"]), next(iter(columns.values())))
-    return result | {"gained": gained, "lost": lost, "p": p}, columns, extras
+    return result | {"touched": len(plan.units()), "gained": gained, "lost": lost, "p": p}, columns, extras
 
 
 def _columns(cell: Cell, items: Sequence, name: str, plan: Plan | None = None) -> Columns:
@@ -226,7 +244,7 @@ def _answers(cell: Cell, items: Sequence, name: str, plan: Plan | None):
 
 def answers_path(cell: Cell, name: str = "test") -> Path:
     setting = cell.setting
-    part = name.replace(", ", "-").replace("=", "")
+    part = name.replace(" ", "-").replace("=", "")
     return Path(setting.records).parent / "answers" / records.record_id(question(cell)) / f"{part}.jsonl"
 
 
@@ -246,9 +264,14 @@ def _stored_ranks(setting: Setting, momentum: str, site: str) -> AURanks | None:
     return ranks if all(ranks.header.get(key) == value for key, value in wanted.items()) else None
 
 
-def _grid(setting: Setting) -> tuple[tuple[int, ...], tuple[float, ...]]:
-    ks, alphas = GRIDS["embedded" if setting.model == EMBEDDED else "real"]
-    return ((setting.k,) if setting.k is not None else ks, (setting.alpha,) if setting.alpha is not None else alphas)
+def _grid(cell: Cell) -> list[Settings]:
+    """The method's settings, with k and alpha as they were given; all methods may try as many."""
+    kind = "embedded" if cell.setting.model == EMBEDDED else "real"
+    grid = METHODS[cell.method].grid(kind)
+    assert len(grid) <= BUDGET[kind], f"{cell.method} tries {len(grid)} settings, others {BUDGET[kind]}"
+    given = {key: value for key in ("k", "alpha") if (value := getattr(cell.setting, key)) is not None}
+    fixed = [{**settings, **{key: given[key] for key in given if key in settings}} for settings in grid]
+    return list({key_of(settings): settings for settings in fixed}.values())
 
 
 def _share(columns: Columns) -> float | None:

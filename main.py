@@ -24,7 +24,7 @@ from transformers.utils import logging as transformers_logging
 
 import cells
 import rmodels
-from baselines.austeer import METHODS
+from baselines.registry import DEFAULT, METHODS
 from cells import EMBEDDED, Cell, Setting
 from embedded.tasks import TASKS
 from encoding import PROTOCOLS
@@ -62,6 +62,9 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="names of the three fields in the file of pairs")  # fmt: skip
     add("--applied_module", default="both", choices=["both", *rmodels.SITES],
         help="where to steer; both: attention and ffn (default)")  # fmt: skip
+    add("--method", nargs="+", default=list(DEFAULT), choices=METHODS, metavar="NAME",
+        help=f"which methods (default: {' '.join(DEFAULT)}); --list-methods says more")  # fmt: skip
+    add("--list-methods", action="store_true", help="all methods: what they edit, where, and what they need")
     add("--k", type=int, help="steer this many AUs (default: chosen on validation)")
     add("--alpha", type=float, help="with this strength (default: chosen on validation)")
     add("--steer", type=_yes_or_no, default=True, metavar="yes|no", help="no: only vanilla and prompt-only")
@@ -87,6 +90,16 @@ def _command_lines() -> str:
     return "\n".join(f"  {name:<15} {text}" for name, (_, text) in COMMANDS.items())
 
 
+def _method_table() -> str:
+    yes = {True: "yes", False: "no"}
+    lines = ["| --method | edits | sites | trains | foldable | from |", "|---|---|---|---|---|---|"]
+    lines += [
+        f"| {name} | {m.edits} | {', '.join(m.sites)} | {yes[m.trains]} | {yes[m.foldable]} | {m.paper} |"
+        for name, m in METHODS.items()
+    ]
+    return "\n".join(lines)
+
+
 def _yes_or_no(text: str) -> bool:
     """The authors' --steer was bool(text), for which any text, "False" too, is true."""
     answers = {"yes": True, "true": True, "1": True, "no": False, "false": False, "0": False}
@@ -101,13 +114,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         module, _ = COMMANDS[argv[0]]
         return importlib.import_module(module).main(argv[1:])
     args = _arguments(argv)
+    if args.list_methods:
+        print(_method_table())
+        return None
     settings = _settings(args)
     transformers_logging.disable_progress_bar()
     if args.model == EMBEDDED:
         torch.set_num_threads(1)  # in so small a model, threads wait for each other longer than they work
     sites = ("attention", "ffn") if args.applied_module == "both" else (args.applied_module,)
     for setting in settings:
-        made = cells.prepare(setting, sites if args.steer else ())
+        made = cells.prepare(setting, _cells(setting, sites, args))
         if made:
             print(
                 f"{setting.task_name}: ranked {made} sets of AUs into {Path(setting.ranks) / Path(setting.model).name}"
@@ -153,14 +169,14 @@ def _cells(setting: Setting, sites: Sequence[str], args: argparse.Namespace) -> 
     todo = [Cell(setting, "vanilla")]
     if setting.model == EMBEDDED:
         todo.append(Cell(setting, "prompt-only"))
-    draws = {"random": args.draws, "flipped": max(1, args.draws * FLIPS // 5)}
-    if args.steer:
-        todo += [
-            Cell(setting, name, site, draw)
-            for site in sites
-            for name in cells.methods(setting)
-            for draw in range(draws.get(name, 1))
-        ]
+    for name in args.method if args.steer else ():
+        method = METHODS[name]
+        if not cells.in_protocol(setting, method):
+            continue
+        draws = (args.draws if name == "random" else max(1, args.draws * FLIPS // 5)) if method.draws else 1
+        # a method that acts elsewhere only, such as on the residual stream, acts there
+        where = [site for site in sites if site in method.sites] or method.sites[:1]
+        todo += [Cell(setting, name, site, draw) for site in where for draw in range(draws)]
     return todo
 
 
@@ -226,8 +242,8 @@ def _report(
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.md").write_text("\n".join(text))
     print("\n" + "\n".join(text))
-    if args.steer:
-        shown = "causal" if args.protocol == "clean" else "published"
+    shown = next((name for name in ("causal", "published") if name in args.method and args.steer), None)
+    if shown and all(any(row["method"] == shown for row in found) for found in rows.values()):
         scores = {
             setting.task_name: {
                 site: AURanks.load(setting.ranks_folder(METHODS[shown].momentum) / f"{site}.safetensors").score.numpy()
@@ -236,7 +252,8 @@ def _report(
             for setting in settings
         }
         figures.comparison(rows, scores, LABELS, shown, folder / f"{name}.png")
-        print(f"picture: {folder / name}.png   table: {folder / name}.md   records: {folder / 'records'}")
+        print(f"picture: {folder / name}.png")
+    print(f"table: {folder / name}.md   records: {folder / 'records'}")
     if args.model != EMBEDDED and not args.pairs:
         print(f"answers: {folder / 'answers'}")
 

@@ -1,32 +1,66 @@
-"""The rows that stand beside each other in every table here: AUSteer, its repair, causal momentum, controls.
+"""AUSteer (sections 4.1 and 4.2), its repair by sign, causal momentum, and controls with its ranks.
 
-A method is a momentum to rank by and options of `set_MFU`. All get the same pairs and the same search.
+A variant is a momentum to rank by and options of `set_MFU`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from itertools import product
+from typing import ClassVar
 
+from baselines.base import Evidence, Method, Settings
 from plan import Plan
 from ranks import AURanks
 from set_MFU import set_MFU
 
-
-@dataclass(frozen=True)
-class Method:
-    label: str
-    momentum: str
-    options: dict = field(default_factory=dict)
-    draws: bool = False  # a control: repeated with other seeds, shown as a band
-
-    def plan(self, ranks: dict[str, AURanks], k: int, alpha: float, draw: int = 0) -> Plan:
-        return set_MFU(ranks[self.momentum], k, alpha, **self.options, seed=draw)
+# k and alpha. The paper steers at most 100 AUs and sweeps alpha to 100; the embedded models have 512 AUs a site
+KS = {"embedded": (4, 16, 32), "real": (8, 32, 100)}
+ALPHAS = {"embedded": (0.5, 1.0, 2.0, 4.0, 8.0), "real": (0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0)}
 
 
-METHODS = {
-    "random": Method("random AUs", "activation", {"location": "random"}, draws=True),
-    "flipped": Method("sign-flipped AUs", "activation", {"strength": "flipped"}, draws=True),
-    "published": Method("AUSteer as published", "activation"),
-    "sign-aware": Method("AUSteer, sign-aware", "activation", {"strength": "sign-aware"}),
-    "causal": Method("causal AUSteer", "causal"),
-}
+class AUSteer(Method):
+    name, label = "published", "AUSteer as published"
+    paper = "AUSteer, ICLR 2026, sections 4.1 and 4.2"
+    edits = "k AUs, scaled"
+    sites = ("attention", "ffn", "layer", "neuron")
+    momentum: ClassVar[str] = "activation"
+    options: ClassVar[dict] = {}
+
+    def grid(self, kind: str) -> list[Settings]:
+        return [{"k": k, "alpha": alpha} for k, alpha in product(KS[kind], ALPHAS[kind])]
+
+    def prepare(self, evidence: Evidence) -> AURanks:
+        return evidence.ranks(self.momentum)
+
+    def plan(self, prepared: AURanks, settings: Settings, draw: int = 0) -> Plan:
+        return set_MFU(prepared, settings["k"], settings["alpha"], **self.options, seed=draw)
+
+
+class SignAware(AUSteer):
+    name, label = "sign-aware", "AUSteer, sign-aware"
+    paper = "ours: the strength follows the sign of the mean activation"
+    options = {"strength": "sign-aware"}
+
+
+class Causal(AUSteer):
+    name, label = "causal", "causal AUSteer"
+    paper = "ours: docs/sign.md"
+    momentum = "causal"
+
+
+class RandomAUs(AUSteer):
+    name, label, draws = "random", "random AUs", True
+    paper = "control"
+    options = {"location": "random"}
+
+
+class FlippedAUs(AUSteer):
+    name, label, draws = "flipped", "sign-flipped AUs", True
+    paper = "control"
+    options = {"strength": "flipped"}
+
+
+class DifferenceAUs(AUSteer):
+    name, label = "difference", "AUs by activation difference"
+    paper = "AUSteer, Table 3: SADI's location with AUSteer's strength"
+    options = {"location": "difference"}

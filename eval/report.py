@@ -17,8 +17,8 @@ def table(rows: Sequence[dict], labels: dict[str, str]) -> str:
         f"{vanilla['measure']} on {vanilla['n']} items of {vanilla['test_split']}; gains in points against vanilla; "
         "[95 % Wilson interval]; p: exact McNemar, paired",
         "",
-        "| method | k | alpha | right | gain | up / down | p |",
-        "|---|--:|--:|--:|--:|--:|--:|",
+        "| method | settings | AUs | right | gain | up / down | p |",
+        "|---|---|--:|--:|--:|--:|--:|",
     ]
     for row in rows:
         if row["method"] in ("vanilla", "prompt-only"):
@@ -91,7 +91,8 @@ def gain(row: dict, vanilla: dict) -> float:
 
 def _line(row: dict, vanilla: dict, name: str) -> str:
     low, high = wilson(row["right"], row["n"])
-    cells = [name, _number(row.get("k")), _number(row.get("alpha"))]
+    settings = ", ".join(f"{key}={value:g}" for key, value in (row.get("settings") or {}).items())
+    cells = [name, settings, str(row.get("touched", ""))]
     cells.append(f"{100 * row['right'] / row['n']:.1f} [{100 * low:.1f}, {100 * high:.1f}]")
     steered = row["method"] != "vanilla"
     cells.append(f"{gain(row, vanilla):+.1f}" if steered else "")
@@ -108,7 +109,3 @@ def _with_interval(measure: dict[str, float], unit: int) -> str:
 
 def _three_digits(value: float | None) -> str:
     return "–" if value is None else f"{value:.3g}"
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:g}"

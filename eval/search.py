@@ -1,25 +1,24 @@
-"""Choose k and alpha on validation: a grid, the same for every method."""
+"""Choose settings on validation: every setting of a grid is tried, and the best is taken if it beats doing nothing."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from itertools import product
+from collections.abc import Callable, Sequence
 
-# k and alpha. The paper steers at most 100 AUs and sweeps alpha to 100; the embedded models have 512 AUs a site
-GRIDS = {
-    "embedded": ((4, 16, 32), (0.5, 1.0, 2.0, 4.0, 8.0)),
-    "real": ((8, 32, 100), (0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0)),
-}
+Settings = dict[str, float]
 
 
 def search(
-    score: Callable[[int, float], float], vanilla: float, ks: Iterable[int], alphas: Iterable[float]
-) -> tuple[tuple[int, float] | None, dict[str, float]]:
-    """The best (k, alpha) with every cell's score; None where no cell beats doing nothing.
+    score: Callable[[Settings], float], vanilla: float, grid: Sequence[Settings]
+) -> tuple[Settings | None, dict[str, float]]:
+    """The best settings, with every setting's score; None where none beats doing nothing.
 
-    Of equal cells the gentler wins: fewer AUs, then the smaller alpha.
+    Of equal ones the first wins: grids begin with the gentlest.
     """
-    grid = {(k, alpha): score(k, alpha) for k, alpha in product(ks, alphas)}
-    best = max(grid, key=lambda cell: (grid[cell], -cell[0], -cell[1]))
-    chosen = best if grid[best] > vanilla else None
-    return chosen, {f"{k},{alpha:g}": value for (k, alpha), value in grid.items()}
+    scores = [score(settings) for settings in grid]
+    best = max(range(len(grid)), key=lambda i: (scores[i], -i))
+    chosen = grid[best] if scores[best] > vanilla else None
+    return chosen, {key_of(settings): value for settings, value in zip(grid, scores, strict=True)}
+
+
+def key_of(settings: Settings) -> str:
+    return ",".join(f"{value:g}" for value in settings.values())

@@ -132,3 +132,8 @@ MAKERS = {
     "boolq": _boolq, "copa": _copa, "winogrande": _winogrande, "storycloze": _storycloze, "svamp": _svamp,
     "mawps": _mawps, "gsm8k": _gsm8k, "toxicity": _toxicity, "bpo": _bpo,
 }  # fmt: skip
+
+
+def without_chance(record: dict) -> dict:
+    """A record without what another run may differ in: where it ran and how long it took."""
+    return {key: value for key, value in record.items() if key not in ("environment", "cost")}

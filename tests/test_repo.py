@@ -19,7 +19,19 @@ ALLOWED = {  # module -> what of this project it may import: data flows one way
     "plan": {"ranks", "errors"},
     "MFU_screening": {"encoding", "errors", "momentum", "pairs", "ranks", "rmodels"},
     "set_MFU": {"errors", "plan", "ranks", "rmodels"},
-    "baselines": {"plan", "ranks", "set_MFU"},
+    "baselines": {
+        "MFU_screening",
+        "baselines",
+        "encoding",
+        "errors",
+        "momentum",
+        "pair_texts",
+        "pairs",
+        "plan",
+        "ranks",
+        "rmodels",
+        "set_MFU",
+    },
     "embedded": {"embedded", "errors", "ranks"},
     "eval": {"embedded", "encoding", "errors", "eval", "pair_texts", "pairs", "ranks", "rmodels"},  # no method, no plan
     "cells": {
@@ -83,13 +95,22 @@ def test_porting_guide_shows_the_file_as_it_is():
 
 
 @pytest.mark.parametrize(
-    "document", ["README.md", "docs/porting.md", "docs/fidelity.md", "docs/sign.md", "docs/data.md"]
+    "document",
+    [
+        "README.md",
+        "docs/porting.md",
+        "docs/fidelity.md",
+        "docs/sign.md",
+        "docs/data.md",
+        "docs/scoring.md",
+        "docs/people.md",
+    ],
 )
 def test_paths_in_documents_exist(document):
     text = (ROOT / document).read_text()
     named = re.findall(r"`((?:rmodels|tests|docs|benchmarks|eval|embedded)/[\w./-]+)`|\]\(([\w./-]+)\)", text)
     named += re.findall(r"`(\w+\.(?:py|sh|txt|cff))`()", text)
-    assert named
+    assert named or document != "README.md"
     for path in [a or b for a, b in named]:
         assert (
             (ROOT / path).exists() or ((ROOT / document).parent / path).exists() or (ROOT / "rmodels" / path).exists()

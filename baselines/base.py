@@ -1,0 +1,116 @@
+"""A method: evidence in, plans out. One file each beside this one, one line each in `registry.py`.
+
+A method looks at the evidence once (`prepare`: the costly part, timed) and then turns settings of its grid into
+plans. All methods get the same pairs and as many settings to choose from on validation. None sees a test item.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from encoding import CLEAN, EncodedPair, encode
+from errors import AUSteerError
+from MFU_screening import BATCH_TOKENS, batches
+from momentum import tapped
+from pair_texts import PairTexts
+from pairs import Pair
+from plan import Plan
+from ranks import AURanks
+
+Settings = dict[str, float]  # what the search chooses, such as {"k": 16, "alpha": 2.0}
+
+
+class Method(ABC):
+    name: ClassVar[str]
+    label: ClassVar[str]  # in tables
+    paper: ClassVar[str]  # where it is from
+    edits: ClassVar[str]  # what it touches, in words
+    sites: ClassVar[tuple[str, ...]]  # where it can act
+    trains: ClassVar[bool] = False  # gradient descent on the pairs
+    foldable: ClassVar[bool] = True  # the plan can go into the weights: no `layer` site, all positions
+    draws: ClassVar[bool] = False  # a control with chance in it: repeated with other draws, shown as a band
+
+    @abstractmethod
+    def grid(self, kind: str) -> list[Settings]:
+        """Settings to choose from; kind is "embedded" or "real", and sets how many: `BUDGET`."""
+
+    @abstractmethod
+    def prepare(self, evidence: Evidence) -> Any:
+        """What all settings share, from the evidence."""
+
+    @abstractmethod
+    def plan(self, prepared: Any, settings: Settings, draw: int = 0) -> Plan: ...
+
+
+# validation runs a method may spend, by kind of model: the size of AUSteer's own grid
+BUDGET = {"embedded": 15, "real": 21}
+
+
+@dataclass
+class Evidence:
+    """A model and contrastive pairs, and what can be read off them at one site."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    pairs: list[Pair]
+    site: str
+    ranks: Callable[[str], AURanks]  # by momentum, of this site
+    seed: int = 0
+
+    def encoded(self) -> list[EncodedPair]:
+        """Pairs that differ in tokens, in order."""
+        found, _ = encode(self.pairs, self.tokenizer, CLEAN, self.model.config.max_position_embeddings)
+        if not found:
+            raise AUSteerError("both answers of every pair are the same tokens: there is nothing to learn from")
+        return found
+
+    @torch.inference_mode()
+    def activations(self, readout: str = "last") -> tuple[Tensor, Tensor]:
+        """Of right and of wrong texts, (pairs, layers, width) float32 on the CPU, in the order of the pairs.
+
+        readout: the answer's last token, or the mean over the tokens that tell the two answers apart.
+        """
+        if readout not in ("last", "answer"):
+            raise AUSteerError(f"readout {readout!r} is unknown; use last or answer")
+        found = self.encoded()
+        place = {id(pair): index for index, pair in enumerate(found)}
+        rows: dict[int, Tensor] = {}
+        for batch in batches(found, None, BATCH_TOKENS.get(self.model.device.type, 8192)):
+            both = self._read(batch, readout)  # (2 * batch, layers, width)
+            for index, pair in enumerate(batch):
+                rows[place[id(pair)]] = both[2 * index : 2 * index + 2]
+        together = torch.stack([rows[index] for index in range(len(found))])
+        if not torch.isfinite(together).all():
+            raise AUSteerError(
+                f"activations are inf or nan in {self.model.dtype}; load the model in bfloat16 or float32"
+            )
+        return together[:, 0], together[:, 1]
+
+    def _read(self, batch: list[EncodedPair], readout: str) -> Tensor:
+        texts = PairTexts(self.model, batch, logits=False)
+        tails = [tail for pair in batch for tail in (pair.positive, pair.negative)]
+        seen: dict[int, list[Tensor]] = {}
+
+        def keep(gate):
+            def tap(x: Tensor) -> Tensor:
+                last = texts.last.to(x.device)
+                if readout == "last":
+                    read = x[torch.arange(len(last), device=x.device), last]
+                else:
+                    own = torch.arange(x.shape[1], device=x.device) <= last[:, None]
+                    read = (x.float() * own[..., None]).sum(1) / own.sum(1, keepdim=True)
+                seen.setdefault(gate.layer, []).append(read.float().cpu())
+                return x
+
+            return tap
+
+        with tapped(self.model, [self.site], keep):
+            texts.run_tails(tails)
+        return torch.stack([torch.cat(seen[layer]) for layer in sorted(seen)], dim=1)
