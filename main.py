@@ -1,39 +1,17 @@
-"""AUSteer end to end: rank, choose k and alpha on validation, steer, test, and compare with the controls.
+"""The command line: the comparison of methods, or one of the commands beside it.
 
-python main.py                                             the embedded models, every method, a picture
-python main.py --data_name svamp --applied_module ffn      one task, one site
-python main.py --model M --data_name copa                  a task of the paper on a real model
-python main.py --model M --pairs mine.jsonl                your model, your pairs
+python main.py [options]             rank, choose, steer, test and compare (comparison.py; --help says more)
+python main.py COMMAND [options]     each has its own --help:
 """
 
 from __future__ import annotations
 
-import argparse
 import importlib
-import os
 import sys
-import threading
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_all_start_methods, get_context, parent_process
-from pathlib import Path
 
-import torch
-from tqdm import tqdm
-from transformers.utils import logging as transformers_logging
+from errors import run_command
 
-import cells
-import rmodels
-from baselines.registry import DEFAULT, METHODS
-from cells import EMBEDDED, Cell, Setting
-from embedded.tasks import TASKS
-from encoding import PROTOCOLS
-from errors import AUSteerError, run_command
-from eval import figures, report
-from eval.tasks.registry import PAPER_TASKS
-from ranks import AURanks
-
-LABELS = {"vanilla": "vanilla", "prompt-only": "prompt only", **{name: m.label for name, m in METHODS.items()}}
 COMMANDS = {  # name: module with a main, and what it does
     "data": ("eval.data_command", "fetch and check the paper's datasets"),
     "pairs": ("eval.pairs_command", "make, show and save the contrastive pairs of a task or of your data"),
@@ -42,220 +20,15 @@ COMMANDS = {  # name: module with a main, and what it does
     "judge": ("eval.judge", "win rate of one file of answers against another, by a judge model"),
     "human": ("eval.human", "blind sheets for human raters, and their scores"),
 }
-FLIPS = 2  # draws of sign flips for every five of random AUs
 
 
-def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=f"commands, each with its own --help:\n{_command_lines()}\n\n"
-        "Ranking alone: MFU_screening.py. A plan to keep: set_MFU.py. A finished cell is never computed "
-        "again: to resume, run the same command.",
-    )  # fmt: skip
-    add = parser.add_argument
-    add("--model", default=EMBEDDED, help="embedded (default), a hub id, or the folder of a checkpoint")
-    add("--data_name", default="all", choices=["all", *dict.fromkeys((*TASKS, *PAPER_TASKS))], metavar="TASK",
-        help=f"a task: of the embedded models, {', '.join(TASKS)} (default: all of them); of the paper, for other "
-        f"models, {', '.join(PAPER_TASKS)}")  # fmt: skip
-    add("--pairs", help="your own contrastive pairs (.jsonl or .csv), for --model other than embedded")
-    add("--fields", nargs=3, default=["prompt", "positive", "negative"], metavar=("PROMPT", "RIGHT", "WRONG"),
-        help="names of the three fields in the file of pairs")  # fmt: skip
-    add("--applied_module", default="both", choices=["both", *rmodels.SITES],
-        help="where to steer; both: attention and ffn (default)")  # fmt: skip
-    add("--method", nargs="+", default=list(DEFAULT), choices=METHODS, metavar="NAME",
-        help=f"which methods (default: {' '.join(DEFAULT)}); --list-methods says more")  # fmt: skip
-    add("--list-methods", action="store_true", help="all methods: what they edit, where, and what they need")
-    add("--k", type=int, help="steer this many AUs (default: chosen on validation)")
-    add("--alpha", type=float, help="with this strength (default: chosen on validation)")
-    add("--steer", type=_yes_or_no, default=True, metavar="yes|no", help="no: only vanilla and prompt-only")
-    add("--path", default="AU_ranks", help="folder of ranks, reused if they fit (default: %(default)s)")
-    add("--results", default="results", help="folder for records, table and picture (default: %(default)s)")
-    add("--draws", type=int, default=5, help="draws of the random control (default: %(default)s)")
-    add("--test_split", default="test", choices=["test", "test2"], help="the embedded tasks' test split")
-    add("--limit", type=int, help="at most this many validation and test items: a quick look")
-    add("--data-dir", help="folder of the paper's datasets (default: datasets/, then the hub)")
-    add("--protocol", default="clean", choices=PROTOCOLS, help="clean, or paper: the authors' code, quirk by quirk")
-    add("--toxicity", default="local", metavar="SCORER",
-        help="who scores toxicity: local[:MODEL[:LABEL]] (default), embedded, perspective[:first-span]")  # fmt: skip
-    add("--encoder", help="sentence encoder for similar wrong answers, or tfidf (default: all-MiniLM-L6-v2)")
-    add("--chat", action="store_true", help="ask in the model's chat format")
-    add("--batch-size", type=int, help="prompts at once (default: as many as fit; 1 with --protocol paper)")
-    add("--device", help="cpu, cuda, cuda:1 (default: the first GPU, else the CPU)")
-    add("--dtype", default="auto", help="auto, float32, bfloat16, float16")
-    add("--jobs", type=int, help="processes for the embedded models (default: one a core, at most 4)")
-    return parser.parse_args(argv)
-
-
-def _command_lines() -> str:
-    return "\n".join(f"  {name:<15} {text}" for name, (_, text) in COMMANDS.items())
-
-
-def _method_table() -> str:
-    yes = {True: "yes", False: "no"}
-    lines = ["| --method | edits | sites | trains | foldable | from |", "|---|---|---|---|---|---|"]
-    lines += [
-        f"| {name} | {m.edits} | {', '.join(m.sites)} | {yes[m.trains]} | {yes[m.foldable]} | {m.paper} |"
-        for name, m in METHODS.items()
-    ]
-    return "\n".join(lines)
-
-
-def _yes_or_no(text: str) -> bool:
-    """The authors' --steer was bool(text), for which any text, "False" too, is true."""
-    answers = {"yes": True, "true": True, "1": True, "no": False, "false": False, "0": False}
-    if text.lower() not in answers:
-        raise argparse.ArgumentTypeError(f"yes or no, not {text!r}")
-    return answers[text.lower()]
-
-
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> int | None:
     argv = sys.argv[1:] if argv is None else list(argv)
-    if argv and argv[0] in COMMANDS:
-        module, _ = COMMANDS[argv[0]]
-        return importlib.import_module(module).main(argv[1:])
-    args = _arguments(argv)
-    if args.list_methods:
-        print(_method_table())
-        return None
-    settings = _settings(args)
-    transformers_logging.disable_progress_bar()
-    if args.model == EMBEDDED:
-        torch.set_num_threads(1)  # in so small a model, threads wait for each other longer than they work
-    sites = ("attention", "ffn") if args.applied_module == "both" else (args.applied_module,)
-    for setting in settings:
-        made = cells.prepare(setting, _cells(setting, sites, args))
-        if made:
-            print(
-                f"{setting.task_name}: ranked {made} sets of AUs into {Path(setting.ranks) / Path(setting.model).name}"
-            )
-    by_task = {setting.task_name: _cells(setting, sites, args) for setting in settings}
-    found = _compute([cell for todo in by_task.values() for cell in todo], args)
-    rows = {task: [found[cell] for cell in todo] for task, todo in by_task.items()}
-    _report(rows, settings, sites, args)
-
-
-def _settings(args: argparse.Namespace) -> list[Setting]:
-    for name in ("draws", "limit", "jobs", "batch_size"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise AUSteerError(f"--{name} must be at least 1, not {value}")
-    if args.model == EMBEDDED and args.pairs:
-        raise AUSteerError("--pairs needs --model: the embedded models have tasks of their own")
-    if args.model == EMBEDDED and args.data_name not in ("all", *TASKS):
-        raise AUSteerError(f"the embedded models do {', '.join(TASKS)}; {args.data_name} needs --model")
-    if args.model != EMBEDDED and not args.pairs and args.data_name not in PAPER_TASKS:
-        raise AUSteerError(
-            f"--model needs --data_name, one of {', '.join(PAPER_TASKS)}, or --pairs, a file of contrastive pairs"
-        )
-    rmodels.check_device(args.device)
-    if args.model == EMBEDDED:
-        tasks = [name for name in TASKS if args.data_name in ("all", name)]
-    else:
-        tasks = [args.pairs or args.data_name]
-    shared = {
-        name: getattr(args, name) for name in
-        ("device", "dtype", "test_split", "limit", "k", "alpha", "data_dir", "protocol", "toxicity", "encoder", "chat",
-         "batch_size")
-    }  # fmt: skip
-    return [
-        Setting(
-            args.model, task, tuple(args.fields), ranks=args.path, records=str(Path(args.results) / "records"), **shared
-        )
-        for task in tasks
-    ]
-
-
-def _cells(setting: Setting, sites: Sequence[str], args: argparse.Namespace) -> list[Cell]:
-    todo = [Cell(setting, "vanilla")]
-    if setting.model == EMBEDDED:
-        todo.append(Cell(setting, "prompt-only"))
-    for name in args.method if args.steer else ():
-        method = METHODS[name]
-        if not cells.in_protocol(setting, method):
-            continue
-        draws = (args.draws if name == "random" else max(1, args.draws * FLIPS // 5)) if method.draws else 1
-        # a method that acts elsewhere only, such as on the residual stream, acts there
-        where = [site for site in sites if site in method.sites] or method.sites[:1]
-        todo += [Cell(setting, name, site, draw) for site in where for draw in range(draws)]
-    return todo
-
-
-def _compute(todo: list[Cell], args: argparse.Namespace) -> dict[Cell, dict]:
-    """All cells, over several processes where the models are tiny. Vanilla first: the others build on it."""
-    jobs = args.jobs or (min(4, os.cpu_count() or 1) if args.model == EMBEDDED else 1)
-    found: dict[Cell, dict] = {}
-    with tqdm(total=len(todo), desc="cells", unit="cell") as bar:
-
-        def done(cell: Cell, record: dict) -> None:
-            found[cell] = record
-            bar.set_postfix_str(f"{cell.setting.task_name} {cell.site or ''} {cell.method}"[:40])
-            bar.update()
-
-        for cell in todo:
-            if jobs == 1 or cell.method in cells.UNSTEERED or cells.stored(cell) is not None:
-                done(cell, cells.compute(cell))
-        waiting = [cell for cell in todo if cell not in found]
-        if waiting:
-            with ProcessPoolExecutor(min(jobs, len(waiting)), _workers(), _start_worker) as pool:
-                running = {pool.submit(cells.compute, cell): cell for cell in waiting}
-                for future in as_completed(running):
-                    done(running[future], future.result())
-    return found
-
-
-def _workers():
-    """Workers fork from a process that has imported everything and run nothing: torch is in memory once."""
-    if "forkserver" not in get_all_start_methods():
-        return get_context("spawn")
-    context = get_context("forkserver")
-    context.set_forkserver_preload(["cells"])
-    return context
-
-
-def _start_worker() -> None:
-    torch.set_num_threads(1)
-    transformers_logging.disable_progress_bar()
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """A worker whose parent was killed would otherwise work, and then wait, for ever."""
-    parent_process().join()
-    os._exit(1)
-
-
-def _report(
-    rows: dict[str, list[dict]], settings: list[Setting], sites: Sequence[str], args: argparse.Namespace
-) -> None:
-    text = []
-    for task, found in rows.items():
-        text += [f"## {task}", "", report.table(found, LABELS), ""]
-        text += [f"- {line}" for line in report.verdict(found, LABELS)] + [""]
-        beside = report.more(found, LABELS)
-        text += [beside, ""] if beside else []
-        how = {"prompts": found[0]["wording"], "pairs": found[-1]["pairs_by"], "protocol": found[0]["protocol"]}
-        text += ["; ".join(f"{name}: {value}" for name, value in how.items() if value), ""]
-    folder = Path(args.results)
-    name = f"{Path(args.model).name}-{Path(args.pairs).stem if args.pairs else args.data_name}"
-    name += "-paper-protocol" if args.protocol == "paper" else ""
-    name += "-test2" if args.test_split == "test2" else ""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.md").write_text("\n".join(text))
-    print("\n" + "\n".join(text))
-    shown = next((name for name in ("causal", "published") if name in args.method and args.steer), None)
-    if shown and all(any(row["method"] == shown for row in found) for found in rows.values()):
-        scores = {
-            setting.task_name: {
-                site: AURanks.load(setting.ranks_folder(METHODS[shown].momentum) / f"{site}.safetensors").score.numpy()
-                for site in sites
-            }
-            for setting in settings
-        }
-        figures.comparison(rows, scores, LABELS, shown, folder / f"{name}.png")
-        print(f"picture: {folder / name}.png")
-    print(f"table: {folder / name}.md   records: {folder / 'records'}")
-    if args.model != EMBEDDED and not args.pairs:
-        print(f"answers: {folder / 'answers'}")
+    name, rest = (argv[0], argv[1:]) if argv and argv[0] in COMMANDS else (None, argv)
+    if name is None and rest[:1] in (["-h"], ["--help"]):
+        print(__doc__.rstrip() + "".join(f"\n        {name:<15} {what}" for name, (_, what) in COMMANDS.items()) + "\n")
+    # imported on demand: the comparison needs torch, most commands do not
+    return importlib.import_module(COMMANDS[name][0] if name else "comparison").main(rest)
 
 
 if __name__ == "__main__":

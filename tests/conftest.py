@@ -1,6 +1,9 @@
 """Tiny seeded checkpoints of every family, and a byte tokenizer."""
 
+import os
 from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before the hub's library is imported: no test asks the network
 
 import pytest
 import torch

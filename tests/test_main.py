@@ -16,6 +16,7 @@ from conftest import SHARED, needs_shared
 from samples import without_chance
 
 import cells
+import comparison
 import main
 from baselines import austeer
 from errors import AUSteerError
@@ -121,10 +122,10 @@ def test_the_verdict_says_when_controls_are_not_beaten():
         row("published", 60),
         row("causal", 80),
     ]
-    published, causal = report.verdict(rows, main.LABELS)
+    published, causal = report.verdict(rows, comparison.LABELS)
     assert "does NOT beat every control (1 of 2 random AUs gain less)" in published
     assert "it beats every control (2 of 2 random AUs gain less)" in causal
-    table = report.table(rows, main.LABELS)
+    table = report.table(rows, comparison.LABELS)
     assert "| random AUs, FFN, 2 draws | | | | +5.0 / +12.5 / +20.0 (min / median / max) | | |" in table
     assert "| causal AUSteer, FFN |  |  | 80.0 [71.1, 86.7] | +30.0 | 0 / 0 | 0.001 |" in table
 
