@@ -133,19 +133,23 @@ def in_protocol(setting: Setting, method: Method) -> bool:
 
 
 @cache
-def _prepared(setting: Setting, name: str, site: str) -> tuple[object, float]:
-    """What a method makes of the evidence, and the seconds it took (ranks are timed when they are made)."""
+def _prepared(setting: Setting, name: str, site: str) -> tuple[object, float | None]:
+    """What a method makes of the evidence, and the seconds it took; None if its ranks were there already."""
     model, tokenizer, task = load(setting)
+
+    stored = []
 
     def ranks(momentum: str) -> AURanks:
         found = _stored_ranks(setting, momentum, site)
         if found is None:
             found = screen(task.pairs, model, tokenizer, [site], momentum=momentum, protocol=setting.protocol)[site]
+        else:
+            stored.append(momentum)
         return found
 
     start = time.perf_counter()
     made = METHODS[name].prepare(Evidence(model, tokenizer, task.pairs, site, ranks))
-    return made, time.perf_counter() - start
+    return made, None if stored else time.perf_counter() - start
 
 
 def question(cell: Cell) -> dict:

@@ -51,8 +51,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="names of the three fields in the file of pairs")  # fmt: skip
     add("--applied_module", default="both", choices=["both", *rmodels.SITES],
         help="where to steer; both: attention and ffn (default)")  # fmt: skip
-    add("--method", nargs="+", default=list(DEFAULT), choices=METHODS, metavar="NAME",
-        help=f"which methods (default: {' '.join(DEFAULT)}); --list-methods says more")  # fmt: skip
+    add("--method", nargs="+", default=list(DEFAULT), choices=[*METHODS, "all"],
+        metavar="NAME", help=f"which methods, or all (default: {' '.join(DEFAULT)}); --list-methods says more")  # fmt: skip
     add("--list-methods", action="store_true", help="all methods: what they edit, where, and what they need")
     add("--k", type=int, help="steer this many AUs (default: chosen on validation)")
     add("--alpha", type=float, help="with this strength (default: chosen on validation)")
@@ -150,7 +150,8 @@ def _cells(setting: Setting, sites: Sequence[str], args: argparse.Namespace) -> 
     todo = [Cell(setting, "vanilla")]
     if setting.model == EMBEDDED:
         todo.append(Cell(setting, "prompt-only"))
-    for name in args.method if args.steer else ():
+    chosen = list(METHODS) if "all" in args.method else list(dict.fromkeys(args.method))
+    for name in chosen if args.steer else ():
         method = METHODS[name]
         if not cells.in_protocol(setting, method):
             continue
@@ -212,8 +213,8 @@ def _report(
     for task, found in rows.items():
         text += [f"## {task}", "", report.table(found, LABELS), ""]
         text += [f"- {line}" for line in report.verdict(found, LABELS)] + [""]
-        beside = report.more(found, LABELS)
-        text += [beside, ""] if beside else []
+        for beside in (report.more(found, LABELS), report.costs(found, LABELS)):
+            text += [beside, ""] if beside else []
         how = {"prompts": found[0]["wording"], "pairs": found[-1]["pairs_by"], "protocol": found[0]["protocol"]}
         text += ["; ".join(f"{name}: {value}" for name, value in how.items() if value), ""]
     folder = Path(args.results)
@@ -223,7 +224,7 @@ def _report(
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.md").write_text("\n".join(text))
     print("\n" + "\n".join(text))
-    shown = next((name for name in ("causal", "published") if name in args.method and args.steer), None)
+    shown = next((name for name in ("causal", "published") if args.steer and {name, "all"} & {*args.method}), None)
     if shown and all(any(row["method"] == shown for row in found) for found in rows.values()):
         scores = {
             setting.task_name: {
@@ -236,4 +237,17 @@ def _report(
         print(f"picture: {folder / name}.png")
     print(f"table: {folder / name}.md   records: {folder / 'records'}")
     if args.model != EMBEDDED and not args.pairs:
-        print(f"answers: {folder / 'answers'}")
+        _say_where_answers_are(settings[0], rows[settings[0].task_name], args)
+
+
+def _say_where_answers_are(setting: Setting, found: list[dict], args: argparse.Namespace) -> None:
+    """Open answers are for judges and raters too; a file is there for everything that was asked."""
+    files = {}
+    for cell in _cells(setting, [row["site"] for row in found if row["site"]], args):
+        file = cells.answers_path(cell)
+        if file.exists() and cell.draw == 0:
+            files.setdefault(" ".join(filter(None, (cell.method, cell.site))), file)
+    print("answers:\n" + "\n".join(f"  {name:<20} {file}" for name, file in files.items()))
+    steered = [name for name in files if name.startswith(("causal", "published"))]
+    if setting.task == "bpo" and steered:
+        print(f"win rate: python main.py judge --ours {files[steered[-1]]} --theirs {files['vanilla']} --judge MODEL")

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import median
 
-from eval.statistics import wilson
+from eval.statistics import holm, wilson
 
-SITES = {"attention": "Head", "ffn": "FFN", "layer": "Layer"}
+SITES = {"attention": "Head", "ffn": "FFN", "layer": "Layer", "neuron": "Neuron"}
+CONTROLS = ("random", "flipped")  # repeated with other draws, shown as bands
 
 
 def table(rows: Sequence[dict], labels: dict[str, str]) -> str:
@@ -15,26 +16,28 @@ def table(rows: Sequence[dict], labels: dict[str, str]) -> str:
     vanilla = next(row for row in rows if row["method"] == "vanilla")
     lines = [
         f"{vanilla['measure']} on {vanilla['n']} items of {vanilla['test_split']}; gains in points against vanilla; "
-        "[95 % Wilson interval]; p: exact McNemar, paired",
+        "[95 % Wilson interval]; p: exact McNemar, paired; Holm: the same, adjusted for all lines of this table",
         "",
-        "| method | settings | AUs | right | gain | up / down | p |",
-        "|---|---|--:|--:|--:|--:|--:|",
+        "| method | settings | AUs | right | gain | up / down | p | Holm |",
+        "|---|---|--:|--:|--:|--:|--:|--:|",
     ]
+    tested = [row for row in rows if row["site"] and row["method"] not in CONTROLS]
+    adjusted = dict(zip(map(id, tested), holm([row["p"] for row in tested]), strict=True))
     for row in rows:
         if row["method"] in ("vanilla", "prompt-only"):
-            lines.append(_line(row, vanilla, labels.get(row["method"], row["method"])))
+            lines.append(_line(row, vanilla, labels.get(row["method"], row["method"]), None))
     for site in dict.fromkeys(row["site"] for row in rows if row["site"]):
         here = [row for row in rows if row["site"] == site]
         for method in dict.fromkeys(row["method"] for row in here):
             draws = [row for row in here if row["method"] == method]
             name = f"{labels[method]}, {SITES[site]}"
-            if len(draws) == 1 and method not in ("random", "flipped"):
-                lines.append(_line(draws[0], vanilla, name))
+            if len(draws) == 1 and method not in CONTROLS:
+                lines.append(_line(draws[0], vanilla, name, adjusted[id(draws[0])]))
             else:
                 gains = sorted(gain(row, vanilla) for row in draws)
                 lines.append(
                     f"| {name}, {len(draws)} draws | | | | {gains[0]:+.1f} / {median(gains):+.1f} / {gains[-1]:+.1f} "
-                    f"(min / median / max) | | |"
+                    f"(min / median / max) | | | |"
                 )
     return "\n".join(lines)
 
@@ -60,13 +63,25 @@ def more(rows: Sequence[dict], labels: dict[str, str]) -> str:
     return "\n".join(lines)
 
 
+def costs(rows: Sequence[dict], labels: dict[str, str]) -> str:
+    """What each method took before its first answer, and how much it touches at every token."""
+    lines = ["| method | prepared in, s | settings tried | AUs touched |", "|---|--:|--:|--:|"]
+    for row in rows:
+        if "cost" in row and row["draw"] == 0:
+            name = f"{labels[row['method']]}, {SITES[row['site']]}"
+            seconds = row["cost"]["prepare_s"]
+            took = "ranks were there" if seconds is None else f"{seconds:.2f}"
+            lines.append(f"| {name} | {took} | {len(row['grid'])} | {row['touched']} |")
+    return "\n".join(lines) if len(lines) > 2 else ""
+
+
 def verdict(rows: Sequence[dict], labels: dict[str, str]) -> list[str]:
     """What the table says about each method, in words: does it beat the controls of its site?"""
     vanilla = next(row for row in rows if row["method"] == "vanilla")
     said = []
     for site in dict.fromkeys(row["site"] for row in rows if row["site"]):
         here = [row for row in rows if row["site"] == site]
-        controls = {m: [gain(row, vanilla) for row in here if row["method"] == m] for m in ("random", "flipped")}
+        controls = {m: [gain(row, vanilla) for row in here if row["method"] == m] for m in CONTROLS}
         for method in ("published", "causal"):
             for row in [row for row in here if row["method"] == method]:
                 mine = gain(row, vanilla)
@@ -89,7 +104,7 @@ def gain(row: dict, vanilla: dict) -> float:
     return 100 * (row["right"] / row["n"] - vanilla["right"] / vanilla["n"])
 
 
-def _line(row: dict, vanilla: dict, name: str) -> str:
+def _line(row: dict, vanilla: dict, name: str, adjusted: float | None) -> str:
     low, high = wilson(row["right"], row["n"])
     settings = ", ".join(f"{key}={value:g}" for key, value in (row.get("settings") or {}).items())
     cells = [name, settings, str(row.get("touched", ""))]
@@ -98,6 +113,7 @@ def _line(row: dict, vanilla: dict, name: str) -> str:
     cells.append(f"{gain(row, vanilla):+.1f}" if steered else "")
     cells.append(f"{row['gained']} / {row['lost']}" if "gained" in row else "")
     cells.append(f"{row['p']:.1g}" if "p" in row else "")
+    cells.append("" if adjusted is None else f"{adjusted:.1g}")
     return "| " + " | ".join(cells) + " |"
 
 

@@ -29,6 +29,16 @@ def mcnemar(before: Sequence[bool], after: Sequence[bool]) -> tuple[int, int, fl
     return gained, lost, float(p)
 
 
+def holm(ps: Sequence[float]) -> list[float]:
+    """p values adjusted for being many: the chance that any of the true nulls is called false stays bounded."""
+    order = sorted(range(len(ps)), key=ps.__getitem__)
+    adjusted, largest = [0.0] * len(ps), 0.0
+    for rank, index in enumerate(order):
+        largest = max(largest, min(1.0, (len(ps) - rank) * ps[index]))
+        adjusted[index] = largest
+    return adjusted
+
+
 def bootstrap(values: Sequence[float]) -> tuple[float, float]:
     """95 % percentile interval of a mean, over resampled items."""
     values = np.asarray(values, float)

@@ -2,10 +2,11 @@
 
 import math
 
+import numpy as np
 import pytest
 from scipy.stats import binomtest
 
-from eval.statistics import mcnemar, wilson
+from eval.statistics import bootstrap, holm, mcnemar, summary, wilson
 
 
 @pytest.mark.parametrize(("right", "n"), [(0, 10), (10, 10), (1, 1), (5, 12), (1676, 2000), (270, 355)])
@@ -28,3 +29,22 @@ def test_mcnemar_by_hand():
     assert mcnemar(before, before) == (0, 0, 1.0)
     with pytest.raises(ValueError):
         mcnemar([True], [True, False])
+
+
+def test_holm_equals_the_plain_rule():
+    ps = [0.04, 0.001, 0.03, 0.9]
+    assert holm(ps) == pytest.approx([0.09, 0.004, 0.09, 0.9]) and holm([]) == [] and holm([0.7, 0.8]) == [1.0, 1.0]
+
+
+def test_bootstrap_of_a_mean():
+    values = np.random.default_rng(3).normal(5, 2, 400)
+    low, high = bootstrap(values)
+    assert low < values.mean() < high
+    assert (high - low) / 2 == pytest.approx(1.96 * values.std() / 20, rel=0.08)
+    assert bootstrap([2.0]) == (2.0, 2.0)
+
+
+def test_summary():
+    found = summary({"right": [True, False, True, True], "score": [1.0, 1.0]})
+    assert found["right"] == {"value": 0.75, "low": wilson(3, 4)[0], "high": wilson(3, 4)[1], "n": 4}
+    assert found["score"] == {"value": 1.0, "low": 1.0, "high": 1.0, "n": 2}
