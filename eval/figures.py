@@ -11,13 +11,14 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from eval.report import SITES, gain
+from eval.report import CONTROLS, SITES, gain
 from eval.statistics import wilson
 
 COLORS = {
     "vanilla": "#555555", "prompt-only": "#000000", "random": "#999999", "flipped": "#E69F00",
     "published": "#0072B2", "sign-aware": "#56B4E9", "causal": "#D55E00",
 }  # fmt: skip
+OTHERS = "#009E73"
 
 
 def comparison(
@@ -52,14 +53,15 @@ def _gains(axis, rows: Sequence[dict], labels: dict[str, str], task: str) -> Non
         draws = [row for row in rows if (row["method"], row["site"]) == (method, site)]
         gains = [gain(row, vanilla) for row in draws]
         names.append(labels.get(method, method) + (f", {SITES[site]}" if site else ""))
-        if method in ("random", "flipped"):
-            axis.plot([min(gains), max(gains)], [y, y], color=COLORS[method], lw=7, alpha=0.35, solid_capstyle="butt")
-            axis.plot(gains, [y] * len(gains), "|", color=COLORS[method], ms=13, mew=2)
+        color = COLORS.get(method, OTHERS)
+        if method in CONTROLS:
+            axis.plot([min(gains), max(gains)], [y, y], color=color, lw=7, alpha=0.35, solid_capstyle="butt")
+            axis.plot(gains, [y] * len(gains), "|", color=color, ms=13, mew=2)
         else:
             base = 100 * vanilla["right"] / vanilla["n"]
             low, high = (100 * edge - base for edge in wilson(draws[0]["right"], draws[0]["n"]))
-            axis.plot([low, high], [y, y], color=COLORS[method], lw=2.5)
-            axis.plot(gains, [y], "o", color=COLORS[method], ms=9)
+            axis.plot([low, high], [y, y], color=color, lw=2.5)
+            axis.plot(gains, [y], "o", color=color, ms=9)
     axis.axvline(0, color="#555555", lw=1)
     axis.set_yticks(range(len(names)), names)
     axis.invert_yaxis()
