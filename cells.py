@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -60,6 +60,7 @@ class Setting:
     toxicity: str = "local"
     encoder: str | None = None
     chat: bool = False
+    sae: str | None = None  # of the methods that steer by one
     batch_size: int | None = None
 
     @property
@@ -148,7 +149,10 @@ def _prepared(setting: Setting, name: str, site: str) -> tuple[object, float | N
         return found
 
     start = time.perf_counter()
-    made = METHODS[name].prepare(Evidence(model, tokenizer, task.pairs, site, ranks))
+    method = METHODS[name]
+    if setting.sae is not None and hasattr(method, "sae"):
+        method = replace(method, sae=setting.sae)
+    made = method.prepare(Evidence(model, tokenizer, task.pairs, site, ranks))
     return made, None if stored else time.perf_counter() - start
 
 
@@ -172,6 +176,7 @@ def question(cell: Cell) -> dict:
         "grid": _grid(cell) if searched else None,
         "wording": task.wording,
         "protocol": setting.protocol,
+        "sae": setting.sae if searched and hasattr(METHODS[cell.method], "sae") else None,
         "measured": task.measured,
     }
 

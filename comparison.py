@@ -22,7 +22,7 @@ from transformers.utils import logging as transformers_logging
 
 import cells
 import rmodels
-from baselines.registry import DEFAULT, METHODS
+from baselines.registry import DEFAULT, METHODS, OWN_COMMAND
 from cells import EMBEDDED, Cell, Setting
 from embedded.tasks import TASKS
 from encoding import PROTOCOLS
@@ -67,6 +67,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--toxicity", default="local", metavar="SCORER",
         help="who scores toxicity: local[:MODEL[:LABEL]] (default), embedded, perspective[:first-span]")  # fmt: skip
     add("--encoder", help="sentence encoder for similar wrong answers, or tfidf (default: all-MiniLM-L6-v2)")
+    add("--sae", help="sparse autoencoder of sta and neurosteer: a file, or a release of sae-lens (embedded: shipped)")
     add("--chat", action="store_true", help="ask in the model's chat format")
     add("--batch-size", type=int, help="prompts at once (default: as many as fit; 1 with --protocol paper)")
     add("--device", help="cpu, cuda, cuda:1 (default: the first GPU, else the CPU)")
@@ -80,7 +81,7 @@ def _method_table() -> str:
     lines = ["| --method | edits | sites | trains | foldable | from |", "|---|---|---|---|---|---|"]
     lines += [
         f"| {name} | {m.edits} | {', '.join(m.sites)} | {yes[m.trains]} | {yes[m.foldable]} | {m.paper} |"
-        for name, m in METHODS.items()
+        for name, m in {**METHODS, **OWN_COMMAND}.items()
     ]
     return "\n".join(lines)
 
@@ -135,7 +136,7 @@ def _settings(args: argparse.Namespace) -> list[Setting]:
         tasks = [args.pairs or args.data_name]
     shared = {
         name: getattr(args, name) for name in
-        ("device", "dtype", "test_split", "limit", "k", "alpha", "data_dir", "protocol", "toxicity", "encoder", "chat",
+        ("device", "dtype", "test_split", "limit", "k", "alpha", "data_dir", "protocol", "toxicity", "encoder", "chat", "sae",
          "batch_size")
     }  # fmt: skip
     return [

@@ -3,6 +3,7 @@
 At the planned AUs, x -> x * (1 + scale) + shift, at the token positions named by `tokens`:
     all        every position, as the authors do       prompt     the prompt only
     generated  new tokens only                         last       the prompt's last token and new tokens
+    before-last  the prompt without its last token
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from errors import AUSteerError
 from ranks import read_tensors, write_tensors
 
 FORMAT = "austeer-plan-1"
-TOKENS = ("all", "prompt", "generated", "last")
+TOKENS = ("all", "prompt", "before-last", "generated", "last")
 
 
 @dataclass

@@ -214,7 +214,12 @@ class Steering:
                 "began under this plan to tell; pass prompt_end=..."
             )
         column = torch.arange(start, start + new)
-        steered = {"prompt": column < end, "generated": column >= end, "last": column >= end - 1}[self.tokens]
+        steered = {
+            "prompt": column < end,
+            "before-last": column < end - 1,
+            "generated": column >= end,
+            "last": column >= end - 1,
+        }[self.tokens]
         for gate in self._gates:
             gate.positions = steered[..., None]
 

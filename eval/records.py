@@ -24,6 +24,7 @@ METHOD_FILES = (
     "eval/numbers.py", "eval/rows.py", "eval/search.py", "eval/similar.py", "eval/statistics.py", "eval/toxicity.py",
     "eval/wording.py",
     *(str(file.relative_to(ROOT)) for folder in ("rmodels", "baselines", "eval/tasks") for file in sorted((ROOT / folder).glob("*.py"))),
+    *(str(file.relative_to(ROOT)) for file in sorted((ROOT / "embedded" / "sae_weights").glob("*.safetensors"))),
 )  # fmt: skip
 
 
