@@ -24,7 +24,7 @@ from eval import records
 from eval.answer_file import AnswerFile
 from eval.search import key_of, search
 from eval.statistics import mcnemar, summary
-from eval.tasks.base import Columns, Task
+from eval.tasks.base import Columns, Task, items_hash
 from eval.tasks.embedded import VALIDATION, EmbeddedTask
 from eval.tasks.own_pairs import PairTask
 from eval.tasks.registry import PAPER_TASKS, paper_task
@@ -66,6 +66,11 @@ class Setting:
     @property
     def of_the_paper(self) -> bool:
         return self.model != EMBEDDED and self.task in PAPER_TASKS
+
+    @property
+    def has_instruction(self) -> bool:
+        """Is there a prompt-only control? The authors' code has none, and own pairs say not what they are for."""
+        return self.model == EMBEDDED or (self.of_the_paper and self.protocol == "clean")
 
     @property
     def checkpoint(self) -> str:
@@ -161,6 +166,7 @@ def question(cell: Cell) -> dict:
     setting = cell.setting
     model, _, task = load(setting)
     searched = cell.method not in UNSTEERED
+    everything = [*task.validation, *task.test]
     return {
         "model": EMBEDDED if setting.model == EMBEDDED else public_name(setting.model),
         "task": setting.task_name,
@@ -171,7 +177,7 @@ def question(cell: Cell) -> dict:
         "dtype": str(model.dtype),
         "pairs_hash": pairs_hash(task.pairs) if searched else None,
         "pairs_by": task.pairs_by if searched else None,  # behind `pairs`, which decide it
-        "items_hash": task.fingerprint,
+        "items_hash": items_hash(task.prompted(everything)) if cell.method == "prompt-only" else task.fingerprint,
         "test_split": task.test_split,
         "grid": _grid(cell) if searched else None,
         "wording": task.wording,

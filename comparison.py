@@ -149,7 +149,7 @@ def _settings(args: argparse.Namespace) -> list[Setting]:
 
 def _cells(setting: Setting, sites: Sequence[str], args: argparse.Namespace) -> list[Cell]:
     todo = [Cell(setting, "vanilla")]
-    if setting.model == EMBEDDED:
+    if setting.has_instruction:
         todo.append(Cell(setting, "prompt-only"))
     chosen = list(METHODS) if "all" in args.method else list(dict.fromkeys(args.method))
     for name in chosen if args.steer else ():

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from baselines.all_aus import AllAUs
+from baselines.attribution import AttributionAUs, AttributionHeads
 from baselines.austeer import AUSteer, Causal, DifferenceAUs, FlippedAUs, RandomAUs, SignAware
 from baselines.base import Method
+from baselines.learned_scaling import LearnedScaling
+from baselines.linear_act import LinearAcT
+from baselines.mean_difference import MeanDifference
+from baselines.mediation import Mediation
 from baselines.neurosteer import NeuroSteer
 from baselines.restore_lcc import RestoreLCC
 from baselines.sta import STA
 
 _ALL = (
-    RandomAUs(), FlippedAUs(), AUSteer(), SignAware(), Causal(), DifferenceAUs(), STA(), NeuroSteer(),
+    RandomAUs(), FlippedAUs(), AUSteer(), SignAware(), Causal(), DifferenceAUs(), AllAUs(), MeanDifference(),
+    STA(), NeuroSteer(), LinearAcT(), AttributionAUs(), AttributionHeads(), Mediation(), LearnedScaling(),
 )  # fmt: skip
 METHODS: dict[str, Method] = {method.name: method for method in _ALL}
 # repairs a pruned model, which the others do not have: main.py restore

@@ -25,6 +25,7 @@ class Wording:
     source: str
     train: dict
     test: dict
+    instruction: str  # asks for the behaviour outright: the prompt-only control. Always this project's
 
     @property
     def label(self) -> str:
@@ -35,13 +36,14 @@ class Wording:
 
 def read_wording(task: str, data_dir: Path | None = None) -> Wording:
     theirs = data_dir / "wording.json" if data_dir else OWN
+    instruction = json.loads(OWN.read_text(encoding="utf-8")).get(task, {}).get("instruction", "")
     for path in (theirs, OWN):
         if not path.exists():
             continue
         try:
             whole = json.loads(path.read_text(encoding="utf-8"))
             if task in whole:
-                return Wording(whole["source"], whole[task]["train"], whole[task]["test"])
+                return Wording(whole["source"], whole[task]["train"], whole[task]["test"], instruction)
         except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
             raise AUSteerError(f"{path} is not a wording file ({type(error).__name__}: {error})") from None
     raise AUSteerError(f"there is no wording for {task!r} in {OWN.name}")

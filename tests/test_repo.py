@@ -117,6 +117,7 @@ def test_porting_guide_shows_the_file_as_it_is():
         "docs/data.md",
         "docs/scoring.md",
         "docs/people.md",
+        "docs/methods.md",
     ],
 )
 def test_paths_in_documents_exist(document):

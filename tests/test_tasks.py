@@ -256,6 +256,23 @@ def test_wording(tmp_path, data):
 def test_own_wording_has_every_task():
     whole = json.loads((records.ROOT / "datasets" / "wording.json").read_text())
     assert set(whole) == {"source", *PAPER_TASKS, *KEYS}
+    assert all(len(whole[name]["instruction"]) > 30 for name in PAPER_TASKS)
+
+
+@pytest.mark.parametrize("name", PAPER_TASKS)
+def test_prompt_only_asks_the_same_items_behind_an_instruction(name, data, tokenizer, monkeypatch, tmp_path):
+    task = task_of(name, data)
+    for items in (task.validation, task.test):
+        told = task.prompted(items)
+        assert [item.prompt for item in told] == [f"{task.words.instruction}\n\n{item.prompt}" for item in items]
+        assert [item[1:] for item in told] == [item[1:] for item in items]
+    monkeypatch.setattr(tokenizer, "chat_template", "{% for m in messages %}<{{ m.content }}>{% endfor %}!")
+    chatty = task_of(name, data, chat=tokenizer)
+    assert chatty.prompted(chatty.test)[0].prompt == f"<{task.prompted(task.test)[0].prompt}>!"  # inside the turn
+    theirs = write_datasets(tmp_path / "d")
+    (theirs / "wording.json").write_text(json.dumps({"source": "theirs", name: {"train": task.words.train,
+                                                                               "test": task.words.test}}))  # fmt: skip
+    assert task_of(name, theirs).words.instruction == task.words.instruction
 
 
 def run(data, where, *more):
@@ -284,7 +301,8 @@ def test_end_to_end_and_resumed(data, workplace, capsys, monkeypatch):
     monkeypatch.setitem(austeer.KS, "real", (4,))
     monkeypatch.setitem(austeer.ALPHAS, "real", (1.0, 4.0))
     rows = run(data, workplace, "--data_name", "copa")
-    assert set(rows) == {"vanilla", "random", "flipped", "published", "sign-aware", "causal"}
+    assert set(rows) == {"vanilla", "prompt-only", "random", "flipped", "published", "sign-aware", "causal"}
+    assert len({row["items_hash"] for row in rows.values()}) == 2  # it alone was asked something else
     said = capsys.readouterr().out
     assert (
         "exact match on 12 items of test" in said
@@ -316,7 +334,7 @@ def test_end_to_end_on_numbers_and_open_text(data, workplace, capsys):
     )
     rows = run(data, workplace, "--data_name", "svamp", "--k", "2", "--alpha", "1", "--limit", "4", "--protocol", "paper",
                "--encoder", "tfidf")  # fmt: skip
-    assert "causal" not in {row["method"] for row in rows.values() if row["protocol"] == "paper"}
+    assert not {"causal", "prompt-only"} & {row["method"] for row in rows.values() if row["protocol"] == "paper"}
     assert "protocol: paper" in capsys.readouterr().out
 
 

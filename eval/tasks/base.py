@@ -42,6 +42,10 @@ class Task(ABC):
         progress: str | None = None,
     ) -> list[Answer]: ...
 
+    def prompted(self, items: Sequence) -> list:
+        """The same items behind an instruction that asks for the behaviour, for tasks that have one."""
+        raise NotImplementedError(f"{self.name} has no instruction")
+
     @abstractmethod
     def columns(self, items: Sequence, answers: Sequence[Answer]) -> Columns: ...
 
@@ -53,10 +57,12 @@ class Task(ABC):
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of everything asked: a change of an item or of its wording is another question."""
-        return hashlib.sha256(
-            json.dumps([list(map(str, _fields(item))) for item in (*self.validation, *self.test)]).encode()
-        ).hexdigest()
+        return items_hash([*self.validation, *self.test])
+
+
+def items_hash(items: Sequence) -> str:
+    """Of everything asked: a change of an item or of its wording is another question."""
+    return hashlib.sha256(json.dumps([list(map(str, _fields(item))) for item in items]).encode()).hexdigest()
 
 
 def _fields(item) -> list:

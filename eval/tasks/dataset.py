@@ -53,6 +53,7 @@ class DatasetTask(Task):
         self.words: Wording = read_wording(self.name, data_dir)
         self.wording = self.words.label + (", in the model's chat format" if chat else "")
         self.split = self._split(read_rows(self.name, "train", data_dir), read_rows(self.name, "test", data_dir))
+        self._plain: dict[str, str] = {}  # the prompts of items as they were before the chat format
         self.dropped: Counter[str] = Counter({why: n for why, n in self.split.dropped.items() if n})
         self.validation = self._items(self.split.validation[:limit])
         self.test = self._items(self.split.test[:limit])
@@ -68,6 +69,11 @@ class DatasetTask(Task):
             raise AUSteerError(f"{self.name}: no pairs could be made of {len(self.split.ranking)} rows ({why})")
         prompts = self._in_chat([pair.prompt for pair in made])
         return [pair._replace(prompt=prompt, **self._bare(pair)) for pair, prompt in zip(made, prompts, strict=True)]
+
+    def prompted(self, items: Sequence[Item]) -> list[Item]:
+        """The same items behind an instruction that asks for the behaviour: the prompt-only control."""
+        told = [f"{self.words.instruction}\n\n{self._plain[item.prompt]}" for item in items]
+        return [item._replace(prompt=prompt) for item, prompt in zip(items, self._in_chat(told), strict=True)]
 
     def tokens_for(self, family: str) -> int:
         return self.new_tokens.get(family, self.new_tokens[""])
@@ -92,6 +98,7 @@ class DatasetTask(Task):
     def _items(self, rows: Sequence[dict]) -> list[Item]:
         items = [self._item(row) for row in rows]
         prompts = self._in_chat([item.prompt for item in items])
+        self._plain |= {prompt: item.prompt for prompt, item in zip(prompts, items, strict=True)}
         return [item._replace(prompt=prompt) for item, prompt in zip(items, prompts, strict=True)]
 
     def _in_chat(self, prompts: list[str]) -> list[str]:

@@ -1,0 +1,22 @@
+"""Control: the k AUs with the largest mean activation difference, shifted by it (AUSteer, Table 3, both ablations).
+
+x_i -> x_i + alpha * mean over pairs of (x_i(right) - x_i(wrong)): no sign counts, no scaling.
+"""
+
+from __future__ import annotations
+
+from itertools import product
+
+from baselines.attribution import ALPHAS, KS  # of the other shifts of single AUs
+from baselines.austeer import AUSteer
+from baselines.base import Settings
+
+
+class MeanDifference(AUSteer):
+    name, label = "mean-difference", "AUs shifted by mean difference"
+    paper = "control: AUSteer, Table 3, Act. Diff. with Fixed Vec."
+    edits = "k AUs, shifted"
+    options = {"location": "difference", "strength": "vector"}
+
+    def grid(self, kind: str) -> list[Settings]:
+        return [{"k": k, "alpha": alpha} for k, alpha in product(KS[kind], ALPHAS[kind])]

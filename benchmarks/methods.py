@@ -1,0 +1,139 @@
+"""What every method costs on an embedded model: preparation, memory, time per token, activations touched.
+
+    python benchmarks/methods.py [--task svamp] [--method NAME ...] [--out benchmarks/results/methods-cpu.json]
+
+Every method prepares on the task's pairs in a process of its own, with the ranks it needs made anew. Time per token is
+a ratio from one run: the model with the plan live against the same model idle, in turn. Touched is of the
+strongest setting of the method's grid; memory is the peak above the loaded model (Linux).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+from statistics import median
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+from transformers.utils import logging as transformers_logging
+
+import cells
+import rmodels
+from baselines.base import Evidence, Method
+from baselines.registry import METHODS
+from errors import AUSteerError, run_command
+from eval.tasks.embedded import EmbeddedTask
+from MFU_screening import screen
+from plan import Plan
+from set_MFU import apply, clear
+
+TOKENS = 300
+
+
+def measure(method: Method, task: EmbeddedTask) -> dict:
+    """In a process of its own. Of the method's sites, the first."""
+    setting, site = cells.Setting(cells.EMBEDDED, task.name), method.sites[0]
+    model, tokenizer = rmodels.load(setting.checkpoint, device="cpu"), rmodels.load_tokenizer(setting.checkpoint)
+
+    def ranks(momentum: str, pairs=task.pairs):
+        return screen(pairs, model, tokenizer, [site], momentum=momentum, progress=False)[site]
+
+    ranks("causal", task.pairs[:2])  # one-time buffers of the libraries, forwards and backwards
+    Path("/proc/self/clear_refs").write_text("5")  # the peak so far was of loading
+    before, start = memory_mb("VmRSS"), time.perf_counter()
+    prepared = method.prepare(Evidence(model, tokenizer, task.pairs, site, ranks))
+    seconds, peak = time.perf_counter() - start, memory_mb("VmHWM")
+    plan = method.plan(prepared, method.grid("embedded")[-1])
+    return {
+        "site": site,
+        "prepare_s": round(seconds, 2),
+        "memory_mb": round(peak - before, 1),
+        "time_per_token": round(time_per_token(model, plan), 3),
+        "touched": len(plan),
+        "trains": method.trains,
+        "foldable": method.foldable,
+    }
+
+
+def memory_mb(field: str) -> float:
+    # not getrusage: after a fork its peak is the parent's
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
+
+
+@torch.inference_mode()
+def time_per_token(model, plan: Plan) -> float:
+    """Live over idle, decoding token by token in turn; CPU time, so what else the machine does cancels."""
+    prompt = torch.randint(3, model.config.vocab_size, (1, 16), generator=torch.Generator().manual_seed(2))
+    ratios = []
+    for turn in range(TOKENS // 50):
+        taken = {}
+        for live in (False, True) if turn % 2 else (True, False):
+            if live:
+                apply(model, plan)
+            cache = model(prompt, use_cache=True).past_key_values
+            start = time.process_time()
+            for token in range(50):
+                cache = model(torch.tensor([[3 + token]]), past_key_values=cache, use_cache=True).past_key_values
+            taken[live] = time.process_time() - start
+            clear(model)
+        ratios.append(taken[True] / taken[False])
+    return median(ratios)
+
+
+def in_own_process(name: str, task: str) -> dict:
+    command = [sys.executable, __file__, "--one", "--method", name, "--task", task]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        return {"error": (done.stderr.strip().splitlines() or ["failed"])[-1]}
+    return json.loads(done.stdout)
+
+
+def table(rows: dict[str, dict]) -> str:
+    lines = [
+        "| method | site | prepare, s | memory, MB | time per token | touched | trains | foldable |",
+        "|---|---|--:|--:|--:|--:|---|---|",
+    ]
+    for name, row in rows.items():
+        if "error" in row:
+            lines.append(f"| {name} | {row['error']} | | | | | | |")
+            continue
+        yes = {True: "yes", False: "no"}
+        lines.append(
+            f"| {name} | {row['site']} | {row['prepare_s']:.1f} | {row['memory_mb']:.0f} | {row['time_per_token']:.2f} | "
+            f"{row['touched']} | {yes[row['trains']]} | {yes[row['foldable']]} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", default="svamp", help="of the embedded models (default: %(default)s)")
+    parser.add_argument("--method", nargs="+", default=list(METHODS), choices=METHODS, metavar="NAME")
+    parser.add_argument("--out", help="also write the figures here, as JSON")
+    parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    transformers_logging.disable_progress_bar()
+    task = EmbeddedTask(args.task)  # a wrong name is an error before anything runs
+    if args.one:
+        print(json.dumps(measure(METHODS[args.method[0]], task)))
+        return
+    rows = {name: in_own_process(name, args.task) for name in args.method}
+    print(table(rows))
+    if args.out:
+        figures = {"machine": platform.machine(), "torch": torch.__version__, "threads": 1, "task": args.task}
+        figures |= {"pairs": len(task.pairs), "methods": rows}
+        Path(args.out).write_text(json.dumps(figures, indent=1) + "\n")
+    if any("error" in row for row in rows.values()):
+        raise AUSteerError("some methods failed; the table says which")
+
+
+if __name__ == "__main__":
+    run_command(main)
