@@ -7,7 +7,8 @@ plans. All methods get the same pairs and as many settings to choose from on val
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -20,9 +21,10 @@ from errors import AUSteerError
 from MFU_screening import BATCH_TOKENS, batches
 from momentum import tapped
 from pair_texts import PairTexts
-from pairs import Pair
+from pairs import Pair, pairs_hash
 from plan import Plan
-from ranks import AURanks
+from ranks import AURanks, model_header
+from rmodels import gates
 
 Settings = dict[str, float]  # what the search chooses, such as {"k": 16, "alpha": 2.0}
 
@@ -51,6 +53,7 @@ class Method(ABC):
 
 # validation runs a method may spend, by kind of model: the size of AUSteer's own grid
 BUDGET = {"embedded": 15, "real": 21}
+READOUTS = ("last", "before-last", "answer")
 
 
 @dataclass
@@ -71,19 +74,31 @@ class Evidence:
             raise AUSteerError("both answers of every pair are the same tokens: there is nothing to learn from")
         return found
 
+    def header(self) -> dict:
+        """What a plan says of its origin, so that another model refuses it."""
+        made_on = {key: model_header(self.model)[key] for key in ("model", "family", "fingerprint", "precision")}
+        return {**made_on, "pairs_hash": pairs_hash(self.pairs), "site": self.site}
+
     @torch.inference_mode()
-    def activations(self, readout: str = "last") -> tuple[Tensor, Tensor]:
+    def activations(self, readout: str = "last", nonlinearity: bool = False) -> tuple[Tensor, Tensor]:
         """Of right and of wrong texts, (pairs, layers, width) float32 on the CPU, in the order of the pairs.
 
-        readout: the answer's last token, or the mean over the tokens that tell the two answers apart.
+        readout: the answer's last token, its last but one (the letter of an answer like "(A)"), or the mean over the
+        tokens that tell the two answers apart. nonlinearity: the output of the MLP's act_fn instead of the site's
+        own values, which at site neuron are its product with up_proj.
         """
-        if readout not in ("last", "answer"):
-            raise AUSteerError(f"readout {readout!r} is unknown; use last or answer")
+        if readout not in READOUTS:
+            raise AUSteerError(f"readout {readout!r} is unknown; use one of {', '.join(READOUTS)}")
         found = self.encoded()
+        if readout == "before-last" and min(min(len(pair.positive), len(pair.negative)) for pair in found) < 2:
+            raise AUSteerError(
+                "the last token but one is in the prompt of some pair, where right and wrong texts are equal: "
+                "it is for answers like '(A)'; use readout last or answer"
+            )
         place = {id(pair): index for index, pair in enumerate(found)}
         rows: dict[int, Tensor] = {}
         for batch in batches(found, None, BATCH_TOKENS.get(self.model.device.type, 8192)):
-            both = self._read(batch, readout)  # (2 * batch, layers, width)
+            both = self._read(batch, readout, nonlinearity)  # (2 * batch, layers, width)
             for index, pair in enumerate(batch):
                 rows[place[id(pair)]] = both[2 * index : 2 * index + 2]
         together = torch.stack([rows[index] for index in range(len(found))])
@@ -93,7 +108,7 @@ class Evidence:
             )
         return together[:, 0], together[:, 1]
 
-    def _read(self, batch: list[EncodedPair], readout: str) -> Tensor:
+    def _read(self, batch: list[EncodedPair], readout: str, nonlinearity: bool) -> Tensor:
         texts = PairTexts(self.model, batch, logits=False)
         tails = [tail for pair in batch for tail in (pair.positive, pair.negative)]
         seen: dict[int, list[Tensor]] = {}
@@ -101,8 +116,8 @@ class Evidence:
         def keep(gate):
             def tap(x: Tensor) -> Tensor:
                 last = texts.last.to(x.device)
-                if readout == "last":
-                    read = x[torch.arange(len(last), device=x.device), last]
+                if readout != "answer":
+                    read = x[torch.arange(len(last), device=x.device), last - int(readout == "before-last")]
                 else:
                     own = torch.arange(x.shape[1], device=x.device) <= last[:, None]
                     read = (x.float() * own[..., None]).sum(1) / own.sum(1, keepdim=True)
@@ -111,6 +126,20 @@ class Evidence:
 
             return tap
 
-        with tapped(self.model, [self.site], keep):
+        with self._nonlinearities(keep) if nonlinearity else tapped(self.model, [self.site], keep):
             texts.run_tails(tails)
         return torch.stack([torch.cat(seen[layer]) for layer in sorted(seen)], dim=1)
+
+    @contextmanager
+    def _nonlinearities(self, keep: Callable) -> Iterator[None]:
+        """As `tapped`, at a place that has no gate because nothing steers there."""
+        handles = []
+        try:
+            for layer, gate in zip(self.model.base_model.layers, gates(self.model, "neuron"), strict=True):
+                look = keep(gate)
+                hook = layer.mlp.act_fn.register_forward_hook(lambda module, args, out, look=look: look(out))
+                handles.append(hook)
+            yield
+        finally:
+            for hook in handles:
+                hook.remove()

@@ -17,10 +17,12 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from errors import AUSteerError
-from rmodels.causal_lm import KERNELS, check_gates, gates
+from rmodels.causal_lm import KERNELS, check_gates, gates, sites
 from rmodels.gate import SITES, AUGate
 
-__all__ = ["FAMILIES", "SITES", "AUGate", "check_gates", "family", "gates", "load", "load_tokenizer", "site_shape"]
+__all__ = [
+    "FAMILIES", "SITES", "AUGate", "check_gates", "family", "gates", "load", "load_tokenizer", "site_shape", "sites",
+]  # fmt: skip
 
 FAMILIES = {  # config.model_type -> (module in this package, its ForCausalLM class)
     "llama": ("modeling_llama", "LlamaForCausalLM"),

@@ -6,7 +6,8 @@ upstream has built and initialised them. Nothing is built twice and no weight is
 
 The attention site is the input of `o_proj`, a place upstream's forward does not expose. It is reached
 through transformers' `AttentionInterface`: for every kernel K there is a registered "au_K" that runs K
-and passes its output, still before `o_proj`, through the module's gate.
+and passes its output, still before `o_proj`, through the module's gate. The neuron site, the input of
+`down_proj`, is inside the MLP's forward, too: `GatedMLP` writes that one line out, and only while it is needed.
 """
 
 from __future__ import annotations
@@ -62,14 +63,28 @@ for _kernel, _mask in KERNELS.items():
     AttentionMaskInterface.register(PREFIX + _kernel, _mask)
 
 
+class GatedMLP:
+    """Mixed into upstream's dense MLP class, before it: sites "neuron" and "ffn"."""
+
+    au: AUGate
+    au_neuron: AUGate
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.au_neuron.idle:
+            return self.au(super().forward(x))  # upstream's own code, bit for bit
+        return self.au(self.down_proj(self.au_neuron(self.act_fn(self.gate_proj(x)) * self.up_proj(x))))
+
+
 class GatedCausalLM:
     """Mixed into upstream's ForCausalLM class, before it.
 
     GATED maps upstream's classes to the family's. Of the three, the attention subclass must offer
-    `eager_attention`, the MLP and layer subclasses pass their output through `self.au`.
+    `eager_attention`, the MLP subclass is a `GatedMLP`, and the layer subclass passes its output through
+    `self.au`, as does the MLP block of a family whose SITES leave out "neuron".
     """
 
     GATED: dict[type, type]
+    SITES: tuple[str, ...] = SITES
 
     def __init__(self, config):
         super().__init__(config)
@@ -86,6 +101,13 @@ class GatedCausalLM:
                 # head_dim, not hidden_size / heads: they differ in Gemma-2-9B and Qwen3-30B-A3B
                 width = config.num_attention_heads * module.head_dim if site == "attention" else config.hidden_size
                 module.au = AUGate(site, index, width)
+            if "neuron" in self.SITES:
+                if not isinstance(layer.mlp, GatedMLP):  # a gate that no forward passes would steer nothing, silently
+                    raise AUSteerError(
+                        f"{type(layer.mlp).__name__} of {type(self).__module__} is no GatedMLP: make it one, or "
+                        "leave the neuron site out of the family's SITES; see docs/porting.md"
+                    )
+                layer.mlp.au_neuron = AUGate("neuron", index, config.intermediate_size)
         self._route_attention_through_gates()
 
     def _route_attention_through_gates(self) -> None:
@@ -107,10 +129,15 @@ class GatedCausalLM:
         self._route_attention_through_gates()
 
 
+def sites(model: nn.Module) -> tuple[str, ...]:
+    """Where the model has AUs: all of SITES, except that sparse experts have no neurons of their own to name."""
+    return getattr(model, "SITES", SITES)
+
+
 def gates(model: nn.Module, site: str | None = None) -> Iterator[AUGate]:
     """The gates of a model in order of layer, of one site or of all."""
-    if site is not None and site not in SITES:
-        raise AUSteerError(f"unknown site {site!r}; the sites are {', '.join(SITES)}")
+    if site is not None and site not in sites(model):
+        raise AUSteerError(f"{type(model).__name__} has no site {site!r}; its sites are {', '.join(sites(model))}")
     for module in model.modules():
         if isinstance(module, AUGate) and site in (None, module.site):
             yield module
@@ -119,9 +146,9 @@ def gates(model: nn.Module, site: str | None = None) -> Iterator[AUGate]:
 def check_gates(model: nn.Module) -> None:
     """Every layer has exactly one gate of each site; a family without them would steer nothing, silently."""
     found = sorted((gate.site, gate.layer) for gate in gates(model))
-    wanted = sorted((site, layer) for site in SITES for layer in range(model.config.num_hidden_layers))
+    wanted = sorted((site, layer) for site in sites(model) for layer in range(model.config.num_hidden_layers))
     if found != wanted:
         raise AUSteerError(
             f"{type(model).__name__} has {len(found)} AU gates where {len(wanted)} belong "
-            f"(one per layer at each of {', '.join(SITES)}); load it with rmodels.load, see docs/porting.md"
+            f"(one per layer at each of {', '.join(sites(model))}); load it with rmodels.load, see docs/porting.md"
         )

@@ -17,7 +17,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-SITES = ("attention", "ffn", "layer")
+# attention: input of o_proj    ffn: output of the MLP block    layer: the residual stream behind the layer
+# neuron: input of the MLP's down_proj, its inner activations
+SITES = ("attention", "ffn", "layer", "neuron")
 
 
 class AUGate(nn.Module):

@@ -6,7 +6,7 @@ before that norm, as the authors' does: scaling one AU there rescales all the ot
 
 from transformers.models.gemma2 import modeling_gemma2 as upstream
 
-from rmodels.causal_lm import GatedCausalLM
+from rmodels.causal_lm import GatedCausalLM, GatedMLP
 
 
 class Gemma2Attention(upstream.Gemma2Attention):
@@ -15,9 +15,8 @@ class Gemma2Attention(upstream.Gemma2Attention):
     eager_attention = staticmethod(upstream.eager_attention_forward)
 
 
-class Gemma2MLP(upstream.Gemma2MLP):
-    def forward(self, x):
-        return self.au(super().forward(x))  # site "ffn": the output of down_proj, before the post-norm
+class Gemma2MLP(GatedMLP, upstream.Gemma2MLP):
+    """Sites "neuron", the input of down_proj, and "ffn", its output, before the post-norm: both in GatedMLP."""
 
 
 class Gemma2DecoderLayer(upstream.Gemma2DecoderLayer):  # upstream's name: _no_split_modules goes by it

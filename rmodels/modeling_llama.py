@@ -2,7 +2,7 @@
 
 from transformers.models.llama import modeling_llama as upstream
 
-from rmodels.causal_lm import GatedCausalLM
+from rmodels.causal_lm import GatedCausalLM, GatedMLP
 
 
 class LlamaAttention(upstream.LlamaAttention):
@@ -11,9 +11,8 @@ class LlamaAttention(upstream.LlamaAttention):
     eager_attention = staticmethod(upstream.eager_attention_forward)
 
 
-class LlamaMLP(upstream.LlamaMLP):
-    def forward(self, x):
-        return self.au(super().forward(x))  # site "ffn": the output of down_proj
+class LlamaMLP(GatedMLP, upstream.LlamaMLP):
+    """Sites "neuron", the input of down_proj, and "ffn", its output: both in GatedMLP."""
 
 
 class LlamaDecoderLayer(upstream.LlamaDecoderLayer):  # upstream's name: _no_split_modules goes by it

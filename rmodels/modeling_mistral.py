@@ -2,7 +2,7 @@
 
 from transformers.models.mistral import modeling_mistral as upstream
 
-from rmodels.causal_lm import GatedCausalLM
+from rmodels.causal_lm import GatedCausalLM, GatedMLP
 
 
 class MistralAttention(upstream.MistralAttention):
@@ -11,9 +11,8 @@ class MistralAttention(upstream.MistralAttention):
     eager_attention = staticmethod(upstream.eager_attention_forward)
 
 
-class MistralMLP(upstream.MistralMLP):
-    def forward(self, x):
-        return self.au(super().forward(x))  # site "ffn": the output of down_proj
+class MistralMLP(GatedMLP, upstream.MistralMLP):
+    """Sites "neuron", the input of down_proj, and "ffn", its output: both in GatedMLP."""
 
 
 class MistralDecoderLayer(upstream.MistralDecoderLayer):  # upstream's name: _no_split_modules goes by it

@@ -2,7 +2,7 @@
 
 from transformers.models.qwen3 import modeling_qwen3 as upstream
 
-from rmodels.causal_lm import GatedCausalLM
+from rmodels.causal_lm import GatedCausalLM, GatedMLP
 
 
 class Qwen3Attention(upstream.Qwen3Attention):
@@ -11,9 +11,8 @@ class Qwen3Attention(upstream.Qwen3Attention):
     eager_attention = staticmethod(upstream.eager_attention_forward)
 
 
-class Qwen3MLP(upstream.Qwen3MLP):
-    def forward(self, x):
-        return self.au(super().forward(x))  # site "ffn": the output of down_proj
+class Qwen3MLP(GatedMLP, upstream.Qwen3MLP):
+    """Sites "neuron", the input of down_proj, and "ffn", its output: both in GatedMLP."""
 
 
 class Qwen3DecoderLayer(upstream.Qwen3DecoderLayer):  # upstream's name: _no_split_modules goes by it

@@ -3,6 +3,7 @@
 The ffn site is the output of the whole sparse block, after the weighted sum over experts: the experts
 themselves are fused three-dimensional tensors with nothing to hook. Layers that the config makes dense
 have an ordinary MLP, gated alike. (The authors' code has only the attention site for this family.)
+For the same reason there is no neuron site: a token has neurons only in the experts it was sent to.
 """
 
 from transformers.models.qwen3_moe import modeling_qwen3_moe as upstream
@@ -32,6 +33,7 @@ class Qwen3MoeDecoderLayer(upstream.Qwen3MoeDecoderLayer):  # upstream's name: _
 
 
 class Qwen3MoeForCausalLM(GatedCausalLM, upstream.Qwen3MoeForCausalLM):
+    SITES = ("attention", "ffn", "layer")
     GATED = {
         upstream.Qwen3MoeAttention: Qwen3MoeAttention,
         upstream.Qwen3MoeSparseMoeBlock: Qwen3MoeSparseMoeBlock,

@@ -10,9 +10,10 @@ def hooked(model, site, change):
     """Call change(layer, x) at a site of an unpatched model; what it returns (if anything) replaces x."""
     handles = []
     for index, layer in enumerate(model.model.layers):
-        if site == "attention":
+        if site in ("attention", "neuron"):
             before = lambda module, args, i=index: (out,) if (out := change(i, args[0])) is not None else None  # noqa: E731
-            handles.append(layer.self_attn.o_proj.register_forward_pre_hook(before))
+            projection = layer.self_attn.o_proj if site == "attention" else layer.mlp.down_proj
+            handles.append(projection.register_forward_pre_hook(before))
         else:
             after = lambda module, args, out, i=index: change(i, out)  # noqa: E731
             handles.append((layer.mlp if site == "ffn" else layer).register_forward_hook(after))

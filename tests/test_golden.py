@@ -15,6 +15,7 @@ from set_MFU import clear, set_MFU, steer
 
 GOLDEN = Path(__file__).parent / "golden"
 FAMILIES = ("llama", "gemma2")
+SITES = ("attention", "ffn", "layer")  # the authors'
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -31,8 +32,7 @@ def model(folder):
 def ranks(folder, model):
     pairs, tokenizer = json.loads((folder / "pairs.json").read_text()), AutoTokenizer.from_pretrained(folder / "model")
     return {
-        site: MFU_screening(pairs, model, tokenizer, None, site, protocol="paper", progress=False)
-        for site in rmodels.SITES
+        site: MFU_screening(pairs, model, tokenizer, None, site, protocol="paper", progress=False) for site in SITES
     }
 
 
@@ -40,13 +40,13 @@ def masks(folder, prefix=""):
     """(site, k, alpha, mask) of every steering vector the authors' selection wrote."""
     stored = np.load(folder / "masks.npz")
     for key in stored.files:
-        if key.startswith(rmodels.SITES):
+        if key.startswith(SITES):
             site, setting = key.split("__")
             k, alpha = setting[1:].split("_a")
             yield site, int(k), float(alpha), torch.tensor(stored[key])
 
 
-@pytest.mark.parametrize("site", rmodels.SITES)
+@pytest.mark.parametrize("site", SITES)
 def test_ranks(folder, ranks, site):
     golden = np.load(folder / "scores.npz")
     scores, layer_ids, indices = ranks[site]

@@ -22,6 +22,9 @@ from set_MFU import steer
 IDS = torch.tensor([[1, 40, 77, 130, 9, 200, 31, 55, 88, 12, 254, 17, 99, 43, 66, 71, 20], list(range(30, 47))])
 
 
+FAMILY_SITES = [(name, site) for name in FAMILIES for site in rmodels.family(name).SITES]
+
+
 @pytest.fixture(params=FAMILIES)
 def name(request):
     return request.param
@@ -59,16 +62,23 @@ def test_idle_is_bit_equal_to_upstream(checkpoints, name, dtype, kernel):
 
 def test_one_gate_per_layer_and_site_of_the_right_width(checkpoints, name):
     model = load(checkpoints, name)
-    for site in rmodels.SITES:
+    for site in rmodels.sites(model):
         assert [gate.layer for gate in rmodels.gates(model, site)] == [0, 1, 2]
     assert rmodels.site_shape(model, "attention") == (3, 64)  # heads * head_dim, not hidden
     assert rmodels.site_shape(model, "ffn") == rmodels.site_shape(model, "layer") == (3, 48)
+    if name == "qwen3_moe":
+        with pytest.raises(
+            AUSteerError, match=r"Qwen3MoeForCausalLM has no site 'neuron'; its sites are attention, ffn"
+        ):
+            rmodels.site_shape(model, "neuron")
+    else:
+        assert rmodels.site_shape(model, "neuron") == (3, 80)
     assert not [key for key in model.state_dict() if ".au" in key]
     assert not any(True for gate in rmodels.gates(model) for _ in (*gate.parameters(), *gate.buffers()))
 
 
 @pytest.mark.parametrize("kernel", ["eager", "sdpa"])
-@pytest.mark.parametrize("site", rmodels.SITES)
+@pytest.mark.parametrize(("name", "site"), FAMILY_SITES)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_steered_equals_hooks_on_upstream(checkpoints, name, site, kernel, dtype):
     model, upstream = load(checkpoints, name, dtype, kernel), load_upstream(checkpoints, name, dtype, kernel)
@@ -83,7 +93,7 @@ def test_steered_equals_hooks_on_upstream(checkpoints, name, site, kernel, dtype
     assert torch.equal(model(IDS).logits, vanilla)
 
 
-@pytest.mark.parametrize("site", rmodels.SITES)
+@pytest.mark.parametrize(("name", "site"), FAMILY_SITES)
 def test_only_the_chosen_dimensions_move(checkpoints, name, site):
     model = load(checkpoints, name)
     seen = {}
@@ -106,7 +116,7 @@ def test_compiles_without_a_graph_break(checkpoints, name):
     model = load(checkpoints, name)
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     assert torch.allclose(compiled(IDS).logits, model(IDS).logits, atol=1e-5)
-    for site in rmodels.SITES:
+    for site in rmodels.sites(model):
         with steer(model, some_plan(model, site)):
             assert torch.allclose(compiled(IDS).logits, model(IDS).logits, atol=1e-4)
     torch.compiler.reset()
@@ -215,16 +225,16 @@ def test_gates_survive_a_swap_of_linear_layers(checkpoints, name):
             return self.inner(x)
 
     model = load(checkpoints, name)
-    plan = {site: some_plan(model, site) for site in rmodels.SITES}
+    plan = {site: some_plan(model, site) for site in rmodels.sites(model)}
     wanted = {}
-    for site in rmodels.SITES:
+    for site in plan:
         with steer(model, plan[site]):
             wanted[site] = model(IDS).logits
     for parent in list(model.modules()):
         for child_name, child in list(parent.named_children()):
             if type(child) is torch.nn.Linear and not isinstance(parent, Swapped):
                 setattr(parent, child_name, Swapped(child))
-    for site in rmodels.SITES:
+    for site in plan:
         with steer(model, plan[site]):
             assert torch.equal(model(IDS).logits, wanted[site])
 
@@ -252,7 +262,7 @@ def test_flash_kernels_see_their_own_name(llama, monkeypatch):
 
 def test_a_family_without_gates_is_an_error(checkpoints, name):
     upstream = load_upstream(checkpoints, name)
-    with pytest.raises(AUSteerError, match="0 AU gates where 9 belong"):
+    with pytest.raises(AUSteerError, match="0 AU gates where 12 belong"):
         rmodels.check_gates(upstream)
 
 
@@ -262,6 +272,18 @@ def test_an_unlisted_module_is_an_error(checkpoints, monkeypatch):
     monkeypatch.setattr(cls, "GATED", short)
     with pytest.raises(AUSteerError, match=r"Qwen3MoeSparseMoeBlock at site ffn.*docs/porting.md"):
         load(checkpoints, "qwen3_moe")
+
+
+def test_a_dense_mlp_that_passes_no_neuron_gate_is_an_error(checkpoints, monkeypatch):
+    from transformers.models.llama import modeling_llama as upstream
+
+    class Forgetful(upstream.LlamaMLP):
+        def forward(self, x):
+            return self.au(super().forward(x))
+
+    monkeypatch.setitem(rmodels.family("llama").GATED, upstream.LlamaMLP, Forgetful)
+    with pytest.raises(AUSteerError, match=r"Forgetful of .* is no GatedMLP.*docs/porting.md"):
+        load(checkpoints, "llama")
 
 
 def test_gemma2_gets_eager_attention_by_default(checkpoints):

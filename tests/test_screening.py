@@ -21,7 +21,6 @@ from ranks import AURanks
 from set_MFU import set_MFU, steer
 
 ROOT = Path(__file__).parents[1]
-EVERYTHING = list(rmodels.SITES)
 STEP = 1e-2  # upstream's norms compute in float32 also in a double model: a smaller step drowns in rounding
 
 
@@ -45,17 +44,17 @@ def upstream(checkpoints, name, model):
 
 @pytest.mark.parametrize("protocol", ["clean", "paper"])
 def test_scores_equal_the_formula(model, upstream, tokenizer, protocol):
-    ranks = screen(PAIRS, model, tokenizer, EVERYTHING, protocol=protocol, progress=False)
-    for site in EVERYTHING:
+    ranks = screen(PAIRS, model, tokenizer, rmodels.sites(model), protocol=protocol, progress=False)
+    for site in rmodels.sites(model):
         wanted = activation_scores(upstream, tokenizer, PAIRS, site, half=protocol == "paper")
         assert torch.equal(ranks[site].score, wanted), site
 
 
 def test_any_batch_size_and_order_give_the_same_ranks(model, tokenizer):
-    one = screen(PAIRS, model, tokenizer, EVERYTHING, batch_size=1, progress=False)
+    one = screen(PAIRS, model, tokenizer, rmodels.sites(model), batch_size=1, progress=False)
     for size, pairs in ((3, PAIRS), (16, PAIRS[::-1]), (7, PAIRS[5:] + PAIRS[:5])):
-        many = screen(pairs, model, tokenizer, EVERYTHING, batch_size=size, progress=False)
-        for site in EVERYTHING:
+        many = screen(pairs, model, tokenizer, rmodels.sites(model), batch_size=size, progress=False)
+        for site in rmodels.sites(model):
             assert torch.equal(one[site].stats["positive"], many[site].stats["positive"])
             assert torch.equal(one[site].stats["negative"], many[site].stats["negative"])
             assert torch.equal(one[site].order, many[site].order)
@@ -68,8 +67,8 @@ def test_causal_momentum_equals_finite_differences(model, upstream, tokenizer):
     try:
         ranks = {}
         for one in pairs:  # two copies of a pair: the sum is twice its momentum
-            ranks[one] = screen([one, one], model, tokenizer, EVERYTHING, momentum="causal", progress=False)
-        for site in EVERYTHING:
+            ranks[one] = screen([one, one], model, tokenizer, rmodels.sites(model), momentum="causal", progress=False)
+        for site in rmodels.sites(model):
             for one in pairs:
                 total = ranks[one][site].stats["sum"]
                 for layer, dim in [divmod(int(unit), total.shape[1]) for unit in total.flatten().abs().topk(4).indices]:
@@ -92,9 +91,9 @@ def test_causal_momentum_equals_finite_differences(model, upstream, tokenizer):
 
 
 def test_causal_batching_and_padding_change_nothing(model, tokenizer):
-    one = screen(PAIRS, model, tokenizer, EVERYTHING, momentum="causal", batch_size=1, progress=False)
-    many = screen(PAIRS[::-1], model, tokenizer, EVERYTHING, momentum="causal", batch_size=16, progress=False)
-    for site in EVERYTHING:
+    one = screen(PAIRS, model, tokenizer, rmodels.sites(model), momentum="causal", batch_size=1, progress=False)
+    many = screen(PAIRS[::-1], model, tokenizer, rmodels.sites(model), momentum="causal", batch_size=16, progress=False)
+    for site in rmodels.sites(model):
         scale = one[site].stats["sum"].abs().max()
         assert torch.allclose(one[site].stats["sum"], many[site].stats["sum"], atol=float(1e-5 * scale), rtol=1e-4)
         assert torch.allclose(one[site].score, many[site].score, atol=2e-3, rtol=1e-3)
@@ -266,7 +265,7 @@ def test_constant_effects_and_silent_units_have_a_defined_score(llama, tokenizer
         (dict(train_dataset=[["a", "b"]]), r"\[prompt, right answer, wrong answer\]"),
         (dict(train_dataset=[["q", "a", "a"]]), "pair 0: both answers are 'a'"),
         (dict(train_dataset=[["q", "", "a"]]), "pair 0: positive is empty"),
-        (dict(applied_module="mlp"), "unknown site 'mlp'"),
+        (dict(applied_module="mlp"), "no site 'mlp'"),
         (dict(protocol="exact"), "protocol 'exact' is unknown"),
         (dict(momentum="moment"), "momentum 'moment' is unknown"),
         (dict(momentum="causal", protocol="paper"), "not the paper's"),

@@ -11,6 +11,7 @@ import torch
 from encoding import CLEAN, encode
 from errors import AUSteerError
 from eval.answer_file import Answer
+from eval.decoding_cache import DecodingCache
 from eval.tasks.base import Columns, Task
 from pair_texts import PairTexts, input_device
 from pairs import Pair
@@ -57,7 +58,11 @@ class PairTask(Task):
 
 
 def _surprise(model, tokenizer, text: str) -> tuple[float, int]:
-    """Minus log-probability of a text behind its first token, and how many tokens that are."""
+    """Minus log-probability of a text behind its first token, and how many tokens that are.
+
+    To a plan for some tokens only, these count as generated: what would it cost to write this text?
+    """
     ids = torch.tensor([tokenizer(text)["input_ids"]], device=input_device(model))
-    logp = model(ids).logits[0, :-1].float().log_softmax(-1)
+    cache = DecodingCache(model.config, ids.shape[1], prompt_end=1)
+    logp = model(ids, past_key_values=cache, use_cache=True).logits[0, :-1].float().log_softmax(-1)
     return -float(logp.gather(1, ids[0, 1:, None].to(logp.device)).sum()), ids.shape[1] - 1

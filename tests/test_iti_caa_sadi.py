@@ -1,0 +1,448 @@
+"""ITI, CAA and SADI: their worked examples, the same by plain loops, every option, and broken input."""
+
+import itertools
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import FAMILIES, PAIRS
+from reference import hooked, last_activations
+from scipy.optimize import minimize
+from transformers import AutoModelForCausalLM
+
+import cells
+import rmodels
+from baselines.austeer import AUSteer
+from baselines.base import BUDGET, Evidence
+from baselines.caa import CAA, Vectors, match_norms, mean_difference
+from baselines.iti import ITI, Heads, logistic, split, spread, unit
+from baselines.registry import METHODS
+from baselines.sadi import SADIHead, SADIHidden, SADINeuron, Scores, clamped, difference
+from baselines.units import by_head, highest
+from errors import AUSteerError
+from eval.tasks import embedded
+from MFU_screening import screen
+from pairs import Pair
+from plan import Plan
+from set_MFU import apply, clear, steer
+
+ALL = [ITI(), ITI("probe"), CAA(), SADIHead(), SADINeuron(), SADIHidden()]
+IDS = torch.tensor([[1, 40, 77, 130, 9, 200, 31, 55, 88]])
+LETTERS = [Pair(f"Is {a} red?", *answers) for a in ("it", "a fox", "snow") for answers in ((" (A)", " (B)"),)]
+
+
+class Told:
+    """Evidence that is given its activations: (pairs, layers, width)."""
+
+    def __init__(self, right, wrong, heads=1, site="attention", seed=0):
+        self.right, self.wrong, self.site, self.seed = torch.tensor(right), torch.tensor(wrong), site, seed
+        self.model = SimpleNamespace(config=SimpleNamespace(num_attention_heads=heads))
+
+    def activations(self, readout="last", nonlinearity=False):
+        return self.right.float(), self.wrong.float()
+
+    def header(self):
+        return {"site": self.site}
+
+
+def evidence(model, tokenizer, site, pairs=PAIRS):
+    return Evidence(model, tokenizer, [Pair(*pair) for pair in pairs], site, ranks=None)
+
+
+def noise(seed, *shape):
+    return np.random.default_rng(seed).normal(size=shape)
+
+
+# the examples of each method, by hand
+
+
+def iti_example(std):
+    told = Told([[[2.0, 0.0, 1.0]], [[4.0, 2.0, 1.0]]], [[[0.0, 0.0, 1.0]], [[0.0, -2.0, 1.0]]])
+    method = ITI(std=std)
+    return method.prepare(told), method
+
+
+@pytest.mark.parametrize(
+    ("std", "sigma", "shift"),
+    [("n", 2.089350, [26.076668, 17.384445, 0]), ("n-1", 2.412574, [30.110742, 20.073828, 0])],
+)
+def test_iti_by_hand(std, sigma, shift):
+    heads, method = iti_example(std)
+    assert heads.direction.flatten().tolist() == pytest.approx([0.83205, 0.55470, 0], abs=1e-5)
+    assert float(heads.sigma) == pytest.approx(sigma, abs=1e-6)
+    plan = method.plan(heads, {"k": 1, "alpha": 15.0})
+    assert plan.shift("attention", 0).tolist() == pytest.approx(shift, abs=1e-5)
+    gate = rmodels.AUGate("attention", 0, 3)
+    gate.set(None, plan.shift("attention", 0), like=torch.zeros(1))
+    assert gate(torch.ones(1, 1, 3)).flatten().tolist() == pytest.approx([1 + s for s in shift], abs=1e-5)
+    if std == "n":  # what the shift is as a bias of o_proj
+        projected = torch.tensor([[1.0, 0, 2], [0, 1, 1]]) @ plan.shift("attention", 0)
+        assert projected.tolist() == pytest.approx([26.076668, 17.384445], abs=1e-5)
+
+
+def test_heads_are_ranked_by_accuracy_and_ties_go_to_the_lower_layer():
+    accuracy = torch.tensor([[0.60, 0.75], [0.75, 0.90]])
+    order = [highest(accuracy, k, "heads") for k in (1, 2, 3, 4)]
+    assert [kept.nonzero().tolist() for kept in order[:3]] == [[[1, 1]], [[0, 1], [1, 1]], [[0, 1], [1, 0], [1, 1]]]
+    heads = Heads(accuracy, torch.ones(2, 2, 2), torch.ones(2, 2), {})
+    plan = ITI().plan(heads, {"k": 2, "alpha": 3.0})
+    assert plan.shifts["attention"].tolist() == [[0, 0, 3, 3], [0, 0, 3, 3]] and not plan.scales
+    assert plan.tokens == "last"
+
+
+def test_caa_by_hand():
+    right = torch.tensor([[[1.0, 1, 1], [2, 0, 1], [9, 9, 9]], [[0, 1, 0], [4, 2, 1], [8, 8, 8]]])
+    wrong = torch.tensor([[[1.0, 1, 1], [0, 0, 3], [9, 9, 7]], [[0, 1, 0], [2, 4, 1], [8, 7, 8]]])
+    read = {place: mean_difference(right[:, place, None], wrong[:, place, None])[0] for place in (-1, -2, -3)}
+    assert [read[place].tolist() for place in (-2, -1, -3)] == [[2, -1, -1], [0, 0.5, 1], [0, 0, 0]]
+    plan = CAA().plan(Vectors(torch.stack([read[-1], read[-2]]), {}), {"depth": 0.5, "alpha": 1.5})
+    assert plan.shifts["layer"].tolist() == [[0, 0, 0], [3, -1.5, -1.5]] and plan.tokens == "last"
+    matched = match_norms(torch.tensor([[3.0, 4, 0], [0, 0, 1]]))
+    assert torch.allclose(matched, torch.tensor([[1.8, 2.4, 0], [0, 0, 3]]))
+
+
+def test_caa_is_added_from_the_prompts_last_token_on(llama):
+    """Five positions, a prompt of three: rows 0 and 1 are as they were."""
+    shift = torch.zeros(3, 48)
+    shift[1] = 1.5
+    seen = []
+    gate = next(gate for gate in rmodels.gates(llama, "layer") if gate.layer == 1)
+    hook = gate.register_forward_hook(lambda module, args, out: seen.append(out - args[0]))
+    with steer(llama, CAA().plan(Vectors(shift, {}), {"depth": 0.34, "alpha": 2.0}), prompt_end=3):
+        llama(IDS[:, :5])
+    hook.remove()
+    assert not seen[0][0, :2].any() and torch.allclose(seen[0][0, 2:], torch.tensor(3.0), atol=1e-5)
+
+
+SADI_RIGHT = [[[[1.0, 3], [2, 0]], [[-1, 5], [4, 4]]], [[[2, 4], [1, 1]], [[0, 2], [5, 1]]]]
+SADI_WRONG = [[[[0.0, 2], [3, 1]], [[1, 1], [1, 1]]], [[[1, 1], [2, 2]], [[2, 2], [2, 0]]]]
+
+
+def test_sadi_by_hand():
+    right, wrong = np.array(SADI_RIGHT).reshape(2, 2, 4), np.array(SADI_WRONG).reshape(2, 2, 4)
+    told = Told(right, wrong, heads=2)
+    scores = SADIHead().prepare(told)
+    assert scores.by_unit.tolist() == [[1.5, -1], [0, 2.5]] and scores.each == 2
+    order = [highest(scores.by_unit, k, "heads") for k in range(1, 5)]
+    first_of_each = [
+        (now.int() - before.int()).nonzero().tolist()[0]
+        for before, now in zip([torch.zeros(2, 2), *order], order, strict=False)
+    ]
+    assert first_of_each == [[1, 1], [0, 0], [1, 0], [0, 1]]
+    x = torch.tensor([[1.0, -1, 2, 2], [0.5, 1, 3, -2]])
+    for delta, first, second in ((4.0, [5, -5, 2, 2], [0.5, 1, 15, -10]), (5.0, [6, -6, 2, 2], [0.5, 1, 18, -12])):
+        plan = SADIHead().plan(scores, {"k": 2, "alpha": delta})
+        assert (x * (1 + plan.scales["attention"])).tolist() == [first, second]
+    assert not plan.shifts and plan.tokens == "last"
+    neurons = difference(torch.tensor([[[0.1, 0.9, -0.2, 0.4]]])[..., None], torch.tensor([[[0.3, 0.1, 0.2, 0.4]]])[..., None])  # fmt: skip
+    assert neurons.flatten().tolist() == pytest.approx([-0.2, 0.8, -0.4, 0])
+    by_rule = {
+        rule: SADINeuron(rule).plan(Scores(neurons, 1, {"site": "neuron"}), {"k": 2, "alpha": 1.0}).units()
+        for rule in ("signed", "absolute")
+    }
+    assert {rule: {unit[2] for unit in units} for rule, units in by_rule.items()} == {"signed": {1, 3}, "absolute": {1, 2}}  # fmt: skip
+
+
+# the same by plain loops
+
+
+@pytest.mark.parametrize(("scale", "dims", "texts"), [(1.0, 5, 40), (300.0, 4, 30), (0.01, 3, 12), (5.0, 30, 14)])
+def test_the_probe_is_the_minimum_a_general_solver_finds(scale, dims, texts):
+    """One head at a time; the last case has more dimensions than texts, the second is separable and large."""
+    x = scale * noise(1, 2, texts, dims)
+    y = (noise(2, texts) + x[0, :, 0] / scale > 0).astype(float)
+    x[0, y > 0, 0] += scale
+    weights, bias = logistic(torch.tensor(x), torch.tensor(y))
+    for head in range(2):
+
+        def loss(w, rows=x[head]):
+            z = rows @ w[:-1] + w[-1]
+            p = 1 / (1 + np.exp(-np.clip(z, -500, 500)))
+            value = np.logaddexp(0, -(2 * y - 1) * z).sum() + w[:-1] @ w[:-1] / 2
+            return value, np.append(rows.T @ (p - y) + w[:-1], (p - y).sum())
+
+        best = minimize(loss, np.zeros(dims + 1), jac=True, method="BFGS", options={"gtol": 1e-7, "maxiter": 5000})
+        ours = np.append(weights[head].numpy(), float(bias[head]))
+        assert loss(ours)[0] <= best.fun + 1e-7 and np.abs(loss(ours)[1]).max() < 1e-4 * max(1, scale)
+        assert np.allclose(ours, best.x, atol=2e-3)
+
+
+@pytest.mark.parametrize("direction", ["mass-mean", "probe"])
+def test_iti_by_loops(direction):
+    pairs, layers, heads, dim = 15, 2, 3, 4
+    right, wrong = noise(3, pairs, layers, heads * dim), noise(4, pairs, layers, heads * dim)
+    right[:, 1, 4:8] += 1.5
+    right[:, 0, :4] -= 0.7
+    method = ITI(direction, "n")
+    found = method.prepare(Told(right, wrong, heads, seed=5))
+    fitted, held_out = split(pairs, 5)
+    assert sorted([*fitted.tolist(), *held_out.tolist()]) == list(range(pairs)) and len(held_out) == 3
+    right, wrong = right.astype(np.float32).astype(float), wrong.astype(np.float32).astype(float)
+    wanted, accuracy = {}, {}
+    for layer, head in itertools.product(range(layers), range(heads)):
+        mine = slice(head * dim, (head + 1) * dim)
+        x = np.array([texts[i, layer, mine] for texts in (right, wrong) for i in fitted.tolist()])
+        y = np.array([1.0] * len(fitted) + [0.0] * len(fitted))
+        weights, bias = logistic(torch.tensor(x)[None], torch.tensor(y))
+        weights = weights[0].numpy()
+        hits = [weights @ right[i, layer, mine] + float(bias) > 0 for i in held_out.tolist()]
+        hits += [weights @ wrong[i, layer, mine] + float(bias) <= 0 for i in held_out.tolist()]
+        accuracy[layer, head] = sum(map(bool, hits)) / len(hits)
+        theta = right[:, layer, mine].mean(0) - wrong[:, layer, mine].mean(0) if direction == "mass-mean" else weights
+        theta = theta / math.sqrt(sum(theta**2))
+        along = [float(theta @ texts[i, layer, mine]) for texts in (right, wrong) for i in range(pairs)]
+        wanted[layer, head] = 2.0 * np.std(along) * theta
+    assert {place: float(found.accuracy[place]) for place in accuracy} == pytest.approx(accuracy)
+    chosen = sorted(accuracy, key=lambda place: (-accuracy[place], place))[:2]
+    plan = method.plan(found, {"k": 2, "alpha": 2.0})
+    shift = by_head(plan.shifts["attention"], SimpleNamespace(num_attention_heads=heads))
+    for place in accuracy:
+        assert shift[place].tolist() == pytest.approx((wanted[place] if place in chosen else np.zeros(dim)).tolist(), abs=1e-5)  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def both(request, checkpoints):
+    """A patched model and upstream's, of every family."""
+    model = rmodels.load(checkpoints[request.param], dtype="float32", device="cpu")
+    kernel = model.config._attn_implementation.removeprefix("au_")
+    upstream = AutoModelForCausalLM.from_pretrained(
+        checkpoints[request.param], dtype=torch.float32, attn_implementation=kernel, experts_implementation="eager"
+    )
+    return model, upstream.eval()
+
+
+def test_caa_and_sadi_by_loops(both, tokenizer):
+    model, upstream = both
+    for method, site in ((CAA(), "layer"), (SADIHead(), "attention"), (SADIHidden(), "ffn"), (SADIHidden(), "layer")):
+        made = method.prepare(evidence(model, tokenizer, site))
+        total = 0
+        for prompt, right, wrong in PAIRS:
+            two = [last_activations(upstream, tokenizer, prompt + answer, site).double() for answer in (right, wrong)]
+            if method.name == "sadi-head":
+                two = [torch.stack([x[:, h * 16 : h * 16 + 16].mean(1) for h in range(4)], 1) for x in two]
+            total = total + (two[0] - two[1]) / len(PAIRS)
+        found = made.by_layer if method.name == "caa" else made.by_unit
+        assert found.shape == total.shape and torch.allclose(found, total.float(), atol=1e-4)
+
+
+def test_sadi_neurons_are_chosen_by_the_nonlinearity(both, tokenizer):
+    model, upstream = both
+    if "neuron" not in rmodels.sites(model):
+        with pytest.raises(AUSteerError, match="no site 'neuron'"):
+            SADINeuron().prepare(evidence(model, tokenizer, "neuron"))
+        return
+    total = torch.zeros(3, 80)
+    rows = {}
+    for index, layer in enumerate(upstream.model.layers):
+        layer.mlp.act_fn.register_forward_hook(lambda m, args, out, i=index: rows.__setitem__(i, out[0, -1]))
+    for prompt, *answers in PAIRS:
+        for sign, answer in zip((1, -1), answers, strict=True):
+            with torch.no_grad():
+                upstream(torch.tensor([tokenizer(prompt + answer)["input_ids"]]))
+            total += sign * torch.stack([rows[i] for i in range(3)]) / len(PAIRS)
+    seen = evidence(model, tokenizer, "neuron")
+    assert torch.allclose(SADINeuron().prepare(seen).by_unit, total, atol=1e-4)
+    right, wrong = seen.activations("last")  # the product with up_proj is something else
+    assert not torch.allclose((right - wrong).mean(0), total, atol=1e-2)
+    assert not any(layer.mlp.act_fn._forward_hooks for layer in model.model.layers)
+
+
+def test_the_last_token_but_one(llama, checkpoints, tokenizer):
+    upstream = AutoModelForCausalLM.from_pretrained(checkpoints["llama"], dtype=torch.float32)
+    right, wrong = evidence(llama, tokenizer, "layer", LETTERS).activations("before-last")
+    for row, pair in enumerate(LETTERS):
+        for read, answer in ((right, pair.positive), (wrong, pair.negative)):
+            wanted = last_activations(upstream, tokenizer, pair.prompt + answer[:-1], "layer")  # without the bracket
+            assert torch.allclose(read[row], wanted, atol=1e-4)
+    bare = [Pair("Is it red?", " A", " B")]
+    with pytest.raises(AUSteerError, match=r"the last token but one is in the prompt.*\(A\)"):
+        CAA("before-last").prepare(evidence(llama, tokenizer, "layer", bare))
+
+
+# the authors' SADI: frozen, overwritten
+
+
+def test_clamped_is_the_overwriting_of_one_position(both):
+    model, upstream = both
+    for site in rmodels.sites(model):
+        scale = torch.zeros(rmodels.site_shape(model, site))
+        scale[1, :7], scale[2, 5] = 4.0, 9.0
+        plan, clean = Plan({site: scale}, tokens="last"), {}
+        with torch.no_grad():
+            with hooked(upstream, site, lambda layer, x, clean=clean: clean.__setitem__(layer, x[0, -1].clone())):
+                upstream(IDS)
+
+            def overwrite(layer, x, clean=clean, scale=scale):
+                x = x.clone()
+                x[0, IDS.shape[1] - 1] = clean[layer] * (1 + scale[layer])
+                return x
+
+            answer = torch.tensor([[17, 99]])
+            with hooked(upstream, site, overwrite):  # as they do: the answer fed behind the prompt
+                wanted = upstream(torch.cat([IDS, answer], 1)).logits[0, IDS.shape[1] - 1 :]
+            with steer(model, clamped(model, plan, IDS)):
+                prefill = model(IDS, use_cache=True)
+            behind = model(answer, past_key_values=prefill.past_key_values).logits[0]
+            ours = torch.cat([prefill.logits[0, -1:], behind])
+            assert torch.allclose(ours, wanted, atol=1e-3), site
+            with steer(model, plan):  # the paper's form lets layers react
+                assert not torch.allclose(model(IDS, use_cache=True).logits[0, -1], wanted[0], atol=1e-2)
+    with pytest.raises(AUSteerError, match="one plan a prompt"):
+        clamped(model, plan, IDS.repeat(2, 1))
+
+
+# options, degenerate input, whole runs
+
+
+def test_every_option_changes_the_plan(llama, tokenizer):
+    long = [Pair(p, right + " and so on", wrong + " or else") for p, right, wrong in PAIRS]
+
+    def plan(method, site, settings, pairs=PAIRS):
+        made = method.plan(method.prepare(evidence(llama, tokenizer, site, pairs)), settings)
+        return torch.cat([*made.scales.values(), *made.shifts.values()])
+
+    few, many, deep = {"k": 3, "alpha": 2.0}, {"k": 30, "alpha": 2.0}, {"depth": 0.4, "alpha": 1.0}
+    different = [
+        [plan(ITI(d, s), "attention", few) for d, s in itertools.product(("mass-mean", "probe"), ("n-1", "n"))],
+        [plan(CAA(r), "layer", deep, long) for r in ("last", "answer", "before-last")],
+        [plan(CAA("last", norm), "layer", deep) for norm in ("own", "mean")],
+        [plan(SADIHidden(), "ffn", many), plan(SADIHidden(), "layer", many)],
+        *(
+            [plan(method(rule), site, many if site != "attention" else few) for rule in ("signed", "absolute")]
+            for method, site in ((SADIHead, "attention"), (SADINeuron, "neuron"), (SADIHidden, "layer"))
+        ),
+    ]
+    for made in different:
+        assert all(x.any() for x in made)
+        assert not any(torch.equal(x, y) for x, y in itertools.combinations(made, 2))
+    for bad in (lambda: ITI("best"), lambda: ITI(std="n-2"), lambda: CAA("first"), lambda: CAA(norm="l1"), lambda: SADIHead("top")):  # fmt: skip
+        with pytest.raises(AUSteerError):
+            bad()
+
+
+def test_matching_norms_over_layers():
+    vectors = CAA(norm="mean").prepare(Told([[[3.0, 4], [0, 1], [0, 0]]], [[[0.0, 0], [0, 0], [0, 0]]], site="layer"))
+    assert torch.allclose(vectors.by_layer, torch.tensor([[1.2, 1.6], [0, 2], [0, 0]]))
+
+
+def test_input_that_says_nothing():
+    same = np.ones((6, 2, 8))
+    for direction in ("mass-mean", "probe"):
+        heads = ITI(direction).prepare(Told(same, same, heads=2))
+        assert torch.equal(heads.accuracy, torch.full((2, 2), 0.5, dtype=heads.accuracy.dtype))
+        assert not ITI().plan(heads, {"k": 4, "alpha": 15.0}).units()
+    assert not CAA().plan(CAA().prepare(Told(same, same, site="layer")), {"depth": 0.5, "alpha": 3.0}).units()
+    assert not CAA(norm="mean").prepare(Told(same, same)).by_layer.any()
+    for method in (SADIHead(), SADINeuron(), SADIHidden()):
+        with pytest.raises(AUSteerError, match="nothing to choose by"):
+            method.prepare(Told(same, same, heads=2))
+    # a head whose two answers differ always alike has a direction, and a spread; one that never varies has neither
+    right = same.copy()
+    right[:, :, :4] += 1
+    heads = ITI().prepare(Told(right, same, heads=2))
+    assert heads.accuracy.tolist() == [[1, 0.5], [1, 0.5]] and not heads.sigma[:, 1].any() and heads.sigma[:, 0].all()
+
+
+def test_one_pair_and_equal_pairs(llama, tokenizer):
+    one = PAIRS[:1]
+    with pytest.raises(AUSteerError, match="at least two pairs"):
+        ITI().prepare(evidence(llama, tokenizer, "attention", one))
+    for method in ALL[2:]:
+        made = method.prepare(evidence(llama, tokenizer, method.sites[0], one))
+        assert method.plan(made, method.grid("embedded")[0]).units()
+    ITI().prepare(evidence(llama, tokenizer, "attention", PAIRS[:2]))
+    equal = [Pair("a", "b", "b")] * 3
+    for method in ALL:
+        with pytest.raises(AUSteerError, match="the same tokens"):
+            method.prepare(evidence(llama, tokenizer, method.sites[0], equal))
+
+
+def test_separable_texts_of_any_size_have_a_finite_probe():
+    for scale in (1e-6, 1.0, 1e4):
+        x = scale * torch.tensor([[[3.0, 1], [2, 1], [-2, 1], [-3, 1]]], dtype=torch.float64)
+        weights, bias = logistic(x, torch.tensor([1.0, 1, 0, 0], dtype=torch.float64))
+        assert torch.isfinite(weights).all() and torch.isfinite(bias).all() and weights[0, 0] > 0
+    assert unit(torch.zeros(2, 3)).tolist() == [[0, 0, 0]] * 2
+    assert not spread(torch.ones(4, 1, 1, 3), torch.ones(1, 1, 3), 1).any()
+
+
+@pytest.mark.parametrize("k", [0, 5, 1.5, True, -1])
+def test_bad_k(k):
+    with pytest.raises(AUSteerError, match="k must be a whole number from 1 to 4"):
+        highest(torch.zeros(2, 2), k, "heads")
+
+
+def test_bad_depth():
+    for depth in (-0.1, 1.0, 7):
+        with pytest.raises(AUSteerError, match="depth is a share of the layers"):
+            CAA().plan(Vectors(torch.ones(4, 2), {}), {"depth": depth, "alpha": 1.0})
+
+
+@pytest.mark.parametrize("kind", BUDGET)
+def test_grids_keep_to_the_budget(kind):
+    for method in ALL:
+        grid = method.grid(kind)
+        assert len({tuple(settings.items()) for settings in grid}) == len(grid) <= BUDGET[kind]
+        assert grid[0]["alpha"] == min(settings["alpha"] for settings in grid)
+    depths = {round(settings["depth"] * 32) for settings in CAA().grid("real")}
+    assert 13 in depths and min(depths) == 8 and max(depths) == 24  # the authors' layer of Llama-2-7B, L/4 to 3L/4
+    assert {"k": 48, "alpha": 15.0} in ITI().grid("real")
+
+
+@pytest.mark.parametrize("method", ALL, ids=lambda method: method.name)
+def test_from_pairs_to_a_steered_model(both, tokenizer, method, tmp_path):
+    model, _ = both
+    for site in set(method.sites) & set(rmodels.sites(model)):
+        made = method.prepare(evidence(model, tokenizer, site))
+        plan = method.plan(made, method.grid("embedded")[-1])
+        assert plan.sites == [site] and plan.shape(site) == rmodels.site_shape(model, site)
+        plan.save(tmp_path / "plan.safetensors")
+        with torch.no_grad():
+            vanilla = model(IDS, use_cache=True).logits
+            with steer(model, Plan.load(tmp_path / "plan.safetensors")):
+                steered = model(IDS, use_cache=True).logits
+        moved = (steered - vanilla).abs().amax(-1)[0]
+        assert moved[:-1].max() < 1e-4 < moved[-1]  # not exactly zero: experts see their tokens in other groups
+
+
+def test_a_plan_refuses_other_weights(checkpoints, llama, tokenizer):
+    method = CAA()
+    plan = method.plan(method.prepare(evidence(llama, tokenizer, "layer")), {"depth": 0.5, "alpha": 1.0})
+    other = rmodels.load(checkpoints["llama"], dtype="float32", device="cpu")
+    with torch.no_grad():
+        other.model.norm.weight += 1
+    with pytest.raises(AUSteerError, match="made on other weights"):
+        apply(other, plan)
+    clear(other)
+
+
+def test_neurons_are_atomic_units_too(llama, tokenizer):
+    """Equation 1 to the letter: AUSteer at the input of down_proj."""
+    ranks = screen(PAIRS, llama, tokenizer, ["neuron"], progress=False)["neuron"]
+    plan = AUSteer().plan(ranks, {"k": 5, "alpha": 1.0})
+    assert plan.shape("neuron") == (3, 80) and len(plan) == 5
+    vanilla = llama(IDS).logits
+    with steer(llama, plan):
+        assert not torch.equal(llama(IDS).logits, vanilla)
+
+
+@pytest.mark.parametrize("method", ALL, ids=lambda method: method.name)
+def test_a_cell_of_each(method, tmp_path, monkeypatch):
+    monkeypatch.setitem(METHODS, method.name, method)
+    monkeypatch.setattr(embedded, "PAIRS", 60)
+    setting = cells.Setting("embedded", "svamp", device="cpu", ranks=str(tmp_path), records=str(tmp_path), limit=8)
+    record = cells.compute(cells.Cell(setting, method.name, method.sites[-1]))
+    assert record["n"] == 8 and len(record["grid_scores"]) == BUDGET["embedded"]
+    if record["settings"]:
+        assert record["touched"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "site"), [(ITI(), "attention"), (CAA(), "layer"), (SADIHead(), "attention")])
+def test_they_find_the_polite_tone(method, site, tmp_path, monkeypatch):
+    monkeypatch.setitem(METHODS, method.name, method)
+    setting = cells.Setting("embedded", "tone", device="cpu", ranks=str(tmp_path), records=str(tmp_path))
+    record = cells.compute(cells.Cell(setting, method.name, site))
+    assert record["right"] / record["n"] > 0.95  # 0.75 without
