@@ -100,7 +100,8 @@ def load(setting: Setting) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Ta
         task: Task = EmbeddedTask(setting.task, setting.test_split, limit=setting.limit)
     elif setting.of_the_paper:
         task = paper_task(
-            setting.task, setting.toxicity, data_dir=setting.data_dir, protocol=setting.protocol,
+            setting.task, setting.toxicity, Path(setting.records).parent / "perspective.jsonl", setting.device,
+            data_dir=setting.data_dir, protocol=setting.protocol,
             encoder=setting.encoder, chat=rmodels.load_tokenizer(setting.checkpoint) if setting.chat else None,
             limit=setting.limit, batch_size=setting.batch_size,
         )  # fmt: skip
@@ -126,31 +127,33 @@ def prepare(setting: Setting, todo: Sequence[Cell]) -> int:
         wanted = {cell.site: None for cell in searched if getattr(METHODS[cell.method], "momentum", None) == momentum}
         missing = [site for site in wanted if _stored_ranks(setting, momentum, site) is None]
         if missing:
+            start = time.perf_counter()
             found = screen(task.pairs, model, tokenizer, missing, momentum=momentum, protocol=setting.protocol)
             for site, ranks in found.items():
+                ranks.header["seconds"] = round((time.perf_counter() - start) / len(missing), 2)
                 ranks.save(setting.ranks_folder(momentum) / f"{site}.safetensors")
                 made += 1
     return made
 
 
-def in_protocol(setting: Setting, method: Method) -> bool:
+def in_protocol(protocol: str, method: Method) -> bool:
     """The paper protocol is the authors' code: it has activation momentum, and nothing else to steer by."""
-    return setting.protocol == "clean" or getattr(method, "momentum", None) == "activation"
+    return protocol == "clean" or getattr(method, "momentum", None) == "activation"
 
 
 @cache
 def _prepared(setting: Setting, name: str, site: str) -> tuple[object, float | None]:
-    """What a method makes of the evidence, and the seconds it took; None if its ranks were there already."""
+    """What a method makes of the evidence, and the seconds it took, with those its ranks took when they were made;
+    None where these are not known, as of shipped ranks."""
     model, tokenizer, task = load(setting)
 
-    stored = []
+    before = []  # seconds that went into ranks when they were made
 
     def ranks(momentum: str) -> AURanks:
         found = _stored_ranks(setting, momentum, site)
         if found is None:
             found = screen(task.pairs, model, tokenizer, [site], momentum=momentum, protocol=setting.protocol)[site]
-        else:
-            stored.append(momentum)
+        before.append(found.header.get("seconds"))
         return found
 
     start = time.perf_counter()
@@ -158,7 +161,7 @@ def _prepared(setting: Setting, name: str, site: str) -> tuple[object, float | N
     if setting.sae is not None and hasattr(method, "sae"):
         method = replace(method, sae=setting.sae)
     made = method.prepare(Evidence(model, tokenizer, task.pairs, site, ranks))
-    return made, None if stored else time.perf_counter() - start
+    return made, None if None in before else time.perf_counter() - start + sum(before)
 
 
 def question(cell: Cell) -> dict:
@@ -175,6 +178,9 @@ def question(cell: Cell) -> dict:
         "draw": cell.draw,
         "fingerprint": fingerprint(model),
         "dtype": str(model.dtype),
+        # on other kinds of devices and in other batches rounding differs: never mixed under one name
+        "device": model.device.type,
+        "batch_size": setting.batch_size,
         "pairs_hash": pairs_hash(task.pairs) if searched else None,
         "pairs_by": task.pairs_by if searched else None,  # behind `pairs`, which decide it
         "items_hash": items_hash(task.prompted(everything)) if cell.method == "prompt-only" else task.fingerprint,
@@ -260,7 +266,7 @@ def _answers(cell: Cell, items: Sequence, name: str, plan: Plan | None):
 def answers_path(cell: Cell, name: str = "test") -> Path:
     setting = cell.setting
     part = name.replace(" ", "-").replace("=", "")
-    return Path(setting.records).parent / "answers" / records.record_id(question(cell)) / f"{part}.jsonl"
+    return Path(setting.records).parent / "answers" / f"{records.record_id(question(cell))}-{part}.jsonl"
 
 
 def _stored_ranks(setting: Setting, momentum: str, site: str) -> AURanks | None:

@@ -129,6 +129,19 @@ def _settings(args: argparse.Namespace) -> list[Setting]:
         raise AUSteerError(
             f"--model needs --data_name, one of {', '.join(PAPER_TASKS)}, or --pairs, a file of contrastive pairs"
         )
+    if args.pairs or args.model == EMBEDDED:
+        ignored = [
+            f"--{name.replace('_', '-')}"
+            for name in ("chat", "data_dir", "encoder", "batch_size")
+            if getattr(args, name)
+        ]
+        ignored += ["--protocol paper"] if args.protocol == "paper" else []
+        if ignored:
+            raise AUSteerError(f"{', '.join(ignored)}: for the paper's tasks only (--model and --data_name)")
+    chosen = [METHODS[name] for name in args.method if name != "all"]
+    foreign = [method.name for method in chosen if args.protocol == "paper" and not cells.in_protocol("paper", method)]
+    if foreign and args.method != list(DEFAULT):
+        raise AUSteerError(f"{', '.join(foreign)} is not in the authors' code: use --protocol clean")
     rmodels.check_device(args.device)
     if args.model == EMBEDDED:
         tasks = [name for name in TASKS if args.data_name in ("all", name)]
@@ -154,7 +167,7 @@ def _cells(setting: Setting, sites: Sequence[str], args: argparse.Namespace) -> 
     chosen = list(METHODS) if "all" in args.method else list(dict.fromkeys(args.method))
     for name in chosen if args.steer else ():
         method = METHODS[name]
-        if not cells.in_protocol(setting, method):
+        if not cells.in_protocol(setting.protocol, method):
             continue
         draws = (args.draws if name == "random" else max(1, args.draws * FLIPS // 5)) if method.draws else 1
         # a method that acts elsewhere only, such as on the residual stream, acts there
@@ -214,8 +227,8 @@ def _report(
     for task, found in rows.items():
         text += [f"## {task}", "", report.table(found, LABELS), ""]
         text += [f"- {line}" for line in report.verdict(found, LABELS)] + [""]
-        for beside in (report.more(found, LABELS), report.costs(found, LABELS)):
-            text += [beside, ""] if beside else []
+        beside = report.more(found, LABELS)
+        text += [beside, ""] if beside else []
         how = {"prompts": found[0]["wording"], "pairs": found[-1]["pairs_by"], "protocol": found[0]["protocol"]}
         text += ["; ".join(f"{name}: {value}" for name, value in how.items() if value), ""]
     folder = Path(args.results)
@@ -237,6 +250,10 @@ def _report(
         figures.comparison(rows, scores, LABELS, shown, folder / f"{name}.png")
         print(f"picture: {folder / name}.png")
     print(f"table: {folder / name}.md   records: {folder / 'records'}")
+    # times differ from run to run, tables of results must not: a file of its own
+    costs = "\n\n".join(f"## {task}\n\n{report.costs(found, LABELS)}" for task, found in rows.items())
+    (folder / f"{name}-costs.md").write_text(costs + "\n")
+    print(f"costs: {folder / name}-costs.md")
     if args.model != EMBEDDED and not args.pairs:
         _say_where_answers_are(settings[0], rows[settings[0].task_name], args)
 

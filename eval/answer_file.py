@@ -1,4 +1,5 @@
-"""An answer, and answers on disk as they come: a killed run loses only the batch that was in flight.
+"""An answer, and answers on disk as they come: a killed run loses only the batch that was in flight
+(with --batch-size 1, the item).
 
 A line is an answer. While a run is under way lines stand in the order of the batches; a finished file is in
 the order of the items, so it is the same bytes however often the run was broken off.
@@ -33,12 +34,19 @@ class AnswerFile:
         if not self.path.exists():
             return {}
         whole, newline, torn = self.path.read_bytes().rpartition(b"\n")
-        if torn:
-            self.path.write_bytes(whole + newline)
-        rows = [json.loads(line) for line in whole.splitlines()]
-        if any(row["item"] >= len(prompts) or row["prompt"] != prompts[row["item"]] for row in rows):
+        if torn:  # cut in place: written anew, a kill here would lose all
+            os.truncate(self.path, len(whole) + len(newline))
+        try:
+            rows = [json.loads(line) for line in whole.splitlines()]
+            found = {row["item"]: Answer(row["answer"], tuple(row["options"])) for row in rows}
+            ours = all(row["item"] >= 0 and row["prompt"] == prompts[row["item"]] for row in rows)
+        except (ValueError, TypeError, KeyError):
+            raise AUSteerError(f"{self.path} is damaged; delete it, and its items are asked again") from None
+        except IndexError:
+            ours = False
+        if not ours:
             raise AUSteerError(f"{self.path} holds answers to other prompts; move it away")
-        return {row["item"]: Answer(row["answer"], tuple(row["options"])) for row in rows}
+        return found
 
     def append(self, fresh: dict[int, Answer]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -278,5 +278,11 @@ def _read(
     ends = set(ends if isinstance(ends, list) else [ends])
     end = next((i for i, token in enumerate(tokens) if token in ends), None)
     text = tokenizer.decode(tokens[:end], skip_special_tokens=True)
-    stop = re.search(question.stop, text) if question.stop else None
-    return (text[: stop.end()] if stop else text), end is not None or stop is not None
+    stopped = question.stop is not None and re.search(question.stop, text) is not None
+    return (up_to(text, question.stop) if stopped else text), end is not None or stopped
+
+
+def up_to(text: str, stop: str) -> str:
+    """The text to the end of the first match."""
+    found = re.search(stop, text)
+    return text[: found.end()] if found else text

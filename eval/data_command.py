@@ -130,6 +130,11 @@ def _check(chosen: dict[str, dict], data_dir: Path, must_be_there: bool) -> int:
             overlap = len(keys["train"] & keys["test"]) if keys.keys() == set(SPLITS) else "-"
             found, known = sha256(path), (source.get("sha256") or {}).get(path.name)
             official = " official" if known and found.startswith(known) else ""
+            fetched = _fetched(folder).get(path.name, {}).get("sha256")
+            if fetched not in (None, found):
+                faults.append(
+                    f"{path} has changed since it was fetched (SHA-256 {found[:12]}..., was {fetched[:12]}...)"
+                )
             duplicates = len(rows) - len(keys[split])
             in_test = overlap if split == "test" else ""
             counts = (len(rows), source["rows"] or "-", source["paper"] or "-", duplicates, in_test)
@@ -138,7 +143,9 @@ def _check(chosen: dict[str, dict], data_dir: Path, must_be_there: bool) -> int:
     for kind, lines in (("missing", missing), ("FAULT", faults)):
         for line in lines:
             print(f"{kind}: {line}")
-    return 1 if faults or (must_be_there and missing) else 0
+    if not table and not faults:
+        print(f"nothing to check in {data_dir}: `python main.py data --fetch` fetches what can be fetched")
+    return 1 if faults or not table or (must_be_there and missing) else 0
 
 
 def _print_table(rows: list[tuple]) -> None:

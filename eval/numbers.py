@@ -38,14 +38,19 @@ def robust_number(reply: str) -> float | None:
     return found[-1] if found else None
 
 
-def authors_number(reply: str, trigger: str) -> float | None:
-    """As the authors' code: cut the reply behind its first trigger and one word, then take the number right
-    behind ####, else the last one."""
-    at = reply.strip().find(trigger)
-    text = reply.strip() if at < 0 else reply.strip()[:at] + " ".join(reply.strip()[at:].split()[:2])
+def authors_number(text: str) -> float | None:
+    """As the authors' code: the number right behind ####, else the last one."""
     marked = re.search(rf"####\s*({_AUTHORS_NUMBER})", text)
     found = [marked.group(1)] if marked else re.findall(_AUTHORS_NUMBER, text)
     return float(found[-1]) if found else None
+
+
+def authors_trim(reply: str, trigger: str) -> str:
+    """What the authors' code reads a number from: a reply up to its first trigger and one word more. Right answers are
+    not trimmed."""
+    reply = reply.strip()
+    at = reply.find(trigger)
+    return reply if at < 0 else reply[:at] + " ".join(reply[at:].split()[:2])
 
 
 def same_number(found: float | None, gold: float) -> bool:

@@ -48,7 +48,8 @@ def own_pairs(
     fields = [prompt, answer, *([wrong] if wrong else [])]
     rows = _hub_rows(source, fields) if source.startswith("hub:") else read_columns(source, fields)
     dropped: Counter[str] = Counter()
-    rows = [row for row in rows if all(text.strip() for text in row) or dropped.update(["an empty field"])]
+    whole = [row for row in rows if all(text.strip() for text in row)]
+    dropped["an empty field"], rows = len(rows) - len(whole), whole
     if wrong:
         found, how = [row[2] for row in rows], f"wrong answers: the field {wrong}"
     else:
@@ -73,7 +74,9 @@ def own_pairs(
         else:
             pairs.append(Pair(row[0], row[1], other))
     if not pairs:
-        raise AUSteerError(f"{source}: no pair could be made; " + ", ".join(f"{n} {why}" for why, n in dropped.items()))
+        raise AUSteerError(
+            f"{source}: no pair could be made; " + ", ".join(f"{n} {why}" for why, n in dropped.items() if n)
+        )
     return pairs, dropped, how
 
 

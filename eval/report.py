@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import median
 
-from eval.statistics import holm, wilson
+from eval.records import unpack
+from eval.statistics import holm, mcnemar, sign_flip, wilson
 
 SITES = {"attention": "Head", "ffn": "FFN", "layer": "Layer", "neuron": "Neuron"}
 CONTROLS = ("random", "flipped")  # repeated with other draws, shown as bands
@@ -50,13 +51,24 @@ def more(rows: Sequence[dict], labels: dict[str, str]) -> str:
     if not measures + extras:
         return ""
     shares = {name for name in measures if isinstance(vanilla["columns"][name], str)}
-    lines = ["| method | " + " | ".join(measures + extras) + " |", "|---|" + "--:|" * len(measures + extras)]
+    lines = [
+        f"Beside it, on the same {vanilla['n']} items: [95 % interval], Wilson for shares in %, else bootstrap. Where steered: "
+        "the p of the paired difference to vanilla (McNemar, or sign-flip), not adjusted. Figures of all texts together "
+        "have no interval.",
+        "",
+        "| method | " + " | ".join(measures + extras) + " |",
+        "|---|" + "--:|" * len(measures + extras),
+    ]
     for method, site in dict.fromkeys((row["method"], row["site"]) for row in rows):
         draws = [row for row in rows if (row["method"], row["site"]) == (method, site)]
         name = labels.get(method, method) + (f", {SITES[site]}" if site else "")
         name += f", {len(draws)} draws" if len(draws) > 1 else ""
         row = sorted(draws, key=lambda row: row["right"])[len(draws) // 2]
-        shown = [_with_interval(row["measures"][measure], 100 if measure in shares else 1) for measure in measures]
+        shown = [
+            _with_interval(row["measures"][measure], 100 if measure in shares else 1)
+            + (f", p = {_paired(row, vanilla, measure):.1g}" if site else "")
+            for measure in measures
+        ]
         lines.append(
             "| " + " | ".join([name, *shown, *(_three_digits(row["extras"].get(key)) for key in extras)]) + " |"
         )
@@ -70,7 +82,7 @@ def costs(rows: Sequence[dict], labels: dict[str, str]) -> str:
         if "cost" in row and row["draw"] == 0:
             name = f"{labels[row['method']]}, {SITES[row['site']]}"
             seconds = row["cost"]["prepare_s"]
-            took = "ranks were there" if seconds is None else f"{seconds:.2f}"
+            took = "not known, shipped ranks" if seconds is None else f"{seconds:.2f}"
             lines.append(f"| {name} | {took} | {len(row['grid'])} | {row['touched']} |")
     return "\n".join(lines) if len(lines) > 2 else ""
 
@@ -90,6 +102,9 @@ def verdict(rows: Sequence[dict], labels: dict[str, str]) -> list[str]:
                     for control, gains in controls.items()
                     if gains
                 ]
+                if not against:
+                    said.append(f"{labels[method]}, {SITES[site]}: {mine:+.1f} points; no controls were run beside it")
+                    continue
                 beaten = all(mine > other for gains in controls.values() for other in gains)
                 sure = "" if row["p"] < 0.05 else ", which is no sure gain"
                 said.append(
@@ -115,6 +130,13 @@ def _line(row: dict, vanilla: dict, name: str, adjusted: float | None) -> str:
     cells.append(f"{row['p']:.1g}" if "p" in row else "")
     cells.append("" if adjusted is None else f"{adjusted:.1g}")
     return "| " + " | ".join(cells) + " |"
+
+
+def _paired(row: dict, vanilla: dict, measure: str) -> float:
+    after, before = row["columns"][measure], vanilla["columns"][measure]
+    if isinstance(after, str):
+        return mcnemar(unpack(before), unpack(after))[2]
+    return sign_flip([a - b for a, b in zip(after, before, strict=True)])
 
 
 def _with_interval(measure: dict[str, float], unit: int) -> str:

@@ -29,6 +29,14 @@ def mcnemar(before: Sequence[bool], after: Sequence[bool]) -> tuple[int, int, fl
     return gained, lost, float(p)
 
 
+def sign_flip(differences: Sequence[float]) -> float:
+    """Two-sided p of a mean paired difference: how often random signs give one as large."""
+    values = np.asarray(differences, float)
+    signs = np.random.default_rng(SEED).choice((-1.0, 1.0), (RESAMPLES, len(values)))
+    as_large = np.abs(signs @ values) >= abs(values.sum()) - 1e-12
+    return float((as_large.sum() + 1) / (RESAMPLES + 1))
+
+
 def holm(ps: Sequence[float]) -> list[float]:
     """p values adjusted for being many: the chance that any of the true nulls is called false stays bounded."""
     order = sorted(range(len(ps)), key=ps.__getitem__)

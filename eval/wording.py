@@ -43,8 +43,10 @@ def read_wording(task: str, data_dir: Path | None = None) -> Wording:
         try:
             whole = json.loads(path.read_text(encoding="utf-8"))
             if task in whole:
-                return Wording(whole["source"], whole[task]["train"], whole[task]["test"], instruction)
-        except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
+                return Wording(
+                    whole[task].get("source", whole["source"]), whole[task]["train"], whole[task]["test"], instruction
+                )
+        except (UnicodeDecodeError, json.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
             raise AUSteerError(f"{path} is not a wording file ({type(error).__name__}: {error})") from None
     raise AUSteerError(f"there is no wording for {task!r} in {OWN.name}")
 

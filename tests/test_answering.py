@@ -260,3 +260,28 @@ def test_answer_file_keeps_odd_text(tmp_path):
     assert file.read(asked) == {0: odd}
     with pytest.raises(AUSteerError, match="other prompts"):
         file.read(["what?"])
+
+
+def test_a_kill_while_a_torn_line_is_cut_loses_nothing(tmp_path, monkeypatch):
+    file = AnswerFile(tmp_path / "a.jsonl")
+    file.read(["x", "y"])
+    file.append({0: Answer("one")})
+    whole = file.path.read_bytes()
+    file.path.write_bytes(whole + b'{"item": 1, "pro')
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    for name in ("write_bytes", "write_text"):
+        monkeypatch.setattr(Path, name, killed)
+    assert file.read(["x", "y"]) == {0: Answer("one")}
+    monkeypatch.undo()
+    assert file.path.read_bytes() == whole
+
+
+@pytest.mark.parametrize("line", [b"\0\0\0", b'{"item": "a"}', b"[]"])
+def test_a_damaged_answer_file(tmp_path, line):
+    file = AnswerFile(tmp_path / "a.jsonl")
+    file.path.write_bytes(line + b"\n")
+    with pytest.raises(AUSteerError, match="is damaged; delete it"):
+        file.read(["x"])

@@ -691,3 +691,14 @@ def test_the_projects_own_wording_is_not_written_over(tmp_path):
     (tmp_path / "utils").mkdir()
     with pytest.raises(AUSteerError, match=r"choose another --out, and give it as --data-dir"):
         import_authors.main([str(tmp_path), "--out", str(import_authors.DATASETS)])
+
+
+def test_check_sees_what_changed_since_it_was_fetched_and_an_empty_folder(tmp_path, capsys):
+    assert data_command.main(["--check", "--data-dir", str(tmp_path)]) == 1
+    assert "nothing to check in" in capsys.readouterr().out
+    for name in ("train.jsonl", "test.jsonl"):
+        put(tmp_path, f"gsm8k/{name}", lines(MATH))
+    assert data_command.main(["--check", "--data-dir", str(tmp_path)]) == 0
+    put(tmp_path, "gsm8k/fetched.json", json.dumps({"test.jsonl": {"sha256": "0" * 64}}))
+    assert data_command.main(["--check", "--data-dir", str(tmp_path)]) == 1
+    assert "has changed since it was fetched" in capsys.readouterr().out

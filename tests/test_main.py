@@ -125,6 +125,8 @@ def test_the_verdict_says_when_controls_are_not_beaten():
     published, causal = report.verdict(rows, comparison.LABELS)
     assert "does NOT beat every control (1 of 2 random AUs gain less)" in published
     assert "it beats every control (2 of 2 random AUs gain less)" in causal
+    alone = report.verdict([rows[0], rows[4]], comparison.LABELS)
+    assert alone == ["causal AUSteer, FFN: +30.0 points; no controls were run beside it"]
     table = report.table(rows, comparison.LABELS)
     assert "| random AUs, FFN, 2 draws | | | | +5.0 / +12.5 / +20.0 (min / median / max) | | | |" in table
     assert "| causal AUSteer, FFN |  |  | 80.0 [71.1, 86.7] | +30.0 | 0 / 0 | 0.001 | 0.002 |" in table
@@ -215,6 +217,11 @@ def test_happy_against_sad_on_a_model_trained_by_others(tmp_path):
     [
         (["--pairs", "x.jsonl"], "--pairs needs --model"),
         (["--model", "some/model"], "--model needs --data_name"),
+        (["--chat", "--protocol", "paper"], "--chat, --protocol paper: for the paper's tasks only"),
+        (
+            ["--model", "x", "--data_name", "copa", "--protocol", "paper", "--method", "causal"],
+            "not in the authors' code",
+        ),
         (["--draws", "0"], "--draws must be at least 1"),
         (["--limit", "0"], "--limit must be at least 1"),
         (

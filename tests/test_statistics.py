@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
-from eval.statistics import bootstrap, holm, mcnemar, summary, wilson
+from eval.statistics import bootstrap, holm, mcnemar, sign_flip, summary, wilson
 
 
 @pytest.mark.parametrize(("right", "n"), [(0, 10), (10, 10), (1, 1), (5, 12), (1676, 2000), (270, 355)])
@@ -48,3 +48,11 @@ def test_summary():
     found = summary({"right": [True, False, True, True], "score": [1.0, 1.0]})
     assert found["right"] == {"value": 0.75, "low": wilson(3, 4)[0], "high": wilson(3, 4)[1], "n": 4}
     assert found["score"] == {"value": 1.0, "low": 1.0, "high": 1.0, "n": 2}
+
+
+def test_sign_flip_is_about_the_t_test():
+    from scipy.stats import ttest_1samp
+
+    values = np.random.default_rng(1).normal(0.15, 1, 300)
+    assert sign_flip(values) == pytest.approx(ttest_1samp(values, 0).pvalue, abs=0.03)
+    assert sign_flip([0.0] * 9) == 1.0 and sign_flip([1.0] * 40) < 0.001

@@ -5,6 +5,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from conftest import SHARED, needs_shared
 from samples import without_chance, write_datasets
 
@@ -175,7 +176,7 @@ def test_option_scores(data):
         "likelier option": [False, True, True, False],
         "an option at all": [True, False, True, True],
     }
-    assert task.extras(None, None, items, said) == {"majority": 0.5}
+    assert task.extras(None, None, items, said) == {"majority, %": 50.0}
 
 
 def test_number_scores(data):
@@ -213,8 +214,6 @@ def test_open_text_figures(llama, tokenizer, data):
     assert distinct(["a b a", "b a"], 1) == 2 / 5 and distinct(["a b a", "b a"], 2) == 2 / 3 and distinct([""], 1) == 0
     task = task_of("bpo", data)
     items, texts = task.test[:3], [" one", " two three", ""]
-    import torch
-
     loss, count = 0.0, 0
     for item, text in zip(items, texts, strict=True):
         ids = tokenizer(item.prompt + text, return_tensors="pt")["input_ids"]
@@ -247,7 +246,7 @@ def test_wording(tmp_path, data):
     task = task_of("copa", folder)
     assert task.pairs[0].prompt.startswith("Q There") and task.test[0].prompt.startswith("T There")
     assert task.wording.startswith("theirs; ") and task.wording != own.label
-    assert task_of("svamp", folder).wording.startswith("this project")
+    assert task_of("svamp", folder).wording.startswith("Figure 9 of the paper; ")
     (folder / "wording.json").write_text('{"copa": 1}')
     with pytest.raises(AUSteerError, match=r"wording\.json is not a wording file"):
         task_of("copa", folder)
@@ -306,15 +305,15 @@ def test_end_to_end_and_resumed(data, workplace, capsys, monkeypatch):
     said = capsys.readouterr().out
     assert (
         "exact match on 12 items of test" in said
-        and "| method | likelier option | an option at all | majority |" in said
+        and "| method | likelier option | an option at all | majority, % |" in said
     )
     assert "prompts: this project" in said and (workplace / "model-copa.png").stat().st_size > 10_000
     for row in rows.values():
         assert row["measures"]["exact match"]["n"] == 12 and row["wording"].startswith("this project")
     files = sorted((workplace / "answers").rglob("*.jsonl"))
     kept = {file: file.read_bytes() for file in files}
-    names = {file.stem for file in files}
-    assert {"test", "validation", "validation-k4-alpha1"} <= names
+    for name in ("test", "validation", "validation-k4-alpha1"):
+        assert any(file.stem.endswith(f"-{name}") for file in files), name
 
     # broken off in the middle of everything: a record gone, an answer file torn
     for record in (workplace / "records").glob("*causal*"):
@@ -421,3 +420,81 @@ def test_real_data(name):
         {task.group(row) for row in rows} for rows in (task.split.ranking, task.split.validation, task.split.test)
     ]
     assert not groups[0] & groups[1] and not groups[0] & groups[2] and not groups[1] & groups[2]
+
+
+@pytest.mark.parametrize("name", ["svamp", "mawps", "gsm8k"])
+@pytest.mark.parametrize("protocol", ["clean", "paper"])
+def test_the_right_answer_is_right_by_both_rules_and_none_is_wrong(name, protocol, data):
+    task = task_of(name, data, protocol=protocol)
+    for reply, right in ((lambda item: item.gold, True), (lambda item: "I do not know", False)):
+        columns = task.columns(task.test, [Answer(reply(item)) for item in task.test])
+        assert columns["right number"] == columns["right number, authors' rule"] == [right] * len(task.test)
+
+
+def test_the_robust_reader_leaves_invented_questions_out(data):
+    task = task_of("mawps", data, protocol="paper")
+    items = [task.test[0]._replace(gold=" 9 + 9 = 18 #### 18")]
+    columns = task.columns(items, [Answer(" 18. #### 18\nQuestion: 3 and 4?\nAnswer: 3 + 4 = 7 #### 7")])
+    assert columns["right number"] == [True]
+
+
+@pytest.mark.parametrize("protocol", ["clean", "paper"])
+def test_paper_protocol_answers_one_by_one_to_the_full_length(protocol, data, llama, monkeypatch):
+    from eval.tasks import arithmetic, open_text, options
+
+    asked = []
+    for module in (arithmetic, options, open_text):
+        monkeypatch.setattr(module, "answers", lambda *args, **kwargs: asked.append((args[3], kwargs["batch_size"])))
+    monkeypatch.setattr(options, "option_tokens", lambda *_: ((1,), (2,)))
+    for name in ("svamp", "mawps", "gsm8k", "copa", "toxicity"):
+        task = task_of(name, data, protocol=protocol, batch_size=7)
+        task.answers(llama, None, task.test)
+    stops = [question.stop is not None for question, _ in asked]
+    assert stops == [protocol == "clean"] * 3 + [False, False]
+    assert {size for _, size in asked} == {1 if protocol == "paper" else 7}
+
+
+def test_gsm8k_draws_wrong_answers_from_the_first_thousand(data, monkeypatch):
+    task = task_of("gsm8k", data, protocol="paper")
+    row = task.split.pool[0]
+    many = [{**row, "answer": f"#### {n}"} for n in range(1300)]
+    monkeypatch.setattr(task, "split", split(many, [], "paper", task.text, task.group))
+    assert {int(pair.negative.split()[-1]) for pair in task.pairs if pair.negative.strip()} <= set(range(1000))
+    assert len(task.pairs) == 1000
+
+
+def test_passages_and_twins_stay_on_one_side(data):
+    boolq, wino = task_of("boolq", data), task_of("winogrande", data)
+    for task, key in ((boolq, lambda row: row["passage"]), (wino, lambda row: row["qID"].split("-")[0])):
+        parts = [{key(row) for row in rows} for rows in (task.split.ranking, task.split.validation, task.split.test)]
+        assert not parts[0] & parts[1] and not parts[0] & parts[2] and not parts[1] & parts[2]
+
+
+@torch.no_grad()
+def test_bpo_prefers_by_token_the_likelier_answer(data, llama, tokenizer):
+    task = task_of("bpo", data)
+    said = task.answers(llama, tokenizer, task.test[:4])
+    for item, answer in zip(task.test, said, strict=False):
+        lengths, sums = [], []
+        ids = [tokenizer(item.prompt + text)["input_ids"] for text in (item.gold, item.wrong)]
+        shared = next(i for i, (a, b) in enumerate(zip(*ids, strict=False)) if a != b)
+        for row in ids:
+            logp = llama(torch.tensor([row])).logits[0].log_softmax(-1)
+            sums.append(sum(float(logp[at - 1, row[at]]) for at in range(shared, len(row))))
+            lengths.append(len(row) - shared)
+        assert answer.options[0] == pytest.approx(sums[0] / lengths[0] - sums[1] / lengths[1], abs=1e-3)
+
+
+def test_two_scorers_are_two_questions_and_texts_are_weighed_unsteered(data, workplace, monkeypatch):
+    from eval.tasks.open_text import Toxicity
+
+    seen = []
+    real = Toxicity.extras
+
+    def extras(self, model, *rest):
+        seen.append(all(gate.idle for gate in rmodels.gates(model)))
+        return real(self, model, *rest)
+
+    monkeypatch.setattr(Toxicity, "extras", extras)
+    rows = run(data, workplace, "--data_name", "toxicity", "--k", "2", "--alpha", "1", "--limit", "3")
+    assert seen and all(seen) and all(row["measured"]["scorer"].startswith("embedded") for row in rows.values())

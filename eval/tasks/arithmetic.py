@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from math import nan
 
 from eval.answer_file import Answer
-from eval.answering import Question, answers
-from eval.numbers import TOLERANCE, authors_number, robust_number, same_number
+from eval.answering import Question, answers, up_to
+from eval.numbers import TOLERANCE, authors_number, authors_trim, robust_number, same_number
 from eval.tasks.base import Columns
 from eval.tasks.dataset import DatasetTask, Item
 from eval.wording import fill
@@ -30,16 +30,20 @@ class NumberTask(DatasetTask):
         return answers(model, tokenizer, prompts, question, batch_size=self.batch_size, file=file, progress=progress)
 
     def columns(self, items: Sequence[Item], answers: Sequence[Answer]) -> Columns:
-        texts = [answer.text for answer in answers]
-        robust = [same_number(robust_number(a), robust_number(i.gold)) for a, i in zip(texts, items, strict=True)]
-        # their gold number is read by the same function, and compared exactly
-        theirs = [
-            authors_number(a, self.trigger) == authors_number(i.gold, "") for a, i in zip(texts, items, strict=True)
-        ]
-        both = {"right number": robust, "right number, authors' rule": theirs}
+        # answers that run to their full length go on with questions of their own, which the robust reader skips
+        robust = [robust_number(up_to(answer.text, self.stop)) for answer in answers]
+        theirs = [authors_number(authors_trim(answer.text, self.trigger)) for answer in answers]
+        golds = [(robust_number(item.gold), authors_number(item.gold)) for item in items]
+        both = {
+            "right number": [same_number(a, gold) for a, (gold, _) in zip(robust, golds, strict=True)],
+            # compared exactly, and nothing found is wrong
+            "right number, authors' rule": [
+                a is not None and a == gold for a, (_, gold) in zip(theirs, golds, strict=True)
+            ],
+        }
         if self.protocol == "paper":
             both = dict(reversed(both.items()))
-        return {**both, "a number at all": [robust_number(text) is not None for text in texts]}
+        return {**both, "a number at all": [number is not None for number in robust]}
 
     def _pairs(self, rows: Sequence[dict]) -> list[Pair]:
         prompts = [fill(self.words.train["prompt"], _with_number(row)) for row in rows]

@@ -99,7 +99,12 @@ class DatasetTask(Task):
         items = [self._item(row) for row in rows]
         prompts = self._in_chat([item.prompt for item in items])
         self._plain |= {prompt: item.prompt for prompt, item in zip(prompts, items, strict=True)}
-        return [item._replace(prompt=prompt) for item, prompt in zip(items, prompts, strict=True)]
+        return [
+            item._replace(
+                prompt=prompt, **({"gold": item.gold.lstrip(), "wrong": item.wrong.lstrip()} if self.chat else {})
+            )
+            for item, prompt in zip(items, prompts, strict=True)
+        ]
 
     def _in_chat(self, prompts: list[str]) -> list[str]:
         return chat_prompts(self.chat, prompts) if self.chat else prompts

@@ -19,7 +19,7 @@ from eval.answering import Question, answers
 from eval.tasks.base import Columns
 from eval.tasks.dataset import DatasetTask, Item
 from eval.tasks.splits import PAIRS, Split, split
-from eval.toxicity import TOXIC, Scorer
+from eval.toxicity import TOXIC, Scorer, detoxified
 from eval.wording import fill
 from pair_texts import PairTexts, input_device
 from pairs import Pair
@@ -55,7 +55,7 @@ class Toxicity(_OpenText):
     def columns(self, items, answers) -> Columns:
         scores = self.scorer.scores([answer.text for answer in answers])
         name = self.scorer.name
-        return {f"not toxic ({name})": [score <= TOXIC for score in scores], f"toxicity ({name})": scores}
+        return {f"not toxic ({name})": detoxified(scores), f"toxicity ({name})": scores}
 
     def _split(self, train, test) -> Split:
         """Pairs: harmless prompts with a toxic continuation. To choose by: prompts outside them that lead there,

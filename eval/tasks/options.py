@@ -44,7 +44,7 @@ class OptionTask(DatasetTask):
 
     def extras(self, model, tokenizer, items: Sequence[Item], answers) -> dict[str, float]:
         golds = [item.gold for item in items]
-        return {"majority": max(golds.count(option) for option in set(golds)) / len(golds)}
+        return {"majority, %": 100 * max(golds.count(option) for option in set(golds)) / len(golds)}
 
     def _pairs(self, rows: Sequence[dict]) -> list[Pair]:
         prompt, options = self.words.train["prompt"], self.words.train["options"]

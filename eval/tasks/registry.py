@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from eval.tasks.arithmetic import GSM8K, MAWPS, SVAMP
 from eval.tasks.dataset import DatasetTask
 from eval.tasks.open_text import BPO, Toxicity
@@ -11,7 +13,10 @@ from eval.toxicity import scorer
 PAPER_TASKS = {task.name: task for task in (BoolQ, COPA, WinoGrande, StoryCloze, SVAMP, MAWPS, GSM8K, Toxicity, BPO)}
 
 
-def paper_task(name: str, toxicity: str, **settings) -> DatasetTask:
+def paper_task(
+    name: str, toxicity: str, cache: str | Path = "results/perspective.jsonl", device: str | None = None, **settings
+) -> DatasetTask:
+    """cache: of Perspective's answers. device: of a local toxicity classifier."""
     if name == Toxicity.name:
-        return Toxicity(scorer(toxicity), **settings)
+        return Toxicity(scorer(toxicity, cache, device), **settings)
     return PAPER_TASKS[name](**settings)

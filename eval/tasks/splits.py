@@ -33,8 +33,8 @@ def split(
 ) -> Split:
     if protocol == "paper":
         return Split(list(train[:PAIRS]), list(train), list(train[PAIRS : PAIRS + VALIDATION]), list(test), {})
-    tested = {group(row) for row in test}
-    apart = [row for row in train if group(row) not in tested]
+    tested, asked = {group(row) for row in test}, {text(row) for row in test}
+    apart = [row for row in train if group(row) not in tested and text(row) not in asked]
     once = list({text(row): row for row in reversed(apart)}.values())[::-1]
     wanted = min(VALIDATION, max(round(HELD_OUT * len(once)), len(once) - PAIRS))
     validation: set[str] = set()
