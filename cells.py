@@ -6,6 +6,7 @@ the folders of ranks and records.
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -188,9 +189,16 @@ def question(cell: Cell) -> dict:
         "grid": _grid(cell) if searched else None,
         "wording": task.wording,
         "protocol": setting.protocol,
-        "sae": setting.sae if searched and hasattr(METHODS[cell.method], "sae") else None,
+        "sae": _sae_named(setting.sae) if searched and hasattr(METHODS[cell.method], "sae") else None,
         "measured": task.measured,
     }
+
+
+def _sae_named(name: str | None) -> str | None:
+    """A file by its content: another SAE under the same path is another question."""
+    if name is None or not Path(name).is_file():
+        return name
+    return hashlib.sha256(Path(name).read_bytes()).hexdigest()
 
 
 def stored(cell: Cell) -> dict | None:

@@ -9,6 +9,7 @@ python main.py --model M --pairs mine.jsonl                your model, your pair
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import threading
 from collections.abc import Sequence
@@ -32,6 +33,7 @@ from eval.tasks.registry import PAPER_TASKS
 from ranks import AURanks
 
 LABELS = {"vanilla": "vanilla", "prompt-only": "prompt only", **{name: m.label for name, m in METHODS.items()}}
+COSTS = Path(__file__).parent / "benchmarks" / "results" / "methods-cpu.json"
 FLIPS = 2  # draws of sign flips for every five of random AUs
 
 
@@ -78,11 +80,20 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def _method_table() -> str:
     yes = {True: "yes", False: "no"}
-    lines = ["| --method | edits | sites | trains | foldable | from |", "|---|---|---|---|---|---|"]
-    lines += [
-        f"| {name} | {m.edits} | {', '.join(m.sites)} | {yes[m.trains]} | {yes[m.foldable]} | {m.paper} |"
-        for name, m in {**METHODS, **OWN_COMMAND}.items()
+    measured = json.loads(COSTS.read_text())["methods"] if COSTS.exists() else {}
+    lines = [
+        "| --method | edits | activations | prepared in, s | sites | trains | foldable | from |",
+        "|---|---|--:|--:|---|---|---|---|",
     ]
+    for name, m in {**METHODS, **OWN_COMMAND}.items():
+        cost = measured.get(name, {})
+        shown = [str(cost.get(key, "")) for key in ("touched", "prepare_s")]
+        fold = "not at layer" if m.foldable and "layer" in m.sites else yes[m.foldable]
+        lines.append(
+            f"| {name} | {m.edits} | {' | '.join(shown)} | {', '.join(m.sites)} | {yes[m.trains]} | {fold} | {m.paper} |"
+        )
+    lines += ["", "activations and seconds: on an embedded model with 500 pairs (python benchmarks/methods.py). foldable: the plan "
+              "can go into the weights."]  # fmt: skip
     return "\n".join(lines)
 
 

@@ -1,9 +1,9 @@
-"""Plan: what is done to which atomic unit. Every method ends in one; it steers, folds, exports and saves.
+"""Plan: what is done to which atomic unit. Every method ends in one; it steers, adds up and saves.
 
 At the planned AUs, x -> x * (1 + scale) + shift, at the token positions named by `tokens`:
     all        every position, as the authors do       prompt     the prompt only
     generated  new tokens only                         last       the prompt's last token and new tokens
-    before-last  the prompt without its last token
+    before-last  the prompt without its last token      prompt-end  the prompt's last token only
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from errors import AUSteerError
 from ranks import read_tensors, write_tensors
 
 FORMAT = "austeer-plan-1"
-TOKENS = ("all", "prompt", "before-last", "generated", "last")
+TOKENS = ("all", "prompt", "before-last", "prompt-end", "generated", "last")
 
 
 @dataclass

@@ -78,6 +78,7 @@ def restore(setting: Setting, pruning: str, sparsity: str, components: str, draw
         "method": "restore",
         "fingerprint": fingerprint(dense),
         "dtype": str(dense.dtype),
+        "device": dense.device.type,
         "pairs_hash": pairs_hash(task.pairs),
         "items_hash": task.fingerprint,
         "test_split": task.test_split,

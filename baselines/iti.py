@@ -55,7 +55,7 @@ class ITI(Method):
             self.name, self.label = "iti-probe", "ITI, probe direction"
 
     def grid(self, kind: str) -> list[Settings]:
-        return [{"k": k, "alpha": alpha} for k, alpha in product(KS[kind], ALPHAS[kind])]
+        return [{"heads": k, "alpha": alpha} for k, alpha in product(KS[kind], ALPHAS[kind])]
 
     def prepare(self, evidence: Evidence) -> Heads:
         right, wrong = (by_head(x, evidence.model.config).double() for x in evidence.activations("last"))
@@ -66,7 +66,7 @@ class ITI(Method):
         return Heads(accuracy, direction.float(), sigma.float(), {**evidence.header(), "method": self.name})
 
     def plan(self, prepared: Heads, settings: Settings, draw: int = 0) -> Plan:
-        kept = highest(prepared.accuracy, settings["k"], "heads")
+        kept = highest(prepared.accuracy, settings["heads"], "heads")
         shift = settings["alpha"] * (kept * prepared.sigma)[..., None] * prepared.direction
         return Plan({}, {"attention": shift.flatten(-2)}, "last", {**prepared.header, **settings})
 

@@ -101,8 +101,8 @@ class NeuroSteer(Method):
 
     def grid(self, kind: str) -> list[Settings]:
         if self.preset:
-            return [{"k": PRESETS[self.preset].k, "alpha": PRESETS[self.preset].alpha}]
-        return [{"k": k, "alpha": alpha} for alpha, k in product(ALPHAS[kind], KS[kind])]
+            return [{"neurons": PRESETS[self.preset].k, "alpha": PRESETS[self.preset].alpha}]
+        return [{"neurons": k, "alpha": alpha} for alpha, k in product(ALPHAS[kind], KS[kind])]
 
     def prepare(self, evidence: Evidence) -> Neurons:
         sae = find_sae(evidence, self.sae)
@@ -119,7 +119,7 @@ class NeuroSteer(Method):
         return Neurons(counts, means, sae.W_dec.cpu(), sae.layer, shape, header)
 
     def plan(self, prepared: Neurons, settings: Settings, draw: int = 0) -> Plan:
-        chosen = most_often(*prepared.counts, settings["k"])
+        chosen = most_often(*prepared.counts, settings["neurons"])
         residual = feature_residual(*prepared.means, chosen, prepared.W_dec, self.weight, self.normalize)
         shift = torch.zeros(prepared.shape)
         shift[prepared.layer] = settings["alpha"] * residual

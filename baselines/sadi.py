@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import product
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -45,6 +46,7 @@ class SADI(Method):
     paper = "Wang et al., ICLR 2025"
     foldable = False  # the prompt stays as it is
     unit: str
+    count: ClassVar[str] = "k"  # the setting that says how many
     ks: dict[str, tuple[int, ...]]
     alphas: dict[str, tuple[float, ...]]
 
@@ -54,7 +56,7 @@ class SADI(Method):
         self.select = select
 
     def grid(self, kind: str) -> list[Settings]:
-        return [{"k": k, "alpha": alpha} for k, alpha in product(self.ks[kind], self.alphas[kind])]
+        return [{self.count: k, "alpha": alpha} for k, alpha in product(self.ks[kind], self.alphas[kind])]
 
     def read(self, evidence: Evidence) -> tuple[Tensor, Tensor]:
         """Right and wrong texts, (pairs, layers, units, AUs of a unit)."""
@@ -70,13 +72,13 @@ class SADI(Method):
 
     def plan(self, prepared: Scores, settings: Settings, draw: int = 0) -> Plan:
         scores = prepared.by_unit.abs() if self.select == "absolute" else prepared.by_unit
-        kept = highest(scores, settings["k"], f"{self.unit}s").repeat_interleave(prepared.each, dim=1)
+        kept = highest(scores, settings[self.count], f"{self.unit}s").repeat_interleave(prepared.each, dim=1)
         header = {**prepared.header, **settings}
         return Plan({header["site"]: settings["alpha"] * kept.float()}, {}, "last", header)
 
 
 class SADIHead(SADI):
-    name, label, unit = "sadi-head", "SADI, heads", "head"
+    name, label, unit, count = "sadi-head", "SADI, heads", "head", "heads"
     edits, sites = "k heads, scaled", ("attention",)
     # AUSteer's comparison has 2 to 64 heads; the authors' strengths are 5 to 80, in steps
     ks = {"embedded": (1, 2, 4), "real": (2, 8, 32)}
@@ -114,8 +116,8 @@ def difference(right: Tensor, wrong: Tensor) -> Tensor:
 def clamped(model: PreTrainedModel, plan: Plan, prompt: Tensor) -> Plan:
     """A SADI plan as the authors' code applies it to one prompt (1, tokens): costs a forward of its own.
 
-    It is for the run over the prompt, whose last position is overwritten; what is read behind the prompt, they read
-    unsteered. For a batch, `steer` takes a list of such plans.
+    Only the prompt's last position is overwritten, with what an unsteered run has there; what follows is unsteered.
+    For a batch, `steer` takes a list of such plans.
     """
     (site,) = plan.sites
     if prompt.dim() != 2 or len(prompt) != 1:
@@ -133,4 +135,4 @@ def clamped(model: PreTrainedModel, plan: Plan, prompt: Tensor) -> Plan:
         model.base_model(prompt, use_cache=False)
     frozen = torch.stack([clean[layer] for layer in sorted(clean)])
     nothing_of_its_own = torch.full_like(frozen, -1.0)
-    return Plan({site: nothing_of_its_own}, {site: frozen * (1 + plan.scales[site])}, "last", plan.header)
+    return Plan({site: nothing_of_its_own}, {site: frozen * (1 + plan.scales[site])}, "prompt-end", plan.header)

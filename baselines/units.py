@@ -17,7 +17,7 @@ def by_head(activations: Tensor, config: PretrainedConfig) -> Tensor:
 def highest(scores: Tensor, k: float, what: str) -> Tensor:
     """Which k of (layers, units) score highest, as bool; of equal ones the lower layer, then the lower unit."""
     if isinstance(k, bool) or k != int(k) or not 1 <= k <= scores.numel():
-        raise AUSteerError(f"k must be a whole number from 1 to {scores.numel()} (the {what} of this model), not {k}")
+        raise AUSteerError(f"{what} must be a whole number from 1 to {scores.numel()} (all of this model), not {k}")
     chosen = torch.zeros(scores.numel(), dtype=torch.bool)
     chosen[torch.sort(scores.flatten(), descending=True, stable=True).indices[: int(k)]] = True
     return chosen.view(scores.shape)

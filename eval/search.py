@@ -12,7 +12,7 @@ def search(
 ) -> tuple[Settings | None, dict[str, float]]:
     """The best settings, with every setting's score; None where none beats doing nothing.
 
-    Of equal ones the first wins: grids begin with the gentlest.
+    Of equal ones the first wins: grids begin with what touches least, or least strongly.
     """
     scores = [score(settings) for settings in grid]
     best = max(range(len(grid)), key=lambda i: (scores[i], -i))

@@ -61,8 +61,8 @@ def write_datasets(folder: Path, train: int = 60, test: int = 12, seed: int = 0)
 
 
 def _boolq(rng, i):
-    name, thing = rng.choice(NAMES), rng.choice(THINGS)
-    found = rng.random() < 0.5
+    shared = random.Random(i // 2)  # two questions share a passage
+    name, thing, found = shared.choice(NAMES), shared.choice(THINGS), shared.random() < 0.5
     passage = f"Day {i // 2} -- {name} looked for a {thing} and {'found' if found else 'lost'} it."
     return {"question": f"did {name.lower()} find the {thing} number {i}", "passage": passage, "answer": found}
 

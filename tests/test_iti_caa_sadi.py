@@ -72,7 +72,7 @@ def test_iti_by_hand(std, sigma, shift):
     heads, method = iti_example(std)
     assert heads.direction.flatten().tolist() == pytest.approx([0.83205, 0.55470, 0], abs=1e-5)
     assert float(heads.sigma) == pytest.approx(sigma, abs=1e-6)
-    plan = method.plan(heads, {"k": 1, "alpha": 15.0})
+    plan = method.plan(heads, {"heads": 1, "alpha": 15.0})
     assert plan.shift("attention", 0).tolist() == pytest.approx(shift, abs=1e-5)
     gate = rmodels.AUGate("attention", 0, 3)
     gate.set(None, plan.shift("attention", 0), like=torch.zeros(1))
@@ -87,7 +87,7 @@ def test_heads_are_ranked_by_accuracy_and_ties_go_to_the_lower_layer():
     order = [highest(accuracy, k, "heads") for k in (1, 2, 3, 4)]
     assert [kept.nonzero().tolist() for kept in order[:3]] == [[[1, 1]], [[0, 1], [1, 1]], [[0, 1], [1, 0], [1, 1]]]
     heads = Heads(accuracy, torch.ones(2, 2, 2), torch.ones(2, 2), {})
-    plan = ITI().plan(heads, {"k": 2, "alpha": 3.0})
+    plan = ITI().plan(heads, {"heads": 2, "alpha": 3.0})
     assert plan.shifts["attention"].tolist() == [[0, 0, 3, 3], [0, 0, 3, 3]] and not plan.scales
     assert plan.tokens == "last"
 
@@ -133,7 +133,7 @@ def test_sadi_by_hand():
     assert first_of_each == [[1, 1], [0, 0], [1, 0], [0, 1]]
     x = torch.tensor([[1.0, -1, 2, 2], [0.5, 1, 3, -2]])
     for delta, first, second in ((4.0, [5, -5, 2, 2], [0.5, 1, 15, -10]), (5.0, [6, -6, 2, 2], [0.5, 1, 18, -12])):
-        plan = SADIHead().plan(scores, {"k": 2, "alpha": delta})
+        plan = SADIHead().plan(scores, {"heads": 2, "alpha": delta})
         assert (x * (1 + plan.scales["attention"])).tolist() == [first, second]
     assert not plan.shifts and plan.tokens == "last"
     neurons = difference(torch.tensor([[[0.1, 0.9, -0.2, 0.4]]])[..., None], torch.tensor([[[0.3, 0.1, 0.2, 0.4]]])[..., None])  # fmt: skip
@@ -196,7 +196,7 @@ def test_iti_by_loops(direction):
         wanted[layer, head] = 2.0 * np.std(along) * theta
     assert {place: float(found.accuracy[place]) for place in accuracy} == pytest.approx(accuracy)
     chosen = sorted(accuracy, key=lambda place: (-accuracy[place], place))[:2]
-    plan = method.plan(found, {"k": 2, "alpha": 2.0})
+    plan = method.plan(found, {"heads": 2, "alpha": 2.0})
     shift = by_head(plan.shifts["attention"], SimpleNamespace(num_attention_heads=heads))
     for place in accuracy:
         assert shift[place].tolist() == pytest.approx((wanted[place] if place in chosen else np.zeros(dim)).tolist(), abs=1e-5)  # fmt: skip
@@ -284,7 +284,7 @@ def test_clamped_is_the_overwriting_of_one_position(both):
                 wanted = upstream(torch.cat([IDS, answer], 1)).logits[0, IDS.shape[1] - 1 :]
             with steer(model, clamped(model, plan, IDS)):
                 prefill = model(IDS, use_cache=True)
-            behind = model(answer, past_key_values=prefill.past_key_values).logits[0]
+                behind = model(answer, past_key_values=prefill.past_key_values).logits[0]
             ours = torch.cat([prefill.logits[0, -1:], behind])
             assert torch.allclose(ours, wanted, atol=1e-3), site
             with steer(model, plan):  # the paper's form lets layers react
@@ -303,7 +303,7 @@ def test_every_option_changes_the_plan(llama, tokenizer):
         made = method.plan(method.prepare(evidence(llama, tokenizer, site, pairs)), settings)
         return torch.cat([*made.scales.values(), *made.shifts.values()])
 
-    few, many, deep = {"k": 3, "alpha": 2.0}, {"k": 30, "alpha": 2.0}, {"depth": 0.4, "alpha": 1.0}
+    few, many, deep = {"heads": 3, "alpha": 2.0}, {"k": 30, "alpha": 2.0}, {"depth": 0.4, "alpha": 1.0}
     different = [
         [plan(ITI(d, s), "attention", few) for d, s in itertools.product(("mass-mean", "probe"), ("n-1", "n"))],
         [plan(CAA(r), "layer", deep, long) for r in ("last", "answer", "before-last")],
@@ -332,7 +332,7 @@ def test_input_that_says_nothing():
     for direction in ("mass-mean", "probe"):
         heads = ITI(direction).prepare(Told(same, same, heads=2))
         assert torch.equal(heads.accuracy, torch.full((2, 2), 0.5, dtype=heads.accuracy.dtype))
-        assert not ITI().plan(heads, {"k": 4, "alpha": 15.0}).units()
+        assert not ITI().plan(heads, {"heads": 4, "alpha": 15.0}).units()
     assert not CAA().plan(CAA().prepare(Told(same, same, site="layer")), {"depth": 0.5, "alpha": 3.0}).units()
     assert not CAA(norm="mean").prepare(Told(same, same)).by_layer.any()
     for method in (SADIHead(), SADINeuron(), SADIHidden()):
@@ -370,7 +370,7 @@ def test_separable_texts_of_any_size_have_a_finite_probe():
 
 @pytest.mark.parametrize("k", [0, 5, 1.5, True, -1])
 def test_bad_k(k):
-    with pytest.raises(AUSteerError, match="k must be a whole number from 1 to 4"):
+    with pytest.raises(AUSteerError, match="heads must be a whole number from 1 to 4"):
         highest(torch.zeros(2, 2), k, "heads")
 
 
@@ -388,7 +388,7 @@ def test_grids_keep_to_the_budget(kind):
         assert grid[0]["alpha"] == min(settings["alpha"] for settings in grid)
     depths = {round(settings["depth"] * 32) for settings in CAA().grid("real")}
     assert 13 in depths and min(depths) == 8 and max(depths) == 24  # the authors' layer of Llama-2-7B, L/4 to 3L/4
-    assert {"k": 48, "alpha": 15.0} in ITI().grid("real")
+    assert {"heads": 48, "alpha": 15.0} in ITI().grid("real")
 
 
 @pytest.mark.parametrize("method", ALL, ids=lambda method: method.name)

@@ -1,6 +1,7 @@
 """The relatives of AUSteer and the controls beside it, against their formulas as plain loops, and end to end."""
 
 import functools
+import json
 import math
 import re
 from pathlib import Path
@@ -431,3 +432,8 @@ def test_the_guide_names_every_method():
     text = (ROOT / "docs" / "methods.md").read_text()
     for name in [*METHODS, *(method.name for method in OURS)]:
         assert f"`{name}`" in text, f"docs/methods.md says nothing of {name}"
+
+
+def test_the_committed_costs_are_of_every_method():
+    costs = json.loads((Path(__file__).parents[1] / "benchmarks" / "results" / "methods-cpu.json").read_text())
+    assert set(costs["methods"]) == set(METHODS)

@@ -348,11 +348,11 @@ def test_neurosteer_worked_example():
     assert feature_residual(target.mean, source.mean, chosen, decoder).tolist() == [1, 0, 0]
     assert feature_residual(target.mean, source.mean, chosen, decoder, "tar_mean").tolist() == [2, 1, 0]
     prepared = Neurons((target.count, source.count), (target.mean, source.mean), decoder, 0, (2, 3), {})
-    plan = NeuroSteer().plan(prepared, {"k": 2, "alpha": 100.0})
+    plan = NeuroSteer().plan(prepared, {"neurons": 2, "alpha": 100.0})
     assert plan.shifts["layer"].tolist() == [[100, 0, 0], [0, 0, 0]] and plan.tokens == "prompt"
 
     def shift(**options):
-        return NeuroSteer(**options).plan(prepared, {"k": 2, "alpha": 100.0}).shift("layer", 0).tolist()
+        return NeuroSteer(**options).plan(prepared, {"neurons": 2, "alpha": 100.0}).shift("layer", 0).tolist()
 
     assert shift(weight="tar_mean") == [200, 100, 0]
     assert shift(weight="tar_mean", normalize=True) == pytest.approx([200 / 5**0.5, 100 / 5**0.5, 0])
@@ -374,7 +374,7 @@ def test_neurosteer_on_a_model_is_the_whole_text_recipe(checkpoints, llama, toke
     method = NeuroSteer(sae=stored, weight=weight)
     prepared = method.prepare(evidence(llama, tokenizer))
     assert prepared.counts[0].tolist() == [len(values) for values in fired[0]] and prepared.counts[0][:7].sum() == 0
-    plan = method.plan(prepared, {"k": 6, "alpha": 3.0})
+    plan = method.plan(prepared, {"neurons": 6, "alpha": 3.0})
     assert torch.allclose(plan.shift("layer", LAYER), 3 * wanted, atol=1e-3) and wanted.any()
 
 
@@ -387,7 +387,7 @@ def test_modes_presets_and_the_cache_trap():
         "politeness": (10, 150, "prompt"),
         "stance": (15, 150, "prompt"),
     }
-    assert NeuroSteer(preset="stance").grid("real") == [{"k": 150, "alpha": 15}]
+    assert NeuroSteer(preset="stance").grid("real") == [{"neurons": 150, "alpha": 15}]
     for options, message in (
         ({"mode": "last2"}, "mode 'last2' has no token scope here; use one of all, last"),
         ({"mode": "last", "cache_trap": False}, "only prompts have such"),
@@ -405,7 +405,7 @@ def test_several_behaviours_add_up(llama, tokenizer, stored):
         method.prepare(evidence(llama, tokenizer, PAIRS[::2])),
         method.prepare(evidence(llama, tokenizer, PAIRS[1::2])),
     )
-    one, other = (method.plan(each, {"k": 5, "alpha": 2.0}) for each in prepared)
+    one, other = (method.plan(each, {"neurons": 5, "alpha": 2.0}) for each in prepared)
     both = one + other
     assert torch.equal(both.shifts["layer"], one.shifts["layer"] + other.shifts["layer"]) and both.tokens == "prompt"
     assert not torch.equal(one.shifts["layer"], other.shifts["layer"]) and both.header["fingerprint"]
@@ -458,13 +458,13 @@ def test_degenerate_evidence(llama, tokenizer, tmp_path, stored, method):
         known.prepare(evidence(llama, tokenizer, [("a", "b", "b")]))
     one = known.prepare(evidence(llama, tokenizer, PAIRS[:1]))
     for settings in known.grid("embedded"):
-        settings = {**settings, **({"k": 5} if "k" in settings else {})}
+        settings = {**settings, **({"neurons": 5} if "neurons" in settings else {})}
         assert known.plan(one, settings).sites == ["layer"]  # finite, which a plan checks
     constant = random_sae(W_enc=torch.zeros(48, 60), b_enc=torch.ones(60))  # always on, always the same
     constant.save(tmp_path / "constant.safetensors")
     try:  # answers of unlike length still differ in how often a constant neuron fires
         made = method(sae=str(tmp_path / "constant.safetensors")).prepare(evidence(llama, tokenizer, PAIRS[:2]))
-        assert not known.plan(made, {"k": 4, "keep": 0.2, "alpha": 2.0}).units()
+        assert not known.plan(made, {"neurons": 4, "keep": 0.2, "alpha": 2.0}).units()
     except AUSteerError as error:
         assert "fires differently" in str(error)
 
