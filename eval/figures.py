@@ -30,9 +30,9 @@ def comparison(
 ) -> None:
     """One row a task: gains with intervals; one method's scores per layer and dimension, and its grid."""
     plt.rcParams.update({"font.size": 12, "axes.titlesize": 13, "figure.dpi": 110})
-    figure, axes = plt.subplots(
-        len(by_task), 3, figsize=(19, 4.6 * len(by_task)), squeeze=False, width_ratios=(1.5, 1, 1)
-    )
+    lines = max(len({(row["method"], row["site"]) for row in rows}) for rows in by_task.values())
+    size = (19, max(4.6, 0.36 * lines) * len(by_task))
+    figure, axes = plt.subplots(len(by_task), 3, figsize=size, squeeze=False, width_ratios=(1.5, 1, 1))
     for (left, middle, right), (task, rows) in zip(axes, by_task.items(), strict=True):
         _gains(left, rows, labels, task)
         best = max((row for row in rows if row["method"] == method), key=lambda row: row["right"])
