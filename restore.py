@@ -80,6 +80,7 @@ def restore(setting: Setting, pruning: str, sparsity: str, components: str, draw
         "dtype": str(dense.dtype),
         "device": dense.device.type,
         "pairs_hash": pairs_hash(task.pairs),
+        "pairs_by": task.pairs_by,
         "items_hash": task.fingerprint,
         "test_split": task.test_split,
         "wording": task.wording,
