@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from errors import AUSteerError, run_command
-from eval.agreement import krippendorff_alpha, mean_interval
+from eval.agreement import DRAWS, krippendorff_alpha, mean_interval
 
 SCALES = ("quality", "alignment")
 COLUMNS = ("id", "prompt", "answer", *SCALES, "rater")
