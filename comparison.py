@@ -266,17 +266,16 @@ def _report(
     (folder / f"{name}-costs.md").write_text(costs + "\n")
     print(f"costs: {folder / name}-costs.md")
     if args.model != EMBEDDED and not args.pairs:
-        _say_where_answers_are(settings[0], rows[settings[0].task_name], args)
+        _say_where_answers_are(settings[0], sites, args)
 
 
-def _say_where_answers_are(setting: Setting, found: list[dict], args: argparse.Namespace) -> None:
+def _say_where_answers_are(setting: Setting, sites: Sequence[str], args: argparse.Namespace) -> None:
     """Open answers are for judges and raters too; a file is there for everything that was asked."""
     files = {}
-    for cell in _cells(setting, [row["site"] for row in found if row["site"]], args):
+    for cell in _cells(setting, sites, args):
         file = cells.answers_path(cell)
         if file.exists() and cell.draw == 0:
-            files.setdefault(" ".join(filter(None, (cell.method, cell.site))), file)
+            files[" ".join(filter(None, (cell.method, cell.site)))] = file
     print("answers:\n" + "\n".join(f"  {name:<20} {file}" for name, file in files.items()))
-    steered = [name for name in files if name.startswith(("causal", "published"))]
-    if setting.task == "bpo" and steered:
-        print(f"win rate: python main.py judge --ours {files[steered[-1]]} --theirs {files['vanilla']} --judge MODEL")
+    if setting.task == "bpo":
+        print(f"win rate of one of them: python main.py judge --ours FILE --theirs {files['vanilla']} --judge MODEL")
