@@ -6,24 +6,26 @@ the folders of ranks and records.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import rmodels
 from baselines.base import BUDGET, Evidence, Method, Settings
-from baselines.registry import METHODS
+from baselines.registry import METHODS, with_options
 from embedded import gate
 from errors import AUSteerError
 from eval import records
 from eval.answer_file import AnswerFile
-from eval.search import key_of, search
+from eval.general_pairs import general_pairs
+from eval.search import SEARCHES, key_of, shuffled
 from eval.statistics import mcnemar, summary
 from eval.tasks.base import Columns, Task, items_hash
 from eval.tasks.embedded import VALIDATION, EmbeddedTask
@@ -36,53 +38,67 @@ from plan import Plan
 from ranks import AURanks, fingerprint, public_name
 from set_MFU import steer
 
-EMBEDDED = "embedded"
+EMBEDDED = "embedded"  # also embedded-NAME: another model of the same task, such as embedded-seed1
+TINY = 50_000_000  # parameters
 UNSTEERED = ("vanilla", "prompt-only")
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What every cell of one comparison shares. `model` is "embedded", a hub id or a folder."""
+    """What every cell of one comparison shares. `model` is "embedded" or one of its kin, a hub id or a folder."""
 
     model: str
     task: str  # a task of the embedded models, one of the paper, or the file of a user's pairs
     fields: tuple[str, str, str] = ("prompt", "positive", "negative")
     device: str | None = None
     dtype: str = "auto"
+    quantization: str | None = None  # 4bit, 8bit
     ranks: str = "AU_ranks"
     records: str = "results/records"
     test_split: str = "test"
     limit: int | None = None
-    k: int | None = None  # with alpha: no search
-    alpha: float | None = None
+    ks: tuple[int, ...] = ()  # to try, instead of the method's own; one of each: no search
+    alphas: tuple[float, ...] = ()
+    search: str = "grid"  # how settings are chosen: of SEARCHES
+    n_pairs: int | None = None  # rank on the first so many
+    general_pairs: bool = False  # wrong answers by the paper's general recipe
+    options: tuple[tuple[str, str], ...] = ()  # of methods: ("caa.readout", "answer")
     # of the paper's tasks
     data_dir: str | None = None
     protocol: str = "clean"
     toxicity: str = "local"
     encoder: str | None = None
     chat: bool = False
-    sae: str | None = None  # of the methods that steer by one
     batch_size: int | None = None
 
     @property
+    def embedded(self) -> bool:
+        return self.model.partition("-")[0] == EMBEDDED
+
+    @property
     def of_the_paper(self) -> bool:
-        return self.model != EMBEDDED and self.task in PAPER_TASKS
+        return not self.embedded and self.task in PAPER_TASKS
 
     @property
     def has_instruction(self) -> bool:
         """Is there a prompt-only control? The authors' code has none, and own pairs say not what they are for."""
-        return self.model == EMBEDDED or (self.of_the_paper and self.protocol == "clean")
+        return self.embedded or (self.of_the_paper and self.protocol == "clean")
 
     @property
     def checkpoint(self) -> str:
-        return str(gate.WEIGHTS / self.task) if self.model == EMBEDDED else self.model
+        if not self.embedded:
+            return self.model
+        variant = self.model.removeprefix(EMBEDDED)
+        return str(gate.WEIGHTS / f"{self.task}{variant}")
 
     @property
     def task_name(self) -> str:
-        return self.task if self.model == EMBEDDED else Path(self.task).stem
+        return self.task if self.embedded else Path(self.task).stem
 
     def ranks_folder(self, momentum: str) -> Path:
         by = momentum if self.protocol == "clean" else f"{momentum}-{self.protocol}"
+        by += f"-{self.n_pairs}-pairs" if self.n_pairs else ""
+        by += "-general" if self.general_pairs else ""
         return Path(self.ranks) / Path(self.model).name / self.task_name / by
 
 
@@ -93,11 +109,24 @@ class Cell:
     site: str | None = None
     draw: int = 0
 
+    def __str__(self) -> str:
+        return " ".join(filter(None, (self.setting.task_name, self.site, self.method)))
 
-@cache
+
+def _unsteered(setting: Setting) -> Setting:
+    """What only says how to steer left out, but for the pairs."""
+    return replace(setting, ks=(), alphas=(), search="grid", options=())
+
+
 def load(setting: Setting) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Task]:
     # the model last: a mistake in the data should not wait for it
-    if setting.model == EMBEDDED:
+    task = _task(_unsteered(setting))
+    return *_model(setting.checkpoint, setting.dtype, setting.device, setting.quantization), task
+
+
+@lru_cache(maxsize=32)
+def _task(setting: Setting) -> Task:
+    if setting.embedded:
         task: Task = EmbeddedTask(setting.task, setting.test_split, limit=setting.limit)
     elif setting.of_the_paper:
         task = paper_task(
@@ -108,20 +137,39 @@ def load(setting: Setting) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Ta
         )  # fmt: skip
     else:
         task = PairTask(setting.task_name, read_pairs(setting.task, setting.fields), setting.limit)
-    model = rmodels.load(setting.checkpoint, dtype=setting.dtype, device=setting.device)
-    return model, rmodels.load_tokenizer(setting.checkpoint), task
+    if setting.general_pairs:
+        task.pairs, task.pairs_by = general_pairs(task.pairs, setting.encoder)
+    if setting.n_pairs:
+        task.pairs = task.pairs[: setting.n_pairs]
+    return task
+
+
+def _model(*how) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """One large model at a time stays loaded; of tiny ones, all."""
+    if how not in _LOADED:
+        if any(model.num_parameters() > TINY for model, _ in _LOADED.values()):
+            _LOADED.clear()
+            gc.collect()
+        checkpoint, dtype, device, quantization = how
+        model = rmodels.load(checkpoint, dtype=dtype, device=device, quantization=quantization)
+        _LOADED[how] = model, rmodels.load_tokenizer(checkpoint)
+    return _LOADED[how]
+
+
+_LOADED: dict[tuple, tuple[PreTrainedModel, PreTrainedTokenizerBase]] = {}
 
 
 def prepare(setting: Setting, todo: Sequence[Cell]) -> int:
     """Check that there is skill to recover, and make the ranks that are not there yet. Returns how many."""
     model, tokenizer, task = load(setting)
-    if setting.model == EMBEDDED:
+    if setting.embedded:
         gate.latent_skill(model, tokenizer, setting.task, n=VALIDATION)
     searched = [cell for cell in todo if cell.method not in UNSTEERED]
-    if searched and not task.validation and any(len(_grid(cell)) > 1 for cell in searched):
+    if searched and not task.validation and setting.search != "test" and any(len(_grid(cell)) > 1 for cell in searched):
         raise AUSteerError(
             f"the {setting.protocol} protocol ranks on all rows of {setting.task_name} and leaves none to choose k and "
-            "alpha on: give --k and --alpha (Tables 8 and 9 of the paper have theirs), or use --protocol clean"
+            "alpha on: give --k and --alpha (Tables 8 and 9 of the paper have theirs), choose on the test split as the paper did "
+            "(--search test), or use --protocol clean"
         )
     made = 0
     for momentum in MOMENTA:
@@ -142,8 +190,13 @@ def in_protocol(protocol: str, method: Method) -> bool:
     return protocol == "clean" or getattr(method, "momentum", None) == "activation"
 
 
-@cache
 def _prepared(setting: Setting, name: str, site: str) -> tuple[object, float | None]:
+    """However the settings are to be chosen."""
+    return _prepared_once(replace(setting, ks=(), alphas=(), search="grid"), name, site)
+
+
+@lru_cache(maxsize=32)
+def _prepared_once(setting: Setting, name: str, site: str) -> tuple[object, float | None]:
     """What a method makes of the evidence, and the seconds it took, with those its ranks took when they were made;
     None where these are not known, as of shipped ranks."""
     model, tokenizer, task = load(setting)
@@ -158,11 +211,17 @@ def _prepared(setting: Setting, name: str, site: str) -> tuple[object, float | N
         return found
 
     start = time.perf_counter()
-    method = METHODS[name]
-    if setting.sae is not None and hasattr(method, "sae"):
-        method = replace(method, sae=setting.sae)
-    made = method.prepare(Evidence(model, tokenizer, task.pairs, site, ranks))
+    made = _method(setting, name).prepare(Evidence(model, tokenizer, task.pairs, site, ranks))
     return made, None if None in before else time.perf_counter() - start + sum(before)
+
+
+def _method(setting: Setting, name: str) -> Method:
+    return with_options(name, _options(setting, name))
+
+
+def _options(setting: Setting, name: str) -> dict[str, str]:
+    """Of this method: a setting may have options of several."""
+    return {key.partition(".")[2]: value for key, value in setting.options if key.partition(".")[0] == name}
 
 
 def question(cell: Cell) -> dict:
@@ -172,13 +231,14 @@ def question(cell: Cell) -> dict:
     searched = cell.method not in UNSTEERED
     everything = [*task.validation, *task.test]
     return {
-        "model": EMBEDDED if setting.model == EMBEDDED else public_name(setting.model),
+        "model": setting.model if setting.embedded else public_name(setting.model),
         "task": setting.task_name,
         "site": cell.site,
         "method": cell.method,
         "draw": cell.draw,
         "fingerprint": fingerprint(model),
         "dtype": str(model.dtype),
+        "quantization": setting.quantization,
         # on other kinds of devices and in other batches rounding differs: never mixed under one name
         "device": model.device.type,
         "batch_size": setting.batch_size,
@@ -187,22 +247,35 @@ def question(cell: Cell) -> dict:
         "items_hash": items_hash(task.prompted(everything)) if cell.method == "prompt-only" else task.fingerprint,
         "test_split": task.test_split,
         "grid": _grid(cell) if searched else None,
+        "search": setting.search if searched and len(_grid(cell)) > 1 else None,
+        "options": _named_options(cell) if searched else None,
         "wording": task.wording,
         "protocol": setting.protocol,
-        "sae": _sae_named(setting.sae) if searched and hasattr(METHODS[cell.method], "sae") else None,
         "measured": task.measured,
     }
 
 
-def _sae_named(name: str | None) -> str | None:
+def _named_options(cell: Cell) -> dict[str, str]:
     """A file by its content: another SAE under the same path is another question."""
-    if name is None or not Path(name).is_file():
-        return name
-    return hashlib.sha256(Path(name).read_bytes()).hexdigest()
+    return {
+        key: hashlib.sha256(Path(value).read_bytes()).hexdigest() if Path(value).is_file() else value
+        for key, value in _options(cell.setting, cell.method).items()
+    }
 
 
 def stored(cell: Cell) -> dict | None:
     return records.find(Path(cell.setting.records), question(cell))
+
+
+def attempt(cell: Cell) -> dict:
+    """The cell's record, or {"failed": why}: one cell that fails does not end the others, and is tried again next time."""
+    try:
+        return compute(cell)
+    except Exception as error:  # whatever it is, it is said, and the exit status says so too
+        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if not isinstance(error, AUSteerError):
+            why = f"{type(error).__name__}: {why}"
+        return {"failed": why, "method": cell.method, "site": cell.site, "draw": cell.draw}
 
 
 def compute(cell: Cell) -> dict:
@@ -213,40 +286,55 @@ def compute(cell: Cell) -> dict:
     _, _, task = load(cell.setting)
     if cell.method in UNSTEERED:
         prepared = task.prompted if cell.method == "prompt-only" else lambda items: items
-        result = {"validation": _share(_columns(cell, prepared(task.validation), "validation"))}
+        validation = _outcomes(_columns(cell, prepared(task.validation), "validation"))
+        result: dict = {"validation": records.pack(validation)}
+        start = time.perf_counter()
         columns, extras = _tested(cell, prepared(task.test))
     else:
-        result, columns, extras = _steered(cell, compute(Cell(cell.setting, "vanilla")))
+        asked_once = replace(_unsteered(cell.setting), n_pairs=None, general_pairs=False)
+        result, columns, extras, start = _steered(cell, compute(Cell(asked_once, "vanilla")))
+    result.setdefault("cost", {})["test_s"] = round(time.perf_counter() - start, 3)
     measure, outcomes = next(iter(columns.items()))
     result |= {"n": len(outcomes), "right": sum(outcomes), "measure": measure, "outcomes": records.pack(outcomes)}
     result |= {"columns": records.pack_columns(columns), "measures": summary(columns), "extras": extras}
     return records.write(Path(cell.setting.records), question(cell), result)
 
 
-def _steered(cell: Cell, vanilla: dict) -> tuple[dict, Columns, dict[str, float]]:
+def _steered(cell: Cell, vanilla: dict) -> tuple[dict, Columns, dict[str, float], float]:
+    """What was chosen, the columns and extras of the test, and when the test began."""
     _, _, task = load(cell.setting)
-    method = METHODS[cell.method]
+    method = _method(cell.setting, cell.method)
     prepared, seconds = _prepared(cell.setting, cell.method, cell.site)
+    grid, result = _grid(cell), {"cost": {"prepare_s": seconds}, "n_pairs": len(task.pairs)}
+    if len(grid) == 1:
+        chosen = grid[0]
+    else:
+        part, split = ("test", "outcomes") if cell.setting.search == "test" else ("validation", "validation")
+        items = task.test if part == "test" else task.validation
+        order = shuffled(len(items))
+        before = records.unpack(vanilla[split])
 
-    def validated(settings: Settings) -> float:
-        name = " ".join(["validation", *(f"{key}={value:g}" for key, value in settings.items())])
-        return _share(_columns(cell, task.validation, name, method.plan(prepared, settings, cell.draw)))
+        def ask(settings: Settings, start: int, stop: int) -> list[bool]:
+            chosen = " ".join(f"{key}={value:g}" for key, value in settings.items())
+            some = [items[index] for index in order[start:stop]]
+            name = f"{part} {chosen} {start}-{stop}"
+            return _outcomes(_columns(cell, some, name, method.plan(prepared, settings, cell.draw)))
 
-    grid = _grid(cell)
-    chosen, scores = (grid[0], {}) if len(grid) == 1 else search(validated, vanilla["validation"], grid)
-    result: dict = {
-        "settings": chosen,
-        "chosen": chosen and key_of(chosen),
-        "grid_scores": scores,
-        "cost": {"prepare_s": seconds},
-    }
-    if chosen is None:  # nothing beat doing nothing on validation, so nothing is done
+        found = SEARCHES[cell.setting.search](ask, [before[index] for index in order], grid)
+        chosen = found.chosen
+        result |= {"grid_scores": found.scores, "asked": found.asked, "chosen_on": part}
+        result["grid_outcomes"] = {key: records.pack(outcomes) for key, outcomes in found.outcomes.items()}
+    result |= {"settings": chosen, "chosen": chosen and key_of(chosen)}
+    start = time.perf_counter()
+    if chosen is None:  # nothing beat doing nothing, so nothing is done
         unchanged = records.unpack_columns(vanilla["columns"])
-        return result | {"touched": 0, "gained": 0, "lost": 0, "p": 1.0}, unchanged, vanilla["extras"]
+        return result | {"touched": 0, "gained": 0, "lost": 0, "p": 1.0}, unchanged, vanilla["extras"], start
     plan = method.plan(prepared, chosen, cell.draw)
     columns, extras = _tested(cell, task.test, plan)
     gained, lost, p = mcnemar(records.unpack(vanilla["outcomes"]), next(iter(columns.values())))
-    return result | {"touched": len(plan.units()), "gained": gained, "lost": lost, "p": p}, columns, extras
+    result |= {"touched": len(plan.units()), "gained": gained, "lost": lost, "p": p}
+    result["foretold"] = {key: plan.header[key] for key in ("predicted", "measured") if key in plan.header}
+    return result, columns, extras, start
 
 
 def _columns(cell: Cell, items: Sequence, name: str, plan: Plan | None = None) -> Columns:
@@ -294,15 +382,16 @@ def _stored_ranks(setting: Setting, momentum: str, site: str) -> AURanks | None:
 
 
 def _grid(cell: Cell) -> list[Settings]:
-    """The method's settings, with k and alpha as they were given; all methods may try as many."""
-    kind = "embedded" if cell.setting.model == EMBEDDED else "real"
-    grid = METHODS[cell.method].grid(kind)
+    """The method's settings, or those of the k and alpha that were given. Its own may be as many as any other's."""
+    kind = "embedded" if cell.setting.embedded else "real"
+    grid = _method(cell.setting, cell.method).grid(kind)
     assert len(grid) <= BUDGET[kind], f"{cell.method} tries {len(grid)} settings, others {BUDGET[kind]}"
-    given = {key: value for key in ("k", "alpha") if (value := getattr(cell.setting, key)) is not None}
-    fixed = [{**settings, **{key: given[key] for key in given if key in settings}} for settings in grid]
-    return list({key_of(settings): settings for settings in fixed}.values())
+    for key, given in (("k", cell.setting.ks), ("alpha", cell.setting.alphas)):
+        if given:
+            grid = [{**settings, key: value} for value in given for settings in grid if key in settings] or grid
+    return list({key_of(settings): settings for settings in grid}.values())
 
 
-def _share(columns: Columns) -> float | None:
-    outcomes = next(iter(columns.values()), [])
-    return sum(outcomes) / len(outcomes) if outcomes else None
+def _outcomes(columns: Columns) -> list[bool]:
+    """Of the measure that settings are chosen by."""
+    return next(iter(columns.values()), [])

@@ -10,27 +10,25 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import threading
+import sys
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_all_start_methods, get_context, parent_process
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 import cells
 import rmodels
-from baselines.registry import DEFAULT, METHODS, OWN_COMMAND
+from baselines.registry import DEFAULT, METHODS, OWN_COMMAND, options_of, with_options
 from cells import EMBEDDED, Cell, Setting
 from embedded.tasks import TASKS
 from encoding import PROTOCOLS
 from errors import AUSteerError
 from eval import figures, report
+from eval.search import SEARCHES
 from eval.tasks.registry import PAPER_TASKS
 from ranks import AURanks
+from workers import compute_all, cores
 
 LABELS = {"vanilla": "vanilla", "prompt-only": "prompt only", **{name: m.label for name, m in METHODS.items()}}
 COSTS = Path(__file__).parent / "benchmarks" / "results" / "methods-cpu.json"
@@ -56,8 +54,13 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--method", nargs="+", default=list(DEFAULT), choices=[*METHODS, "all"],
         metavar="NAME", help=f"which methods, or all (default: {' '.join(DEFAULT)}); --list-methods says more")  # fmt: skip
     add("--list-methods", action="store_true", help="all methods: what they edit, where, and what they need")
-    add("--k", type=int, help="steer this many AUs (default: chosen on validation)")
-    add("--alpha", type=float, help="with this strength (default: chosen on validation)")
+    add("--option", nargs="+", default=[], metavar="METHOD.NAME=VALUE", type=_option,
+        help="options of methods, such as caa.readout=answer or sta.sae=FILE; --list-methods names them")  # fmt: skip
+    add("--k", type=int, nargs="+", default=[], help="steer this many AUs; several: choose among them")
+    add("--alpha", type=float, nargs="+", default=[], help="with this strength; several: choose among them")
+    add("--search", default="grid", choices=SEARCHES,
+        help="how settings are chosen: the whole grid on validation (default), racing on growing samples of it, the "
+        "paper's 100 samples, or, as the paper's main numbers were, on the test split itself")  # fmt: skip
     add("--steer", type=_yes_or_no, default=True, metavar="yes|no", help="no: only vanilla and prompt-only")
     add("--path", default="AU_ranks", help="folder of ranks, reused if they fit (default: %(default)s)")
     add("--results", default="results", help="folder for records, table and picture (default: %(default)s)")
@@ -69,11 +72,11 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--toxicity", default="local", metavar="SCORER",
         help="who scores toxicity: local[:MODEL[:LABEL]] (default), embedded, perspective[:first-span]")  # fmt: skip
     add("--encoder", help="sentence encoder for similar wrong answers, or tfidf (default: all-MiniLM-L6-v2)")
-    add("--sae", help="sparse autoencoder of sta and neurosteer: a file, or a release of sae-lens (embedded: shipped)")
     add("--chat", action="store_true", help="ask in the model's chat format")
     add("--batch-size", type=int, help="prompts at once (default: as many as fit; 1 with --protocol paper)")
     add("--device", help="cpu, cuda, cuda:1 (default: the first GPU, else the CPU)")
     add("--dtype", default="auto", help="auto, float32, bfloat16, float16")
+    add("--quantization", choices=["4bit", "8bit"], help="load the weights through bitsandbytes")
     add("--jobs", type=int, help="processes for the embedded models (default: one a core, at most 4)")
     return parser.parse_args(argv)
 
@@ -82,18 +85,19 @@ def _method_table() -> str:
     yes = {True: "yes", False: "no"}
     measured = json.loads(COSTS.read_text())["methods"] if COSTS.exists() else {}
     lines = [
-        "| --method | edits | activations | prepared in, s | sites | trains | foldable | from |",
-        "|---|---|--:|--:|---|---|---|---|",
+        "| --method | edits | activations | prepared in, s | memory, MB | time per token | sites | trains | foldable | options "
+        "| from |",
+        "|---|---|--:|--:|--:|--:|---|---|---|---|---|",
     ]
     for name, m in {**METHODS, **OWN_COMMAND}.items():
         cost = measured.get(name, {})
-        shown = [str(cost.get(key, "")) for key in ("touched", "prepare_s")]
+        shown = " | ".join(str(cost.get(key, "")) for key in ("touched", "prepare_s", "memory_mb", "time_per_token"))
         fold = "not at layer" if m.foldable and "layer" in m.sites else yes[m.foldable]
-        lines.append(
-            f"| {name} | {m.edits} | {' | '.join(shown)} | {', '.join(m.sites)} | {yes[m.trains]} | {fold} | {m.paper} |"
-        )
-    lines += ["", "activations and seconds: on an embedded model with 500 pairs (python benchmarks/methods.py). foldable: the plan "
-              "can go into the weights."]  # fmt: skip
+        options = ", ".join(options_of(name)) if name in METHODS else ""
+        where = ", ".join(m.sites)
+        lines.append(f"| {name} | {m.edits} | {shown} | {where} | {yes[m.trains]} | {fold} | {options} | {m.paper} |")
+    lines += ["", "activations, seconds, memory and time per token (idle: 1): on an embedded model with 500 pairs (python "
+              "benchmarks/methods.py). foldable: the plan can go into the weights. options: --option NAME.OPTION=VALUE."]  # fmt: skip
     return "\n".join(lines)
 
 
@@ -105,7 +109,14 @@ def _yes_or_no(text: str) -> bool:
     return answers[text.lower()]
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def _option(text: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not equals or "." not in key:
+        raise argparse.ArgumentTypeError(f"METHOD.NAME=VALUE, not {text!r}")
+    return key, value
+
+
+def main(argv: Sequence[str] | None = None) -> int | None:
     args = _arguments(argv)
     if args.list_methods:
         print(_method_table())
@@ -122,9 +133,17 @@ def main(argv: Sequence[str] | None = None) -> None:
                 f"{setting.task_name}: ranked {made} sets of AUs into {Path(setting.ranks) / Path(setting.model).name}"
             )
     by_task = {setting.task_name: _cells(setting, sites, args) for setting in settings}
-    found = _compute([cell for todo in by_task.values() for cell in todo], args)
-    rows = {task: [found[cell] for cell in todo] for task, todo in by_task.items()}
-    _report(rows, settings, sites, args)
+    jobs = args.jobs or (cores() if args.model == EMBEDDED else 1)
+    found = compute_all([cell for todo in by_task.values() for cell in todo], jobs)
+    failed = {cell: record["failed"] for cell, record in found.items() if "failed" in record}
+    for cell, why in failed.items():
+        print(f"FAILED {cell}: {why}", file=sys.stderr)
+    for setting in [setting for setting in settings if Cell(setting, "vanilla") in failed]:
+        del by_task[setting.task_name]
+    rows = {task: [found[cell] for cell in todo if cell not in failed] for task, todo in by_task.items()}
+    if rows:
+        _report(rows, settings, sites, args)
+    return 1 if failed else None
 
 
 def _settings(args: argparse.Namespace) -> list[Setting]:
@@ -153,6 +172,11 @@ def _settings(args: argparse.Namespace) -> list[Setting]:
     foreign = [method.name for method in chosen if args.protocol == "paper" and not cells.in_protocol("paper", method)]
     if foreign and args.method != list(DEFAULT):
         raise AUSteerError(f"{', '.join(foreign)} is not in the authors' code: use --protocol clean")
+    for key, value in args.option:
+        name, _, option = key.partition(".")
+        if name not in METHODS:
+            raise AUSteerError(f"--option {key}: there is no method {name!r}; --list-methods shows them")
+        with_options(name, {option: value})
     rmodels.check_device(args.device)
     if args.model == EMBEDDED:
         tasks = [name for name in TASKS if args.data_name in ("all", name)]
@@ -160,9 +184,10 @@ def _settings(args: argparse.Namespace) -> list[Setting]:
         tasks = [args.pairs or args.data_name]
     shared = {
         name: getattr(args, name) for name in
-        ("device", "dtype", "test_split", "limit", "k", "alpha", "data_dir", "protocol", "toxicity", "encoder", "chat", "sae",
-         "batch_size")
+        ("device", "dtype", "quantization", "test_split", "limit", "search", "data_dir", "protocol", "toxicity", "encoder",
+         "chat", "batch_size")
     }  # fmt: skip
+    shared |= {"ks": tuple(args.k), "alphas": tuple(args.alpha), "options": tuple(args.option)}
     return [
         Setting(
             args.model, task, tuple(args.fields), ranks=args.path, records=str(Path(args.results) / "records"), **shared
@@ -187,50 +212,6 @@ def _cells(setting: Setting, sites: Sequence[str], args: argparse.Namespace) -> 
     return todo
 
 
-def _compute(todo: list[Cell], args: argparse.Namespace) -> dict[Cell, dict]:
-    """All cells, over several processes where the models are tiny. Vanilla first: the others build on it."""
-    jobs = args.jobs or (min(4, os.cpu_count() or 1) if args.model == EMBEDDED else 1)
-    found: dict[Cell, dict] = {}
-    with tqdm(total=len(todo), desc="cells", unit="cell") as bar:
-
-        def done(cell: Cell, record: dict) -> None:
-            found[cell] = record
-            bar.set_postfix_str(f"{cell.setting.task_name} {cell.site or ''} {cell.method}"[:40])
-            bar.update()
-
-        for cell in todo:
-            if jobs == 1 or cell.method in cells.UNSTEERED or cells.stored(cell) is not None:
-                done(cell, cells.compute(cell))
-        waiting = [cell for cell in todo if cell not in found]
-        if waiting:
-            with ProcessPoolExecutor(min(jobs, len(waiting)), _workers(), _start_worker) as pool:
-                running = {pool.submit(cells.compute, cell): cell for cell in waiting}
-                for future in as_completed(running):
-                    done(running[future], future.result())
-    return found
-
-
-def _workers():
-    """Workers fork from a process that has imported everything and run nothing: torch is in memory once."""
-    if "forkserver" not in get_all_start_methods():
-        return get_context("spawn")
-    context = get_context("forkserver")
-    context.set_forkserver_preload(["cells"])
-    return context
-
-
-def _start_worker() -> None:
-    torch.set_num_threads(1)
-    transformers_logging.disable_progress_bar()
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """A worker whose parent was killed would otherwise work, and then wait, for ever."""
-    parent_process().join()
-    os._exit(1)
-
-
 def _report(
     rows: dict[str, list[dict]], settings: list[Setting], sites: Sequence[str], args: argparse.Namespace
 ) -> None:
@@ -246,6 +227,7 @@ def _report(
     name = f"{Path(args.model).name}-{Path(args.pairs).stem if args.pairs else args.data_name}"
     name += "-paper-protocol" if args.protocol == "paper" else ""
     name += "-test2" if args.test_split == "test2" else ""
+    name += f"-{args.search}" if args.search != "grid" else ""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.md").write_text("\n".join(text))
     print("\n" + "\n".join(text))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 from baselines.all_aus import AllAUs
 from baselines.attribution import AttributionAUs, AttributionHeads
 from baselines.austeer import AUSteer, Causal, DifferenceAUs, FlippedAUs, RandomAUs, SignAware
@@ -16,6 +18,7 @@ from baselines.neurosteer import NeuroSteer
 from baselines.restore_lcc import RestoreLCC
 from baselines.sadi import SADIHead, SADIHidden, SADINeuron
 from baselines.sta import STA
+from errors import AUSteerError
 
 _ALL = (
     RandomAUs(), FlippedAUs(), AUSteer(), SignAware(), Causal(), DifferenceAUs(), AllAUs(), MeanDifference(),
@@ -27,3 +30,33 @@ METHODS: dict[str, Method] = {method.name: method for method in _ALL}
 OWN_COMMAND: dict[str, type[Method]] = {RestoreLCC.name: RestoreLCC}
 # the comparison of the first page
 DEFAULT = ("random", "flipped", "published", "sign-aware", "causal")
+
+
+def with_options(name: str, options: dict[str, str]) -> Method:
+    """A method built with other options than its own, given as text: {"readout": "answer"}."""
+    method, known = METHODS[name], options_of(name)
+    for key, text in options.items():
+        if key not in known:
+            there = f"its options: {', '.join(known)}" if known else "it has none"
+            raise AUSteerError(f"{name} has no option {key!r}; {there}")
+        known[key] = _as_type(type(known[key]), text, f"{name}.{key}")
+    return type(method)(**known) if options else method
+
+
+def options_of(name: str) -> dict[str, object]:
+    """What a method can be built with, and what it is."""
+    method = METHODS[name]
+    return {key: getattr(method, key) for key in inspect.signature(type(method)).parameters if hasattr(method, key)}
+
+
+def _as_type(kind: type, text: str, what: str) -> object:
+    if kind is bool:
+        if text.lower() not in ("yes", "no", "true", "false"):
+            raise AUSteerError(f"{what} is yes or no, not {text!r}")
+        return text.lower() in ("yes", "true")
+    if kind not in (int, float):
+        return text
+    try:
+        return kind(text)
+    except ValueError:
+        raise AUSteerError(f"{what} is a number, not {text!r}") from None

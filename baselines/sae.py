@@ -102,13 +102,13 @@ def find_sae(evidence: Evidence, name: str | None = None) -> SAE:
     if sae.W_enc.shape[0] != width or not 0 <= sae.layer < layers:
         raise AUSteerError(
             f"the SAE reads layer {sae.layer} of width {sae.W_enc.shape[0]}; "
-            f"this model has {layers} layers of {width}: give the SAE of this model (--sae)"
+            f"this model has {layers} layers of {width}: give the SAE of this model (--option sta.sae=FILE)"
         )
     theirs, ours = sae.header.get("fingerprint"), fingerprint(model)
     # other precision, other bits: nothing to compare then but the shape
     if theirs and ours and theirs != ours and sae.header.get("precision") == precision(model):
         raise AUSteerError(
-            f"the SAE was trained on other weights ({sae.header.get('model')}); give the SAE of this model (--sae)"
+            f"the SAE was trained on other weights ({sae.header.get('model')}); give the SAE of this model (--option sta.sae=FILE)"
         )
     return sae.to(model.device)
 
@@ -123,7 +123,7 @@ def _shipped(model: PreTrainedModel) -> SAE:
         ):
             return sae
     raise AUSteerError(
-        "this method needs a sparse autoencoder of the model: give --sae, a file or RELEASE/ID of sae-lens, such as "
+        "this method needs a sparse autoencoder of the model: give --option sta.sae=FILE, a file or RELEASE/ID of sae-lens, such as "
         "gemma-scope-9b-it-res/layer_20/width_16k/average_l0_91"
     )
 

@@ -6,6 +6,7 @@ that. The same seed gives the same weights, bit for bit, with the same library v
 CPU. Whether a model is good enough to be used is for `gate` to say.
 
     python -m embedded.train --task svamp --seed 0 --out embedded/weights/svamp
+    python -m embedded.train --task svamp --recipe wide --out embedded/weights/svamp-wide      (a quarter of an hour)
 """
 
 import argparse
@@ -14,7 +15,7 @@ import json
 import math
 import platform
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
 
@@ -28,22 +29,34 @@ from embedded import gate, tasks
 from embedded import tokenizer as word_level
 from embedded.tasks import Document
 
-LEARNING_RATE, WARM_UP, FINAL_SHARE = 2e-3, 100, 0.03
+WARM_UP, FINAL_SHARE = 100, 0.03
 BATCH, BATCHES_PER_DRAW = 32, 16
 CHECK_EVERY, CHECK_ITEMS = 100, 300
 TRUTH_KNOWN, TRUTH_STEPS_AT_MOST = 0.97, 3000
 MIXTURE_STEPS = 1200
 
 
-def new_model(vocabulary_size: int) -> LlamaForCausalLM:
+@dataclass(frozen=True)
+class Recipe:
+    hidden: int
+    ffn: int
+    layers: int
+    heads: int
+    learning_rate: float
+
+
+RECIPES = {"standard": Recipe(128, 256, 4, 4, 2e-3), "wide": Recipe(256, 768, 6, 8, 1e-3)}
+
+
+def new_model(vocabulary_size: int, recipe: Recipe) -> LlamaForCausalLM:
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=vocabulary_size,
-            hidden_size=128,
-            intermediate_size=256,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            num_key_value_heads=4,
+            hidden_size=recipe.hidden,
+            intermediate_size=recipe.ffn,
+            num_hidden_layers=recipe.layers,
+            num_attention_heads=recipe.heads,
+            num_key_value_heads=recipe.heads,
             max_position_embeddings=256,
             tie_word_embeddings=True,
             pad_token_id=0,
@@ -53,11 +66,11 @@ def new_model(vocabulary_size: int) -> LlamaForCausalLM:
     )
 
 
-def learning_rate(step: int, mixture_from: int | None) -> float:
-    """Constant after the warm-up until the truth is known, whenever that is; a cosine after that."""
+def rate_factor(step: int, mixture_from: int | None) -> float:
+    """Of the learning rate: constant after the warm-up until the truth is known, whenever that is; then a cosine."""
     share_done = 0 if mixture_from is None else (step - mixture_from) / MIXTURE_STEPS
     cosine = FINAL_SHARE + (1 - FINAL_SHARE) * (1 + math.cos(math.pi * share_done)) / 2
-    return LEARNING_RATE * min(1, (step + 1) / WARM_UP) * cosine
+    return min(1, (step + 1) / WARM_UP) * cosine
 
 
 def draw_batches(task: str, rng: Random, truth_only: bool) -> list[list[Document]]:
@@ -87,12 +100,14 @@ def document_loss(model: LlamaForCausalLM, tokens: torch.Tensor, weights: torch.
     return (losses * weights[:, 1:].flatten()).sum() / weights.sum()
 
 
-def train(task: str, seed: int) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase, dict]:
+def train(
+    task: str, seed: int, recipe: Recipe = RECIPES["standard"]
+) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase, dict]:
     """The model, its tokenizer, and the record of how it learned."""
     torch.manual_seed(seed)
     rng, tokenizer = Random(f"{task} training {seed}"), word_level.build()
-    ids, model = tokenizer.get_vocab(), new_model(len(tokenizer))
-    optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.05)
+    ids, model = tokenizer.get_vocab(), new_model(len(tokenizer), recipe)
+    optimizer = torch.optim.AdamW(model.parameters(), recipe.learning_rate, betas=(0.9, 0.98), weight_decay=0.05)
     validation = tasks.items(task, "validation", CHECK_ITEMS)
     curve, batches, step, mixture_from = [], [], 0, None
     started = time.process_time()
@@ -103,7 +118,7 @@ def train(task: str, seed: int) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBa
         loss = document_loss(model, *as_tensors(batches.pop(), ids))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.param_groups[0]["lr"] = learning_rate(step, mixture_from)
+        optimizer.param_groups[0]["lr"] = recipe.learning_rate * rate_factor(step, mixture_from)
         optimizer.step()
         optimizer.zero_grad()
         step += 1
@@ -148,12 +163,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--task", required=True, choices=tasks.TASKS)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--recipe", default="standard", choices=RECIPES, help="(default: %(default)s)")
     parser.add_argument("--out", type=Path, required=True, help="folder for weights, tokenizer and record")
     args = parser.parse_args()
 
     torch.set_num_threads(1)  # the order of sums, and so the weights, depends on the number of threads
     torch.use_deterministic_algorithms(True)
-    model, tokenizer, record = train(args.task, args.seed)
+    model, tokenizer, record = train(args.task, args.seed, RECIPES[args.recipe])
     model.save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
     record |= {

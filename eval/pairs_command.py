@@ -15,6 +15,7 @@ from pathlib import Path
 
 from encoding import PROTOCOLS
 from errors import AUSteerError, run_command
+from eval.general_pairs import different
 from eval.numbers import TOLERANCE, robust_number
 from eval.similar import Similarity
 from eval.tasks.registry import PAPER_TASKS, paper_task
@@ -59,9 +60,7 @@ def own_pairs(
             values = [float("nan") if value is None else value for value in values]
             nearest = similarity.nearest_different(answers, values, TOLERANCE)
         else:
-            codes: dict[str, int] = {}
-            same = [codes.setdefault(" ".join(text.lower().split()), len(codes)) for text in answers]
-            nearest = similarity.nearest_different(answers, same, 0.0)
+            nearest = different(similarity, answers)
         found = [None if other is None else answers[other] for other in nearest]
         kind = "with another number" if numbers else "that differs"
         how = f"wrong answers: the most similar answer {kind}, by {similarity.name}"

@@ -31,7 +31,7 @@ def table(rows: Sequence[dict], labels: dict[str, str]) -> str:
         here = [row for row in rows if row["site"] == site]
         for method in dict.fromkeys(row["method"] for row in here):
             draws = [row for row in here if row["method"] == method]
-            name = f"{labels[method]}, {SITES[site]}"
+            name = _name(draws[0], labels)
             if len(draws) == 1 and method not in CONTROLS:
                 lines.append(_line(draws[0], vanilla, name, adjusted[id(draws[0])]))
             else:
@@ -61,7 +61,7 @@ def more(rows: Sequence[dict], labels: dict[str, str]) -> str:
     ]
     for method, site in dict.fromkeys((row["method"], row["site"]) for row in rows):
         draws = [row for row in rows if (row["method"], row["site"]) == (method, site)]
-        name = labels.get(method, method) + (f", {SITES[site]}" if site else "")
+        name = _name(draws[0], labels)
         name += f", {len(draws)} draws" if len(draws) > 1 else ""
         row = sorted(draws, key=lambda row: row["right"])[len(draws) // 2]
         shown = [
@@ -76,14 +76,19 @@ def more(rows: Sequence[dict], labels: dict[str, str]) -> str:
 
 
 def costs(rows: Sequence[dict], labels: dict[str, str]) -> str:
-    """What each method took before its first answer, and how much it touches at every token."""
-    lines = ["| method | prepared in, s | settings tried | AUs touched |", "|---|--:|--:|--:|"]
+    """What each method took before its first answer, how much it touches at every token, and what the test took."""
+    vanilla = next(row for row in rows if row["method"] == "vanilla")["cost"]["test_s"]
+    lines = [
+        "| method | prepared in, s | settings tried | AUs touched | test, against vanilla's time |",
+        "|---|--:|--:|--:|--:|",
+    ]
     for row in rows:
-        if "cost" in row and row["draw"] == 0:
-            name = f"{labels[row['method']]}, {SITES[row['site']]}"
+        if "prepare_s" in row["cost"] and row["draw"] == 0:
+            name = _name(row, labels)
             seconds = row["cost"]["prepare_s"]
             took = "not known, shipped ranks" if seconds is None else f"{seconds:.2f}"
-            lines.append(f"| {name} | {took} | {len(row['grid'])} | {row['touched']} |")
+            tested = f"{row['cost']['test_s'] / vanilla:.2f}" if row["settings"] and vanilla else ""
+            lines.append(f"| {name} | {took} | {len(row['grid'])} | {row['touched']} | {tested} |")
     return "\n".join(lines) if len(lines) > 2 else ""
 
 
@@ -117,6 +122,12 @@ def verdict(rows: Sequence[dict], labels: dict[str, str]) -> list[str]:
 
 def gain(row: dict, vanilla: dict) -> float:
     return 100 * (row["right"] / row["n"] - vanilla["right"] / vanilla["n"])
+
+
+def _name(row: dict, labels: dict[str, str]) -> str:
+    name = labels.get(row["method"], row["method"]) + (f", {SITES[row['site']]}" if row["site"] else "")
+    options = ", ".join(f"{key}={value}" for key, value in (row["options"] or {}).items())
+    return f"{name} ({options})" if options else name
 
 
 def _line(row: dict, vanilla: dict, name: str, adjusted: float | None) -> str:

@@ -1,24 +1,38 @@
-"""Choose settings on validation: every setting of a grid is tried, and the best is taken if it beats doing nothing."""
+"""temporary"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import random
+from dataclasses import dataclass
 
 Settings = dict[str, float]
 
 
-def search(
-    score: Callable[[Settings], float], vanilla: float, grid: Sequence[Settings]
-) -> tuple[Settings | None, dict[str, float]]:
-    """The best settings, with every setting's score; None where none beats doing nothing.
+@dataclass
+class Found:
+    chosen: Settings | None
+    scores: dict[str, float]
+    outcomes: dict[str, list[bool]]
+    asked: int
 
-    Of equal ones the first wins: grids begin with what touches least, or least strongly.
-    """
-    scores = [score(settings) for settings in grid]
+
+def shuffled(n):
+    order = list(range(n))
+    random.Random(0).shuffle(order)
+    return order
+
+
+def full_grid(ask, vanilla, grid):
+    outcomes = [list(ask(s, 0, len(vanilla))) for s in grid]
+    scores = [sum(o) / len(o) for o in outcomes]
     best = max(range(len(grid)), key=lambda i: (scores[i], -i))
-    chosen = grid[best] if scores[best] > vanilla else None
-    return chosen, {key_of(settings): value for settings, value in zip(grid, scores, strict=True)}
+    chosen = grid[best] if scores[best] > sum(vanilla) / len(vanilla) else None
+    keys = [key_of(s) for s in grid]
+    return Found(chosen, dict(zip(keys, scores)), dict(zip(keys, outcomes)), len(grid) * len(vanilla))
 
 
-def key_of(settings: Settings) -> str:
+SEARCHES = {"grid": full_grid, "racing": full_grid, "sample": full_grid, "test": full_grid}
+
+
+def key_of(settings):
     return ",".join(f"{value:g}" for value in settings.values())

@@ -115,7 +115,7 @@ def test_an_sae_of_another_model_is_refused(llama, tokenizer, tmp_path):
     with pytest.raises(AUSteerError, match="no such file"):
         find_sae(known, str(tmp_path / "none.safetensors"))
     for method in METHODS:
-        with pytest.raises(AUSteerError, match="needs a sparse autoencoder of the model: give --sae"):
+        with pytest.raises(AUSteerError, match=r"needs a sparse autoencoder of the model: give --option sta\.sae"):
             method().prepare(known)
 
 
