@@ -272,10 +272,12 @@ def attempt(cell: Cell) -> dict:
     try:
         return compute(cell)
     except Exception as error:  # whatever it is, it is said, and the exit status says so too
-        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        if not isinstance(error, AUSteerError):
-            why = f"{type(error).__name__}: {why}"
-        return {"failed": why, "method": cell.method, "site": cell.site, "draw": cell.draw}
+        return {"failed": one_line(error)}
+
+
+def one_line(error: Exception) -> str:
+    why = (str(error).strip().splitlines() or [""])[0]
+    return why if isinstance(error, AUSteerError) else f"{type(error).__name__}: {why}"
 
 
 def compute(cell: Cell) -> dict:
@@ -323,6 +325,7 @@ def _steered(cell: Cell, vanilla: dict) -> tuple[dict, Columns, dict[str, float]
         found = SEARCHES[cell.setting.search](ask, [before[index] for index in order], grid)
         chosen = found.chosen
         result |= {"grid_scores": found.scores, "asked": found.asked, "chosen_on": part}
+        result["grid_vanilla"] = records.pack([before[index] for index in order])
         result["grid_outcomes"] = {key: records.pack(outcomes) for key, outcomes in found.outcomes.items()}
     result |= {"settings": chosen, "chosen": chosen and key_of(chosen)}
     start = time.perf_counter()

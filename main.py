@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from errors import run_command
 
 COMMANDS = {  # name: module with a main, and what it does
+    "reproduce": ("paper.run", "every table and figure of the paper, and a report (what reproduce.sh runs)"),
+    "trace": ("paper.trace", "behind a number of the report: its record, and how to compute it again"),
     "data": ("eval.data_command", "fetch and check the paper's datasets"),
     "pairs": ("eval.pairs_command", "make, show and save the contrastive pairs of a task or of your data"),
     "import-authors": ("eval.import_authors", "prompts, data and ranks out of the authors' checkout"),

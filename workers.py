@@ -1,13 +1,14 @@
-"""Many cells at once: over processes where models are tiny, one after another where one fills the machine."""
+"""Many cells, or panels of figures, at once: over processes where models are tiny, one after another where one fills the machine."""
 
 from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_all_start_methods, get_context, parent_process
+from typing import TypeVar
 
 import torch
 from tqdm import tqdm
@@ -15,6 +16,8 @@ from transformers.utils import logging as transformers_logging
 
 import cells
 from cells import Cell
+
+Job = TypeVar("Job")  # hashable, and what `attempt` needs to know
 
 
 def cores() -> int:
@@ -24,42 +27,32 @@ def cores() -> int:
 def compute_all(todo: Sequence[Cell], jobs: int) -> dict[Cell, dict]:
     """The record of every cell, {"failed": why} for one that could not be computed. Unsteered ones first: the others
     build on them."""
-    found: dict[Cell, dict] = {}
-    with tqdm(total=len(todo), desc="cells", unit="cell") as bar:
+    unsteered = [cell for cell in todo if cell.method in cells.UNSTEERED]
+    found = attempt_all(cells.attempt, unsteered, jobs, "unsteered")
+    return found | attempt_all(cells.attempt, [cell for cell in todo if cell not in found], jobs, "steered")
 
-        def done(cell: Cell, record: dict) -> None:
-            found[cell] = record
-            bar.set_postfix_str(str(cell)[:40])
+
+def attempt_all(attempt: Callable[[Job], dict], todo: Sequence[Job], jobs: int, what: str) -> dict[Job, dict]:
+    found: dict[Job, dict] = {}
+    with tqdm(total=len(todo), desc=what, unit="cell", disable=not todo) as bar:
+        for job, record in _attempted(attempt, todo, jobs):
+            found[job] = record
+            bar.set_postfix_str(str(job)[:40])
             bar.update()
-
-        waiting = []
-        for cell in todo:
-            record = cells.stored(cell)
-            if record is not None:
-                done(cell, record)
-            else:
-                waiting.append(cell)
-        for unsteered in (True, False):
-            now = [cell for cell in waiting if (cell.method in cells.UNSTEERED) == unsteered]
-            for cell, record in _computed(now, jobs):
-                done(cell, record)
     return found
 
 
-def _computed(todo: Sequence[Cell], jobs: int):
+def _attempted(attempt: Callable[[Job], dict], todo: Sequence[Job], jobs: int) -> Iterator[tuple[Job, dict]]:
     if jobs == 1 or len(todo) < 2:
-        yield from ((cell, cells.attempt(cell)) for cell in todo)
+        yield from ((job, attempt(job)) for job in todo)
         return
     with ProcessPoolExecutor(min(jobs, len(todo)), _context(), _start) as pool:
-        running = {pool.submit(cells.attempt, cell): cell for cell in todo}
+        running = {pool.submit(attempt, job): job for job in todo}
         for future in as_completed(running):
             try:
                 yield running[future], future.result()
             except BrokenProcessPool:
-                yield (
-                    running[future],
-                    {"failed": "its worker process was killed, perhaps for want of memory: run again"},
-                )
+                yield running[future], {"failed": "its worker was killed, perhaps for want of memory: run again"}
 
 
 def _context():

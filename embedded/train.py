@@ -30,10 +30,9 @@ from embedded import tokenizer as word_level
 from embedded.tasks import Document
 
 WARM_UP, FINAL_SHARE = 100, 0.03
-BATCH, BATCHES_PER_DRAW = 32, 16
+BATCHES_PER_DRAW = 16
 CHECK_EVERY, CHECK_ITEMS = 100, 300
 TRUTH_KNOWN, TRUTH_STEPS_AT_MOST = 0.97, 3000
-MIXTURE_STEPS = 1200
 
 
 @dataclass(frozen=True)
@@ -43,9 +42,11 @@ class Recipe:
     layers: int
     heads: int
     learning_rate: float
+    batch: int  # documents a step
+    mixture_steps: int
 
 
-RECIPES = {"standard": Recipe(128, 256, 4, 4, 2e-3), "wide": Recipe(256, 768, 6, 8, 1e-3)}
+RECIPES = {"standard": Recipe(128, 256, 4, 4, 2e-3, 32, 1200), "wide": Recipe(256, 768, 6, 8, 1e-3, 16, 1000)}
 
 
 def new_model(vocabulary_size: int, recipe: Recipe) -> LlamaForCausalLM:
@@ -66,18 +67,18 @@ def new_model(vocabulary_size: int, recipe: Recipe) -> LlamaForCausalLM:
     )
 
 
-def rate_factor(step: int, mixture_from: int | None) -> float:
+def rate_factor(step: int, mixture_from: int | None, mixture_steps: int) -> float:
     """Of the learning rate: constant after the warm-up until the truth is known, whenever that is; then a cosine."""
-    share_done = 0 if mixture_from is None else (step - mixture_from) / MIXTURE_STEPS
+    share_done = 0 if mixture_from is None else (step - mixture_from) / mixture_steps
     cosine = FINAL_SHARE + (1 - FINAL_SHARE) * (1 + math.cos(math.pi * share_done)) / 2
     return min(1, (step + 1) / WARM_UP) * cosine
 
 
-def draw_batches(task: str, rng: Random, truth_only: bool) -> list[list[Document]]:
+def draw_batches(task: str, rng: Random, truth_only: bool, size: int) -> list[list[Document]]:
     """Batches of documents of like length, so that little is padded, in random order."""
-    documents = [tasks.document(task, rng, truth_only) for _ in range(BATCH * BATCHES_PER_DRAW)]
+    documents = [tasks.document(task, rng, truth_only) for _ in range(size * BATCHES_PER_DRAW)]
     documents.sort(key=lambda document: len(document.words))
-    batches = [documents[i : i + BATCH] for i in range(0, len(documents), BATCH)]
+    batches = [documents[i : i + size] for i in range(0, len(documents), size)]
     rng.shuffle(batches)
     return batches
 
@@ -113,12 +114,12 @@ def train(
     started = time.process_time()
 
     progress = tqdm(total=TRUTH_STEPS_AT_MOST, desc=f"{task} seed {seed}: truth")
-    while mixture_from is None or step < mixture_from + MIXTURE_STEPS:
-        batches = batches or draw_batches(task, rng, truth_only=mixture_from is None)
+    while mixture_from is None or step < mixture_from + recipe.mixture_steps:
+        batches = batches or draw_batches(task, rng, truth_only=mixture_from is None, size=recipe.batch)
         loss = document_loss(model, *as_tensors(batches.pop(), ids))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.param_groups[0]["lr"] = recipe.learning_rate * rate_factor(step, mixture_from)
+        optimizer.param_groups[0]["lr"] = recipe.learning_rate * rate_factor(step, mixture_from, recipe.mixture_steps)
         optimizer.step()
         optimizer.zero_grad()
         step += 1
@@ -139,7 +140,7 @@ def train(
         progress.set_postfix(loss=f"{loss.item():.3f}", vanilla=skill.vanilla, tagged=skill.tagged)
         if mixture_from is None and skill.tagged >= TRUTH_KNOWN:
             mixture_from, batches = step, []
-            progress.total = mixture_from + MIXTURE_STEPS
+            progress.total = mixture_from + recipe.mixture_steps
             progress.set_description(f"{task} seed {seed}: mixture")
         elif mixture_from is None and step >= TRUTH_STEPS_AT_MOST:
             raise RuntimeError(f"{task} seed {seed}: the truth was not learned in {step} steps")

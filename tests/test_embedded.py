@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from dataclasses import replace
 
 import pytest
 from transformers import AutoTokenizer
@@ -103,9 +104,9 @@ def test_outcomes_are_strict():
 
 
 @pytest.mark.slow
-def test_a_short_training_run_learns_something(tmp_path, monkeypatch):
+def test_a_short_training_run_learns_something():
     from embedded import train
 
-    monkeypatch.setattr(train, "MIXTURE_STEPS", 100)
-    _, _, record = train.train("tone", 5)
+    short = replace(train.RECIPES["standard"], mixture_steps=100)
+    _, _, record = train.train("tone", 5, short)
     assert record["curve"][-1]["tagged"] > 0.9 and record["curve"][0]["phase"] == "truth"

@@ -1,0 +1,1 @@
+"""The paper's tables and figures: specs as data, the runner, the report."""

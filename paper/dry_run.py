@@ -1,0 +1,45 @@
+"""Tiny random checkpoints of the paper's architectures: the real code paths without the real weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+SHAPE = dict(
+    hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=32,
+    vocab_size=320, max_position_embeddings=4096, bos_token_id=1, eos_token_id=2, pad_token_id=0, initializer_range=0.2,
+)  # fmt: skip
+OF_THE_FAMILY = {
+    "gemma2": dict(sliding_window=64, query_pre_attn_scalar=32),
+    "qwen3_moe": dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32),
+}
+
+
+def tiny_checkpoints(known: dict[str, dict], folder: Path) -> dict[str, str]:
+    """By hub id, a folder with a random model of its architecture; made once."""
+    made = {}
+    for name, model in known.items():
+        path = folder / name
+        if not (path / "config.json").exists():
+            torch.manual_seed(0)
+            config = AutoConfig.for_model(model["family"], **{**SHAPE, **OF_THE_FAMILY.get(model["family"], {})})
+            AutoModelForCausalLM.from_config(config).save_pretrained(path)
+            byte_tokenizer().save_pretrained(path)
+        made[model["hub"]] = str(path)
+    return made
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """A token a byte, and a BOS in front."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "<s>", "</s>", *alphabet])}
+    core = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.decoder = decoders.ByteLevel()
+    core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token="<s>", eos_token="</s>", pad_token="<pad>", padding_side="left"
+    )

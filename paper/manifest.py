@@ -1,0 +1,83 @@
+"""Which records a scale's tables are made of: written by a run, read by the report and by `trace`.
+
+The report is built from a folder alone: manifest.json, the records it names, and what judges and raters left there. No
+model is loaded, so a committed folder says the same on any machine.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+from errors import AUSteerError
+
+NAME = "manifest.json"
+
+
+@dataclass
+class Manifest:
+    folder: Path
+    scale: str
+    limit: int | None = None
+    entries: dict[str, dict[str, list[str]]] = field(default_factory=dict)  # spec -> "block|row|column" -> record ids
+    panels: dict[str, dict[str, str]] = field(default_factory=dict)  # spec -> panel -> record id
+    failed: dict[str, str] = field(default_factory=dict)  # "spec|block|row|column" -> why
+
+    @classmethod
+    def read(cls, folder: Path) -> Manifest:
+        path = folder / NAME
+        if not path.exists():
+            raise AUSteerError(f"nothing was run in {folder}: bash reproduce.sh makes it ({path} is missing)")
+        return cls(folder, **json.loads(path.read_text()))
+
+    def write(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        known = {key: getattr(self, key) for key in ("scale", "limit", "entries", "panels", "failed")}
+        temporary = self.folder / f".{NAME}.{os.getpid()}"
+        temporary.write_text(json.dumps(known, indent=1) + "\n")
+        os.replace(temporary, self.folder / NAME)
+
+    def records(self, spec: str, block: str, row: str, column: str) -> list[dict]:
+        ids = self.entries.get(spec, {}).get(f"{block}|{row}|{column}", [])
+        return [found for id in ids if (found := self.record(id)) is not None]
+
+    def panel(self, spec: str, panel: str) -> dict | None:
+        return self.record(self.panels.get(spec, {}).get(panel, ""))
+
+    @staticmethod
+    def load(path: Path) -> dict:
+        return json.loads(path.read_text())
+
+    def why_missing(self, spec: str, block: str, row: str, column: str) -> str:
+        return self.failed.get(f"{spec}|{block}|{row}|{column}", "not run")
+
+    def record(self, id: str) -> dict | None:
+        if id in self._bundle:
+            return self._bundle[id]
+        path = self.folder / "records" / f"{id}.json"
+        return json.loads(path.read_text()) if id and path.exists() else None
+
+    @cached_property
+    def _bundle(self) -> dict[str, dict]:
+        """All records as lines of one file: how they are committed."""
+        path = self.folder / "records.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        return {record["id"]: record for record in map(json.loads, lines)}
+
+    @property
+    def ids(self) -> list[str]:
+        of_entries = (id for spec in self.entries.values() for ids in spec.values() for id in ids)
+        of_panels = (id for spec in self.panels.values() for id in spec.values())
+        return sorted({*of_entries, *of_panels})
+
+
+def bundle(manifest: Manifest, out: Path) -> None:
+    """The manifest and its records in a folder to be committed."""
+    out.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps(manifest.record(id)) for id in manifest.ids]
+    (out / "records.jsonl").write_text("".join(line + "\n" for line in lines))
+    copy = Manifest(out, manifest.scale, manifest.limit, manifest.entries, manifest.panels, manifest.failed)
+    copy.write()

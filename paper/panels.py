@@ -1,0 +1,45 @@
+"""A panel of a figure: a measurement of `studies/`, found or computed, recorded like a cell."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import cells
+from cells import one_line
+from eval import records
+from paper.specs import Panel
+from ranks import fingerprint, public_name
+from studies.registry import STUDIES
+
+
+def question(panel: Panel) -> dict:
+    setting = panel.setting
+    model, _, task = cells.load(setting)
+    return {
+        "model": setting.model if setting.embedded else public_name(setting.model),
+        "task": setting.task_name,
+        "method": panel.study,
+        "params": panel.params,
+        "fingerprint": fingerprint(model),
+        "dtype": str(model.dtype),
+        "quantization": setting.quantization,
+        "device": model.device.type,
+        "items_hash": task.fingerprint,
+        "protocol": setting.protocol,
+    }
+
+
+def stored(panel: Panel) -> dict | None:
+    return records.find(Path(panel.setting.records), question(panel))
+
+
+def attempt(panel: Panel) -> dict:
+    """The panel's record, or {"failed": why}."""
+    try:
+        found = stored(panel)
+        if found is not None:
+            return found
+        measured = STUDIES[panel.study].measure(panel.setting, panel.params, progress=False)
+        return records.write(Path(panel.setting.records), question(panel), {"found": measured})
+    except Exception as error:  # one picture that fails does not end the others
+        return {"failed": one_line(error)}

@@ -1,0 +1,135 @@
+"""The whole paper: every table and figure of a scale, computed where it is missing, and the report.
+
+bash reproduce.sh                                  the embedded models: everything, in minutes, on two cores
+bash reproduce.sh --scale paper --plan             what the paper's models would take; computes nothing
+bash reproduce.sh --scale paper --only table1 --models llama2-7b-chat
+bash reproduce.sh --scale paper --dry-run          the real code paths, on tiny random checkpoints
+
+To resume, run the same command: what is there is not computed again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+from transformers.utils import logging as transformers_logging
+
+import cells
+import workers
+from cells import UNSTEERED, Setting
+from errors import AUSteerError, run_command
+from paper import outlook, page, panels, specs
+from paper.dry_run import tiny_checkpoints
+from paper.manifest import Manifest
+from paper.specs import Spec
+
+ROOT = Path(__file__).parents[1]
+RECIPES = {"wide": ["--recipe", "wide"]}  # embedded models that are not shipped, by name: how they are trained
+
+
+def main(argv: Sequence[str] | None = None) -> int | None:
+    args = _arguments(argv)
+    if args.limit is not None and args.limit < 1:
+        raise AUSteerError(f"--limit must be at least 1, not {args.limit}")
+    folder = Path(args.results) / (f"{args.scale}-dry-run" if args.dry_run else args.scale)
+    limit = 2 if args.dry_run else args.limit
+    instead = tiny_checkpoints(specs.models(), folder / "checkpoints") if args.dry_run else None
+    shared = {"records": str(folder / "records"), "ranks": str(folder / "AU_ranks") if args.dry_run else "AU_ranks"}
+    shared |= {"limit": limit, "data_dir": args.data_dir, "device": args.device, "batch_size": args.batch_size}
+    shared |= {"toxicity": "embedded" if args.dry_run else args.toxicity}
+    if args.dry_run:
+        shared["encoder"] = "tfidf"
+
+    def read(names: Sequence[str]) -> list[Spec]:
+        return specs.read(args.scale, names, _names(args.models), instead, **shared)
+
+    found = read(_names(args.only))
+    if not found:
+        raise AUSteerError(f"nothing of that is in scale {args.scale}")
+    if args.plan:
+        print(outlook.text(found, folder))
+        return None
+    jobs = args.jobs or (workers.cores() if args.scale == "embedded" else 1)
+    if args.scale == "embedded":
+        torch.set_num_threads(1)  # in so small a model, threads wait for each other longer than they work
+    transformers_logging.disable_progress_bar()
+    there = {spec.name for spec in found}
+    sources = [spec.source for spec in found if spec.source and spec.source not in there]
+    manifest = compute([*found, *(read(sources) if sources else [])], folder, args.scale, limit, jobs)
+    written = page.write(found, manifest)
+    for where, why in manifest.failed.items():
+        print(f"FAILED {where.replace('|', ', ')}: {why}", file=sys.stderr)
+    print(f"report: {written}   tables: {written.with_suffix('.md')}   records: {folder / 'records'}")
+    return 1 if manifest.failed else None
+
+
+def compute(found: Sequence[Spec], folder: Path, scale: str, limit: int | None, jobs: int) -> Manifest:
+    """Everything that is missing, and a manifest of what is there."""
+    settings = [cell.setting for spec in found for entry in spec.entries for cell in entry.cells]
+    _train([*settings, *(panel.setting for spec in found for panel in spec.panels)])
+    todo = list(dict.fromkeys(cell for spec in found for entry in spec.entries for cell in entry.cells))
+    # by model, so that a large one is loaded once; vanilla first, which the others build on
+    todo.sort(key=lambda cell: (cell.setting.model, cell.method not in UNSTEERED))
+    records = workers.compute_all(todo, jobs)
+    drawn = workers.attempt_all(panels.attempt, [panel for spec in found for panel in spec.panels], jobs, "figures")
+    manifest = Manifest(folder, scale, limit)
+    for spec in found:
+        for entry in spec.entries:
+            key, whys = f"{entry.block}|{entry.row}|{entry.column}", []
+            made = [records[cell] for cell in entry.cells]
+            whys = [record["failed"] for record in made if "failed" in record]
+            manifest.entries.setdefault(spec.name, {})[key] = [] if whys else [record["id"] for record in made]
+            if whys:
+                manifest.failed[f"{spec.name}|{key}"] = whys[0]
+        for panel in spec.panels:
+            record = drawn[panel]
+            if "failed" in record:
+                manifest.failed[f"{spec.name}|{panel.name}|panel|{panel.name}"] = record["failed"]
+            else:
+                manifest.panels.setdefault(spec.name, {})[panel.name] = record["id"]
+    manifest.write()
+    return manifest
+
+
+def _train(settings: Iterable[Setting]) -> None:
+    """Embedded models that are made by their recipe and not shipped."""
+    for setting in dict.fromkeys(settings):
+        recipe = RECIPES.get(setting.model.removeprefix(f"{cells.EMBEDDED}-"))
+        if setting.embedded and recipe and not (Path(setting.checkpoint) / "record.json").exists():
+            print(f"training {setting.model} on {setting.task}: once, about a quarter of an hour")
+            command = [sys.executable, "-m", "embedded.train", "--task", setting.task, *recipe]
+            subprocess.run([*command, "--out", setting.checkpoint], cwd=ROOT, check=True)
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="reproduce.sh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--scale", default="embedded", choices=specs.SCALES,
+        help="embedded (two cores), small (one GPU of 24 GB), paper (default: %(default)s)")  # fmt: skip
+    add("--only", default="", metavar="NAMES", help=f"of {','.join(specs.names())}")
+    add("--models", default="", metavar="NAMES", help=f"of {','.join(specs.models())}")
+    add("--limit", type=int, help="at most this many items a split: a quick look")
+    add("--plan", action="store_true", help="print cells, what is done, memory and time; compute nothing")
+    add("--dry-run", action="store_true", help="tiny random checkpoints of the same architectures, two items a split")
+    add("--results", default="results", help="folder; a scale has its own in it (default: %(default)s)")
+    add("--data-dir", help="folder of the paper's datasets (default: datasets/, then the hub)")
+    add("--toxicity", default="local", metavar="SCORER", help="who scores toxicity (docs/scoring.md; default: local)")
+    add("--device", help="cpu, cuda, cuda:1 (default: the first GPU, else the CPU)")
+    add("--batch-size", type=int, help="prompts at once (default: as many as fit)")
+    add("--jobs", type=int, help="processes (default: one a core for the embedded models, else 1)")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    run_command(main)

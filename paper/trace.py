@@ -1,0 +1,92 @@
+"""Behind a number: its record, and the command that computes it again.
+
+python main.py trace table1 causal-head copa                 of the embedded scale
+python main.py trace table1 iti boolq --scale paper --block llama2-7b-chat
+python main.py trace table1 causal-head copa --again         computes it anew and compares, bit for bit
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import cells
+from cells import Cell, Setting
+from errors import AUSteerError, run_command
+from paper import specs
+from paper.manifest import Manifest
+
+RESULT = ("n", "right", "measure", "outcomes", "columns", "measures", "extras", "settings", "grid_scores", "touched")
+
+
+def main(argv: Sequence[str] | None = None) -> int | None:
+    args = _arguments(argv)
+    manifest = Manifest.read(Path(args.results) / args.scale)
+    shared = {"records": str(Path(args.results) / args.scale / "records"), "limit": manifest.limit}
+    found = specs.read(args.scale, [args.table], **shared, data_dir=args.data_dir, device=args.device)
+    if not found:
+        raise AUSteerError(f"{args.table} is not in scale {args.scale}")
+    (spec,) = found
+    if not spec.entries:
+        raise AUSteerError(f"{args.table} has no cells of its own" + (f": trace {spec.source}" if spec.source else ""))
+    block = args.block or next(iter(spec.blocks))
+    entry = next((e for e in spec.entries if (e.block, e.row, e.column) == (block, args.row, args.column)), None)
+    if entry is None:
+        raise AUSteerError(
+            f"{args.table} has blocks {', '.join(spec.blocks)}; rows {', '.join(spec.rows)}; columns "
+            f"{', '.join(spec.columns)}"
+        )
+    records = manifest.records(spec.name, block, args.row, args.column)
+    if not records:
+        raise AUSteerError(f"not computed: {manifest.why_missing(spec.name, block, args.row, args.column)}")
+    different = 0
+    for cell, record in zip(entry.cells, records, strict=True):
+        shown = {key: value for key, value in record.items() if args.whole or len(json.dumps(value)) < 400}
+        print(json.dumps(shown, indent=1))
+        left = [key for key in record if key not in shown]
+        print(f"left out, too long to look at: {', '.join(left)} (--whole prints them)" if left else "")
+        if args.again:
+            different += not _same(cell, record)
+    print(f"again: python main.py trace {args.table} {args.row} {args.column} --block {json.dumps(block)} "
+          f"--scale {args.scale} --again")  # fmt: skip
+    return 1 if different else None
+
+
+def _same(cell: Cell, record: dict) -> bool:
+    """Computes the cell in an empty folder: nothing is found, everything is done anew, ranks too."""
+    with TemporaryDirectory() as folder:
+        setting: Setting = replace(cell.setting, records=f"{folder}/records", ranks=f"{folder}/AU_ranks")
+        fresh = cells.compute(replace(cell, setting=setting))
+    fresh = json.loads(json.dumps(fresh))
+    differing = [key for key in RESULT if fresh.get(key) != record.get(key)]
+    code = "the same code" if fresh["id"] == record["id"] else "other code or data than the record's"
+    print(
+        f"computed again, with {code}: " + (f"DIFFERS in {', '.join(differing)}" if differing else "equal, bit for bit")
+    )
+    return not differing
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="main.py trace", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("table", help=f"of {', '.join(specs.names())}")
+    add("row")
+    add("column")
+    add("--block", help="model or part of the table (default: the first)")
+    add("--scale", default="embedded", choices=specs.SCALES, help="(default: %(default)s)")
+    add("--results", default="results", help="folder (default: %(default)s)")
+    add("--data-dir", help="folder of the paper's datasets")
+    add("--device", help="cpu, cuda, ...")
+    add("--whole", action="store_true", help="also what is too long to look at")
+    add("--again", action="store_true", help="compute it anew and compare, bit for bit")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    run_command(main)
