@@ -85,10 +85,11 @@ def _missing(spec: Spec, found: Sequence[Block], manifest: Manifest) -> list[str
     for panel in spec.panels_by_name if spec.kind == "study" else ():
         if manifest.panel(spec.name, panel) is None:
             whys.setdefault(manifest.why_missing(spec.name, panel, "panel", panel), []).append(panel)
-    return [
-        f"{', '.join(where[:4])}{f' and {len(where) - 4} more' if len(where) > 4 else ''}: {why}"
-        for why, where in whys.items()
-    ]
+    return [f"{_briefly(where)}: {why}" for why, where in whys.items() if not why.startswith("a part is missing")]
+
+
+def _briefly(places: Sequence[str]) -> str:
+    return ", ".join(places[:4]) + (f" and {len(places) - 4} more" if len(places) > 4 else "")
 
 
 def _markdown(parts, manifest: Manifest) -> str:

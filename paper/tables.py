@@ -164,10 +164,11 @@ def _average(values: Sequence[Value]) -> Value:
         return Value(
             f"{median(means):.1f}", f"{means[0]:.1f} to {means[-1]:.1f} in {draws} draws", number=median(means)
         )
-    shares = [np.mean(value.hits[0]) for value in values]
-    variance = sum(p * (1 - p) / len(value.hits[0]) for p, value in zip(shares, values, strict=True))
-    half = 196 * variance**0.5 / len(values)
-    return Value(f"{means[0]:.1f}", f"[{means[0] - half:.1f}, {means[0] + half:.1f}]", number=means[0])
+    # shares as if two more had been right and two more wrong: an error of nothing would be too good
+    counted = [(sum(value.hits[0]) + 2, len(value.hits[0]) + 4) for value in values]
+    half = 196 * sum(right / n * (1 - right / n) / n for right, n in counted) ** 0.5 / len(values)
+    low, high = max(0.0, means[0] - half), min(100.0, means[0] + half)
+    return Value(f"{means[0]:.1f}", f"[{low:.1f}, {high:.1f}]", number=means[0])
 
 
 def settings(spec: Spec, manifest: Manifest, block: str) -> Block:

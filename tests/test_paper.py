@@ -1,0 +1,261 @@
+"""The paper's tables and figures: specs, runner, report, trace."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from cells import Cell, Setting
+from embedded.tasks import TASKS
+from errors import AUSteerError
+from eval import records
+from paper import outlook, page, run, specs, tables, trace
+from paper.manifest import Manifest, bundle
+
+ROOT = Path(__file__).parents[1]
+PRINTED = ROOT.parent / "shared" / "paper" / "tables.json"
+OF_THE_PAPER = [f"table{n}" for n in range(1, 14)] + [f"figure{n}" for n in (2, 3, 4, 6, 7, 8, 10, 11, 12, 13)]
+
+
+def test_every_table_and_figure_of_the_paper_has_a_spec():
+    assert set(OF_THE_PAPER) <= set(specs.names())
+    assert specs.names()[:13] == OF_THE_PAPER[:13], "in the paper's order, 10 behind 9"
+    at_paper = {spec.name for spec in specs.read("paper")}
+    assert set(OF_THE_PAPER) <= at_paper
+    assert set(OF_THE_PAPER) | {"ablation", "wide", "noise", "prediction"} <= {s.name for s in specs.read("embedded")}
+
+
+def test_all_models_of_the_paper_are_in_the_specs():
+    used = {cell.setting.model for spec in specs.read("paper") for entry in spec.entries for cell in entry.cells}
+    assert used == {model["hub"] for model in specs.models().values()}
+
+
+@pytest.mark.parametrize("scale", specs.SCALES)
+def test_methods_sites_and_tasks_exist(scale):
+    from baselines.registry import METHODS
+    from eval.tasks.registry import PAPER_TASKS
+
+    for spec in specs.read(scale):
+        for entry in spec.entries:
+            for cell in entry.cells:
+                assert cell.method in ("vanilla", "prompt-only") or cell.site in METHODS[cell.method].sites, entry
+                assert cell.setting.task in (TASKS if scale == "embedded" else PAPER_TASKS), entry
+
+
+def test_the_embedded_scale_never_stands_beside_the_papers_numbers():
+    assert all(not spec.printed for spec in specs.read("embedded"))
+    assert all("embedded" in cell.setting.model for s in specs.read("embedded") for e in s.entries for cell in e.cells)
+
+
+@pytest.mark.skipif(not PRINTED.exists(), reason="needs ../shared, which users do not have")
+def test_printed_numbers_are_the_papers():
+    paper, mine = json.loads(PRINTED.read_text()), {spec.name: spec.printed for spec in specs.read("paper")}
+    for model, rows in paper["table1"].items():
+        for row, columns in rows.items():
+            wanted = {column: value for column, value in columns.items() if column != "acts" and value is not None}
+            assert mine["table1"][model][row] == wanted
+    assert mine["table10"] == paper["table10"] and mine["table4"] == paper["table4"]
+    assert mine["table13"]["llama2-7b-chat"] == paper["table13_llama2"]
+    assert mine["table12"]["llama2-7b-chat"]["austeer"] == paper["table12_copa_llama2_by_number_of_aus"]
+
+
+def test_unsteered_cells_are_the_same_in_all_tables():
+    vanilla = {
+        entry.cells[0]
+        for spec in specs.read("embedded", ["table1", "table3", "table7", "table13"])
+        for entry in spec.entries
+        if entry.row == "vanilla"
+    }
+    assert len(vanilla) == len(TASKS)
+
+
+@pytest.mark.parametrize(
+    "names, models, message",
+    [(["table99"], [], "no 'table99'"), (["table1"], ["gpt"], "no model 'gpt'")],
+)
+def test_unknown_names_are_told(names, models, message):
+    with pytest.raises(AUSteerError, match=message):
+        specs.read("paper", names, models)
+
+
+# ---- numbers of a table, from made-up records -------------------------------------------------------------------
+
+
+def made_up(folder: Path, outcomes: dict[tuple[str, str], list[list[bool]]], **more) -> tuple[specs.Spec, Manifest]:
+    """A spec of one block, one column a task; outcomes by (row, column), a list a draw."""
+    manifest, entries = Manifest(folder, "embedded"), []
+    names = dict.fromkeys(row for row, _ in outcomes)
+    columns = dict.fromkeys(column for _, column in outcomes)
+    for (row, column), draws in outcomes.items():
+        ids = []
+        for draw, hits in enumerate(draws):
+            id = f"{row}-{column}-{draw}"
+            record = {
+                "id": id, "method": row, "site": None if row == "vanilla" else "ffn", "n": len(hits), "right": sum(hits),
+                "outcomes": records.pack(hits), "settings": {"k": 4, "alpha": 2.0}, "search": "grid", "device": "cpu",
+                "grid_scores": {"4,2": sum(hits) / len(hits)}, "chosen": "4,2", "environment": {"torch": "2"},
+            }  # fmt: skip
+            (folder / "records").mkdir(parents=True, exist_ok=True)
+            (folder / "records" / f"{id}.json").write_text(json.dumps(record))
+            ids.append(id)
+        manifest.entries.setdefault("made", {})[f"b|{row}|{column}"] = ids
+        cells = tuple(Cell(Setting("embedded", column), row, None, draw) for draw in range(len(draws)))
+        entries.append(specs.Entry("b", row, column, cells))
+    manifest.write()
+    rows = {row: {"label": row, "draws": max(len(d) for (r, _), d in outcomes.items() if r == row)} for row in names}
+    spec = specs.Spec("made", "embedded", "Made", "accuracy", "Up.", {"b": {}}, rows, {c: {} for c in columns},
+                      {"avg": list(columns)}, tuple(entries), **more)  # fmt: skip
+    return spec, manifest
+
+
+HALF, MOST, ALL = [True] * 50 + [False] * 50, [True] * 80 + [False] * 20, [True] * 100
+
+
+def test_values_intervals_bands_and_averages(tmp_path):
+    spec, manifest = made_up(
+        tmp_path,
+        {("vanilla", "a"): [HALF], ("vanilla", "b"): [MOST], ("x", "a"): [ALL], ("x", "b"): [MOST],
+         ("random", "a"): [HALF, MOST, ALL], ("random", "b"): [HALF, HALF, HALF]},
+        printed={"b": {"x": {"a": 90.0, "avg": 80.0}}},
+    )  # fmt: skip
+    (block,) = tables.blocks(spec, manifest)
+    assert block.heads == ["a (n = 100)", "b (n = 100)", "avg"]
+    rows = {label: values for label, _, values in block.rows}
+    assert [value.text for value in rows["vanilla"]] == ["50.0", "80.0", "65.0"]
+    assert rows["vanilla"][0].detail == "[40.4, 59.6]"
+    assert rows["x"][0].text == "100.0" and rows["x"][0].difference == 10.0 and rows["x"][2].difference == 10.0
+    assert rows["random"][0].text == "80.0" and rows["random"][0].detail == "50.0 to 100.0 in 3 draws"
+    assert rows["random"][2].detail == "50.0 to 75.0 in 3 draws", "draw by draw, not the extremes of each column"
+
+
+def test_stars_and_bold_need_the_adjusted_test(tmp_path):
+    little = [True] * 54 + [False] * 46  # four more than half: p = 0.125 unadjusted
+    spec, manifest = made_up(
+        tmp_path,
+        {("vanilla", "a"): [HALF], ("x", "a"): [ALL], ("y", "a"): [little],
+         ("vanilla", "b"): [HALF], ("x", "b"): [ALL], ("y", "b"): [ALL]},
+    )  # fmt: skip
+    (block,) = tables.blocks(spec, manifest)
+    rows = {label: values for label, _, values in block.rows}
+    assert rows["x"][0].sure and not rows["y"][0].sure and not rows["vanilla"][0].sure
+    assert rows["x"][0].best, "better than every other"
+    assert not rows["x"][1].best and not rows["y"][1].best, "two alike: neither is the best"
+
+
+def test_a_missing_cell_is_a_dash_with_its_reason(tmp_path):
+    spec, manifest = made_up(tmp_path, {("vanilla", "a"): [HALF], ("x", "a"): [MOST]})
+    manifest.entries["made"]["b|x|a"] = []
+    manifest.failed["made|b|x|a"] = "out of memory"
+    page.write([spec], manifest)
+    text = (tmp_path / "report.md").read_text()
+    assert "| x | – | – |" in text and "- x / a: out of memory" in text
+
+
+def test_of_two_sites_validation_chooses_not_the_test(tmp_path):
+    spec, manifest = made_up(tmp_path, {("vanilla", "a"): [HALF], ("x", "a"): [MOST, ALL]})
+    spec = replace(spec, rows={**spec.rows, "x": {"label": "x", "sites": ["attention", "ffn"]}})
+    worse_on_test = tmp_path / "records" / "x-a-0.json"
+    worse_on_test.write_text(json.dumps({**json.loads(worse_on_test.read_text()), "grid_scores": {"4,2": 1.1}}))
+    (record,) = tables.shown(spec, manifest, "b", "x", "a")
+    assert record["id"] == "x-a-0"
+
+
+def test_the_report_of_a_bundle_is_the_same(tmp_path):
+    spec, manifest = made_up(tmp_path / "run", {("vanilla", "a"): [HALF], ("x", "a"): [MOST]})
+    page.write([spec], manifest)
+    bundle(manifest, tmp_path / "kept")
+    page.write([spec], Manifest.read(tmp_path / "kept"))
+    for name in ("report.md", "report.html"):
+        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "kept" / name).read_bytes()
+
+
+# ---- end to end ------------------------------------------------------------------------------------------------------
+
+
+def test_run_report_trace(tmp_path, capsys, monkeypatch):
+    small = ["--only", "table6", "--limit", "20", "--results", str(tmp_path), "--jobs", "1"]
+    read = specs.read
+
+    def fewer(*args, **shared):
+        """Two rows of one task: the whole of Table 1 is minutes."""
+        found = []
+        for spec in read(*args, **shared):
+            kept = tuple(e for e in spec.entries if e.row in ("vanilla", "austeer-head") and e.column == "svamp")
+            found.append(replace(spec, entries=kept))
+        return found
+
+    monkeypatch.setattr(specs, "read", fewer)
+    assert run.main(small) is None
+    text = (tmp_path / "embedded" / "report.md").read_text()
+    assert "| pairs | – | – | 500 | – |" in text and "| test | – | – | 20 | – |" in text
+    before = {file: file.stat().st_mtime_ns for file in (tmp_path / "embedded" / "records").iterdir()}
+    assert run.main(small) is None, "a second run"
+    assert {file: file.stat().st_mtime_ns for file in (tmp_path / "embedded" / "records").iterdir()} == before
+    assert (tmp_path / "embedded" / "report.md").read_text() == text
+    capsys.readouterr()
+    assert trace.main(["table1", "austeer-head", "svamp", "--results", str(tmp_path), "--again"]) is None
+    assert "equal, bit for bit" in capsys.readouterr().out
+    id = Manifest.read(tmp_path / "embedded").entries["table1"]["embedded|austeer-head|svamp"][0]
+    path = tmp_path / "embedded" / "records" / f"{id}.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "right": 1}))
+    assert trace.main(["table1", "austeer-head", "svamp", "--results", str(tmp_path), "--again"]) == 1
+    assert "DIFFERS in right" in capsys.readouterr().out
+    with pytest.raises(AUSteerError, match="rows vanilla"):
+        trace.main(["table1", "no-row", "svamp", "--results", str(tmp_path)])
+
+
+def test_a_failed_cell_is_said_and_the_rest_goes_on(tmp_path, capsys, monkeypatch):
+    import cells
+
+    real = cells.compute
+    monkeypatch.setattr(cells, "compute", lambda cell: 1 / 0 if cell.method == "published" else real(cell))
+    read = specs.read
+    monkeypatch.setattr(
+        specs, "read",
+        lambda *args, **shared: [
+            replace(spec, entries=tuple(e for e in spec.entries if e.row in ("vanilla", "austeer-head") and e.column == "svamp"))
+            for spec in read(*args, **shared)
+        ],
+    )  # fmt: skip
+    assert run.main(["--only", "table1", "--limit", "20", "--results", str(tmp_path), "--jobs", "1"]) == 1
+    assert "FAILED table1, embedded, austeer-head, svamp: ZeroDivisionError" in capsys.readouterr().err
+    assert "ZeroDivisionError" in (tmp_path / "embedded" / "report.md").read_text()
+
+
+def test_plan_loads_nothing_and_lists_every_cell(tmp_path):
+    text = outlook.text(specs.read("paper"), tmp_path)
+    assert "table10 | qwen3-30b-a3b | austeer | boolq copa winogrande | 6 cells" in text
+    assert "llama3.3-70b-instruct-4bit" in text and "35 GB" in text
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--only", "table77"], "there is no 'table77'"),
+        (["--limit", "0"], "--limit must be at least 1"),
+        (["--scale", "paper", "--models", "gpt", "--plan"], "there is no model 'gpt'"),
+        (["--scale", "paper", "--only", "ablation"], "nothing of that is in scale paper"),
+    ],
+)
+def test_wrong_input_is_told_in_a_line(arguments, message, tmp_path):
+    with pytest.raises(AUSteerError, match=message):
+        run.main(["--results", str(tmp_path), *arguments])
+
+
+COMMITTED = ROOT / "docs" / "embedded"
+
+
+@pytest.mark.skipif(not (COMMITTED / "manifest.json").exists(), reason="no committed run")
+def test_committed_tables_and_figures_are_rebuilt_byte_for_byte(tmp_path):
+    import shutil
+
+    for name in ("manifest.json", "records.jsonl"):
+        shutil.copy(COMMITTED / name, tmp_path / name)
+    manifest = Manifest.read(tmp_path)
+    page.write(specs.read("embedded"), manifest)
+    assert (tmp_path / "report.md").read_bytes() == (COMMITTED / "report.md").read_bytes()
+    kept = sorted(file.name for file in (COMMITTED / "figures").iterdir())
+    assert kept == sorted(file.name for file in (tmp_path / "figures").iterdir())
+    for name in kept:
+        assert (tmp_path / "figures" / name).read_bytes() == (COMMITTED / "figures" / name).read_bytes(), name
