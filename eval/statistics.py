@@ -55,6 +55,28 @@ def bootstrap(values: Sequence[float]) -> tuple[float, float]:
     return float(low), float(high)
 
 
+def paired_bootstrap(before: Sequence[float], after: Sequence[float]) -> tuple[float, float, float]:
+    """Mean difference of two methods on the same items, with its 95 % interval. Items are drawn with both outcomes."""
+    differences = [float(a) - float(b) for b, a in zip(before, after, strict=True)]
+    return (sum(differences) / len(differences), *bootstrap(differences))
+
+
+def selection_noise(outcomes_by_setting: dict[str, Sequence[bool]], vanilla: Sequence[bool]) -> float:
+    """How much the best of these settings would gain over vanilla, on the items it was chosen on, if none were any better.
+
+    Each setting's differences to vanilla are shifted to a mean of zero, which makes that true; then items are drawn
+    anew, the same for all settings, so that settings which err alike still do; and the best mean is taken. The
+    average over many draws is what choosing alone brings.
+    """
+    base = np.asarray(vanilla, float)
+    gains = np.array([np.asarray(outcomes, float) - base for outcomes in outcomes_by_setting.values()])
+    gains -= gains.mean(1, keepdims=True)
+    n = len(base)
+    # to draw n items with replacement is to draw how often each comes
+    counts = np.random.default_rng(SEED).multinomial(n, np.full(n, 1 / n), RESAMPLES)
+    return float((counts @ gains.T / n).max(1).mean())
+
+
 def summary(columns: dict[str, Sequence[float]]) -> dict[str, dict[str, float]]:
     """Of each measure its mean, its 95 % interval (Wilson for right or wrong, else bootstrap) and n."""
     found = {}
