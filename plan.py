@@ -4,6 +4,7 @@ At the planned AUs, x -> x * (1 + scale) + shift, at the token positions named b
     all        every position, as the authors do       prompt     the prompt only
     generated  new tokens only                         last       the prompt's last token and new tokens
     before-last  the prompt without its last token      prompt-end  the prompt's last token only
+    before-last-2  the prompt without its last two tokens
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from errors import AUSteerError
 from ranks import read_tensors, write_tensors
 
 FORMAT = "austeer-plan-1"
-TOKENS = ("all", "prompt", "before-last", "prompt-end", "generated", "last")
+TOKENS = ("all", "prompt", "before-last", "before-last-2", "prompt-end", "generated", "last")
 
 
 @dataclass

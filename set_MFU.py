@@ -217,6 +217,7 @@ class Steering:
         steered = {
             "prompt": column < end,
             "before-last": column < end - 1,
+            "before-last-2": column < end - 2,
             "prompt-end": column == end - 1,
             "generated": column >= end,
             "last": column >= end - 1,

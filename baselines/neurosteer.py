@@ -31,7 +31,8 @@ from rmodels import site_shape
 KS = {"embedded": (4, 16, 64), "real": (100, 150, 600)}
 ALPHAS = {"embedded": (16.0, 64.0, 256.0, 512.0, 1024.0), "real": (10.0, 15.0, 50.0, 100.0, 200.0, 400.0, 700.0)}
 WEIGHTS = ("dif_mean", "tar_mean")
-MODES = {"all": "every position", "last": "all but the last position"}
+# last2: their code names it without defining it; this is its natural reading beside last
+MODES = {"all": "every position", "last": "all but the last position", "last2": "all but the last two positions"}
 
 
 @dataclass(frozen=True)
@@ -94,10 +95,8 @@ class NeuroSteer(Method):
         if mode == "all":
             return "prompt" if self.cache_trap else "all"
         if not self.cache_trap:
-            raise AUSteerError(
-                "mode 'last' steers all of a pass but its last position: only prompts have such (cache_trap)"
-            )
-        return "before-last"
+            raise AUSteerError(f"mode {mode!r} steers {MODES[mode]} of a pass: only prompts have such (cache_trap)")
+        return {"last": "before-last", "last2": "before-last-2"}[mode]
 
     def grid(self, kind: str) -> list[Settings]:
         if self.preset:

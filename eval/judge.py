@@ -75,7 +75,7 @@ def judge(
     with AnswerCache(cache) as answers:
         new = missing(requests, answers)
         if new:
-            ask_all(requests, _Client(), answers, limits, "verdicts")
+            ask_all(requests, Client(), answers, limits, "verdicts")
         found = {key: answers[key] for key in map(key_of, requests)}
     signs = [[_sign(found[key_of(request)]["text"], ours_is_a) for request, ours_is_a in item] for item in items]
     outcomes = [given[0] if len(set(given)) == 1 and None not in given else 0 for given in signs]
@@ -187,7 +187,7 @@ def _usage(answers: Iterable[dict]) -> dict:
     return {"calls": len(answers), **tokens}
 
 
-class _Client:
+class Client:
     """One attempt at one request. Repeating is `paid_calls`' business, so the library's own is off."""
 
     def __init__(self):

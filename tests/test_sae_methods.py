@@ -380,7 +380,7 @@ def test_neurosteer_on_a_model_is_the_whole_text_recipe(checkpoints, llama, toke
 
 def test_modes_presets_and_the_cache_trap():
     assert NeuroSteer().tokens == "prompt" and NeuroSteer(cache_trap=False).tokens == "all"
-    assert NeuroSteer(mode="last").tokens == "before-last"
+    assert NeuroSteer(mode="last").tokens == "before-last" and NeuroSteer(mode="last2").tokens == "before-last-2"
     assert {name: (p.alpha, p.k, NeuroSteer(preset=name).tokens) for name, p in PRESETS.items()} == {
         "sentiment": (100, 100, "prompt"),
         "toxicity": (101, 100, "before-last"),
@@ -389,7 +389,8 @@ def test_modes_presets_and_the_cache_trap():
     }
     assert NeuroSteer(preset="stance").grid("real") == [{"neurons": 150, "alpha": 15}]
     for options, message in (
-        ({"mode": "last2"}, "mode 'last2' has no token scope here; use one of all, last"),
+        ({"mode": "gaussian"}, "mode 'gaussian' has no token scope here; use one of all, last, last2"),
+        ({"mode": "last2", "cache_trap": False}, "all but the last two positions of a pass: only prompts have such"),
         ({"mode": "last", "cache_trap": False}, "only prompts have such"),
         ({"preset": "toxicity", "cache_trap": False}, "only prompts have such"),
         ({"preset": "anger"}, "use one of sentiment, toxicity, politeness, stance"),
@@ -421,20 +422,23 @@ def test_k_is_a_number_of_neurons():
     assert nothing.tolist() == [0, 0, 0]
 
 
-def test_the_prompt_without_its_last_token(llama):
+@pytest.mark.parametrize(("tokens", "left"), [("before-last", 1), ("before-last-2", 2)])
+def test_the_prompt_without_its_last_tokens(llama, tokens, left):
     """A shift at the last layer shows where it was added and nowhere else; and cached steps are the whole forward."""
     shift = torch.zeros(rmodels.site_shape(llama, "layer"))
     shift[-1] = 1.0
-    plan, ids = Plan({}, {"layer": shift}, "before-last"), torch.tensor([[1, 40, 77, 130, 9, 200, 31]])
+    plan, ids = Plan({}, {"layer": shift}, tokens), torch.tensor([[1, 40, 77, 130, 9, 200, 31]])
     vanilla = llama(ids).logits
     with steer(llama, plan, prompt_end=5):
         whole = llama(ids).logits
-    assert [not torch.equal(a, b) for a, b in zip(whole[0], vanilla[0], strict=True)] == [True] * 4 + [False] * 3
+    assert [not torch.equal(a, b) for a, b in zip(whole[0], vanilla[0], strict=True)] == [True] * (5 - left) + [
+        False
+    ] * (2 + left)
     early = torch.zeros_like(shift)
     early[0] = 1.0
-    with steer(llama, Plan({}, {"layer": early}, "before-last"), prompt_end=5):
+    with steer(llama, Plan({}, {"layer": early}, tokens), prompt_end=5):
         whole = llama(ids).logits
-    with steer(llama, Plan({}, {"layer": early}, "before-last")):
+    with steer(llama, Plan({}, {"layer": early}, tokens)):
         out = llama(ids[:, :5], use_cache=True)
         parts = [out.logits]
         for t in (5, 6):

@@ -1,12 +1,15 @@
 """Intervals and tests against scipy's own and against sums by hand."""
 
+import doctest
 import math
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
-from scipy.stats import binomtest
+from scipy.stats import binomtest, norm
 
-from eval.statistics import bootstrap, holm, mcnemar, sign_flip, summary, wilson
+from eval.statistics import bootstrap, holm, mcnemar, paired_bootstrap, selection_noise, sign_flip, summary, wilson
 
 
 @pytest.mark.parametrize(("right", "n"), [(0, 10), (10, 10), (1, 1), (5, 12), (1676, 2000), (270, 355)])
@@ -56,3 +59,61 @@ def test_sign_flip_is_about_the_t_test():
     values = np.random.default_rng(1).normal(0.15, 1, 300)
     assert sign_flip(values) == pytest.approx(ttest_1samp(values, 0).pvalue, abs=0.03)
     assert sign_flip([0.0] * 9) == 1.0 and sign_flip([1.0] * 40) < 0.001
+
+
+def test_paired_bootstrap_is_that_of_the_differences():
+    rng = np.random.default_rng(2)
+    before = rng.random(800) < 0.6
+    after = np.where(rng.random(800) < 0.1, ~before, before)
+    gain, low, high = paired_bootstrap(before.tolist(), after.tolist())
+    differences = after.astype(float) - before
+    assert gain == pytest.approx(differences.mean()) and low < gain < high
+    assert (high - low) / 2 == pytest.approx(1.96 * differences.std() / 800**0.5, rel=0.08)
+    unpaired = 1.96 * (before.var() / 800 + after.var() / 800) ** 0.5
+    assert (high - low) / 2 < 0.6 * unpaired  # what pairing is for
+    assert paired_bootstrap([True, False], [True, False]) == (0.0, 0.0, 0.0)
+    with pytest.raises(ValueError):
+        paired_bootstrap([True], [True, False])
+
+
+def expected_largest_of_normals(k):
+    grid = np.linspace(-8, 8, 20001)
+    cdf = norm.cdf(grid) ** k
+    return float(((grid[1:] + grid[:-1]) / 2 * np.diff(cdf)).sum())
+
+
+@pytest.mark.parametrize("k", [2, 25])
+def test_selection_noise_of_unlike_settings_is_the_largest_of_normals(k):
+    """Its truth, by simulation: the mean gain of best over vanilla where nothing is better, over fresh data sets."""
+    rng, n, share = np.random.default_rng(5), 600, 0.75
+    error = (share * (1 - share) / n) ** 0.5
+    made = [rng.random((k + 1, n)) < share for _ in range(20)]
+    noise = np.mean([selection_noise({str(i): row for i, row in enumerate(rows)}, v) for v, *rows in made[:4]])
+    assert noise == pytest.approx(expected_largest_of_normals(k) * error, rel=0.1)
+    fresh = rng.binomial(n, share, (4000, k)).max(1) / n - share
+    assert noise == pytest.approx(fresh.mean(), rel=0.1)
+    # a true gain of a setting is no noise
+    better = {"a": np.ones(n, bool), **{str(i): row for i, row in enumerate(made[0][2:])}}
+    assert selection_noise(better, made[0][0]) < 1.2 * expected_largest_of_normals(k) * error
+
+
+def test_selection_noise_of_like_settings():
+    rng = np.random.default_rng(6)
+    vanilla = (rng.random(500) < 0.7).tolist()
+    assert selection_noise({str(i): vanilla for i in range(30)}, vanilla) == 0  # nothing to choose from
+    other = (rng.random(500) < 0.7).tolist()
+    assert selection_noise({str(i): other for i in range(30)}, vanilla) == pytest.approx(0, abs=2e-3)
+    unlike = {str(i): rng.random(500) < 0.7 for i in range(30)}
+    near = {str(i): np.where(rng.random(500) < 0.02, rng.random(500) < 0.7, vanilla) for i in range(30)}
+    assert 0 < selection_noise(near, vanilla) < 0.35 * selection_noise(unlike, vanilla)
+    assert selection_noise(near, vanilla) == selection_noise(near, vanilla)
+
+
+def test_the_document_shows_what_the_code_does():
+    text = (Path(__file__).parents[1] / "docs" / "statistics.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", text, re.S)
+    assert len(blocks) >= 8 and all(">>>" in block for block in blocks)
+    example = doctest.DocTestParser().get_doctest("\n".join(blocks), {}, "docs/statistics.md", None, 0)
+    said = []
+    failed, tried = doctest.DocTestRunner().run(example, out=said.append)
+    assert tried > 20 and not failed, "".join(said)

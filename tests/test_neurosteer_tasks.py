@@ -1,0 +1,309 @@
+"""NeuroSteer's own tasks: sampling, texts and prompts, measures, and the command end to end."""
+
+import json
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from fake_server import FakeServer
+
+import neurosteer_tasks
+from errors import AUSteerError
+from eval import behaviour_measures, sampling
+from eval.answer_file import AnswerFile
+from eval.behaviour_measures import Raters, measure, verdict
+from eval.behaviours import material
+from eval.paid_calls import Limits
+from eval.sampling import FrequencyPenalty, Sampling, sampled
+from eval.tasks.open_text import perplexity
+from plan import Plan
+from set_MFU import steer
+
+PROMPTS = ["he gave", "a much longer prompt than that one", "so", "the last one of the four"]
+SHORT = Sampling(new_tokens=6, samples=2)
+
+
+# sampling
+
+
+def test_frequency_penalty_is_the_plain_loop():
+    draw = torch.Generator().manual_seed(0)
+    scores = torch.randn(5, 11, generator=draw)
+    ids = torch.randint(0, 11, (5, 14), generator=draw)  # four of the prompt, ten new
+    wanted = scores.clone()
+    for row in range(5):
+        for token in ids[row, 4:].tolist():
+            wanted[row, token] -= 0.7
+    kept = scores.clone()
+    assert torch.allclose(FrequencyPenalty(0.7, 4)(ids, scores), wanted, atol=1e-6) and torch.equal(scores, kept)
+    assert torch.equal(FrequencyPenalty(0.7, 14)(ids, scores), scores)  # nothing new yet
+    for bad in (math.nan, math.inf):
+        scores[2, 3] = bad
+        with pytest.raises(AUSteerError, match="logits are inf or nan"):
+            FrequencyPenalty(0.7, 4)(ids, scores)
+
+
+@torch.no_grad()
+def greedy_with_penalty(model, tokenizer, prompt, steps, penalty):
+    ids, new = tokenizer(prompt)["input_ids"], []
+    for _ in range(steps):
+        logits = model(torch.tensor([ids + new])).logits[0, -1].clone()
+        for token in new:
+            logits[token] -= penalty
+        new.append(int(logits.argmax()))
+    return tokenizer.decode(new, skip_special_tokens=True)
+
+
+def test_sampling_is_generation_token_by_token(llama, tokenizer, monkeypatch):
+    """top_p near 0 leaves the likeliest token: then sampling is a loop of forwards, whatever the padding beside it."""
+    monkeypatch.setattr(llama.generation_config, "repetition_penalty", 5.0)  # a checkpoint's own is not taken
+    how = Sampling(new_tokens=6, samples=2, top_p=1e-6, frequency_penalty=3.0)
+    wanted = [greedy_with_penalty(llama, tokenizer, prompt, 6, 3.0) for prompt in PROMPTS]
+    assert sampled(llama, tokenizer, PROMPTS, how) == [[text, text] for text in wanted]
+    free = Sampling(new_tokens=6, samples=1, top_p=1e-6, frequency_penalty=0.0)
+    assert [row[0] for row in sampled(llama, tokenizer, PROMPTS, free)] != wanted
+
+
+def test_seeds(llama, tokenizer):
+    wide = {"new_tokens": 6, "samples": 3, "top_p": 1.0, "temperature": 1.5}
+    before = torch.get_rng_state()
+    rows = sampled(llama, tokenizer, PROMPTS, Sampling(**wide))
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.rand(7)
+    assert rows == sampled(llama, tokenizer, PROMPTS, Sampling(**wide))
+    assert rows != sampled(llama, tokenizer, PROMPTS, Sampling(**wide, seed=1))
+    assert all(len(row) == 3 for row in rows) and any(len(set(row)) > 1 for row in rows)
+
+
+def test_a_killed_run_goes_on_with_the_same_bytes(llama, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(sampling, "BATCH", 3)
+    whole = sampled(llama, tokenizer, PROMPTS, SHORT, AnswerFile(tmp_path / "whole.jsonl"))
+    real, batches = sampling._batch, []
+
+    def killed(*args):
+        batches.append(args)
+        if len(batches) == 2:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(sampling, "_batch", killed)
+    file = AnswerFile(tmp_path / "broken.jsonl")
+    with pytest.raises(KeyboardInterrupt):
+        sampled(llama, tokenizer, PROMPTS, SHORT, file)
+    lines = file.path.read_bytes().splitlines(keepends=True)
+    assert len(lines) == 3
+    file.path.write_bytes(b"".join(lines[:2]) + lines[2][:9])  # the last line is torn: its batch is drawn again
+    assert sampled(llama, tokenizer, PROMPTS, SHORT, file) == whole
+    assert len(batches) == 2 + 3 and file.path.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    sampled(llama, tokenizer, PROMPTS, SHORT, file)
+    assert len(batches) == 5
+
+
+def test_steered_prompts_are_those_of_each_row(llama, tokenizer):
+    """A shift of the prompt without its last two tokens, in a padded batch, is what each prompt gets alone."""
+    shift = torch.zeros(3, 48)
+    shift[0] = 2.0
+    how = Sampling(new_tokens=4, samples=1, top_p=1e-6)
+    with steer(llama, Plan({}, {"layer": shift}, "before-last-2")):
+        together = sampled(llama, tokenizer, PROMPTS, how)
+        alone = [sampled(llama, tokenizer, [prompt], how)[0] for prompt in PROMPTS]
+    assert together == alone != sampled(llama, tokenizer, PROMPTS, how)
+
+
+def test_what_cannot_be_sampled(llama, tokenizer):
+    for bad in ({"new_tokens": 0}, {"samples": 0}):
+        with pytest.raises(AUSteerError, match="at least one"):
+            Sampling(**bad)
+    with pytest.raises(AUSteerError, match="do not fit into the model's context"):
+        sampled(llama, tokenizer, PROMPTS, Sampling(new_tokens=255))
+    assert len(sampled(llama, tokenizer, ["x" * 900], SHORT)[0]) == 2  # cut from the left
+
+
+# texts and prompts
+
+
+def lines(path, rows):
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return path
+
+
+def texts(path, *labels):
+    return lines(path, [{"text": f"text {i} of label {label}", "label": label} for i, label in enumerate(labels)])
+
+
+@pytest.mark.parametrize(
+    ("task", "target", "source", "neither"),
+    [("sentiment", [3, 4], [0, 1], [2]), ("toxicity", [0, 0.0], [0.5, 1], [0.1, 0.49]),
+     ("politeness", [2], [0], [1]), ("stance", ["support"], ["oppose"], [])],
+)  # fmt: skip
+def test_labels_are_those_of_the_data_sets(tmp_path, task, target, source, neither):
+    path = texts(tmp_path / "t.jsonl", *(target * 3 + source * 3 + neither))
+    asked = lines(tmp_path / "p.jsonl", [{"prompt": "a"}, {"prompt": {"text": "b", "toxicity": 0.1}}])
+    found = material(task, path, asked, None, 100, 100)
+    assert found.prompts == ["a", "b"]
+    assert {text.split()[-1] for text in found.target} == {str(label) for label in target}
+    assert {text.split()[-1] for text in found.source} == {str(label) for label in source}
+    assert len(found.target) == len(found.source) == min(len(target), len(source)) * 3
+    assert len(material(task, path, asked, None, 2, 1).target) == 2
+
+
+def test_held_out_texts_are_prompts_and_nothing_else(tmp_path):
+    rows = [{"text": f"{i} " + "is a sentence of some length " * 4, "label": i % 3} for i in range(90)]
+    found = material("politeness", lines(tmp_path / "t.jsonl", rows * 2), None, None, 1000, 1000)
+    assert 10 < len(found.prompts) < 40 and all(len(prompt) <= 50 for prompt in found.prompts)
+    learned = {text.split()[0] for text in found.target + found.source}
+    assert learned.isdisjoint(prompt.split()[0] for prompt in found.prompts)
+    assert {int(prompt.split()[0]) % 3 for prompt in found.prompts} == {0, 1, 2}  # neutral ones too
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (["{"], r"line 1: not a JSON object"),
+        (["[1]"], r"line 1: not a JSON object"),
+        ([{"text": "a", "label": 2}, {"text": " ", "label": 2}], r'line 2: "text" must be a text that is not empty'),
+        ([{"label": 2}], r'"text" must be'),
+        ([{"text": "a"}], r'"label" is None; for politeness it is 0, 1 or 2'),
+        ([{"text": "a", "label": 3}], r'"label" is 3'),
+        ([{"text": "a", "label": True}], r'"label" is True'),
+        ([{"text": "a", "label": [1]}], r'"label" is \[1\]'),
+        ([{"text": "a", "label": 2}], r"0 impolite ones and 1 prompts: all three are needed"),
+    ],
+)
+def test_wrong_lines_of_texts(tmp_path, rows, message):
+    asked = lines(tmp_path / "p.jsonl", [{"prompt": "a"}])
+    with pytest.raises(AUSteerError, match=message):
+        material("politeness", lines(tmp_path / "t.jsonl", rows), asked, None, 10, 10)
+
+
+def test_wrong_prompts_and_missing_files(tmp_path):
+    good = texts(tmp_path / "t.jsonl", "support", "oppose")
+    for rows, message in (([{"prompt": 3}], 'line 1: "prompt" must be'), ([{"text": "a"}], '"prompt" must be'),
+                          ([{"prompt": {"text": ""}}], '"prompt" must be'), ([], "0 prompts")):  # fmt: skip
+        with pytest.raises(AUSteerError, match=message):
+            material("stance", good, lines(tmp_path / "p.jsonl", rows), None, 10, 10)
+    with pytest.raises(AUSteerError, match=r"cannot read .*none\.jsonl"):
+        material("stance", tmp_path / "none.jsonl", None, None, 10, 10)
+    with pytest.raises(AUSteerError, match="no known home on the hub: give --texts"):
+        material("stance", None, None, None, 10, 10)
+    with pytest.raises(AUSteerError, match="leave --texts and --prompts out"):
+        material("tone", good, None, None, 10, 10)
+
+
+# measures
+
+
+class Words:
+    """Scores a text by how it ends."""
+
+    name = "words"
+
+    def scores(self, given):
+        return [float(text.split()[-1]) if text else 0.0 for text in given]
+
+
+def raters(llama, tokenizer, **more):
+    return Raters(("tiny", llama, tokenizer), **more)
+
+
+ROWS = [["ends in 0.9", "ends in 0.1"], ["ends in 0.5", "ends in 0.2"], ["", "ends in 1.0"]]
+ASKED = ["one ", "two ", "three "]
+
+
+def test_every_sample_counts(llama, tokenizer):
+    found = measure("sentiment", ASKED, ROWS, raters(llama, tokenizer, classifier=Words()))
+    assert found["positive (words)"] == [0.5, 0.0, 0.5]  # strictly above 0.5
+    found = measure("toxicity", ASKED, ROWS, raters(llama, tokenizer, toxicity=Words()))
+    assert found["toxicity of the worst sample (words)"] == [0.9, 0.5, 1.0]
+    assert found["any sample toxic (words)"] == [1.0, 0.0, 1.0]
+    assert found["distinct-1"] == pytest.approx(7 / 15)
+    items = [SimpleNamespace(prompt=prompt) for prompt in ASKED for _ in range(2)]
+    flat = [text for row in ROWS for text in row]
+    assert found["perplexity (tiny)"] == pytest.approx(perplexity(llama, tokenizer, items, flat))
+    polite = measure("tone", ASKED, [["so lovely", "so vile"], ["warm", "bright"], ["", "x"]], raters(llama, tokenizer))
+    assert polite["polite (its words)"] == [0.5, 1.0, 0.0]
+
+
+def test_verdicts_are_one_word():
+    options = ("polite", "impolite", "neither")
+    assert [verdict(text, options) for text in ("polite", " Polite.\n", "**impolite**", "[[neither]]")] == [
+        "polite", "polite", "impolite", "neither",
+    ]  # fmt: skip
+    assert [verdict(text, options) for text in ("not polite", "", None, "rude")] == [None] * 4
+
+
+def test_the_judge_sees_every_sample(llama, tokenizer, tmp_path, monkeypatch):
+    def reply(body):
+        shown = body["messages"][1]["content"]
+        word = "support" if "yes" in shown else "no idea" if "odd" in shown else "oppose"
+        message = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": word}}
+        return {"id": "x", "object": "chat.completion", "created": 0, "model": "m", "choices": [message]}
+
+    rows = [["yes", "no"], ["odd", "yes"], ["", "no"]]
+    made = raters(llama, tokenizer, judge="m", cache=tmp_path / "c.jsonl", limits=Limits(2, 1000, first_wait=0.01))
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    assert measure("stance", ASKED, rows, made)["support (m)"] == "no key: set OPENAI_API_KEY"
+    none = measure("politeness", ASKED, rows, raters(llama, tokenizer))
+    assert none["polite (judge)"] == "no judge: give --judge MODEL"
+    with FakeServer(reply, lambda body: body["messages"][1]["content"]) as server:
+        monkeypatch.setenv("OPENAI_API_KEY", "a-word")
+        monkeypatch.setenv("OPENAI_BASE_URL", f"{server.url}/v1")
+        found = measure("stance", ASKED, rows, made)
+        assert found["support (m)"] == [0.5, 0.5, 0.0] and found["no verdict"] == [0.0, 0.5, 0.0]
+        assert sum(server.seen.values()) == 5 and "support, oppose, neither" in str(server.bodies[0])
+        assert measure("stance", ASKED, rows, made) == found and sum(server.seen.values()) == 5  # kept
+
+
+# the command
+
+
+def test_tone_end_to_end(tmp_path, capsys, monkeypatch):
+    command = ["--n-prompts", "24", "--n-texts", "60", "--results", str(tmp_path), "--device", "cpu"]
+    neurosteer_tasks.main(command)
+    first = capsys.readouterr().out
+    (record,) = [json.loads(path.read_text()) for path in (tmp_path / "neurosteer").glob("*.json")]
+    before, after = (record[name]["polite (its words)"] for name in ("unsteered", "steered"))
+    assert sum(after) > sum(before) + 3 and record["tokens"] == "all" and record["touched"] > 0
+    assert record["texts"] == 60 and len(before) == record["prompts"] == 24
+    assert "| polite (its words) | 0." in first and "NeuroSteer, tone, towards polite: embedded" in first
+    kept = {path.name: path.read_bytes() for path in (tmp_path / "neurosteer").glob("*.jsonl")}
+    assert len(kept) == 2 and all(text.count(b"\n") == 48 for text in kept.values())
+
+    def never(*args):
+        raise AssertionError("sampled again")
+
+    monkeypatch.setattr(sampling, "_batch", never)
+    neurosteer_tasks.main(command)
+    assert capsys.readouterr().out == first
+    (tmp_path / "neurosteer" / f"{record['id']}.json").unlink()  # only scored anew
+    neurosteer_tasks.main(command)
+    assert capsys.readouterr().out == first
+    monkeypatch.undo()
+    neurosteer_tasks.main([*command, "--reverse"])
+    records = [json.loads(path.read_text()) for path in (tmp_path / "neurosteer").glob("*.json")]
+    (rude,) = [record for record in records if record["reverse"]]
+    assert rude["unsteered"] == record["unsteered"] and len(list((tmp_path / "neurosteer").glob("*.jsonl"))) == 3
+    assert sum(rude["steered"]["polite (its words)"]) < sum(before)
+    assert "towards rude" in capsys.readouterr().out
+
+
+def test_another_task_on_a_tiny_model(tmp_path, checkpoints, capsys, monkeypatch):
+    from test_sae_methods import random_sae
+
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    random_sae().save(tmp_path / "sae.safetensors")
+    path = texts(tmp_path / "t.jsonl", *["support", "oppose"] * 20)
+    neurosteer_tasks.main(["--task", "stance", "--model", str(checkpoints["llama"]), "--sae", str(tmp_path / "sae.safetensors"),
+                           "--texts", str(path), "--k", "5", "--new-tokens", "4", "--judge", "m", "--device", "cpu",
+                           "--results", str(tmp_path), "--mode", "last2"])  # fmt: skip
+    said = capsys.readouterr().out
+    assert "| support (m) | - | - | no key: set OPENAI_API_KEY |" in said and "steered tokens: before-last-2" in said
+    assert "| distinct-2 | " in said and "5 neurons from 1" in said
+
+
+def test_tasks_and_models_that_do_not_fit(tmp_path):
+    for command in (["--task", "stance"], ["--model", "x"]):
+        with pytest.raises(AUSteerError, match="tone is the embedded model's task"):
+            neurosteer_tasks.main([*command, "--results", str(tmp_path)])
+    assert behaviour_measures.JUDGED == ("politeness", "stance")
