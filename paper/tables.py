@@ -107,6 +107,7 @@ def _accuracy(
         detail += f"; {record['site']}, {chosen or 'nothing beat vanilla'}"
         if record["search"] == "test":
             detail += "; chosen on test"
+    detail += "".join(f"; {key} {value:.3g}" for key, value in record["extras"].items() if key.startswith("perplexity"))
     return Value(f"{shares[0]:.1f}", detail, number=shares[0], hits=hits)
 
 

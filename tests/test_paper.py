@@ -93,7 +93,7 @@ def made_up(folder: Path, outcomes: dict[tuple[str, str], list[list[bool]]], **m
             id = f"{row}-{column}-{draw}"
             record = {
                 "id": id, "method": row, "site": None if row == "vanilla" else "ffn", "n": len(hits), "right": sum(hits),
-                "outcomes": records.pack(hits), "settings": {"k": 4, "alpha": 2.0}, "search": "grid", "device": "cpu",
+                "outcomes": records.pack(hits), "settings": {"k": 4, "alpha": 2.0}, "search": "grid", "device": "cpu", "extras": {},
                 "grid_scores": {"4,2": sum(hits) / len(hits)}, "chosen": "4,2", "environment": {"torch": "2"},
             }  # fmt: skip
             (folder / "records").mkdir(parents=True, exist_ok=True)

@@ -10,6 +10,7 @@ from embedded.tasks import Item
 from errors import AUSteerError
 from eval.answering import Question, answers
 from eval.tasks.base import Columns, Task
+from eval.tasks.open_text import perplexity
 from pairs import Pair
 
 PAIRS, VALIDATION, TEST = 500, 200, 2000
@@ -33,6 +34,12 @@ class EmbeddedTask(Task):
             return {"accuracy": [small_world.is_polite(answer.text) for answer in answers]}
         pairs = zip(answers, items, strict=True)
         return {"accuracy": [answer.text.strip() == item.right for answer, item in pairs]}
+
+    def extras(self, model, tokenizer, items: Sequence[Item], answers) -> dict[str, float]:
+        """Of replies, their perplexity: a reply can be polite and no reply at all."""
+        if self.name != "tone":
+            return {}
+        return {"perplexity of replies": perplexity(model, tokenizer, items, [answer.text for answer in answers])}
 
     def prompted(self, items: Sequence[Item]) -> list[Item]:
         """The same items behind the instruction that asks for the behaviour: the prompt-only control."""

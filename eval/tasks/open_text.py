@@ -25,6 +25,7 @@ from pair_texts import PairTexts, input_device
 from pairs import Pair
 
 VALIDATION = 200
+LOGITS = 2**25  # numbers at once
 PAPER_FILTER = (0.1, 0.8)  # of pairs: a prompt scored below, a continuation above
 
 
@@ -125,15 +126,24 @@ def distinct(texts: Sequence[str], n: int) -> float:
 @torch.inference_mode()
 def perplexity(model, tokenizer, items: Sequence[Item], texts: Sequence[str]) -> float:
     """Of the answers behind their prompts, token-weighted, to the model as it is: unsteered, it is the judge."""
-    loss, count = 0.0, 0
-    for item, text in zip(items, texts, strict=True):
-        before = len(tokenizer(item.prompt)["input_ids"])
-        ids = torch.tensor([tokenizer(item.prompt + text)["input_ids"]], device=input_device(model))
-        if ids.shape[1] > before:
-            logits = model(ids, use_cache=False, logits_to_keep=ids.shape[1] - before + 1).logits[0, :-1]
-            wanted = ids[0, before:, None].to(logits.device)
-            loss -= float(logits.float().log_softmax(-1).gather(1, wanted).sum())
-            count += ids.shape[1] - before
+    begins = [len(tokenizer(item.prompt)["input_ids"]) for item in items]
+    whole = [tokenizer(item.prompt + text)["input_ids"] for item, text in zip(items, texts, strict=True)]
+    order = sorted((i for i in range(len(whole)) if len(whole[i]) > begins[i]), key=lambda i: len(whole[i]))
+    loss = 0.0
+    while order:
+        length = len(whole[order[-1]])
+        rows = max(1, LOGITS // (length * model.config.vocab_size))
+        now, order = order[-rows:], order[:-rows]
+        ids = torch.zeros(len(now), length, dtype=torch.long)
+        own = torch.zeros(len(now), length, dtype=torch.bool)  # the answer's tokens; padding is behind and seen by none
+        for row, i in enumerate(now):
+            ids[row, : len(whole[i])] = torch.tensor(whole[i])
+            own[row, begins[i] : len(whole[i])] = True
+        ids = ids.to(input_device(model))
+        logits = model(ids, use_cache=False).logits[:, :-1]
+        wanted, asked = ids[:, 1:].to(logits.device), own[:, 1:].to(logits.device)
+        loss -= float(logits[asked].float().log_softmax(-1).gather(1, wanted[asked][:, None]).double().sum())
+    count = sum(max(0, len(text) - begin) for text, begin in zip(whole, begins, strict=True))
     return math.exp(loss / count) if count else math.nan
 
 
