@@ -156,6 +156,13 @@ def _model(*how) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     return _LOADED[how]
 
 
+def forget() -> None:
+    """Everything that was loaded."""
+    _LOADED.clear()
+    _task.cache_clear()
+    _prepared_once.cache_clear()
+
+
 _LOADED: dict[tuple, tuple[PreTrainedModel, PreTrainedTokenizerBase]] = {}
 
 
@@ -307,7 +314,8 @@ def _steered(cell: Cell, vanilla: dict) -> tuple[dict, Columns, dict[str, float]
     _, _, task = load(cell.setting)
     method = _method(cell.setting, cell.method)
     prepared, seconds = _prepared(cell.setting, cell.method, cell.site)
-    grid, result = _grid(cell), {"cost": {"prepare_s": seconds}, "n_pairs": len(task.pairs)}
+    grid = _grid(cell)
+    result: dict = {"cost": {"prepare_s": seconds}, "n_pairs": len(task.pairs), "grid_scores": {}, "asked": 0}
     if len(grid) == 1:
         chosen = grid[0]
     else:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -151,6 +152,10 @@ def _settings(args: argparse.Namespace) -> list[Setting]:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise AUSteerError(f"--{name} must be at least 1, not {value}")
+    if any(k < 1 for k in args.k):
+        raise AUSteerError(f"--k must be whole numbers of at least 1, not {min(args.k)}")
+    if not all(map(math.isfinite, args.alpha)):
+        raise AUSteerError("--alpha must be finite numbers")
     if args.model == EMBEDDED and args.pairs:
         raise AUSteerError("--pairs needs --model: the embedded models have tasks of their own")
     if args.model == EMBEDDED and args.data_name not in ("all", *TASKS):

@@ -29,9 +29,9 @@ QUICK = ["--limit", "60", "--draws", "2", "--jobs", "1", "--k", "16", "--alpha",
 
 @pytest.fixture(autouse=True)
 def fresh_cells():
-    cells.load.cache_clear()
+    cells.forget()
     yield
-    cells.load.cache_clear()
+    cells.forget()
 
 
 def rows_of(folder):
@@ -62,7 +62,7 @@ def test_the_comparison_and_its_resumption(tmp_path, capsys, monkeypatch):
     assert by_method["prompt-only"]["right"] >= 54
 
     monkeypatch.setattr(cells, "_steered", None)  # a finished cell must not be computed again
-    cells.load.cache_clear()
+    cells.forget()
     main.main(command)
     assert capsys.readouterr().out.split("| vanilla |")[1] == shown.split("| vanilla |")[1]
     monkeypatch.undo()
@@ -113,7 +113,7 @@ def test_outcomes_pack_and_unpack():
 def test_the_verdict_says_when_controls_are_not_beaten():
     def row(method, right, draw=0):
         return {"method": method, "site": "ffn", "right": right, "n": 100, "draw": draw, "p": 0.001, "measure": "accuracy",
-                "test_split": "test", "gained": 0, "lost": 0}  # fmt: skip
+                "test_split": "test", "gained": 0, "lost": 0, "options": {}}  # fmt: skip
 
     rows = [
         {**row("vanilla", 50), "site": None},
@@ -226,11 +226,11 @@ def test_happy_against_sad_on_a_model_trained_by_others(tmp_path):
         (["--limit", "0"], "--limit must be at least 1"),
         (
             ["--data_name", "svamp", "--limit", "10", "--k", "0", "--alpha", "1", "--jobs", "1"],
-            "k must be a whole number from 1 to 512",
+            "--k must be whole numbers of at least 1",
         ),
         (
             ["--data_name", "svamp", "--limit", "10", "--k", "5", "--alpha", "nan", "--jobs", "1"],
-            "alpha must be a finite",
+            "--alpha must be finite",
         ),
         (["--model", "nowhere", "--pairs", "none.jsonl"], "no such file"),
     ],
@@ -239,6 +239,26 @@ def test_wrong_inputs(tmp_path, command, message):
     with pytest.raises(AUSteerError, match=message):
         main.main([*command, "--results", str(tmp_path), "--device", "cpu"])
     assert not list(tmp_path.glob("*.md"))
+
+
+def test_a_k_beyond_the_model_fails_its_cells_and_says_so(tmp_path, capsys):
+    few = [
+        "--data_name",
+        "svamp",
+        "--limit",
+        "10",
+        "--k",
+        "9999",
+        "--alpha",
+        "1",
+        "--jobs",
+        "1",
+        "--method",
+        "published",
+    ]
+    assert main.main([*few, "--applied_module", "ffn", "--results", str(tmp_path), "--device", "cpu"]) == 1
+    assert "FAILED svamp ffn published: k must be a whole number from 1 to 512" in capsys.readouterr().err
+    assert "| vanilla |" in (tmp_path / "embedded-svamp.md").read_text()
 
 
 def test_too_few_pairs(checkpoints, tmp_path):

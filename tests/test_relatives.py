@@ -383,11 +383,9 @@ def test_nothing_is_left_on_the_model(evidence, llama):
 def registered(monkeypatch):
     for method in OURS:
         monkeypatch.setitem(METHODS, method.name, method)
-    cells.load.cache_clear()
-    cells._prepared.cache_clear()
+    cells.forget()
     yield
-    cells.load.cache_clear()
-    cells._prepared.cache_clear()
+    cells.forget()
 
 
 def test_on_an_embedded_task(tmp_path, registered, monkeypatch):

@@ -513,13 +513,13 @@ def test_perplexity_equals_loops(checkpoints, llama):
 @pytest.fixture
 def small_grid(monkeypatch):
     """A few pairs and settings, so that nothing takes long."""
-    cells.load.cache_clear()
+    cells.forget()
     monkeypatch.setattr("eval.tasks.embedded.PAIRS", 100)
     monkeypatch.setattr(restore_lcc, "SHARES", (0.25,))
     monkeypatch.setattr(restore_lcc, "RATES", {"embedded": (1e-2, 3e-2), "real": (1e-2,)})
     monkeypatch.setattr(restore_lcc, "ALPHAS", {"embedded": (1.0, 2.0), "real": (1.0,)})
     yield
-    cells.load.cache_clear()
+    cells.forget()
 
 
 def test_the_command_on_an_embedded_task(tmp_path, capsys, monkeypatch, small_grid):

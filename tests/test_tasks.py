@@ -292,7 +292,7 @@ def workplace(checkpoints, tmp_path):
         if file.name == "config.json":
             text = json.dumps({**json.loads(text), "max_position_embeddings": 512}).encode()
         (folder / "model" / file.name).write_bytes(text)
-    cells.load.cache_clear()
+    cells.forget()
     return folder
 
 
@@ -312,7 +312,7 @@ def test_end_to_end_and_resumed(data, workplace, capsys, monkeypatch):
         assert row["measures"]["exact match"]["n"] == 12 and row["wording"].startswith("this project")
     files = sorted((workplace / "answers").rglob("*.jsonl"))
     kept = {file: file.read_bytes() for file in files}
-    for name in ("test", "validation", "validation-k4-alpha1"):
+    for name in ("test", "validation", "validation-k4-alpha1-0-12"):
         assert any(file.stem.endswith(f"-{name}") for file in files), name
 
     # broken off in the middle of everything: a record gone, an answer file torn
