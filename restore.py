@@ -33,7 +33,7 @@ from cells import EMBEDDED, Setting, load
 from embedded.tasks import TASKS
 from errors import AUSteerError, run_command
 from eval import records
-from eval.search import key_of, search
+from eval.search import full_grid, key_of
 from eval.statistics import mcnemar, summary
 from eval.tasks.base import Task
 from eval.tasks.registry import PAPER_TASKS
@@ -149,24 +149,23 @@ def _rows(setting: Setting, pruned: PreTrainedModel, components: str, draws: int
     return rows
 
 
-def _searched(method: RestoreLCC, prepared: Prepared, draw: int, kind: str, task: Task, tokenizer, floor: float):
+def _searched(method: RestoreLCC, prepared: Prepared, draw: int, kind: str, task: Task, tokenizer, floor: list[float]):
     plans: dict[str, Plan] = {}
 
-    def validated(settings: Settings) -> float:
+    def ask(settings: Settings, start: int, stop: int) -> list[float]:
         plan = plans[key_of(settings)] = method.plan(prepared, settings, draw)
-        return _validated(task, prepared.model, tokenizer, plan)
+        return _validated(task, prepared.model, tokenizer, plan)[start:stop]
 
-    chosen, scores = search(validated, floor, method.grid(kind))
-    return chosen, scores, chosen and plans[key_of(chosen)]
+    found = full_grid(ask, floor, method.grid(kind))
+    return found.chosen, found.scores, found.chosen and plans[key_of(found.chosen)]
 
 
 def _validated(
     task: Task, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, plan: Plan | None = None
-) -> float:
+) -> list[float]:
     with steer(model, plan) if plan is not None else nullcontext():
         columns = task.columns(task.validation, task.answers(model, tokenizer, task.validation))
-    values = next(iter(columns.values()))
-    return sum(values) / len(values)
+    return next(iter(columns.values()))
 
 
 @torch.inference_mode()

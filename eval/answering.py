@@ -9,7 +9,7 @@ computes the very numbers of an unbroken one.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -46,15 +46,20 @@ def answers(
     batch_size: int | None = None,
     file: AnswerFile | None = None,
     progress: str | None = None,
+    rows: Callable[[list[int]], object] | None = None,
 ) -> list[Answer]:
-    """The answer to each prompt. batch_size=1 is the authors' way; `file` keeps what was answered before."""
+    """The answer to each prompt. batch_size=1 is the authors' way; `file` keeps what was answered before.
+
+    rows: told, whenever they change, which prompts the rows of a batch are, so that each may be steered by its own.
+    """
     found = {} if file is None else file.read(prompts)
     ids = _encode(tokenizer, prompts, _longest_prompt(model, question))
-    beginning = _Beginning(model, ids[0][: _shared(ids, question, model)] if batch_size != 1 else [])
+    alone = batch_size == 1 or rows is not None  # what rows share by their words may still be steered differently
+    beginning = _Beginning(model, [] if alone else ids[0][: _shared(ids, question, model)])
     todo = [batch for batch in _batches(ids, question, model, batch_size) if not all(i in found for i in batch)]
     with tqdm(total=len(prompts), initial=len(prompts) - sum(map(len, todo)), desc=progress, unit=" samples",
               disable=progress is None, smoothing=0.1) as bar:  # fmt: skip
-        for batch, new in _answered(model, tokenizer, ids, todo, question, beginning, bar):
+        for batch, new in _answered(model, tokenizer, ids, todo, question, beginning, bar, rows):
             fresh = {index: answer for index, answer in zip(batch, new, strict=True) if index not in found}
             found.update(fresh)
             if file is not None:
@@ -143,13 +148,13 @@ def _batches(
     return made
 
 
-def _answered(model, tokenizer, ids, todo, question, beginning, bar) -> Iterable[tuple[list[int], list[Answer]]]:
+def _answered(model, tokenizer, ids, todo, question, beginning, bar, rows) -> Iterable[tuple[list[int], list[Answer]]]:
     """Each batch with its answers; a batch too large for the memory is halved, and all that follow."""
     queue = todo[::-1]
     while queue:
         batch = queue.pop()
         try:
-            done = _batch(model, tokenizer, [ids[i] for i in batch], question, beginning)
+            done = _batch(model, tokenizer, ids, batch, question, beginning, rows)
         except torch.OutOfMemoryError as error:
             if len(batch) == 1:
                 raise AUSteerError("out of memory with a single prompt; use 4-bit, or a larger GPU") from error
@@ -240,19 +245,23 @@ class _Decoding:
 def _batch(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[Sequence[int]],
+    ids: Sequence[Sequence[int]],
+    batch: list[int],
     question: Question,
     beginning: _Beginning,
+    rows: Callable[[list[int]], object] | None,
 ) -> list[Answer]:
     """Prompts together, then token by token; a row whose answer has ended leaves the batch."""
-    run = _Decoding(model, rows, question.new_tokens, beginning)
-    options = [()] * len(rows)
+    if rows is not None:
+        rows(batch)
+    run = _Decoding(model, [ids[index] for index in batch], question.new_tokens, beginning)
+    options = [()] * len(batch)
     logits = run.step()
     if question.options:
         logp = logits.float().log_softmax(-1).cpu()
         options = [tuple(float(row[list(own)].max()) for own in question.options) for row in logp]
-    texts = [""] * len(rows)
-    running, new = list(range(len(rows))), run.tokens
+    texts = [""] * len(batch)
+    running, new = list(range(len(batch))), run.tokens
     while True:
         last = new.shape[1] == question.new_tokens
         if last or new.shape[1] % CHECK_EVERY == 0:
@@ -266,6 +275,8 @@ def _batch(
             if len(going) < len(running):
                 running, new = [running[place] for place in going], new[going]
                 run.keep(going)
+                if rows is not None:
+                    rows([batch[place] for place in running])
         run.step()
         new = torch.cat([new, run.tokens], 1)
 

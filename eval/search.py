@@ -22,7 +22,7 @@ Ask = Callable[[Settings, int, int], Sequence[float]]
 
 SAMPLE = 100
 RACE_COST = 4  # a race may cost one part in so many of the full grid
-CONFIDENCE = 0.95  # that a setting is worse than the best, before it leaves ahead of its round's end
+CONFIDENCE = 0.95  # of the tests by which a setting leaves a race, or ends it
 
 
 @dataclass(frozen=True)
@@ -59,12 +59,15 @@ def racing(ask: Ask, vanilla: Sequence[float], grid: Sequence[Settings]) -> Foun
 
     What is left of the budget is shared out evenly over the rounds to come. A round asks every setting in the race
     on the next items; then those leave that are worse than the best so far, be it doing nothing, and of the rest the
-    worse half. The last two stay, and one alone is measured against doing nothing, until items or budget end.
+    worse half. The last two stay until one is worse, and one alone until it is better than doing nothing, or until
+    items or budget end.
     """
     n, budget = len(vanilla), len(grid) * len(vanilla) // RACE_COST
     outcomes: list[list[float]] = [[] for _ in grid]
     racers, stop, asked = list(range(len(grid))), 0, 0
     while racers and stop < n:
+        if len(racers) == 1 and worse(vanilla[:stop], outcomes[racers[0]]):
+            break
         rounds = max(1, (len(racers) - 1).bit_length())  # halvings until one is left
         more = min(n - stop, (budget - asked) // (rounds * len(racers)))
         if not more and len(racers) <= 2:
@@ -80,7 +83,8 @@ def _staying(race: Sequence[tuple[int, Sequence[float]]], vanilla: Sequence[floa
     half = max(2, (len(race) + 1) // 2)
     best = max((vanilla, *(values for _, values in race)), key=sum)
     alive = [(racer, values) for racer, values in race if not worse(values, best)]
-    ahead = sorted(alive, key=lambda one: (-sum(one[1]), one[0]))[:half]
+    # of equal ones the stronger stays: on few items, what touches little is equal to doing nothing
+    ahead = sorted(alive, key=lambda one: (sum(one[1]), one[0]), reverse=True)[:half]
     return sorted(racer for racer, _ in ahead)
 
 

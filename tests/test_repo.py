@@ -35,6 +35,7 @@ ALLOWED = {  # module -> what of this project it may import: data flows one way
     "embedded": {"baselines", "embedded", "errors", "ranks"},
     "eval": {"embedded", "encoding", "errors", "eval", "pair_texts", "pairs", "ranks", "rmodels"},  # no method, no plan
     "neurosteer_tasks": {"baselines", "embedded", "errors", "eval", "pairs", "plan", "ranks", "rmodels", "set_MFU"},
+    "grid_batches": {"eval", "plan", "set_MFU"},
     "restore": {
         "baselines",
         "cells",

@@ -35,6 +35,7 @@ from baselines.restore_lcc import (
 )
 from errors import AUSteerError
 from eval import records
+from eval.search import Found
 from pairs import Pair
 from plan import Plan
 from ranks import fingerprint
@@ -550,7 +551,7 @@ def test_the_command_on_an_embedded_task(tmp_path, capsys, monkeypatch, small_gr
 
 
 def test_nothing_is_done_where_nothing_beats_the_pruned_model(tmp_path, monkeypatch, small_grid):
-    monkeypatch.setattr(restore, "search", lambda score, floor, grid: (None, {}))
+    monkeypatch.setattr(restore, "full_grid", lambda ask, floor, grid: Found(None, {}, {}, 0, len(floor)))
     setting = cells.Setting("embedded", "copa", device="cpu", limit=20)
     record = restore.restore(setting, "magnitude", "0.5", "paper", 1, tmp_path)
     pruned, *others = [row for row in record["rows"] if row["label"] != "dense"]

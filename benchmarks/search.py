@@ -1,0 +1,194 @@
+"""Searches of settings against each other, and plans in one batch against plans one at a time.
+
+    python benchmarks/search.py [--only searches|batches] [--out benchmarks/results/search-cpu.json]
+
+searches: on the embedded models, every search live on 200 validation items (item-runs, seconds) and what it chose on
+1000 test items, with 95 % intervals. Behind it "resampled": 200 times, 200 of those test items stand for validation,
+and how often the choice of each search has its true accuracy (on all 1000) inside the interval around the validation
+score of the full grid's choice, or above it; "regret" is the mean accuracy lost against the full grid.
+batches: seconds of one plan at a time over seconds of all plans in one batch (above 1, the batch is faster), on embedded
+models and on the random Llama of core.py (hidden 512, 8 layers) with prompts of about 24 tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from answering import Tokens
+from core import VOCABULARY, build
+from transformers.utils import logging as transformers_logging
+
+import rmodels
+from baselines.austeer import AUSteer
+from baselines.registry import METHODS
+from embedded import gate
+from errors import run_command
+from eval.answering import Question
+from eval.search import SEARCHES, key_of, shuffled
+from eval.statistics import wilson
+from eval.tasks.embedded import EmbeddedTask
+from grid_batches import one_by_one, together
+from ranks import AURanks
+from set_MFU import steer
+
+TASKS, SITES, NAMES = ("copa", "svamp", "tone"), ("attention", "ffn"), ("causal", "published")
+COMPARED = ("grid", "sample", "racing")
+TEST, DRAWS, SAMPLES = 1000, 200, (8, 25, 100, 200)
+RANKS = Path(__file__).parents[1] / "AU_ranks" / "embedded"
+
+
+class Bench:
+    """One task with its model, and outcomes of items under a plan."""
+
+    def __init__(self, name: str):
+        folder = str(gate.WEIGHTS / name)
+        self.task = EmbeddedTask(name)
+        self.model, self.tokenizer = rmodels.load(folder, device="cpu"), rmodels.load_tokenizer(folder)
+        order = shuffled(len(self.task.validation))
+        self.validation, self.test = [self.task.validation[i] for i in order], self.task.test[:TEST]
+
+    def outcomes(self, items, plan=None) -> list[bool]:
+        if plan is None:
+            answers = self.task.answers(self.model, self.tokenizer, items)
+        else:
+            with steer(self.model, plan):
+                answers = self.task.answers(self.model, self.tokenizer, items)
+        return self.task.columns(items, answers)["accuracy"]
+
+
+def searched(bench: Bench, site: str, name: str) -> dict:
+    method: AUSteer = METHODS[name]
+    ranks = AURanks.load(RANKS / bench.task.name / method.momentum / f"{site}.safetensors")
+    grid = method.grid("embedded")
+    plans = {key_of(settings): method.plan(ranks, settings) for settings in grid}
+    vanilla = bench.outcomes(bench.validation)
+    tested = np.array([bench.outcomes(bench.test), *(bench.outcomes(bench.test, plan) for plan in plans.values())])
+
+    def ask(settings, start, stop):
+        return bench.outcomes(bench.validation[start:stop], plans[key_of(settings)])
+
+    rows = {}
+    for search in COMPARED:
+        start = time.perf_counter()
+        found = SEARCHES[search](ask, vanilla, grid)
+        seconds = time.perf_counter() - start
+        chosen = None if found.chosen is None else key_of(found.chosen)
+        right = int(tested[_row(found.chosen, grid)].sum())
+        rows[search] = {
+            "chosen": chosen,
+            "validation": None if chosen is None else round(found.scores[chosen], 4),
+            "validated_on": found.n if chosen is None else len(found.outcomes[chosen]),
+            "test": right / TEST,
+            "interval": [round(end, 4) for end in wilson(right, TEST)],
+            "item_runs": found.asked,
+            "seconds": round(seconds, 2),
+        }
+    return {"vanilla_test": float(tested[0].mean()), "searches": rows, "resampled": resampled(tested, grid)}
+
+
+def resampled(tested: np.ndarray, grid: list[dict]) -> dict:
+    rng, true = np.random.default_rng(0), tested.mean(1)
+    tally = {search: {"inside": 0, "regret": 0.0, "item_runs": 0} for search in COMPARED}
+    for _ in range(DRAWS):
+        drawn = tested[:, rng.choice(TEST, 200, replace=False)].tolist()
+
+        def ask(settings, start, stop, drawn=drawn):
+            return drawn[_row(settings, grid)][start:stop]
+
+        found = {search: SEARCHES[search](ask, drawn[0], grid) for search in COMPARED}
+        row = _row(found["grid"].chosen, grid)
+        low, _ = wilson(sum(drawn[row]), 200)
+        for search, tallied in tally.items():
+            reached = true[_row(found[search].chosen, grid)]
+            tallied["inside"] += bool(reached >= low) / DRAWS
+            tallied["regret"] += float(true[row] - reached) / DRAWS
+            tallied["item_runs"] += found[search].asked / DRAWS
+    return {search: {key: round(value, 4) for key, value in tallied.items()} for search, tallied in tally.items()}
+
+
+def _row(settings: dict | None, grid: list[dict]) -> int:
+    return 0 if settings is None else 1 + grid.index(settings)
+
+
+def searches() -> dict:
+    found = {}
+    for name in TASKS:
+        bench = Bench(name)
+        for site in SITES:
+            for method in NAMES:
+                key = f"{name} {site} {method}"
+                found[key] = searched(bench, site, method)
+                for search, row in found[key]["searches"].items():
+                    low, high = row["interval"]
+                    print(f"{key:<26} {search:<7} {row['chosen'] or 'nothing':<7} test {row['test']:.3f} [{low:.3f}, {high:.3f}] "
+                          f"{row['item_runs']:>5} item-runs {row['seconds']:>6.1f} s; resampled inside "
+                          f"{found[key]['resampled'][search]['inside']:.2f}")  # fmt: skip
+    return found
+
+
+def batches() -> dict:
+    found = {}
+    for name, new_tokens in (("copa", 1), ("tone", 8)):
+        bench = Bench(name)
+        ranks = AURanks.load(RANKS / name / "causal" / "attention.safetensors")
+        prompts = [item.prompt for item in bench.validation]
+        label = f"embedded {name}, {new_tokens} new"
+        found[label] = ratios(label, bench.model, bench.tokenizer, prompts, new_tokens, ranks)
+    model = build()
+    model.generation_config.eos_token_id = None  # random weights: no answer ends by itself
+    generator = torch.Generator().manual_seed(1)
+    lengths = torch.randint(20, 29, (max(SAMPLES),), generator=generator).tolist()
+    prompts = [tuple(torch.randint(3, VOCABULARY, (length,), generator=generator).tolist()) for length in lengths]
+    score = torch.randn(8, 512, generator=generator)
+    ranks = AURanks("attention", score, score.sign() / 10)
+    for new_tokens in (1, 8):
+        label = f"Llama 512 x 8, {new_tokens} new"
+        found[label] = ratios(label, model, Tokens(), prompts, new_tokens, ranks)
+    return found
+
+
+def ratios(label: str, model, tokenizer, prompts, new_tokens: int, ranks: AURanks) -> dict[int, float]:
+    method = METHODS["causal"]
+    plans = [method.plan(ranks, settings) for settings in method.grid("embedded")]
+    question, found = Question(new_tokens), {}
+    for count in SAMPLES:
+        seconds = {one_by_one: 0.0, together: 0.0}
+        told = {}
+        repeats = max(1, SAMPLES[-1] // count // 4)
+        for _ in range(repeats):  # in turn, so that they meet the same machine
+            for way in seconds:
+                start = time.perf_counter()
+                told[way] = way(model, tokenizer, prompts[:count], question, plans)
+                seconds[way] += time.perf_counter() - start
+        assert [[answer.text for answer in row] for row in told[one_by_one]] == [
+            [answer.text for answer in row] for row in told[together]
+        ]
+        found[count] = round(seconds[one_by_one] / seconds[together], 2)
+        print(f"{label:<26} {count:>4} prompts x {len(plans)} plans: one batch is {found[count]:.2f} times as fast")
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=("searches", "batches"))
+    parser.add_argument("--out", type=Path, help="also write the figures here, as JSON; a part not run is kept")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    transformers_logging.disable_progress_bar()
+    figures = json.loads(args.out.read_text()) if args.out and args.out.exists() else {}
+    figures |= {"machine": platform.machine(), "torch": torch.__version__, "threads": 1}
+    for name, part in (("searches", searches), ("batches", batches)):
+        if args.only in (None, name):
+            figures[name] = part()
+            if args.out:
+                args.out.write_text(json.dumps(figures, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    run_command(main)

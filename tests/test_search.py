@@ -1,0 +1,128 @@
+"""Searches on validation: what they choose, what they cost, and plans in one batch against plans one at a time."""
+
+import numpy as np
+import pytest
+import torch
+
+from eval.answering import Question, answers
+from eval.search import SEARCHES, full_grid, key_of, racing, sample, shuffled, worse
+from eval.statistics import wilson
+from grid_batches import together
+from plan import TOKENS, Plan
+from rmodels import gates
+from set_MFU import steer
+
+GRID = [{"k": k, "alpha": alpha} for k in (4, 16, 32) for alpha in (0.5, 1.0, 2.0, 4.0, 8.0)]
+CASES = {  # of doing nothing and of every setting, the chance to be right; the grid of a real method has such regions
+    "one good region": (0.6, [0.61, 0.62, 0.66, 0.74, 0.70, 0.62, 0.65, 0.76, 0.80, 0.45, 0.63, 0.70, 0.72, 0.5, 0.3]),
+    "good at the end": (0.6, [0.6] * 12 + [0.62, 0.68, 0.75]),
+    "no difference": (0.6, [0.6] * 15),
+    "all harmful": (0.8, [0.79, 0.75, 0.7, 0.6, 0.5, 0.78, 0.7, 0.6, 0.5, 0.4, 0.7, 0.6, 0.5, 0.4, 0.2]),
+}
+
+
+def simulated(case: str, n: int, seed: int) -> tuple[list[float], dict[str, list[float]]]:
+    """Items are easy or hard for all settings alike: two settings are right on much the same items."""
+    vanilla, chances = CASES[case]
+    rng = np.random.default_rng(seed)
+    hard, noise = rng.normal(size=n), rng.normal(size=(16, n))
+    correlated = np.sqrt(0.8) * hard + np.sqrt(0.2) * noise
+    limits = np.quantile(np.random.default_rng(1).normal(size=20000), [vanilla, *chances])
+    outcomes = (correlated < limits[:, None]).tolist()
+    return outcomes[0], {key_of(settings): values for settings, values in zip(GRID, outcomes[1:], strict=True)}
+
+
+def asked_of(outcomes, log=None):
+    def ask(settings, start, stop):
+        if log is not None:
+            log.append((key_of(settings), start, stop))
+        return outcomes[key_of(settings)][start:stop]
+
+    return ask
+
+
+def truth(case: str, chosen) -> float:
+    vanilla, chances = CASES[case]
+    return vanilla if chosen is None else chances[GRID.index(chosen)]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_racing_chooses_as_the_full_grid_at_a_quarter_of_the_cost(case):
+    inside = 0
+    for seed in range(60):
+        vanilla, outcomes = simulated(case, 200, seed)
+        full, raced = (search(asked_of(outcomes), vanilla, GRID) for search in (full_grid, racing))
+        assert full.asked == 3000 and raced.asked <= 750
+        shown = sum(vanilla) if full.chosen is None else sum(full.outcomes[key_of(full.chosen)])
+        low, high = wilson(shown, 200)
+        inside += low <= truth(case, raced.chosen) <= high or truth(case, raced.chosen) >= truth(case, full.chosen)
+    assert inside >= 54
+
+
+@pytest.mark.parametrize("n", [1, 3, 10, 57, 200])
+@pytest.mark.parametrize("settings", [1, 2, 3, 7, 15])
+def test_a_race_never_costs_more_than_a_quarter(n, settings):
+    rng = np.random.default_rng(n)
+    grid = GRID[:settings]
+    outcomes = {key_of(one): (rng.random(n) < 0.7).tolist() for one in grid}
+    log = []
+    found = racing(asked_of(outcomes, log), (rng.random(n) < 0.3).tolist(), grid)
+    assert found.asked == sum(stop - start for _, start, stop in log) <= settings * n / 4
+    assert found.asked == sum(map(len, found.outcomes.values())) and found.n == n
+    assert all(values == outcomes[key][: len(values)] for key, values in found.outcomes.items())
+
+
+def test_a_clear_winner_ends_the_race_early():
+    vanilla, best = [False] * 200, key_of(GRID[9])
+    outcomes = {key_of(one): [key_of(one) == best] * 200 for one in GRID}
+    found = racing(asked_of(outcomes), vanilla, GRID)
+    assert found.chosen == GRID[9] and found.asked < 300
+    # and where all are clearly worse than doing nothing, nothing is done, at once
+    found = racing(asked_of({key: [False] * 200 for key in outcomes}), [True] * 200, GRID)
+    assert found.chosen is None and found.asked < 300
+
+
+@pytest.mark.parametrize("search", SEARCHES.values())
+def test_ties_and_nothing_better(search):
+    same = {key_of(one): [True, False] * 50 for one in GRID}
+    assert search(asked_of(same), [True, False] * 50, GRID).chosen is None
+    two = GRID[:2]
+    assert search(asked_of({key_of(one): [True] * 100 for one in two}), [False] * 100, two).chosen == GRID[0]
+
+
+def test_the_sample_is_the_first_hundred():
+    vanilla, outcomes = simulated("one good region", 200, 0)
+    found = sample(asked_of(outcomes), vanilla, GRID)
+    assert found.asked == 1500 and all(values == outcomes[key][:100] for key, values in found.outcomes.items())
+    assert found == full_grid(asked_of(outcomes), vanilla[:100], GRID)
+
+
+def test_the_order_of_items_is_fixed():
+    assert sorted(shuffled(50)) == list(range(50)) and shuffled(50) == shuffled(50) != list(range(50))
+
+
+def test_worse_is_the_exact_sign_test():
+    assert worse([False] * 5, [True] * 5) and not worse([False] * 4, [True] * 4)  # 1/32, 1/16
+    assert not worse([1.0] * 9, [1.0] * 9) and worse([0.1] * 9, [0.2] * 9)
+    assert not worse([True] * 5, [False] * 5)
+
+
+@pytest.mark.parametrize("site", ["attention", "ffn"])
+@pytest.mark.parametrize("new_tokens", [1, 12])
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_plans_in_one_batch_answer_as_one_at_a_time(llama, tokenizer, site, new_tokens, tokens):
+    shape = (3, next(gates(llama, site)).width)
+    generator = torch.Generator().manual_seed(5)
+    plans = [
+        Plan({site: torch.randn(shape, generator=generator) * size}, tokens=tokens) for size in (0.0, 0.5, 1.0, 3.0)
+    ]
+    plans.append(Plan({}, {site: torch.randn(shape, generator=generator)}, tokens=tokens))
+    prompts = [f"Say: {text}" for text in ("one cat", "dogs ran", "3 + 4 =", "it is", "a very long way north of here")]
+    question = Question(new_tokens, stop="[a-e]")  # answers end at different times, and rows leave
+    alone = []
+    for plan in plans:
+        with steer(llama, plan):
+            alone.append([answer.text for answer in answers(llama, tokenizer, prompts, question)])
+    found = together(llama, tokenizer, prompts, question, plans)
+    assert [[answer.text for answer in row] for row in found] == alone
+    assert new_tokens == 1 or len({tuple(row) for row in alone}) > 2  # the plans tell answers apart
