@@ -18,7 +18,7 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import rmodels
-from baselines.base import BUDGET, Evidence, Method, Settings
+from baselines.base import BUDGET, Evidence, Method, Settings, sites_of
 from baselines.registry import METHODS, with_options
 from embedded import gate
 from errors import AUSteerError
@@ -180,7 +180,8 @@ def prepare(setting: Setting, todo: Sequence[Cell]) -> int:
         )
     made = 0
     for momentum in MOMENTA:
-        wanted = {cell.site: None for cell in searched if getattr(METHODS[cell.method], "momentum", None) == momentum}
+        ranked = [cell for cell in searched if getattr(METHODS[cell.method], "momentum", None) == momentum]
+        wanted = {site: None for cell in ranked for site in sites_of(cell.site)}
         missing = [site for site in wanted if _stored_ranks(setting, momentum, site) is None]
         if missing:
             start = time.perf_counter()
@@ -210,10 +211,10 @@ def _prepared_once(setting: Setting, name: str, site: str) -> tuple[object, floa
 
     before = []  # seconds that went into ranks when they were made
 
-    def ranks(momentum: str) -> AURanks:
-        found = _stored_ranks(setting, momentum, site)
+    def ranks(momentum: str, at: str = site) -> AURanks:
+        found = _stored_ranks(setting, momentum, at)
         if found is None:
-            found = screen(task.pairs, model, tokenizer, [site], momentum=momentum, protocol=setting.protocol)[site]
+            found = screen(task.pairs, model, tokenizer, [at], momentum=momentum, protocol=setting.protocol)[at]
         before.append(found.header.get("seconds"))
         return found
 

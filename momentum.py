@@ -98,8 +98,15 @@ class ActivationMomentum(Momentum):
 class CausalMomentum(Momentum):
     SUMS = {"sum": torch.float64, "sum_squares": torch.float64}
 
-    @torch.enable_grad()
     def add(self, batch: Sequence[EncodedPair]) -> None:
+        for (site, layer), values in self.effects(batch).items():
+            self._note_not_finite(values)
+            self._accumulate(site, "sum", layer, values.sum(0))
+            self._accumulate(site, "sum_squares", layer, values.square().sum(0))
+
+    @torch.enable_grad()
+    def effects(self, batch: Sequence[EncodedPair]) -> dict[tuple[str, int], Tensor]:
+        """c of every pair and AU, (pairs, width) by site and layer."""
         probes: dict[tuple[str, int], Tensor] = {}
 
         def probe(gate):
@@ -117,11 +124,10 @@ class CausalMomentum(Momentum):
         # rows are independent, so one backward pass of the sum gives every pair its own gradient
         gradients = torch.autograd.grad(log_odds.sum(), list(probes.values()))
         weight = torch.sigmoid(-log_odds.detach().double())  # d log sigmoid(M) / d M: it would underflow in float16
-        for (site, layer), gradient in zip(probes, gradients, strict=True):
-            values = gradient[:, 0].double() * weight[:, None].to(gradient.device)
-            self._note_not_finite(values)
-            self._accumulate(site, "sum", layer, values.sum(0))
-            self._accumulate(site, "sum_squares", layer, values.square().sum(0))
+        return {
+            place: gradient[:, 0].double() * weight[:, None].to(gradient.device)
+            for place, gradient in zip(probes, gradients, strict=True)
+        }
 
 
 MOMENTA: dict[str, type[Momentum]] = {"activation": ActivationMomentum, "causal": CausalMomentum}

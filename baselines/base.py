@@ -54,6 +54,13 @@ class Method(ABC):
 # validation runs a method may spend, by kind of model: the size of AUSteer's own grid
 BUDGET = {"embedded": 15, "real": 21}
 READOUTS = ("last", "before-last", "answer")
+# a method that acts at several sites at once has one name for them
+TOGETHER = {"both": ("attention", "ffn")}
+
+
+def sites_of(site: str) -> tuple[str, ...]:
+    """The sites of the model behind the site of a cell."""
+    return TOGETHER.get(site, (site,))
 
 
 @dataclass
@@ -64,7 +71,7 @@ class Evidence:
     tokenizer: PreTrainedTokenizerBase
     pairs: list[Pair]
     site: str
-    ranks: Callable[[str], AURanks]  # by momentum, of this site
+    ranks: Callable[..., AURanks]  # by momentum; of this site, or of the one named after it
     seed: int = 0
 
     def encoded(self) -> list[EncodedPair]:

@@ -1,6 +1,7 @@
-"""Control: the k AUs with the largest mean activation difference, shifted by it (AUSteer, Table 3, both ablations).
+"""Controls: k AUs shifted by their mean activation difference (AUSteer, Table 3).
 
-x_i -> x_i + alpha * mean over pairs of (x_i(right) - x_i(wrong)): no sign counts, no scaling.
+x_i -> x_i + alpha * mean over pairs of (x_i(right) - x_i(wrong)): no scaling; and, where the k AUs are those with the
+largest difference, no sign counts either.
 """
 
 from __future__ import annotations
@@ -20,3 +21,9 @@ class MeanDifference(AUSteer):
 
     def grid(self, kind: str) -> list[Settings]:
         return [{"k": k, "alpha": alpha} for k, alpha in product(KS[kind], ALPHAS[kind])]
+
+
+class FixedVector(MeanDifference):
+    name, label = "fixed-vector", "AUSteer, fixed vector"
+    paper = "AUSteer, Table 3, Fixed Vec."
+    options = {"strength": "vector"}

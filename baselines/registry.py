@@ -6,22 +6,41 @@ import inspect
 
 from baselines.all_aus import AllAUs
 from baselines.attribution import AttributionAUs, AttributionHeads
-from baselines.austeer import AUSteer, Causal, DifferenceAUs, FlippedAUs, RandomAUs, SignAware
+from baselines.austeer import (
+    AUSteer,
+    Causal,
+    CausalLocation,
+    CausalSign,
+    DifferenceAUs,
+    FixedStrength,
+    FlippedAUs,
+    RandomAUs,
+    SignAware,
+    Suppress,
+)
 from baselines.base import Method
+from baselines.both_sites import CausalBoth
 from baselines.caa import CAA
+from baselines.counted import CausalCounted
+from baselines.greedy import CausalGreedy
 from baselines.iti import ITI
 from baselines.learned_scaling import LearnedScaling
 from baselines.linear_act import LinearAcT
-from baselines.mean_difference import MeanDifference
+from baselines.mean_difference import FixedVector, MeanDifference
 from baselines.mediation import Mediation
 from baselines.neurosteer import NeuroSteer
+from baselines.predicted import CausalPredicted
 from baselines.restore_lcc import RestoreLCC
 from baselines.sadi import SADIHead, SADIHidden, SADINeuron
+from baselines.significance import CausalFDR, PublishedFDR
 from baselines.sta import STA
 from errors import AUSteerError
 
 _ALL = (
-    RandomAUs(), FlippedAUs(), AUSteer(), SignAware(), Causal(), DifferenceAUs(), AllAUs(), MeanDifference(),
+    RandomAUs(), FlippedAUs(), AUSteer(), SignAware(), Causal(),
+    CausalBoth(), PublishedFDR(), CausalFDR(), CausalGreedy(), CausalPredicted(),
+    DifferenceAUs(), FixedStrength(), FixedVector(), Suppress(), CausalLocation(), CausalSign(), CausalCounted(),
+    AllAUs(), MeanDifference(),
     ITI(), ITI("probe"), CAA(), SADIHead(), SADINeuron(), SADIHidden(), STA(), NeuroSteer(),
     LinearAcT(), AttributionAUs(), AttributionHeads(), Mediation(), LearnedScaling(),
 )  # fmt: skip

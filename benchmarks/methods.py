@@ -25,7 +25,7 @@ from transformers.utils import logging as transformers_logging
 
 import cells
 import rmodels
-from baselines.base import Evidence, Method
+from baselines.base import Evidence, Method, sites_of
 from baselines.registry import METHODS
 from errors import AUSteerError, run_command
 from eval.tasks.embedded import EmbeddedTask
@@ -41,10 +41,10 @@ def measure(method: Method, task: EmbeddedTask) -> dict:
     setting, site = cells.Setting(cells.EMBEDDED, task.name), method.sites[0]
     model, tokenizer = rmodels.load(setting.checkpoint, device="cpu"), rmodels.load_tokenizer(setting.checkpoint)
 
-    def ranks(momentum: str, pairs=task.pairs):
-        return screen(pairs, model, tokenizer, [site], momentum=momentum, progress=False)[site]
+    def ranks(momentum: str, at: str = site, pairs=task.pairs):
+        return screen(pairs, model, tokenizer, [at], momentum=momentum, progress=False)[at]
 
-    ranks("causal", task.pairs[:2])  # one-time buffers of the libraries, forwards and backwards
+    ranks("causal", sites_of(site)[0], task.pairs[:2])  # one-time buffers of the libraries, forwards and backwards
     Path("/proc/self/clear_refs").write_text("5")  # the peak so far was of loading
     before, start = memory_mb("VmRSS"), time.perf_counter()
     prepared = method.prepare(Evidence(model, tokenizer, task.pairs, site, ranks))

@@ -8,7 +8,7 @@ from statistics import median
 from eval.records import unpack
 from eval.statistics import holm, mcnemar, sign_flip, wilson
 
-SITES = {"attention": "Head", "ffn": "FFN", "layer": "Layer", "neuron": "Neuron"}
+SITES = {"attention": "Head", "ffn": "FFN", "layer": "Layer", "neuron": "Neuron", "both": "Head+FFN"}
 CONTROLS = ("random", "flipped")  # repeated with other draws, shown as bands
 
 
