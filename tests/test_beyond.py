@@ -100,8 +100,6 @@ def test_plans_steer_their_model_and_say_what_they_were_made_for(method, llama, 
         steered = llama(ids).logits
     assert len(plan) and not torch.equal(steered, llama(ids).logits)
     assert plan.header["fingerprint"] and plan.header["site"] == site_of(method) and plan.header["momentum"]
-    again = method.plan(method.prepare(evidence_of(llama, tokenizer, site=site_of(method))), strongest(method))
-    assert again.units() == plan.units()
 
 
 def test_every_one_is_registered_and_the_authors_code_has_none_of_the_causal_ones():
