@@ -21,9 +21,9 @@ ROOT = Path(__file__).parents[1]
 METHOD_FILES = (
     "MFU_screening.py", "momentum.py", "pair_texts.py", "encoding.py", "pairs.py", "ranks.py", "plan.py", "set_MFU.py",
     "cells.py", "embedded/tasks.py", "embedded/toxicity.py", "eval/answering.py", "eval/decoding_cache.py",
-    "eval/numbers.py", "eval/rows.py", "eval/search.py", "eval/similar.py", "eval/statistics.py", "eval/toxicity.py",
+    "eval/general_pairs.py", "eval/numbers.py", "eval/rows.py", "eval/search.py", "eval/similar.py", "eval/statistics.py", "eval/toxicity.py",
     "eval/wording.py",
-    *(str(file.relative_to(ROOT)) for folder in ("rmodels", "baselines", "eval/tasks") for file in sorted((ROOT / folder).glob("*.py"))),
+    *(str(file.relative_to(ROOT)) for folder in ("rmodels", "baselines", "eval/tasks", "studies") for file in sorted((ROOT / folder).glob("*.py"))),
     *(str(file.relative_to(ROOT)) for file in sorted((ROOT / "embedded" / "sae_weights").glob("*.safetensors"))),
 )  # fmt: skip
 

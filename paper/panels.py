@@ -9,7 +9,7 @@ from cells import one_line
 from eval import records
 from paper.specs import Panel
 from ranks import fingerprint, public_name
-from studies.registry import STUDIES
+from studies import STUDIES
 
 
 def question(panel: Panel) -> dict:

@@ -14,7 +14,7 @@ from eval.records import unpack
 from paper.manifest import Manifest
 from paper.specs import Spec
 from paper.tables import accuracy
-from studies.registry import STUDIES
+from studies import STUDIES
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555")  # Okabe and Ito
 MARKERS = "osD^vP*"
