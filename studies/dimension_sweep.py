@@ -1,0 +1,147 @@
+"""Figures 2, 6, 7 and 8: the single dimensions of one block, each steered alone, against the block as a whole.
+
+params: site, layer, head (None: the whole layer's output), step (every so many dimensions), alpha (x -> (1 + alpha) x),
+    n (items of either split, at most), positive and mixed (how many of the best dimensions make the positive
+    combination, and how many of the worst join them in the mixed one), lines (numbers to show beside, such as the
+    paper's: label -> accuracy in percent).
+
+The combinations are chosen twice: on validation items, and, as the paper did, on the very test items they are then
+tested on. SADI and ITI edit this block alone, at the strength that is best on validation.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import cells
+from baselines.base import Evidence
+from baselines.iti import ALPHAS as ITI_ALPHAS
+from baselines.iti import ITI
+from baselines.sadi import SADIHead, SADIHidden
+from errors import AUSteerError
+from eval.statistics import holm, mcnemar, wilson
+from plan import Plan
+from studies import picture
+from studies.block import Asked, Block
+
+PAPERS_WAY = "test"  # the split that the paper chose on
+
+
+def measure(setting: cells.Setting, params: dict, progress: bool) -> dict:
+    model, tokenizer, task = cells.load(setting)
+    block, alpha = Block.of(model, params), params["alpha"]
+    dims = list(range(0, block.width, params["step"]))
+    splits = {"validation": task.validation[: params["n"]], "test": task.test[: params["n"]]}
+    asked = {part: Asked(model, tokenizer, task, items) for part, items in splits.items() if items}
+    unsteered = {part: asking.columns(block.plan({})) for part, asking in asked.items()}
+    vanilla = {part: next(iter(columns.values())) for part, columns in unsteered.items()}
+    swept = {part: asking.sweep(block, dims, alpha, progress, part) for part, asking in asked.items()}
+
+    def tested(plan: Plan) -> dict:
+        outcomes = asked["test"].outcomes(plan)
+        return {"right": sum(outcomes), "p": mcnemar(vanilla["test"], outcomes)[2]}
+
+    choose = next(iter(asked))  # validation, if there is one
+
+    def best_of(plans: dict[float, Plan]) -> dict:
+        strength = max(plans, key=lambda strength: sum(asked[choose].outcomes(plans[strength])))
+        return {"alpha": strength, "chosen_on": choose, **tested(plans[strength])}
+
+    whole = {"block": {"alpha": alpha, **tested(block.plan(dict.fromkeys(range(block.width), alpha)))}}
+    whole["sadi"] = best_of(_sadi(block, setting))
+    if block.head is not None:
+        iti = ITI().prepare(Evidence(model, tokenizer, task.pairs, block.site, _no_ranks))
+        whole["iti"] = best_of(_iti(block, iti, setting))
+
+    combinations = {}
+    for part in asked:
+        gains = {dim: sum(outcomes) - sum(vanilla[part]) for dim, outcomes in zip(dims, swept[part], strict=True)}
+        good, bad = _beneficial(gains, params["positive"]), _detrimental(gains, params["mixed"])
+        combinations[part] = {"positive": _combined(block, good, alpha, tested)}
+        if good and bad:
+            combinations[part]["mixed"] = _combined(block, good + bad, alpha, tested)
+    ps = holm([mcnemar(vanilla["test"], outcomes)[2] for outcomes in swept["test"]])
+    return {
+        "task": setting.task_name,
+        "where": str(block),
+        "measure": next(iter(unsteered["test"])),
+        "n": {part: len(outcomes) for part, outcomes in vanilla.items()},
+        "vanilla": {part: sum(outcomes) for part, outcomes in vanilla.items()},
+        "dims": dims,
+        "right": {part: [sum(outcomes) for outcomes in by_dim] for part, by_dim in swept.items()},
+        "p_holm": ps,  # of each dimension on the test split, adjusted for their number
+        "whole": whole,
+        "combinations": combinations,  # by the split they were chosen on; all are tested on the test split
+    }
+
+
+def _beneficial(gains: dict[int, int], count: int) -> list[int]:
+    """The best, among those that help at all; ties go to the lower dimension."""
+    return sorted((dim for dim in gains if gains[dim] > 0), key=lambda dim: (-gains[dim], dim))[:count]
+
+
+def _detrimental(gains: dict[int, int], count: int) -> list[int]:
+    return sorted((dim for dim in gains if gains[dim] < 0), key=lambda dim: (gains[dim], dim))[:count]
+
+
+def _combined(block: Block, dims: list[int], alpha: float, tested) -> dict:
+    return {"dims": dims, **tested(block.plan(dict.fromkeys(dims, alpha)))}
+
+
+def _sadi(block: Block, setting: cells.Setting) -> dict[float, Plan]:
+    """SADI scales all of a head, from the prompt's last token on."""
+    kind = "embedded" if setting.embedded else "real"
+    alphas = (SADIHead if block.head is not None else SADIHidden).alphas[kind]
+    return {alpha: block.plan(dict.fromkeys(range(block.width), alpha), "last") for alpha in alphas}
+
+
+def _iti(block: Block, heads, setting: cells.Setting) -> dict[float, Plan]:
+    direction = heads.sigma[block.layer, block.head] * heads.direction[block.layer, block.head]
+    return {a: block.shifted(a * direction, "last") for a in ITI_ALPHAS["embedded" if setting.embedded else "real"]}
+
+
+def _no_ranks(momentum: str):
+    raise AUSteerError("ITI ranks heads by its own probes")
+
+
+def draw(found: dict, params: dict, path: Path) -> None:
+    figure, axis = picture.subplots(size=(11.5, 5.2))
+    n, dims = found["n"]["test"], found["dims"]
+
+    def percent(right: int) -> float:
+        return 100 * right / n
+
+    swept = [percent(right) for right in found["right"]["test"]]
+    axis.plot(dims, swept, "-o", color=picture.BLUE, mfc="white", ms=7, lw=1.2, label="one dimension alone")
+    sure = [(dim, y) for dim, y, p in zip(dims, swept, found["p_holm"], strict=True) if p < 0.05]
+    if sure:
+        label = "the same, differs from vanilla\n(McNemar, Holm, p < 0.05)"
+        axis.plot(*zip(*sure, strict=True), "o", color=picture.BLUE, ms=7, label=label)
+    vanilla = found["vanilla"]["test"]
+    low, high = (100 * edge for edge in wilson(vanilla, n))
+    axis.axhspan(low, high, color=picture.GREY, alpha=0.12, lw=0)
+    axis.axhline(percent(vanilla), color=picture.GREY, ls="--", label=f"vanilla, 95 % band: {percent(vanilla):.1f}")
+    whole = {
+        "iti": (picture.GREEN, "ITI, this head"),
+        "sadi": (picture.ORANGE, "SADI, this block"),
+        "block": (picture.SKY, "whole block"),
+    }
+    for key, (color, label) in whole.items():
+        if key in found["whole"]:
+            right, alpha = found["whole"][key]["right"], found["whole"][key]["alpha"]
+            label = f"{label}, alpha {alpha:g}: {percent(right):.1f}"
+            axis.axhline(percent(right), color=color, lw=1.8, label=label)
+    for part, both in found["combinations"].items():
+        style = ":" if part == PAPERS_WAY else "-"
+        for key, color in (("positive", picture.VERMILLION), ("mixed", picture.PURPLE)):
+            if both.get(key, {}).get("dims"):
+                right = both[key]["right"]
+                label = f"{key} combination,\nchosen on {part}: {percent(right):.1f}"
+                axis.axhline(percent(right), color=color, lw=2.2, ls=style, label=label)
+    for label, value in params.get("lines", {}).items():
+        axis.axhline(value, color=picture.BLACK, lw=1, ls="-.", label=f"{label}: {value:g}")
+    axis.set(xlabel="dimension", ylabel=f"{found['measure']} in %", xlim=(dims[0] - 0.5, dims[-1] + 0.5))
+    axis.set_title(f"{found['task']}: {found['where']}, alpha = {params['alpha']:g}, n = {n}")
+    axis.grid(alpha=0.25)
+    axis.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+    picture.save(figure, path)

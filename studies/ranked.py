@@ -1,0 +1,24 @@
+"""Ranks for the studies: the setting's model, and the pairs of its task or of another."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import cells
+from MFU_screening import screen
+from pairs import Pair
+from ranks import AURanks
+
+
+def pairs_of(setting: cells.Setting, task: str) -> list[Pair]:
+    return cells.load(replace(setting, task=task))[2].pairs
+
+
+def ranked(
+    setting: cells.Setting, momentum: str, sites: Sequence[str], progress: bool, task: str | None = None
+) -> dict[str, AURanks]:
+    """By site. The model is always that of the setting: of embedded ones every task has its own."""
+    model, tokenizer, _ = cells.load(setting)
+    pairs = pairs_of(setting, task or setting.task)
+    return screen(pairs, model, tokenizer, sites, momentum=momentum, protocol=setting.protocol, progress=progress)
