@@ -1,0 +1,214 @@
+"""The studies against plain loops, with weights folded by hand in place of plans."""
+
+import copy
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+import cells
+from embedded import gate
+from errors import AUSteerError
+from MFU_screening import screen
+from pairs import Pair
+from studies import STUDIES, convergence, dimension_sweep, rank_stability, ranked, top_tokens
+from studies.block import Block, next_token
+
+SETTING = cells.Setting("embedded", "svamp", device="cpu", limit=24, n_pairs=12)
+HEAD = {"site": "attention", "layer": 0, "head": 1}
+SMALL = {
+    "dimension_sweep": {**HEAD, "step": 6, "alpha": 5.0, "n": 24, "positive": 9, "mixed": 1, "lines": {"paper": 70.5}},
+    "convergence": {**HEAD, "dims": [2, 0], "strengths": [10, 1000, 100000], "prompts": 3},
+    "top_tokens": {**HEAD, "dims": None, "step": 8, "alpha": 20.0, "n": 24, "item": None},
+    "score_map": {"momentum": "causal", "threshold": 2.0},
+    "overlap": {"momentum": "activation", "k": 8, "tasks": ["boolq", "svamp", "tone"]},
+    "rank_stability": {"ks": [2, 8], "draws": 3, "seed": 0},
+}
+
+
+@pytest.fixture(scope="module")
+def found():
+    return {name: study.measure(SETTING, SMALL[name], False) for name, study in STUDIES.items()}
+
+
+def folded(strengths, site="attention", layer=0, first=32):
+    """The model with these dimensions scaled in the weights that read them: no gate, no plan. Head 1 begins at 32."""
+    model, tokenizer, _ = cells.load(SETTING)
+    twin = copy.deepcopy(model)
+    block = twin.model.layers[layer]
+    for dim, strength in strengths.items():
+        if site == "attention":
+            block.self_attn.o_proj.weight[:, first + dim] *= 1 + strength
+        else:
+            block.mlp.down_proj.weight[dim] *= 1 + strength
+    return twin, tokenizer
+
+
+def right(strengths, items, **where):
+    said = gate.answer(*folded(strengths, **where), [item.prompt for item in items], 1)
+    return sum(answer.strip() == item.right for answer, item in zip(said, items, strict=True))
+
+
+def test_every_study_is_measured_in_small():
+    assert set(SMALL) == set(STUDIES)
+
+
+def test_sweep_counts_what_a_plain_loop_counts(found):
+    swept, task = found["dimension_sweep"], cells.load(SETTING)[2]
+    assert swept["dims"] == [0, 6, 12, 18, 24, 30] and swept["n"] == {"validation": 24, "test": 24}
+    for part, items in (("validation", task.validation), ("test", task.test)):
+        assert swept["vanilla"][part] == right({}, items)
+        assert swept["right"][part] == [right({dim: 5.0}, items) for dim in swept["dims"]]
+    assert swept["whole"]["block"]["right"] == right(dict.fromkeys(range(32), 5.0), task.test)
+    for part, both in swept["combinations"].items():
+        gains = {dim: r - swept["vanilla"][part] for dim, r in zip(swept["dims"], swept["right"][part], strict=True)}
+        good = sorted((d for d in gains if gains[d] > 0), key=lambda d: -gains[d])
+        assert both["positive"]["dims"] == good
+        if good and min(gains.values()) < 0:
+            assert both["mixed"]["dims"] == [*good, min(gains, key=gains.__getitem__)]
+        for combination in both.values():
+            assert combination["right"] == right(dict.fromkeys(combination["dims"], 5.0), task.test)
+
+    assert set(swept["combinations"]["validation"]) == {"positive", "mixed"}
+
+
+def test_mixed_adds_the_worst_of_those_that_harm():
+    gains = {0: 3, 1: -2, 2: 0, 3: 3, 4: -5, 5: 1}
+    assert dimension_sweep._beneficial(gains, 2) == [0, 3] and dimension_sweep._beneficial(gains, 9) == [0, 3, 5]
+    assert dimension_sweep._detrimental(gains, 1) == [4] and dimension_sweep._detrimental({0: 0, 1: 2}, 2) == []
+
+
+def test_next_token_is_that_of_folded_weights():
+    model, tokenizer, task = cells.load(SETTING)
+    prompt = task.test[0].prompt
+    for where, first in ((HEAD, 32), ({"site": "ffn", "layer": 2}, 0)):
+        block = Block.of(model, where)
+        rows = next_token(
+            model, tokenizer, prompt, [block.plan({}), block.plan({3: 9.0}), block.plan({3: 2.0, 5: -1.0})]
+        )
+        for row, strengths in zip(rows, ({}, {3: 9.0}, {3: 2.0, 5: -1.0}), strict=True):
+            twin, _ = folded(strengths, where["site"], where["layer"], first)
+            logits = twin(**tokenizer(prompt, return_tensors="pt")).logits[0, -1]
+            torch.testing.assert_close(row, logits.double().log_softmax(-1), atol=1e-4, rtol=1e-4)
+
+
+def test_convergence_is_the_mean_divergence(found):
+    _, tokenizer, task = cells.load(SETTING)
+    prompts = [item.prompt for item in task.test[:3]]
+
+    def output(dim, strength, prompt):
+        twin, _ = folded({dim: strength})
+        return twin(**tokenizer(prompt, return_tensors="pt")).logits[0, -1].double().softmax(-1)
+
+    def plain(p, q):
+        return float(sum(a * (a / b).log() for a, b in zip(p, q, strict=True)))
+
+    nats = found["convergence"]["nats"]
+    expected = [
+        sum(plain(output(a, s, prompt), output(b, t, prompt)) for prompt in prompts) / 3
+        for a, s, b, t in ((2, 10, 2, 100000), (0, 10, 0, 100000), (2, 10, 0, 10))
+    ]
+    assert nats[0] == pytest.approx(expected, rel=1e-3)
+    assert nats[-1][:2] == [0, 0] and nats[-1][2] > 0
+    with pytest.raises(AUSteerError, match="ascending"):
+        convergence.measure(SETTING, {**SMALL["convergence"], "strengths": [100, 10]}, False)
+
+
+def test_top_tokens_are_the_likeliest(found):
+    top, (_, tokenizer, task) = found["top_tokens"], cells.load(SETTING)
+    strengths = {column["dim"]: {} if column["dim"] is None else {column["dim"]: 20.0} for column in top["columns"]}
+    assert [column["name"] for column in top["columns"]] == ["unsteered", "best", "neutral", "worst"]
+    for column in top["columns"]:
+        twin, _ = folded(strengths[column["dim"]])
+        p = twin(**tokenizer(top["prompt"], return_tensors="pt")).logits[0, -1].softmax(-1)
+        order = p.argsort(descending=True)[:5].tolist()
+        assert [token for token, _ in column["top"]] == tokenizer.convert_ids_to_tokens(order)
+        assert [shown for _, shown in column["top"]] == pytest.approx(p[order].tolist(), abs=1e-5)
+    before = [right({}, [item]) for item in task.test]
+    after = [any(right(s, [item]) for s in strengths.values() if s) for item in task.test]
+    assert top["item"] == next((i for i in range(24) if after[i] > before[i]), 0)
+    assert top["answer"] == task.test[top["item"]].right
+    assert [top_tokens._shown(token) for token in ("▁no", "Ġyes", "'s", "é")] == ["'_no'", "'_yes'", '"\'s"', r"'\xe9'"]
+
+
+def test_extremes_are_best_neutral_and_worst(found):
+    block = Block.of(cells.load(SETTING)[0], HEAD)
+    items = cells.load(SETTING)[2].validation
+    gains = {dim: right({dim: 20.0}, items) - right({}, items) for dim in (0, 8, 16, 24)}
+    best, neutral, worst = (column["dim"] for column in found["top_tokens"]["columns"][1:])
+    assert gains[best] == max(gains.values()) and gains[worst] == min(gains.values())
+    assert abs(gains[neutral]) == min(abs(gain) for dim, gain in gains.items() if dim not in (best, worst))
+    assert str(block) == "layer 0, head 1"
+
+
+def test_score_map_holds_the_scores(found):
+    model, tokenizer, task = cells.load(SETTING)
+    ranks = screen(task.pairs, model, tokenizer, ["attention", "ffn"], momentum="causal", progress=False)
+    for site, rows in found["score_map"]["scores"].items():
+        scores = torch.tensor([[float(x) for x in row.split()] for row in rows])
+        torch.testing.assert_close(scores, ranks[site].score.abs(), rtol=1e-3, atol=1e-3)
+        assert found["score_map"]["marked"][site] == [int((row.abs() > 2).sum()) for row in ranks[site].score]
+
+
+def test_overlap_is_of_one_model_and_all_tasks_pairs(found):
+    model, tokenizer, _ = cells.load(SETTING)
+    overlap, best = found["overlap"], {}
+    assert overlap["on"] == "the embedded svamp model"
+    for task in overlap["tasks"]:
+        pairs = cells.load(replace(SETTING, task=task))[2].pairs
+        ranks = screen(pairs, model, tokenizer, ["attention", "ffn"], progress=False)
+        best[task] = {site: {(layer, dim) for layer, dim, _ in ranks[site].top(8)} for site in ranks}
+    for site, of_site in overlap["sites"].items():
+        assert of_site["by_chance"] == 8 / 512
+        for i, row in enumerate(of_site["shared"]):
+            assert row[i] == 1 and len(row) == i + 1
+            for share, other in zip(row, overlap["tasks"], strict=False):
+                assert share == len(best[overlap["tasks"][i]][site] & best[other][site]) / 8
+
+
+@pytest.mark.parametrize("momentum", ["activation", "causal"])
+def test_resamples_rank_as_if_pairs_were_repeated(momentum, monkeypatch):
+    model, tokenizer, task = cells.load(SETTING)
+    equal = Pair(task.pairs[0].prompt, "zzz", "qqq")  # unknown words: the same token
+    pairs = [*task.pairs[:9], equal]
+    monkeypatch.setattr(task, "pairs", pairs)
+    scores, n = rank_stability.resampled(SETTING, momentum, 3, 1, False)
+    assert n == 10
+    for draw, counts in enumerate(rank_stability._counts(10, 3, 1).T.int().tolist()):
+        assert sum(counts) == 10 and (draw or counts == [1] * 10)
+        repeated = [pair for pair, count in zip(pairs, counts, strict=True) for _ in range(count)]
+        expected = screen(repeated, model, tokenizer, ["attention", "ffn"], momentum=momentum, progress=False)
+        for site, ranks in expected.items():
+            torch.testing.assert_close(scores[site][draw], ranks.score.abs(), rtol=2e-3, atol=2e-4)
+
+
+def test_stability_is_one_where_all_draws_are_the_same_pairs(found, monkeypatch):
+    shares = found["rank_stability"]["sites"]["attention"]["causal"]
+    assert all(0 <= low <= mean <= high <= 1 for low, mean, high in zip(*(shares[key] for key in ("low", "mean", "high")), strict=True))  # fmt: skip
+    monkeypatch.setattr(rank_stability, "_counts", lambda n, draws, seed: torch.ones(n, draws + 1).double())
+    same = rank_stability.measure(SETTING, SMALL["rank_stability"], False)
+    assert same["sites"]["ffn"]["activation"]["mean"] == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("name", list(SMALL))
+def test_pictures_come_from_the_stored_record_alone(name, found, tmp_path, monkeypatch):
+    stored = json.loads(json.dumps(found[name]))
+    assert STUDIES[name].measure(SETTING, SMALL[name], False) == stored
+    monkeypatch.setattr(cells, "load", lambda setting: pytest.fail("a picture needs no model"))
+    for file in ("a.png", "b.png") if name == "overlap" else ("a.png",):
+        STUDIES[name].draw(stored, SMALL[name], tmp_path / "new" / file)
+    pictures = [file.read_bytes() for file in sorted((tmp_path / "new").iterdir())]
+    assert len(pictures[0]) > 10_000 and len(set(pictures)) == 1
+
+
+def test_a_place_that_is_not_there_is_named():
+    model, _, _ = cells.load(SETTING)
+    for wrong, said in (({"layer": 4}, "no layer 4"), ({"head": 4}, "no head 4"), ({"site": "ffn"}, "no head 1")):
+        with pytest.raises(AUSteerError, match=said):
+            Block.of(model, {**HEAD, **wrong})
+    with pytest.raises(AUSteerError, match="no dimension 32: layer 0, head 1 has 32"):
+        Block.of(model, HEAD).plan({32: 1.0})
+    with pytest.raises(AUSteerError, match="at least three dimensions"):
+        STUDIES["top_tokens"].measure(SETTING, {**SMALL["top_tokens"], "step": 16}, False)
+    assert ranked.pairs_of(SETTING, "copa")[0].positive in ("A", "B")
