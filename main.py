@@ -17,6 +17,7 @@ COMMANDS = {  # name: module with a main, and what it does
     "pairs": ("eval.pairs_command", "make, show and save the contrastive pairs of a task or of your data"),
     "import-authors": ("eval.import_authors", "prompts, data and ranks out of the authors' checkout"),
     "restore": ("restore", "give a pruned model its lost components back (RestoreLCC): dense, pruned, restored"),
+    "export": ("export.command", "a plan into a checkpoint's weights or an adapter, and out again"),
     "toxicity": ("eval.toxicity", "how far a toxicity scorer agrees with Perspective"),
     "judge": ("eval.judge", "win rate of one file of answers against another, by a judge model"),
     "human": ("eval.human", "blind sheets for human raters, and their scores"),
