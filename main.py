@@ -20,6 +20,7 @@ COMMANDS = {  # name: module with a main, and what it does
     "import-authors": ("eval.import_authors", "prompts, data and ranks out of the authors' checkout"),
     "restore": ("restore", "give a pruned model its lost components back (RestoreLCC): dense, pruned, restored"),
     "neurosteer": ("neurosteer_tasks", "NeuroSteer's own tasks: sampled texts, steered and not, and their measures"),
+    "export": ("export.command", "a plan into a checkpoint's weights or an adapter, and out again"),
     "toxicity": ("eval.toxicity", "how far a toxicity scorer agrees with Perspective"),
     "judge": ("eval.judge", "win rate of one file of answers against another, by a judge model"),
     "human": ("eval.human", "blind sheets for human raters, and their scores"),

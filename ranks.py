@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -25,6 +25,7 @@ from rmodels import SITES, gates, site_shape
 
 FORMAT = "austeer-ranks-1"
 AUTHORS_FILES = ("all_scores.pt", "all_layer_ids.pt", "all_indices.pt")
+BLOCK = 1 << 24  # weights hashed at once
 COMMON_CUTS = (1, 2, 4, 8, 16, 32, 50, 64, 80, 100)
 
 
@@ -225,16 +226,24 @@ def fingerprint(model: nn.Module) -> str | None:
 
 
 def _fingerprint(model: nn.Module) -> str | None:
+    weights = model.state_dict()
+    return None if any(weight.is_meta for weight in weights.values()) else hash_weights(weights.items())
+
+
+def hash_weights(weights: Iterable[tuple[str, Tensor]]) -> str:
+    """The fingerprint of weights that come one by one, in a model's order and dtype."""
     digest = hashlib.sha256()
-    for name, weight in model.state_dict().items():
-        if weight.is_meta:
-            return None
+    for name, weight in weights:
         bits = weight.detach().contiguous()
         if bits.dtype.is_floating_point:
             bits = bits.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[bits.element_size()])
         rows = bits.reshape(len(bits), -1) if bits.dim() else bits.reshape(1, 1)
         place = [torch.arange(1, size + 1, device=bits.device) for size in rows.shape]
-        sums = rows.sum(1, dtype=torch.int64), rows.sum(0, dtype=torch.int64)
+        blocks = rows.split(max(1, BLOCK // max(1, rows.shape[1])))  # torch makes an int64 copy of what it sums
+        sums = (
+            torch.cat([block.sum(1, dtype=torch.int64) for block in blocks]),
+            sum(block.sum(0, dtype=torch.int64) for block in blocks),
+        )
         totals = [int((total * at).sum()) for total, at in zip(sums, place, strict=True)]  # wraps around, exactly
         digest.update(f"{name} {tuple(weight.shape)} {totals};".encode())
     return digest.hexdigest()

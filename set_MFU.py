@@ -12,6 +12,7 @@ Every variant is a choice of where (LOCATIONS) and how strongly (STRENGTHS).
 from __future__ import annotations
 
 import argparse
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -141,7 +142,7 @@ def _authors_call(
 
 
 class Steering:
-    """A plan that is set on a model. `clear` removes it; `check` says whether it overflowed."""
+    """A plan that is set on a model. `clear` removes it; `check` says whether it overflowed, `receipt` what was done."""
 
     def __init__(
         self, model: PreTrainedModel, plans: list[Plan | None], rowwise: bool, prompt_end: int | Tensor | None
@@ -155,7 +156,13 @@ class Steering:
         self.tokens = scopes.pop() if scopes else "all"
         self.rows = len(plans) if rowwise else None
         self.sites = sorted({site for plan in real for site in plan.sites})
-        self._not_finite = torch.zeros((), dtype=torch.bool, device=model.get_input_embeddings().weight.device)
+        device = model.get_input_embeddings().weight.device
+        self._not_finite = torch.zeros((), dtype=torch.bool, device=device)
+        # a tensor: what is compiled or captured counts, too
+        self._steered = torch.zeros((), dtype=torch.int64, device=device)
+        self._planned = [row for row, plan in enumerate(plans) if plan is not None]
+        self._scope: Tensor | None = None  # which positions of the forward under way are steered; None: all
+        self._aus = 0
         self._gates = [gate for site in self.sites for gate in gates(model, site)]
         like = {gate: _float_weight(layer) for layer in model.base_model.layers for gate in gates(layer)}
         for gate in self._gates:
@@ -163,8 +170,9 @@ class Steering:
             scale, shift = (_gate_rows(plans, kind, gate, rowwise) for kind in ("scales", "shifts"))
             if scale is not None or shift is not None:
                 gate.set(scale, shift, like=like[gate])
+                self._aus += _count_aus(scale, shift)
         base = model.base_model
-        self._hooks = [base.register_forward_hook(self._note_overflow)]
+        self._hooks = [base.register_forward_hook(self._note)]
         if rowwise or self.tokens != "all":
             self._hooks.append(base.register_forward_pre_hook(self._place, with_kwargs=True))
 
@@ -181,6 +189,10 @@ class Steering:
             for hook in self._hooks:
                 hook.remove()
             self._hooks = []
+
+    def receipt(self) -> dict[str, int]:
+        """How many AUs are set (none: this steers nothing), and how many token positions went through them so far."""
+        return {"aus": self._aus, "positions": int(self._steered)}
 
     def check(self) -> None:
         """Raise if a forward under this plan ended in inf or nan: its answers must not be scored."""
@@ -222,12 +234,20 @@ class Steering:
             "generated": column >= end,
             "last": column >= end - 1,
         }[self.tokens]
+        self._scope = steered
         for gate in self._gates:
             gate.positions = steered[..., None]
 
-    def _note_overflow(self, base, args, output) -> None:
-        bad = ~torch.isfinite(output.last_hidden_state).all()
+    def _note(self, base, args, output) -> None:
+        states = output.last_hidden_state
+        bad = ~torch.isfinite(states).all()
         self._not_finite.logical_or_(bad.to(self._not_finite.device))  # the last layer may be on another GPU
+        batch, new = states.shape[:2]
+        if self._scope is None:  # counted by shapes: no value is read back in a forward
+            self._steered.add_((batch if self.rows is None else len(self._planned)) * new)
+        else:
+            scope = self._scope.expand(batch, new)
+            self._steered.add_((scope if self.rows is None else scope[self._planned]).sum())
 
 
 def apply(
@@ -291,6 +311,12 @@ def _gate_rows(plans: list[Plan | None], kind: str, gate, rowwise: bool) -> Tens
     if not any(row.any() for row in rows):
         return None
     return torch.stack(rows)[:, None] if rowwise else rows[0]
+
+
+def _count_aus(scale: Tensor | None, shift: Tensor | None) -> int:
+    """How many AUs of one gate are changed, in any row."""
+    changed = [values != 0 for values in (scale, shift) if values is not None]
+    return int(functools.reduce(torch.logical_or, changed).reshape(-1, changed[0].shape[-1]).any(0).sum())
 
 
 def _float_weight(layer: nn.Module) -> Tensor:

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torch._dynamo.testing
 from conftest import PAIRS
 
 import rmodels
@@ -319,3 +320,33 @@ def test_gradients_flow_through_a_steered_model(llama, ranks):
     with steer(llama, set_MFU(ranks, 5, 2.0)):
         llama(inputs_embeds=embeds).logits.sum().backward()
     assert torch.isfinite(embeds.grad).all() and embeds.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize(("tokens", "positions"), [("all", 16 + 4), ("prompt", 16), ("generated", 4), ("last", 6)])
+def test_receipt_counts_what_was_steered(llama, ranks, tokens, positions):
+    plan = set_MFU(ranks, 7, 1.0, tokens=tokens)
+    with steer(llama, plan) as steering:
+        assert steering.receipt() == {"aus": 7, "positions": 0}
+        llama.generate(IDS, max_new_tokens=3, min_new_tokens=3, do_sample=False, pad_token_id=0)  # the last is not read
+    assert steering.receipt() == {"aus": 7, "positions": positions}
+    with steer(llama, [None, plan]) as steering:
+        llama.generate(IDS, max_new_tokens=3, min_new_tokens=3, do_sample=False, pad_token_id=0)
+    assert steering.receipt() == {"aus": 7, "positions": positions // 2}
+
+
+def test_receipt_of_nothing(llama):
+    with steer(llama, [None, None]) as steering:
+        llama(IDS)
+    assert steering.receipt() == {"aus": 0, "positions": 0}
+
+
+@pytest.mark.slow
+def test_receipt_of_compiled_forwards(llama, ranks):
+    counter = torch._dynamo.testing.CompileCounter()
+    compiled = torch.compile(llama, fullgraph=True, backend=counter)
+    both = Plan({"ffn": set_MFU(ranks, 3, 1.0).scales["ffn"]}, {"ffn": set_MFU(ranks, 5, 1.0).scales["ffn"]})
+    with steer(llama, both) as steering:
+        for _ in range(3):
+            compiled(IDS)
+    torch.compiler.reset()
+    assert steering.receipt() == {"aus": 5, "positions": 3 * IDS.numel()} and counter.frame_count == 1

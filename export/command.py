@@ -1,0 +1,96 @@
+"""Export: a plan into a checkpoint's weights, or as an adapter; and a folded checkpoint back.
+
+python main.py export --model M --plan P --fold OUT
+python main.py export --model M --ranks R --k 16 --alpha 2 --fold OUT
+python main.py export --unfold OUT --out BACK
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import operator
+from collections.abc import Sequence
+
+from errors import AUSteerError
+from export.checkpoint import local_folder
+from plan import Plan
+from ranks import AURanks
+from rmodels import SITES
+from set_MFU import set_MFU
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = _arguments(argv)
+    if args.unfold:
+        from export.fold import unfold
+
+        unfold(args.unfold, args.out)
+        print(f"{args.out}: the checkpoint as it was before it was folded, proved by the SHA-256 of its weight files")
+        return
+    plans = _plans(args)
+    if args.fold:
+        _fold(args, functools.reduce(operator.add, plans))
+    elif args.lora:
+        from export.lora import save_lora
+
+        save_lora(local_folder(args.model), plans, args.lora)
+    else:
+        from export.ia3 import save_ia3
+
+        save_ia3(local_folder(args.model), plans, args.ia3)
+
+
+def _plans(args: argparse.Namespace) -> list[Plan]:
+    if args.plan:
+        return [Plan.load(path) for path in args.plan]
+    return [set_MFU(AURanks.load(args.ranks, args.site), args.k, args.alpha)]
+
+
+def _fold(args: argparse.Namespace, plan: Plan) -> None:
+    from export.fold import CERTIFICATE, UNDO, fold
+
+    parity = fold(args.model, plan, args.fold, certificate=not args.no_certificate)
+    print(f"{args.fold}: {args.model} with {len(plan)} AUs in its weights; {UNDO} undoes it")
+    if parity is None:
+        print("not compared with live steering (--no-certificate)")
+        return
+    print(
+        f"parity with live steering at {parity['positions']} positions ({parity['weights']} weights): "
+        f"logits differ by at most {parity['max_logit_difference']:.2g} (allowed {parity['allowed_difference']:.2g}; "
+        f"the plan moves them by {parity['steering_moves_logits_by']:.2g}), "
+        f"greedy tokens agree on {parity['greedy_agreement']:.1%}; {CERTIFICATE}"
+    )
+    if parity["steering_moves_logits_by"] <= parity["allowed_difference"]:
+        print("note: the plan moves these prompts' logits by less than what is allowed, so this proves little")
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="main.py export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--model", help="checkpoint folder, or hub id")
+    add("--plan", nargs="+", help="plan files (set_MFU.py --out); several add up")
+    add("--ranks", help="instead of a plan: ranks file, or a folder of the authors' .pt files, with --k and --alpha")
+    add("--site", choices=SITES, help="the site of the authors' .pt files, which do not say")
+    add("--k", type=int, help="how many AUs")
+    add("--alpha", type=float, help="strength")
+    to = parser.add_mutually_exclusive_group(required=True)
+    to.add_argument("--fold", metavar="OUT", help="write a checkpoint with the plan in its weights")
+    to.add_argument("--lora", metavar="OUT", help="write a PEFT LoRA adapter")
+    to.add_argument("--ia3", metavar="OUT", help="write a PEFT IA3 adapter")
+    to.add_argument("--unfold", metavar="FOLDED", help="undo a folded checkpoint, into --out")
+    add("--out", help="for --unfold: where the checkpoint goes")
+    add("--no-certificate", action="store_true", help="fold without loading the model to prove parity")
+    args = parser.parse_args(argv)
+    if args.unfold:
+        if not args.out:
+            raise AUSteerError("say where the checkpoint goes: --out BACK")
+    elif not args.model:
+        raise AUSteerError("name the model: --model, a checkpoint folder or hub id")
+    elif bool(args.plan) == bool(args.ranks):
+        raise AUSteerError("give either --plan, or --ranks with --k and --alpha")
+    elif args.ranks and (args.k is None or args.alpha is None):
+        raise AUSteerError("--ranks needs --k and --alpha")
+    return args

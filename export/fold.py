@@ -1,0 +1,100 @@
+"""Fold a plan into a checkpoint, and undo it bit for bit.
+
+    certificate = fold("meta-llama/Llama-2-7b-chat-hf", plan, "folded")      # an ordinary checkpoint
+    unfold("folded", "back")                                                # the original's very bytes
+
+Beside the weights, OUT/austeer/ holds the plan, the original rows and columns (undo) and the parity certificate. A
+folder of their own, because engines load every *.safetensors that lies beside the weights.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import safetensors
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from errors import AUSteerError
+from export.certificate import certify
+from export.checkpoint import Checkpoint, local_folder, new_folder, sha256, write_one_by_one
+from export.weights import DIMENSIONS, Edit, find_edits
+from plan import Plan
+
+FORMAT = "austeer-undo-1"
+PLAN, UNDO, CERTIFICATE = "austeer/plan.safetensors", "austeer/undo.safetensors", "austeer/certificate.json"
+
+
+def fold(model: str | Path, plan: Plan, out: str | Path, *, certificate: bool = True) -> dict | None:
+    """Write the checkpoint of `model` (folder or hub id) with the plan in its weights to the new folder `out`.
+
+    Without a certificate nothing is loaded: for models that do not fit where they are folded. Otherwise the
+    original, steered live, and the result are compared, and without parity there is no `out`.
+    """
+    source = Checkpoint(local_folder(model))
+    edits = find_edits(plan, source.shapes)
+    source.check_plan(plan)
+    with new_folder(out) as folder:
+        hashes = source.copy_to(folder)
+        (folder / "austeer").mkdir()
+        plan.save(folder / PLAN)
+        metadata = {"format": FORMAT, "sha256": json.dumps(hashes)}
+        write_one_by_one(folder / UNDO, _layout(source, edits), _patch(source, Checkpoint(folder), edits), metadata)
+        if not certificate:
+            return None
+        parity = certify(source.folder, plan, folder, source.dtype(edits[0].weight))
+        (folder / CERTIFICATE).write_text(json.dumps(parity, indent=2) + "\n")
+    return parity
+
+
+def unfold(folded: str | Path, back: str | Path) -> None:
+    """Write the checkpoint that was folded to the new folder `back`, and prove that its files are the original's."""
+    source = Checkpoint(folded)
+    if not (source.folder / UNDO).exists():
+        raise AUSteerError(f"{folded} has no {UNDO}: it was not folded here, or its undo file is lost")
+    with new_folder(back) as folder:
+        source.copy_to(folder)
+        target = Checkpoint(folder)
+        with safetensors.safe_open(source.folder / UNDO, framework="pt") as undo:
+            if undo.metadata().get("format") != FORMAT:
+                raise AUSteerError(f"{source.folder / UNDO} is no undo file of this version")
+            for key in tqdm([key for key in undo.keys() if key.startswith("at.")], desc="undo", unit="tensor"):  # noqa: SIM118
+                _, part, name = key.split(".", 2)
+                tensor = target.read(name)
+                index, old = undo.get_tensor(key).long(), undo.get_tensor(f"was.{part}.{name}")
+                target.write(name, tensor.index_copy_(DIMENSIONS[part], index, old))
+            hashes = json.loads(undo.metadata()["sha256"])
+        changed = [name for name in hashes if sha256(folder / name) != hashes[name]]
+        if changed:
+            raise AUSteerError(f"{folded} was changed after it was folded: {changed[0]} does not come back as it was")
+
+
+def _layout(source: Checkpoint, edits: list[Edit]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Names, dtypes and shapes of what `_patch` yields."""
+    layout = {}
+    for edit in edits:
+        parts = [(edit.weight, part, len(index)) for part, index in edit.parts().items()]
+        if edit.moves_bias:
+            parts.append((edit.bias, "columns", source.shapes[edit.bias][0]))
+        for name, part, count in parts:
+            shape = list(source.shapes[name])
+            shape[DIMENSIONS[part]] = count
+            layout[f"at.{part}.{name}"] = torch.int32, (count,)
+            layout[f"was.{part}.{name}"] = source.dtype(name), tuple(shape)
+    return layout
+
+
+def _patch(source: Checkpoint, target: Checkpoint, edits: list[Edit]) -> Iterator[Tensor]:
+    """Fold one tensor after another, handing out where and what was there before."""
+    for edit in tqdm(edits, desc="fold", unit="tensor"):
+        tensors = {name: source.read(name) for name in (edit.weight, edit.bias) if name is not None}
+        changes = edit.changes(tensors[edit.weight], tensors.get(edit.bias))
+        for change in changes:
+            yield change.index.int()
+            yield change.old
+            tensors[change.tensor].index_copy_(DIMENSIONS[change.part], change.index, change.new)
+        for name in {change.tensor for change in changes}:
+            target.write(name, tensors[name])

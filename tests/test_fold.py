@@ -1,0 +1,425 @@
+"""Folding: the folded checkpoint is the steered model, undoing brings back the very bits, refusals leave nothing."""
+
+import json
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import COMMON, FAMILIES, SPECIAL, byte_tokenizer
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import rmodels
+from errors import AUSteerError
+from export import command
+from export.checkpoint import Checkpoint
+from export.fold import CERTIFICATE, PLAN, fold, unfold
+from export.hot_patch import folded
+from export.weights import find_edits
+from plan import Plan
+from ranks import AURanks, model_header
+from set_MFU import steer
+
+ROOT = Path(__file__).parents[1]
+IDS = torch.tensor([[1, 40, 77, 130, 9, 200, 31, 55, 88, 12, 254, 17, 99, 43, 66, 71, 20], list(range(30, 47))])
+SITES = [
+    (name, site) for name in FAMILIES for site in ("attention", "ffn", "neuron") if site in rmodels.family(name).SITES
+]
+GRID = [(name, site, "float32") for name, site in SITES] + [
+    pytest.param(name, site, "bfloat16", marks=[pytest.mark.slow] if site != "ffn" else []) for name, site in SITES
+]
+GREEDY = dict(max_new_tokens=5, do_sample=False, pad_token_id=0, attention_mask=torch.ones_like(IDS))
+
+
+def make(folder, name, dtype="float32", shard="100KB", **changes):
+    """A tiny checkpoint in several shards, none of whose weights and biases are zeros."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **{**COMMON, **SPECIAL[name], **changes}))
+    with torch.no_grad():
+        for key, weight in model.named_parameters():
+            if key.endswith("bias"):
+                weight.normal_(std=0.2)
+    model.to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size=shard)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def load(folder, dtype="float32"):
+    return rmodels.load(folder, dtype=dtype, device="cpu")
+
+
+def some_plan(model, *sites, shift=0.0):
+    scales = {site: torch.zeros(rmodels.site_shape(model, site)) for site in sites}
+    for scale in scales.values():
+        scale[:, 3], scale[1:, -2] = 1.5, -0.6
+    shifts = {site: torch.zeros(scale.shape) for site, scale in scales.items()} if shift else {}
+    for values in shifts.values():
+        values[:, 3], values[:, 7] = shift, -shift
+    return Plan(scales, shifts, header=model_header(model))
+
+
+def bits(folder):
+    return {path.name: path.read_bytes() for path in folder.glob("*.safetensors*")}
+
+
+@pytest.fixture
+def source(tmp_path):
+    return make(tmp_path / "source", "llama")
+
+
+@pytest.fixture
+def plan(source):
+    return some_plan(load(source), "attention", "ffn")
+
+
+@pytest.mark.parametrize(("name", "site", "dtype"), GRID)
+def test_folded_is_live_and_undone_bit_for_bit(tmp_path, name, site, dtype):
+    source = make(tmp_path / "source", name, dtype)
+    plan = some_plan(load(source, dtype), site)
+    fold(source, plan, tmp_path / "out", certificate=False)
+    live, ours = load(source), load(tmp_path / "out")  # float32 arithmetic: only the rounding of the weights is left
+    vanilla = live(IDS).logits
+    with steer(live, plan):  # made in dtype: other bits than these in float32, so only shapes are compared
+        wanted, text = live(IDS).logits, live.generate(IDS, **GREEDY)
+    difference = (ours(IDS).logits - wanted).abs().max()
+    assert (wanted - vanilla).abs().max() > 0.5
+    assert difference < (1e-4 if dtype == "float32" else 2e-2 * wanted.abs().max())
+    if dtype == "float32":
+        assert torch.equal(ours.generate(IDS, **GREEDY), text)
+    else:
+        assert (ours(IDS).logits.argmax(-1) == wanted.argmax(-1)).float().mean() > 0.97
+    unfold(tmp_path / "out", tmp_path / "back")
+    assert bits(tmp_path / "back") == bits(source) != bits(tmp_path / "out")
+    with folded(load(source, dtype), plan) as patched:
+        there = load(tmp_path / "out", dtype).state_dict()
+        assert all(torch.equal(weight, there[key]) for key, weight in patched.state_dict().items())
+
+
+@pytest.mark.parametrize("layout", ["separate", "fused"])
+def test_experts_one_by_one_and_fused(tmp_path, layout):
+    source = make(tmp_path / "source", "qwen3_moe", shard="1GB")
+    model = load(source)
+    if layout == "fused":
+        fused = {key: weight.contiguous() for key, weight in model.state_dict().items()}
+        save_file(fused, source / "model.safetensors", {"format": "pt"})
+    names = list(load_file(source / "model.safetensors"))
+    assert ("model.layers.0.mlp.experts.down_proj" in names) == (layout == "fused")
+    plan = some_plan(model, "ffn")
+    fold(source, plan, tmp_path / "out", certificate=False)
+    with steer(model, plan):
+        assert (load(tmp_path / "out")(IDS).logits - model(IDS).logits).abs().max() < 1e-4
+    unfold(tmp_path / "out", tmp_path / "back")
+    assert bits(tmp_path / "back") == bits(source)
+
+
+def test_every_expert_and_the_shared_one():
+    scale = torch.zeros(1, 6)
+    scale[0, 2] = 1.0
+    experts = [f"model.layers.0.mlp.{which}.down_proj.weight" for which in ("experts.0", "experts.1", "shared_expert")]
+    others = ["model.layers.0.mlp.experts.0.up_proj.weight", "model.layers.0.mlp.gate.weight", "lm_head.weight"]
+    edits = find_edits(Plan({"ffn": scale}), {name: (6, 4) for name in experts + others})
+    assert [edit.weight for edit in edits] == experts
+    assert all(edit.parts()["rows"].tolist() == [2] and list(edit.parts()) == ["rows"] for edit in edits)
+    with pytest.raises(AUSteerError, match="experts have no biases"):
+        find_edits(Plan({}, {"ffn": scale}), {name: (6, 4) for name in experts})
+
+
+def test_shifts_become_biases_where_there_are_any(tmp_path):
+    source = make(tmp_path / "source", "llama", attention_bias=True, mlp_bias=True, shard="20KB")
+    model = load(source)
+    plan = some_plan(model, "attention", "ffn", "neuron", shift=0.7)
+    fold(source, plan, tmp_path / "out", certificate=False)
+    vanilla = model(IDS).logits
+    with steer(model, plan):
+        wanted = model(IDS).logits
+    assert (load(tmp_path / "out")(IDS).logits - wanted).abs().max() < 1e-4 < (wanted - vanilla).abs().max()
+    unfold(tmp_path / "out", tmp_path / "back")
+    assert bits(tmp_path / "back") == bits(source)
+    with folded(model, plan):
+        assert (model(IDS).logits - wanted).abs().max() < 1e-4
+    assert torch.equal(model(IDS).logits, vanilla)
+
+
+def test_tied_weights_and_what_no_plan_names_stay(tmp_path):
+    source = make(tmp_path / "source", "gemma2", shard="1GB")
+    fold(source, some_plan(load(source), "ffn"), tmp_path / "out", certificate=False)
+    before, after = load_file(source / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+    assert "lm_head.weight" not in before and load(tmp_path / "out").config.tie_word_embeddings
+    assert {name for name in before if not torch.equal(before[name], after[name])} == {
+        f"model.layers.{layer}.mlp.down_proj.weight" for layer in range(3)
+    }
+
+
+def test_certificate_and_what_lies_in_the_folder(source, plan, tmp_path):
+    (source / "pytorch_model.bin").write_text("a pickle")
+    (source / "modeling.py").write_text("code")
+    parity = fold(source, plan, tmp_path / "out")
+    assert parity == json.loads((tmp_path / "out" / CERTIFICATE).read_text())
+    assert (
+        parity["max_logit_difference"] <= min(parity["allowed_difference"], 1e-4) < parity["steering_moves_logits_by"]
+    )
+    assert parity["greedy_agreement"] == 1.0 and parity["weights"] == "float32"
+    assert parity["receipt"]["aus"] == len(plan) and parity["receipt"]["positions"] > parity["positions"]
+    assert Plan.load(tmp_path / "out" / PLAN).units() == plan.units()
+    theirs, ours = ({path.name for path in folder.iterdir()} for folder in (source, tmp_path / "out"))
+    assert theirs - ours == {"pytorch_model.bin", "modeling.py"} and ours - theirs == {"austeer"}
+    assert (
+        len(list((tmp_path / "out").glob("*.safetensors"))) == len(Checkpoint(source).files) > 1
+    )  # engines load these
+    assert rmodels.load_tokenizer(tmp_path / "out")("a").input_ids == byte_tokenizer()("a").input_ids
+
+
+def test_a_fold_that_did_nothing_has_no_certificate(source, plan, tmp_path, monkeypatch):
+    monkeypatch.setattr(Checkpoint, "write", lambda *_: None)
+    with pytest.raises(AUSteerError, match="is not the steered model: logits differ by"):
+        fold(source, plan, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def scope(plan):
+    plan.tokens = "generated"
+
+
+def other_weights(plan):
+    plan.header["fingerprint"] = "0" * 64
+
+
+def other_family(plan):
+    plan.header["family"] = "qwen3"
+
+
+def fewer_layers(plan):
+    plan.scales["ffn"] = plan.scales["ffn"][:2]
+
+
+def residual(plan):
+    plan.scales["layer"] = plan.scales.pop("ffn")
+
+
+def shifted(plan):
+    plan.shifts["ffn"] = plan.scales["ffn"]
+
+
+def nothing(plan):
+    plan.scales = {"ffn": torch.zeros(3, 48)}
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (residual, "site layer cannot go into weights: the residual stream runs past"),
+        (scope, "acts on every token, but the plan steers only 'generated'"),
+        (shifted, r"a shift becomes a bias, but model.layers.0.mlp.down_proj.weight has none"),
+        (nothing, "the plan touches no AU"),
+        (other_weights, "made on other weights"),
+        (other_family, "made for a qwen3 model"),
+        (fewer_layers, "2 layers of 48 AUs; this model has 3 of 48"),
+    ],
+)
+def test_plans_that_are_refused_leave_nothing(source, plan, tmp_path, spoil, message):
+    spoil(plan)
+    with pytest.raises(AUSteerError, match=message):
+        fold(source, plan, tmp_path / "out", certificate=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_a_plan_made_in_another_precision_is_compared_too(source, tmp_path):
+    plan = some_plan(load(source, "bfloat16"), "ffn")
+    fold(source, plan, tmp_path / "out", certificate=False)
+    with pytest.raises(AUSteerError, match="made on other weights"):
+        fold(
+            make(tmp_path / "else", "llama", rope_theta=5e5, attention_bias=True),
+            plan,
+            tmp_path / "no",
+            certificate=False,
+        )
+
+
+@pytest.mark.parametrize("name", ["gemma2", "qwen3_moe"])
+def test_fingerprints_of_files_are_those_of_models(tmp_path, name):
+    """Tied heads and experts one by one: other tensors on disk than in memory."""
+    source = make(tmp_path / "source", name)
+    Checkpoint(source).check_plan(some_plan(load(source), "ffn"))
+
+
+def test_checkpoints_that_are_refused_leave_nothing(source, plan, tmp_path):
+    def refused(message):
+        with pytest.raises(AUSteerError, match=message):
+            fold(source, plan, tmp_path / "out", certificate=False)
+        assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+    shard = max(source.glob("model-*"))
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-5])
+    refused("missing or damaged")
+    shard.unlink()
+    refused("missing or damaged")
+    shard.write_bytes(whole)
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "bitsandbytes"}}))
+    refused("is quantised")
+    (source / "config.json").write_text(json.dumps(config))
+    index = source / "model.safetensors.index.json"
+    kept = index.read_text()
+    index.write_text(kept.replace("model-00001", "../model-00001"))
+    refused("outside its folder")
+    index.unlink()
+    refused("only safetensors checkpoints")
+    with pytest.raises(AUSteerError, match="is no folder, and the hub did not give it"):
+        fold("nobody/nothing", plan, tmp_path / "out")
+    index.write_text(kept)
+    with pytest.raises(AUSteerError, match="exists already"):
+        fold(source, plan, source)
+
+
+def test_a_full_disk_leaves_nothing(source, plan, tmp_path):
+    """A limit on the size of files stands in for the end of the disk: the kernel refuses the write."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, hard))
+    try:
+        with pytest.raises(AUSteerError, match=r"cannot write .*out: File too large"):
+            fold(source, plan, tmp_path / "out", certificate=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_an_interrupt_leaves_nothing(source, plan, tmp_path, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Checkpoint, "write", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        fold(source, plan, tmp_path / "out", certificate=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_overflow_is_refused(tmp_path):
+    source = make(tmp_path / "source", "llama", "float16")
+    plan = some_plan(load(source, "float16"), "ffn")
+    plan.scales["ffn"] *= 1e6
+    with pytest.raises(AUSteerError, match=r"would overflow in torch\.float16"):
+        fold(source, plan, tmp_path / "out", certificate=False)
+
+
+def test_a_changed_fold_is_not_undone(source, plan, tmp_path):
+    with pytest.raises(AUSteerError, match="was not folded here"):
+        unfold(source, tmp_path / "back")
+    fold(source, plan, tmp_path / "out", certificate=False)
+    changed = Checkpoint(tmp_path / "out")
+    changed.write("model.norm.weight", changed.read("model.norm.weight") + 1)
+    with pytest.raises(AUSteerError, match="was changed after it was folded"):
+        unfold(tmp_path / "out", tmp_path / "back")
+    assert not (tmp_path / "back").exists()
+
+
+def test_command(source, plan, tmp_path, capsys):
+    ranks = AURanks("ffn", plan.scales["ffn"], plan.scales["ffn"].clone(), header=plan.header)
+    ranks.save(tmp_path / "ranks.safetensors")
+    command.main([f"--model={source}", f"--ranks={tmp_path / 'ranks.safetensors'}", "--k=4", "--alpha=1",
+                  f"--fold={tmp_path / 'out'}"])  # fmt: skip
+    assert "with 4 AUs in its weights" in (said := capsys.readouterr().out) and "greedy tokens agree on 100.0%" in said
+    command.main([f"--unfold={tmp_path / 'out'}", f"--out={tmp_path / 'back'}"])
+    assert bits(tmp_path / "back") == bits(source)
+    for arguments, message in (
+        (["--fold=x"], "name the model"),
+        (["--fold=x", "--model=m"], "either --plan, or --ranks"),
+        (["--fold=x", "--model=m", "--ranks=r"], "needs --k and --alpha"),
+        (["--unfold=x"], "--out BACK"),
+    ):
+        with pytest.raises(AUSteerError, match=message):
+            command.main(arguments)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_hot_patch_comes_out_whatever_happens(source, dtype):
+    model = load(source, dtype)
+    plan = some_plan(model, "attention", "ffn", "neuron")
+    before = {name: (weight.clone(), weight.data_ptr()) for name, weight in model.named_parameters()}
+    vanilla = model(IDS).logits
+    with pytest.raises(ZeroDivisionError), folded(model, plan):
+        assert not torch.equal(model(IDS).logits, vanilla)
+        raise ZeroDivisionError
+    with pytest.raises(KeyboardInterrupt), folded(model, plan), torch.inference_mode():
+        raise KeyboardInterrupt
+    for name, weight in model.named_parameters():
+        assert torch.equal(weight, before[name][0]) and weight.data_ptr() == before[name][1]
+    assert torch.equal(model(IDS).logits, vanilla)
+    plan.header["fingerprint"] = "0" * 64
+    with pytest.raises(AUSteerError, match="made on other weights"), folded(model, plan):
+        pass
+    with folded(model, plan, check=False):
+        assert not torch.equal(model(IDS).logits, vanilla)
+
+
+def test_hot_patch_refuses_quantised_layers(tmp_path):
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is in requirements2.txt")
+    source = make(tmp_path / "wide", "llama", hidden_size=64, intermediate_size=128)
+    for quantization in ("4bit", "8bit"):
+        model = rmodels.load(source, dtype="float32", device="cpu", quantization=quantization)
+        with pytest.raises(AUSteerError, match="is quantised"), folded(model, some_plan(model, "ffn")):
+            pass
+
+
+@pytest.mark.slow
+def test_compiled_code_sees_the_hot_patch(source):
+    model = load(source)
+    plan, vanilla = some_plan(model, "attention", "ffn"), model(IDS).logits
+    compiled = torch.compile(model, fullgraph=True)
+    before = compiled(IDS).logits
+    with steer(model, plan):
+        wanted = model(IDS).logits
+    with folded(model, plan):
+        assert (compiled(IDS).logits - wanted).abs().max() < 1e-4
+    assert torch.equal(compiled(IDS).logits, before) and torch.equal(model(IDS).logits, vanilla)
+    torch.compiler.reset()
+
+
+@pytest.mark.gpu
+def test_a_captured_graph_sees_the_hot_patch(source):
+    model = rmodels.load(source, dtype="float32", device="cuda")
+    plan, ids = some_plan(model, "attention", "ffn"), IDS.cuda()
+    with torch.no_grad(), steer(model, plan):
+        wanted = model(ids, use_cache=False).logits.clone()
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad():
+        model(ids, use_cache=False)  # warms up what may not be captured
+        with torch.cuda.graph(graph):
+            captured = model(ids, use_cache=False).logits
+    graph.replay()
+    vanilla = captured.clone()
+    with folded(model, plan):
+        graph.replay()
+        assert (captured - wanted).abs().max() < 1e-3 < (vanilla - wanted).abs().max()
+    graph.replay()
+    assert torch.equal(captured, vanilla)
+
+
+@pytest.mark.slow
+def test_memory_stays_below_one_shard(tmp_path):
+    source = make(tmp_path / "source", "llama", shard="240MB", hidden_size=1024, intermediate_size=4096,
+                  num_hidden_layers=7, num_attention_heads=16, head_dim=64)  # fmt: skip
+    shards = [path.stat().st_size for path in source.glob("*.safetensors")]
+    assert len(shards) == 2
+    model = load(source)
+    some_plan(model, "attention", "ffn").save(tmp_path / "plan.safetensors")
+    script = (  # VmHWM, as ru_maxrss would begin with this process's own
+        "import re, sys; from pathlib import Path; from transformers import LlamaForCausalLM; from export.fold import fold;"
+        "from plan import Plan; plan = Plan.load(sys.argv[2]);"
+        "peak = lambda: 1024 * int(re.search(r'VmHWM:\\s*(\\d+)', Path('/proc/self/status').read_text())[1]);"
+        "before = peak(); fold(sys.argv[1], plan, sys.argv[3], certificate=False); print(peak() - before)"
+    )
+    arguments = [source, tmp_path / "plan.safetensors", tmp_path / "out"]
+    done = subprocess.run(
+        [sys.executable, "-c", script, *map(str, arguments)], cwd=ROOT, capture_output=True, check=True
+    )
+    share = int(done.stdout) / max(shards)
+    print(f"peak above the imports: {share:.2f} shards")
+    assert share < 1.3
+    unfold(tmp_path / "out", tmp_path / "back")
+    assert bits(tmp_path / "back") == bits(source)
+    shutil.rmtree(tmp_path / "out")
