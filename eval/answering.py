@@ -49,7 +49,7 @@ def answers(
 ) -> list[Answer]:
     """The answer to each prompt. batch_size=1 is the authors' way; `file` keeps what was answered before."""
     found = {} if file is None else file.read(prompts)
-    ids = _encode(tokenizer, prompts, _longest_prompt(model, question))
+    ids = encode_prompts(tokenizer, prompts, _longest_prompt(model, question))
     beginning = _Beginning(model, ids[0][: _shared(ids, question, model)] if batch_size != 1 else [])
     todo = [batch for batch in _batches(ids, question, model, batch_size) if not all(i in found for i in batch)]
     with tqdm(total=len(prompts), initial=len(prompts) - sum(map(len, todo)), desc=progress, unit=" samples",
@@ -111,7 +111,7 @@ def _longest_prompt(model: PreTrainedModel, question: Question) -> int:
     return room
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], longest: int) -> list[list[int]]:
+def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], longest: int) -> list[list[int]]:
     """Token ids. A prompt too long for the context loses its start (never a leading BOS), as pairs do."""
     encoded = tokenizer(list(prompts), verbose=False)["input_ids"]
     cut = []
