@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -34,11 +35,20 @@ def server_command(model: str, plans: Sequence[Path], flags: Sequence[str], fold
     # on the CPU vLLM looks up "no adapter" as slot -1, the last one's: it must stay empty, or the plain model is steered
     slots = len(made) + (not torch.cuda.is_available())
     return [
-        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model,
+        *_server(model),
         "--enable-lora", "--max-loras", str(slots), "--max-lora-rank", str(max_lora_rank(max(one.rank for one in made))),
         "--lora-target-modules", *sorted({target for one in made for target in one.targets}),
         "--lora-modules", *[f"{name}={folder / name}" for name in names], *flags,
     ]  # fmt: skip
+
+
+def _server(model: str) -> list[str]:
+    """`vllm serve`, which asks for its version under the name of the GPU package and so fails in the one for CPUs."""
+    try:
+        version("vllm")
+    except PackageNotFoundError:
+        return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model]
+    return [str(Path(sys.executable).with_name("vllm")), "serve", model]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,5 +1,6 @@
 """Adapters do exactly what the live plan does; what they could not do is refused."""
 
+import itertools
 import json
 
 import pytest
@@ -10,8 +11,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import rmodels
 from errors import AUSteerError
+from export.adapter import Weights, open_model
 from export.ia3 import save_ia3
-from export.lora import max_lora_rank, save_lora
+from export.lora import lora_factors, max_lora_rank, save_lora
+from export.serve import main as serve
+from export.serve import server_command
 from plan import Plan
 from set_MFU import steer
 
@@ -123,6 +127,38 @@ def test_bfloat16(checkpoints, tmp_path):
     assert (live - exported).abs().max() < 0.1 * idle
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", ["4bit", "8bit"])
+def test_lora_of_a_quantized_model(tmp_path, bits):
+    """Of a loaded 4- or 8-bit model the adapter holds the weights it computes with, not the checkpoint's."""
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is in requirements2.txt")
+    wide = {**COMMON, "hidden_size": 64, "intermediate_size": 128}  # 4-bit blocks hold 64 weights
+    AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **wide)).save_pretrained(tmp_path / "model")
+    model = rmodels.load(tmp_path / "model", dtype="float32", device="cpu", quantization=bits)
+    plan = plan_for(model, ["attention", "ffn", "neuron"], strength=1.0)
+    idle = model(IDS).logits
+    with steer(model, plan):
+        live = model(IDS).logits
+    apart = {}
+    for source in (model, tmp_path / "model"):
+        factors, hooks = lora_factors(open_model(source), Weights(source), plan), []
+        for name, (a, b) in factors.items():
+            hooks.append(
+                model.get_submodule(name).register_forward_hook(
+                    lambda module, args, out, a=a, b=b: out + args[0].float() @ a.T @ b.T
+                )
+            )
+        apart[source] = (model(IDS).logits - live).abs().max()
+        for hook in hooks:
+            hook.remove()
+    moved = (live - idle).abs().max()
+    if bits == "4bit":
+        assert apart[model] < 0.05 * moved  # in bfloat16, as it computes
+        assert apart[model] < 0.5 * apart[tmp_path / "model"]
+    else:  # live, activations are rounded to 8 bits behind the gate: no adapter can do the same
+        assert apart[model] < 0.1 * moved
+
+
 def test_refusals_leave_nothing(checkpoints, llama, tmp_path):
     shape, out = rmodels.site_shape(llama, "ffn"), tmp_path / "out"
     some = plan_for(llama, ["ffn"])
@@ -186,3 +222,20 @@ def test_peft_reads_it(model, tmp_path, kind):
         with torch.no_grad():
             assert (live - adapted(IDS).logits).abs().max() < 1e-4
             assert (live - adapted.merge_and_unload()(IDS).logits).abs().max() < 1e-4
+
+
+def test_server_command(llama, tmp_path):
+    plans = [tmp_path / "calm.safetensors", tmp_path / "brave.safetensors"]
+    for seed, plan in enumerate(plans):
+        plan_for(llama, ["attention"], seed=seed).save(plan)
+    command = server_command(llama.config.name_or_path, plans, ["--port", "1"], tmp_path / "adapters")
+    flags = dict(itertools.pairwise(command))
+    assert flags["--max-lora-rank"] == "8" and flags["--lora-target-modules"] == "o_proj" and flags["--port"] == "1"
+    assert flags["--max-loras"] == ("2" if torch.cuda.is_available() else "3")
+    served = dict(word.split("=") for word in command if "adapters/" in word)
+    assert list(served) == ["calm", "brave"]
+    assert Plan.load(f"{served['brave']}/plan.safetensors").units() == Plan.load(plans[1]).units()
+    with pytest.raises(AUSteerError, match="under their file names"):
+        server_command(llama.config.name_or_path, plans[:1] * 2, [], tmp_path / "more")
+    with pytest.raises(AUSteerError, match="at least one plan"):
+        serve([llama.config.name_or_path, "--port", "1"])

@@ -34,6 +34,7 @@ ALLOWED = {  # module -> what of this project it may import: data flows one way
     },
     "embedded": {"baselines", "embedded", "errors", "ranks"},
     "eval": {"embedded", "encoding", "errors", "eval", "pair_texts", "pairs", "ranks", "rmodels"},  # no method, no plan
+    "export": {"errors", "export", "plan", "ranks", "rmodels"},
     "restore": {
         "baselines",
         "cells",
@@ -146,7 +147,15 @@ def test_fidelity_names_every_switch():
 
 
 def test_scripts_parse():
-    for script in ("setup.sh", "reproduce.sh", "tests/run.sh", ".ci/run"):
+    for script in (
+        "setup.sh",
+        "setup-vllm.sh",
+        "serve.sh",
+        "reproduce.sh",
+        "tests/run.sh",
+        "tests/run-vllm.sh",
+        ".ci/run",
+    ):
         subprocess.run(["bash", "-n", script], cwd=ROOT, check=True)
 
 
