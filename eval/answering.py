@@ -53,7 +53,7 @@ def answers(
     rows: told, whenever they change, which prompts the rows of a batch are, so that each may be steered by its own.
     """
     found = {} if file is None else file.read(prompts)
-    ids = _encode(tokenizer, prompts, _longest_prompt(model, question))
+    ids = encode_prompts(tokenizer, prompts, _longest_prompt(model, question))
     alone = batch_size == 1 or rows is not None  # what rows share by their words may still be steered differently
     beginning = _Beginning(model, [] if alone else ids[0][: _shared(ids, question, model)])
     todo = [batch for batch in _batches(ids, question, model, batch_size) if not all(i in found for i in batch)]
@@ -116,7 +116,7 @@ def _longest_prompt(model: PreTrainedModel, question: Question) -> int:
     return room
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], longest: int) -> list[list[int]]:
+def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], longest: int) -> list[list[int]]:
     """Token ids. A prompt too long for the context loses its start (never a leading BOS), as pairs do."""
     encoded = tokenizer(list(prompts), verbose=False)["input_ids"]
     cut = []

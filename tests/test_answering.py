@@ -164,7 +164,7 @@ def test_a_prompt_too_long_loses_its_start(llama, tokenizer):
 
 def test_no_tokens():
     with pytest.raises(AUSteerError, match="prompt 0 has no tokens"):
-        answering._encode(lambda texts, **_: {"input_ids": [[]]}, [""], 8)
+        answering.encode_prompts(lambda texts, **_: {"input_ids": [[]]}, [""], 8)
 
 
 def test_inf_is_refused(checkpoints, tokenizer):

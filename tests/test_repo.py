@@ -170,7 +170,15 @@ def test_fidelity_names_every_switch():
 
 
 def test_scripts_parse():
-    for script in ("setup.sh", "reproduce.sh", "tests/run.sh", ".ci/run"):
+    for script in (
+        "setup.sh",
+        "setup-vllm.sh",
+        "serve.sh",
+        "reproduce.sh",
+        "tests/run.sh",
+        "tests/run-vllm.sh",
+        ".ci/run",
+    ):
         subprocess.run(["bash", "-n", script], cwd=ROOT, check=True)
 
 

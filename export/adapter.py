@@ -1,0 +1,185 @@
+"""What every adapter shares: the modules a plan touches, the weights it needs of them, the folder it becomes.
+
+A plan that only scales multiplies columns or rows of two matrices per layer, which is why it fits into an adapter:
+    attention   input of o_proj        columns of o_proj
+    neuron      input of down_proj     columns of down_proj
+    ffn         output of down_proj    rows of down_proj
+Nothing here loads a model: its shape is built without memory, and of its checkpoint only these rows and columns are read.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import reduce
+from operator import add
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoConfig, PreTrainedModel
+from transformers.integrations.bitsandbytes import dequantize_bnb_weight
+from transformers.utils import cached_file
+
+from errors import AUSteerError
+from plan import Plan
+from ranks import check_made_for, public_name
+from rmodels import AUGate, family
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+@dataclass
+class Touched:
+    """A linear module under a plan: gamma of its inputs and of its outputs, None where nothing is scaled."""
+
+    shape: tuple[int, int]  # (outputs, inputs), as its weight's
+    bias: bool
+    inputs: Tensor | None = None
+    outputs: Tensor | None = None
+
+
+def compose(plans: Plan | Sequence[Plan]) -> Plan:
+    """Several plans as one: their scales add, as live."""
+    plans = [plans] if isinstance(plans, Plan) else list(plans)
+    if not plans:
+        raise AUSteerError("no plan was given")
+    return reduce(add, plans)
+
+
+def open_model(source: str | Path | PreTrainedModel) -> PreTrainedModel:
+    """A loaded model as it is; of a checkpoint the patched model without its weights, which takes no memory."""
+    if isinstance(source, PreTrainedModel):
+        return source
+    try:
+        config = AutoConfig.from_pretrained(str(source), trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise AUSteerError(f"cannot read the config of {source}: {str(error).splitlines()[0]}") from error
+    with torch.device("meta"):
+        return family(config.model_type)(config)
+
+
+def touched(model: PreTrainedModel, plan: Plan, kind: str) -> dict[str, Touched]:
+    """The modules a plan scales, by their name; refused is whatever `kind` of adapter could not do exactly."""
+    if plan.tokens != "all":
+        raise AUSteerError(
+            f"the plan steers the tokens {plan.tokens!r}; {kind} adapter works on all of them. Steer live (set_MFU.steer), "
+            "or make the plan with tokens='all'"
+        )
+    if any(values.any() for values in plan.shifts.values()):
+        raise AUSteerError(
+            f"the plan adds something to activations, and {kind} adapter has no bias to hold it; steer live "
+            "(set_MFU.steer), or fold the plan into a checkpoint where the model has biases"
+        )
+    if "layer" in plan.scales and plan.scales["layer"].any():
+        raise AUSteerError(
+            "the plan scales the residual stream (site 'layer'), which passes through no weight of its own: "
+            "no adapter can hold it; steer live (set_MFU.steer), or use the sites attention, ffn or neuron"
+        )
+    sites = [site for site in plan.sites if site != "layer"]
+    check_made_for(model, {site: plan.shape(site) for site in sites}, plan.header, "this plan was")
+    found: dict[str, Touched] = {}
+    for name, gate in model.named_modules():
+        if not isinstance(gate, AUGate) or gate.site not in sites or not plan.scale(gate.site, gate.layer).any():
+            continue
+        block = name.rpartition(".")[0]
+        linear = f"{block}.{'o_proj' if gate.site == 'attention' else 'down_proj'}"
+        module = getattr(model.get_submodule(block), linear.rpartition(".")[2], None)
+        if module is None:
+            raise AUSteerError(
+                f"the plan scales the ffn output of layer {gate.layer}, which sums many experts: no single module has "
+                "it as its output; fold the plan into a checkpoint, steer live, or use the attention site"
+            )
+        shape = (module.out_features, module.in_features)
+        one = found.setdefault(linear, Touched(shape, module.bias is not None))
+        if gate.site == "ffn":
+            one.outputs = plan.scale(gate.site, gate.layer)
+        else:
+            one.inputs = plan.scale(gate.site, gate.layer)
+    if not found:
+        raise AUSteerError("the plan does nothing: there is no adapter to write")
+    return found
+
+
+class Weights:
+    """Single rows and columns of a checkpoint's matrices, or of a loaded model's (of a 4- or 8-bit one as it computes)."""
+
+    def __init__(self, source: str | Path | PreTrainedModel):
+        self.model = source if isinstance(source, PreTrainedModel) else None
+        if self.model is None:
+            self.name = str(source)
+            index = self._file(INDEX)
+            self.shards = json.loads(index.read_text())["weight_map"] if index else None
+
+    def columns(self, module: str, dims: Sequence[int]) -> Tensor:
+        return self._read(module, lambda weight: torch.cat([weight[:, dim : dim + 1] for dim in dims], 1))
+
+    def rows(self, module: str, dims: Sequence[int]) -> Tensor:
+        return self._read(module, lambda weight: torch.cat([weight[dim : dim + 1] for dim in dims]))
+
+    def whole(self, module: str) -> Tensor:
+        return self._read(module, lambda weight: weight[:])
+
+    def _read(self, module: str, part) -> Tensor:
+        if self.model is not None:
+            linear = self.model.get_submodule(module)
+            if linear.weight.is_meta:
+                raise AUSteerError(f"{module} is offloaded; name the checkpoint instead of the loaded model")
+            return part(dequantize_bnb_weight(linear.weight, getattr(linear, "state", None)).detach()).float().cpu()
+        key = f"{module}.weight"
+        if self.shards is not None and key not in self.shards:
+            raise AUSteerError(
+                f"{self.name} has no {key}: quantised checkpoints and renamed weights cannot be exported"
+            )
+        path = self._file(self.shards[key] if self.shards else WEIGHTS)
+        if path is None:
+            raise AUSteerError(f"{self.name} has no {WEIGHTS}; only safetensors checkpoints are read")
+        try:
+            with safe_open(path, framework="pt") as file:
+                if key not in file.keys():  # noqa: SIM118 - not a dict
+                    raise AUSteerError(
+                        f"{self.name} has no {key}: quantised checkpoints and renamed weights cannot be exported"
+                    )
+                return part(file.get_slice(key)).float()
+        except (OSError, SafetensorError) as error:
+            raise AUSteerError(f"cannot read {path}: {error}") from error
+
+    def _file(self, name: str) -> Path | None:
+        try:
+            found = cached_file(self.name, name, _raise_exceptions_for_missing_entries=False)
+        except OSError as error:
+            raise AUSteerError(f"cannot read {name} of {self.name}: {str(error).splitlines()[0]}") from error
+        return Path(found) if found else None
+
+
+def write_adapter(
+    out: str | Path, model: PreTrainedModel, plan: Plan, tensors: dict[str, Tensor], config: dict
+) -> None:
+    """A PEFT folder with its plan, made beside its place and renamed last: there is never half of one."""
+    out = Path(out)
+    if out.exists():
+        raise AUSteerError(f"{out} exists already; remove it or choose another place")
+    temporary = out.with_name(f".{out.name}.{os.getpid()}")
+    config = {
+        **config,
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": public_name(model.config.name_or_path),
+        "inference_mode": True,
+        "fan_in_fan_out": False,
+    }
+    try:
+        temporary.mkdir(parents=True)
+        tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        save_file(tensors, temporary / "adapter_model.safetensors", {"format": "pt"})
+        plan.save(temporary / "plan.safetensors")  # readers of adapters ignore it
+        (temporary / "adapter_config.json").write_text(json.dumps(config, indent=1) + "\n")
+        temporary.rename(out)
+    except (OSError, SafetensorError) as error:
+        raise AUSteerError(f"cannot write {out}: {error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

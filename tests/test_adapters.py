@@ -1,0 +1,241 @@
+"""Adapters do exactly what the live plan does; what they could not do is refused."""
+
+import itertools
+import json
+
+import pytest
+import torch
+from conftest import COMMON, FAMILIES, SPECIAL
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import rmodels
+from errors import AUSteerError
+from export.adapter import Weights, open_model
+from export.ia3 import save_ia3
+from export.lora import lora_factors, max_lora_rank, save_lora
+from export.serve import main as serve
+from export.serve import server_command
+from plan import Plan
+from set_MFU import steer
+
+IDS = torch.tensor([[1, 40, 77, 130, 9, 200, 31, 55, 12, 300, 7, 90, 41, 66, 3, 250]])
+
+
+def plan_for(model, sites, units=5, strength=2.0, seed=0) -> Plan:
+    """A few AUs of some layers (of MoE families' ffn: of the dense one), unequally many in each."""
+    generator = torch.Generator().manual_seed(seed)
+    scales = {}
+    for site in sites:
+        layers, width = rmodels.site_shape(model, site)
+        values = torch.zeros(layers, width)
+        for layer in [1] if model.config.model_type == "qwen3_moe" and site == "ffn" else [0, 1]:
+            dims = torch.randperm(width, generator=generator)[: units + layer]
+            values[layer, dims] = strength * torch.randn(len(dims), generator=generator)
+        scales[site] = values
+    return Plan(scales)
+
+
+def sites_of(model):
+    """What LoRA can do: of a family with experts the attention only."""
+    return ["attention"] if "neuron" not in rmodels.sites(model) else ["attention", "ffn", "neuron"]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def model(request, checkpoints):
+    return rmodels.load(checkpoints[request.param], dtype="float32", device="cpu")
+
+
+def changed_by_hand(model, folder):
+    """Upstream's model with W + B A written into its weights, as any reader of the adapter would have it."""
+    plain = AutoModelForCausalLM.from_pretrained(
+        model.config.name_or_path, dtype=torch.float32, attn_implementation=model.config._attn_implementation[3:],
+        trust_remote_code=False,
+    )  # fmt: skip
+    config = json.loads((folder / "adapter_config.json").read_text())
+    tensors = load_file(folder / "adapter_model.safetensors")
+    for name in config["target_modules"]:
+        a, b = (tensors.pop(f"base_model.model.{name}.lora_{part}.weight") for part in "AB")
+        assert config["rank_pattern"].get(name, config["r"]) == len(a) == b.shape[1]
+        assert config["alpha_pattern"].get(name, config["lora_alpha"]) == len(a)  # scaling is 1
+        plain.get_submodule(name).weight.data += b @ a
+    assert not tensors
+    return plain
+
+
+def test_lora_equals_live(model, tmp_path):
+    every = sites_of(model)
+    for sites in [[site] for site in every] + [every] * (len(every) > 1):
+        plan, out = plan_for(model, sites), tmp_path / "-".join(sites)
+        made = save_lora(model.config.name_or_path, plan, out)
+        with steer(model, plan):
+            live = model(IDS).logits
+        exported = changed_by_hand(model, out)(IDS).logits
+        assert (live - model(IDS).logits).abs().max() > 0.05
+        assert (live - exported).abs().max() < 1e-4
+        per_module = sum(len(sites) > 1 and site != "attention" for site in sites) or 1
+        assert made.rank == 6 * per_module  # no more than its AUs
+
+
+def test_lora_of_several_plans_and_of_a_loaded_model(llama, tmp_path):
+    plans = [plan_for(llama, ["attention"], seed=1), plan_for(llama, ["attention", "ffn"], seed=2)]
+    save_lora(llama, plans, tmp_path / "loaded")
+    save_lora(llama.config.name_or_path, plans[0] + plans[1], tmp_path / "read")
+    for file in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (tmp_path / "loaded" / file).read_bytes() == (tmp_path / "read" / file).read_bytes()
+    with steer(llama, plans[0] + plans[1]):
+        live = llama(IDS).logits
+    assert (live - changed_by_hand(llama, tmp_path / "loaded")(IDS).logits).abs().max() < 1e-4
+
+
+def test_lora_of_many_units_has_the_rank_of_the_matrix(llama, tmp_path):
+    plan = Plan({"attention": torch.full(rmodels.site_shape(llama, "attention"), 0.5)})  # 64 AUs into 48 outputs
+    made = save_lora(llama.config.name_or_path, plan, tmp_path / "all")
+    assert (made.rank, len(made.modules), made.targets) == (48, 3, ["o_proj"])
+    with steer(llama, plan):
+        live = llama(IDS).logits
+    assert (live - changed_by_hand(llama, tmp_path / "all")(IDS).logits).abs().max() < 1e-4
+
+
+def test_only_the_touched_rows_are_read_from_the_right_shard(checkpoints, llama, tmp_path, monkeypatch):
+    import export.adapter
+
+    folder, opened = tmp_path / "sharded", []
+    AutoModelForCausalLM.from_pretrained(checkpoints["llama"], trust_remote_code=False).save_pretrained(
+        folder, max_shard_size="100KB"
+    )
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    plan = Plan({"attention": torch.zeros(rmodels.site_shape(llama, "attention"))})
+    plan.scales["attention"][2, 7] = 1.0
+    read = export.adapter.safe_open
+    monkeypatch.setattr(export.adapter, "safe_open", lambda path, **kw: opened.append(path) or read(path, **kw))
+    save_lora(folder, plan, tmp_path / "adapter")
+    assert len(opened) == 1
+    b = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    name = "model.layers.2.self_attn.o_proj"
+    assert torch.equal(b[f"base_model.model.{name}.lora_B.weight"][:, 0], llama.get_submodule(name).weight[:, 7])
+
+
+def test_bfloat16(checkpoints, tmp_path):
+    model = rmodels.load(checkpoints["llama"], dtype="bfloat16", device="cpu")
+    plan = plan_for(model, ["attention", "ffn"], strength=1.0)
+    save_lora(model, plan, tmp_path / "a")
+    with steer(model, plan):
+        live = model(IDS).logits.float()
+    exported = changed_by_hand(model, tmp_path / "a")(IDS).logits  # float32 arithmetic on bfloat16's weights
+    idle = (live - model(IDS).logits.float()).abs().max()
+    assert (live - exported).abs().max() < 0.1 * idle
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", ["4bit", "8bit"])
+def test_lora_of_a_quantized_model(tmp_path, bits):
+    """Of a loaded 4- or 8-bit model the adapter holds the weights it computes with, not the checkpoint's."""
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is in requirements2.txt")
+    wide = {**COMMON, "hidden_size": 64, "intermediate_size": 128}  # 4-bit blocks hold 64 weights
+    AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **wide)).save_pretrained(tmp_path / "model")
+    model = rmodels.load(tmp_path / "model", dtype="float32", device="cpu", quantization=bits)
+    plan = plan_for(model, ["attention", "ffn", "neuron"], strength=1.0)
+    idle = model(IDS).logits
+    with steer(model, plan):
+        live = model(IDS).logits
+    apart = {}
+    for source in (model, tmp_path / "model"):
+        factors, hooks = lora_factors(open_model(source), Weights(source), plan), []
+        for name, (a, b) in factors.items():
+            hooks.append(
+                model.get_submodule(name).register_forward_hook(
+                    lambda module, args, out, a=a, b=b: out + args[0].float() @ a.T @ b.T
+                )
+            )
+        apart[source] = (model(IDS).logits - live).abs().max()
+        for hook in hooks:
+            hook.remove()
+    moved = (live - idle).abs().max()
+    if bits == "4bit":
+        assert apart[model] < 0.05 * moved  # in bfloat16, as it computes
+        assert apart[model] < 0.5 * apart[tmp_path / "model"]
+    else:  # live, activations are rounded to 8 bits behind the gate: no adapter can do the same
+        assert apart[model] < 0.1 * moved
+
+
+def test_refusals_leave_nothing(checkpoints, llama, tmp_path):
+    shape, out = rmodels.site_shape(llama, "ffn"), tmp_path / "out"
+    some = plan_for(llama, ["ffn"])
+    path = llama.config.name_or_path
+    layer = Plan({"layer": torch.ones(shape)})
+    shift = Plan({}, {"ffn": torch.ones(shape)})
+    wide = Plan({"ffn": torch.ones(3, 999)})
+    other = Plan(some.scales, header={"family": "gemma2", "model": "org/other"})
+    for save in (save_lora, save_ia3):
+        for plan, why in [
+            (layer, "residual stream"), (shift, "adds something"), (wide, "3 layers of 999"), (other, "gemma2 model"),
+            (Plan(some.scales, tokens="last"), "tokens 'last'"), (Plan({}), "does nothing"), ([], "no plan"),
+        ]:  # fmt: skip
+            with pytest.raises(AUSteerError, match=why):
+                save(path, plan, out)
+        with pytest.raises(AUSteerError, match="many experts"):
+            save(checkpoints["qwen3_moe"], some, out)
+        with pytest.raises(AUSteerError, match="cannot read the config"):
+            save(tmp_path / "nowhere", some, out)
+        assert not list(tmp_path.iterdir())
+    with pytest.raises(AUSteerError, match="a dense layer of a family with experts"):
+        save_lora(checkpoints["qwen3_moe"], Plan({"ffn": some.scales["ffn"] * torch.tensor([[0], [1], [0]])}), out)
+    both = Plan({site: torch.ones(rmodels.site_shape(llama, site)) for site in ("ffn", "neuron")})
+    with pytest.raises(AUSteerError, match="one vector per module"):
+        save_ia3(path, both, out)
+    save_ia3(path, some, out)
+    with pytest.raises(AUSteerError, match="exists already"):
+        save_lora(path, some, out)
+    assert max_lora_rank(9) == 16 and max_lora_rank(1) == 1
+    with pytest.raises(AUSteerError, match="vLLM allows 512"):
+        max_lora_rank(513)
+
+
+def test_a_bias_behind_the_ffn(tmp_path):
+    """A LoRA cannot scale it; IA3 can, and a scaled input of the same module is no trouble."""
+    config = AutoConfig.for_model("llama", **{**COMMON, **SPECIAL["llama"]}, mlp_bias=True, attention_bias=True)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "biased")
+    model = rmodels.load(tmp_path / "biased", dtype="float32", device="cpu")
+    with pytest.raises(AUSteerError, match="has a bias"):
+        save_lora(model, plan_for(model, ["ffn"]), tmp_path / "ffn")
+    save_ia3(model, plan_for(model, ["ffn"]), tmp_path / "ffn")
+    save_lora(model, plan_for(model, ["attention", "neuron"]), tmp_path / "others")
+
+
+@pytest.mark.parametrize("kind", ["lora", "ia3"])
+def test_peft_reads_it(model, tmp_path, kind):
+    peft = pytest.importorskip("peft", reason="peft is in requirements2.txt")
+    moe = model.config.model_type == "qwen3_moe"
+    for sites in [["attention", "ffn"], ["attention"] if moe else ["neuron"]]:
+        if moe and kind == "lora" and "ffn" in sites:
+            continue  # refused
+        plan, out = plan_for(model, sites), tmp_path / "-".join(sites)
+        {"lora": save_lora, "ia3": save_ia3}[kind](model.config.name_or_path, plan, out)
+        with steer(model, plan):
+            live = model(IDS).logits
+        plain = AutoModelForCausalLM.from_pretrained(
+            model.config.name_or_path, dtype=torch.float32,
+            attn_implementation=model.config._attn_implementation[3:], trust_remote_code=False,
+        )  # fmt: skip
+        adapted = peft.PeftModel.from_pretrained(plain, out).eval()
+        with torch.no_grad():
+            assert (live - adapted(IDS).logits).abs().max() < 1e-4
+            assert (live - adapted.merge_and_unload()(IDS).logits).abs().max() < 1e-4
+
+
+def test_server_command(llama, tmp_path):
+    plans = [tmp_path / "calm.safetensors", tmp_path / "brave.safetensors"]
+    for seed, plan in enumerate(plans):
+        plan_for(llama, ["attention"], seed=seed).save(plan)
+    command = server_command(llama.config.name_or_path, plans, ["--port", "1"], tmp_path / "adapters")
+    flags = dict(itertools.pairwise(command))
+    assert flags["--max-lora-rank"] == "8" and flags["--lora-target-modules"] == "o_proj" and flags["--port"] == "1"
+    assert flags["--max-loras"] == ("2" if torch.cuda.is_available() else "3")
+    served = dict(word.split("=") for word in command if "=" in word)
+    assert list(served) == ["calm", "brave"]
+    assert Plan.load(f"{served['brave']}/plan.safetensors").units() == Plan.load(plans[1]).units()
+    with pytest.raises(AUSteerError, match="under their file names"):
+        server_command(llama.config.name_or_path, plans[:1] * 2, [], tmp_path / "more")
+    with pytest.raises(AUSteerError, match="at least one plan"):
+        serve([llama.config.name_or_path, "--port", "1"])

@@ -1,0 +1,188 @@
+"""vLLM under adapters answers as the live model under their plans. Run by tests/run-vllm.sh, not by default."""
+
+import gc
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import COMMON, FAMILIES, SPECIAL, byte_tokenizer
+from test_adapters import plan_for
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import rmodels
+from errors import AUSteerError
+from eval.answering import Question, answers, option_tokens
+from eval.engine_vllm import VLLMEngine
+from export.lora import save_lora
+from set_MFU import steer
+
+pytestmark = pytest.mark.vllm
+PROMPTS = [
+    "The cat sat on",
+    "Question: is iron heavier than water?\nAnswer:",
+    "gave",
+    "One, two, three, four, five, six,",
+]
+PLANS = 3
+
+
+def checkpoint(name, folder):
+    """As the other tests' models, but with heads of 32: vLLM's CPU kernels take no smaller ones."""
+    special = {**SPECIAL[name], "head_dim": 32}
+    if "final_logit_softcapping" in special:
+        special["final_logit_softcapping"] = 30.0  # at 6 random logits saturate, and rounding decides which is largest
+    config = AutoConfig.for_model(name, **{**COMMON, **special})
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+class Served:
+    """A family's model live and in vLLM, with plans and their adapters."""
+
+    def __init__(self, name, folder, dtype="float32"):
+        path = checkpoint(name, folder / "model")
+        self.model = rmodels.load(path, dtype=dtype, device="cpu")
+        self.tokenizer = rmodels.load_tokenizer(path)
+        self.plans = [plan_for(self.model, ["attention", "ffn", "neuron"], seed=seed) for seed in range(PLANS)]
+        self.adapters = [save_lora(path, plan, folder / f"plan{i}").folder for i, plan in enumerate(self.plans)]
+        self.engine = VLLMEngine(path, max_loras=PLANS, max_lora_rank=16, dtype=dtype, max_model_len=128)
+
+    def live(self, plan, question):
+        with steer(self.model, [plan] if plan is None else plan):
+            return answers(self.model, self.tokenizer, PROMPTS, question, batch_size=1)
+
+
+@pytest.fixture(scope="module", params=[name for name in FAMILIES if name != "qwen3_moe"])
+def served(request, tmp_path_factory):
+    made = Served(request.param, tmp_path_factory.mktemp("served"))
+    yield made
+    stop(made)
+
+
+def stop(made):
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    del made.engine
+    gc.collect()
+    cleanup_dist_env_and_memory()
+
+
+def test_vllm_equals_live(served):
+    """Base and three plans in one batch: the same greedy text, and log-probabilities of the options."""
+    question = Question(12, options=option_tokens(served.tokenizer, ["yes", "no"], "Answer:"))
+    plans, folders = [None, *served.plans], [None, *served.adapters]
+    grid = [(prompt, folder) for folder in folders for prompt in PROMPTS]
+    found = served.engine.answers([prompt for prompt, _ in grid], question, [folder for _, folder in grid])
+    seen = set()
+    for index, plan in enumerate(plans):
+        live = served.live(plan, question)
+        engine = found[index * len(PROMPTS) : (index + 1) * len(PROMPTS)]
+        assert [one.text for one in engine] == [one.text for one in live]
+        for one, other in zip(engine, live, strict=True):
+            assert one.options == pytest.approx(other.options, abs=1e-4)
+        seen.add(tuple(round(value, 2) for one in live for value in one.options))
+    assert len(seen) == len(plans)  # every plan changes the answers, so that a silent no-op would show
+
+
+def test_plans_together_equal_each_alone(served):
+    question = Question(8)
+    together = served.engine.answers(PROMPTS[:1] * PLANS, question, served.adapters)
+    alone = [served.engine.answers(PROMPTS[:1], question, [adapter])[0] for adapter in served.adapters]
+    assert together == alone
+    assert served.engine.answers(PROMPTS, question) == served.live(None, question)
+
+
+def test_refusals(served, tmp_path):
+    wide = save_lora(served.model, plan_for(served.model, ["attention"], units=20), tmp_path / "wide")
+    with pytest.raises(AUSteerError, match="has rank 21, and this engine takes 16"):
+        served.engine.answers(["a"], Question(1), [wide.folder])
+    served.engine.targets, allowed = {"down_proj"}, served.engine.targets
+    narrow = save_lora(served.model, plan_for(served.model, ["attention"]), tmp_path / "narrow")
+    with pytest.raises(AUSteerError, match="changes o_proj"):
+        served.engine.answers(["a"], Question(1), [narrow.folder])
+    served.engine.targets = allowed
+    with pytest.raises(AUSteerError, match="no adapter"):
+        served.engine.answers(["a"], Question(1), [tmp_path / "nowhere"])
+    with pytest.raises(AUSteerError, match="1 adapters for 2 prompts"):
+        served.engine.answers(["a", "b"], Question(1), [None])
+
+
+def test_bfloat16(tmp_path):
+    """Each rounds in its own places: likelihoods agree to a few hundredths, measured against what the plans do."""
+    made = Served("llama", tmp_path, "bfloat16")
+    question = Question(1, options=option_tokens(made.tokenizer, ["yes", "no"], "Answer:"))
+    moved, apart = [], []
+    idle = made.live(None, question)
+    for plan, adapter in zip(made.plans, made.adapters, strict=True):
+        live = made.live(plan, question)
+        found = made.engine.answers(PROMPTS, question, [adapter] * len(PROMPTS))
+        for a, b, c in zip(live, found, idle, strict=True):
+            apart += [abs(x - y) for x, y in zip(a.options, b.options, strict=True)]
+            moved += [abs(x - y) for x, y in zip(a.options, c.options, strict=True)]
+    stop(made)
+    assert max(apart) < 0.1 * max(moved), (max(apart), max(moved))
+
+
+def test_a_family_with_experts_is_refused_on_the_cpu(tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("a GPU takes it")
+    with pytest.raises(AUSteerError, match="models with experts on the CPU"):
+        VLLMEngine(checkpoint("qwen3_moe", tmp_path / "model"), max_loras=1, max_lora_rank=8, max_model_len=64)
+
+
+def ask(port, model, prompt):
+    body = {"model": model, "prompt": prompt, "max_tokens": 8, "temperature": 0}
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=60) as reply:
+        return json.load(reply)["choices"][0]["text"]
+
+
+def test_server(tmp_path):
+    """Two plans and the model as it is, asked at once over HTTP, are each the live model's."""
+    path = checkpoint("llama", tmp_path / "model")
+    model, tokenizer = rmodels.load(path, dtype="float32", device="cpu"), rmodels.load_tokenizer(path)
+    plans = {name: plan_for(model, ["attention", "ffn"], seed=seed) for seed, name in enumerate(["calm", "brave"])}
+    for name, plan in plans.items():
+        plan.save(tmp_path / f"{name}.safetensors")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    files = [str(tmp_path / f"{name}.safetensors") for name in plans]
+    flags = ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--max-model-len", "128"]
+    root, log = Path(__file__).parents[1], (tmp_path / "log").open("w")
+    server = subprocess.Popen(
+        [sys.executable, "-m", "export.serve", str(path), *files, *flags],
+        cwd=root, env={**os.environ, "PYTHONPATH": str(root)}, stdout=log, stderr=log,
+    )  # fmt: skip
+    try:
+        for _ in range(300):
+            time.sleep(1)
+            assert server.poll() is None, (tmp_path / "log").read_text()[-3000:]
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
+                break
+            except OSError:
+                continue
+        prompt = "Question: is iron heavier than water?\nAnswer:"
+        with ThreadPoolExecutor(6) as together:
+            names = [str(path), "calm", "brave"] * 2
+            got = dict(zip(names, together.map(lambda name: ask(port, name, prompt), names), strict=True))
+        for name, plan in {str(path): None, **plans}.items():
+            with steer(model, [plan] if plan is None else plan):
+                assert got[name] == answers(model, tokenizer, [prompt], Question(8), batch_size=1)[0].text
+    finally:
+        server.send_signal(signal.SIGTERM)
+        server.wait(60)
