@@ -1,8 +1,8 @@
 """Many plans in one batch: the answers to a few prompts under every plan of a grid, each row steered by its own.
 
 Token by token, a small batch costs nearly as much as a large one, and a grid asks for the same few prompts again and
-again: for answers of several tokens this pays up to `FEW` prompts, for answers of one token it does not
-(benchmarks/search.py measures both).
+again: for answers of several tokens this pays up to `FEW` prompts, for answers of one token it gains little
+(python benchmarks/search.py --only batches).
 """
 
 from __future__ import annotations

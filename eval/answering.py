@@ -25,6 +25,8 @@ from pair_texts import input_device
 # numbers of a hidden state at once (tokens, with padding and room for answers, times width). Prompts alone run
 # best in pieces that fit a CPU's cache; token by token, every row more shares one reading of the weights.
 BATCH_NUMBERS = {"cpu": (2**19, 2**22), "cuda": (2**27, 2**27)}
+# last tokens of a prompt that are never shared: steering of "before-last-2" treats the last two by themselves
+OWN = 2
 CHECK_EVERY = 8  # new tokens between two looks at which answers have ended: a look makes a GPU wait
 
 
@@ -154,7 +156,7 @@ def _answered(model, tokenizer, ids, todo, question, beginning, bar, rows) -> It
     while queue:
         batch = queue.pop()
         try:
-            done = _batch(model, tokenizer, ids, batch, question, beginning, rows)
+            done = _batch(model, tokenizer, batch, ids, question, beginning, rows)
         except torch.OutOfMemoryError as error:
             if len(batch) == 1:
                 raise AUSteerError("out of memory with a single prompt; use 4-bit, or a larger GPU") from error
@@ -168,7 +170,7 @@ def _answered(model, tokenizer, ids, todo, question, beginning, bar, rows) -> It
 
 
 def _shared(ids: Sequence[Sequence[int]], question: Question, model: PreTrainedModel) -> int:
-    """How many tokens all prompts begin with, such as the task's instruction; each keeps one of its own.
+    """How many tokens all prompts begin with, such as the task's instruction; each keeps `OWN` of its own.
 
     Padding comes behind them, which a sliding window would count as distance: then nothing is shared.
     """
@@ -177,7 +179,7 @@ def _shared(ids: Sequence[Sequence[int]], question: Question, model: PreTrainedM
         return 0
     first, last = min(ids), max(ids)
     same = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
-    return min(same, min(map(len, ids)) - 1)
+    return max(0, min(same, min(map(len, ids)) - OWN))
 
 
 class _Beginning:
@@ -190,7 +192,7 @@ class _Beginning:
     def run(self) -> DecodingCache | None:
         if self.ids and self.cache is None:
             length = len(self.ids)
-            self.cache = DecodingCache(self.model.config, length, prompt_end=length + 1)
+            self.cache = DecodingCache(self.model.config, length, prompt_end=length + OWN)
             tokens = torch.tensor([self.ids], device=input_device(self.model))
             self.model.base_model(input_ids=tokens, past_key_values=self.cache, use_cache=True)
         return self.cache
@@ -245,8 +247,8 @@ class _Decoding:
 def _batch(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    ids: Sequence[Sequence[int]],
     batch: list[int],
+    ids: Sequence[Sequence[int]],
     question: Question,
     beginning: _Beginning,
     rows: Callable[[list[int]], object] | None,

@@ -55,6 +55,7 @@ def test_racing_chooses_as_the_full_grid_at_a_quarter_of_the_cost(case):
         assert full.asked == 3000 and raced.asked <= 750
         shown = sum(vanilla) if full.chosen is None else sum(full.outcomes[key_of(full.chosen)])
         low, high = wilson(shown, 200)
+        # of many that are equal the luckiest shows best: its interval may miss its own truth
         inside += low <= truth(case, raced.chosen) <= high or truth(case, raced.chosen) >= truth(case, full.chosen)
     assert inside >= 54
 
