@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 import torch
 
+import shared_work
 from encoding import CLEAN, encode
 from eval.answer_file import Answer
 from eval.answering import Question, answers
@@ -125,27 +126,32 @@ def distinct(texts: Sequence[str], n: int) -> float:
 @torch.inference_mode()
 def perplexity(model, tokenizer, items: Sequence[Item], texts: Sequence[str]) -> float:
     """Of the answers behind their prompts, token-weighted, to the model as it is: unsteered, it is the judge."""
-    loss, count = 0.0, 0
-    for item, text in zip(items, texts, strict=True):
+
+    def surprise(asked: tuple[Item, str]) -> tuple[float, int]:
+        item, text = asked
         before = len(tokenizer(item.prompt)["input_ids"])
         ids = torch.tensor([tokenizer(item.prompt + text)["input_ids"]], device=input_device(model))
-        if ids.shape[1] > before:
-            logits = model(ids, use_cache=False, logits_to_keep=ids.shape[1] - before + 1).logits[0, :-1]
-            wanted = ids[0, before:, None].to(logits.device)
-            loss -= float(logits.float().log_softmax(-1).gather(1, wanted).sum())
-            count += ids.shape[1] - before
+        if ids.shape[1] <= before:
+            return 0.0, 0
+        logits = model(ids, use_cache=False, logits_to_keep=ids.shape[1] - before + 1).logits[0, :-1]
+        wanted = ids[0, before:, None].to(logits.device)
+        return -float(logits.float().log_softmax(-1).gather(1, wanted).sum()), ids.shape[1] - before
+
+    each = shared_work.each(surprise, list(zip(items, texts, strict=True)))
+    loss, count = (sum(column) for column in zip(*each, strict=True))
     return math.exp(loss / count) if count else math.nan
 
 
 @torch.inference_mode()
 def _preference(model, tokenizer, items: Sequence[Item]) -> list[float]:
     """log-probability a token of the good answer, less that of the bad one: in all, longer answers always lose."""
-    values = []
-    for item in items:  # one at a time: long answers times a large vocabulary fill a GPU
+
+    def preference(item: Item) -> float:
         encoded, _ = encode([Pair(*item)], tokenizer, CLEAN, model.config.max_position_embeddings)
         if not encoded:
-            values.append(0.0)  # the same answer twice
-            continue
+            return 0.0  # the same answer twice
         good, bad = PairTexts(model, encoded, logits=True).log_probabilities().tolist()
-        values.append(good / len(encoded[0].positive) - bad / len(encoded[0].negative))
-    return values
+        return good / len(encoded[0].positive) - bad / len(encoded[0].negative)
+
+    # one at a time: long answers times a large vocabulary fill a GPU
+    return shared_work.each(preference, items)
