@@ -370,9 +370,12 @@ def _answers(cell: Cell, items: Sequence, name: str, plan: Plan | None):
 
 
 def answers_path(cell: Cell, name: str = "test") -> Path:
-    setting = cell.setting
+    return answers_of_record(cell.setting, records.record_id(question(cell)), name)
+
+
+def answers_of_record(setting: Setting, record: str, name: str = "test") -> Path:
     part = name.replace(" ", "-").replace("=", "")
-    return Path(setting.records).parent / "answers" / f"{records.record_id(question(cell))}-{part}.jsonl"
+    return Path(setting.records).parent / "answers" / f"{record}-{part}.jsonl"
 
 
 def _stored_ranks(setting: Setting, momentum: str, site: str) -> AURanks | None:

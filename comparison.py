@@ -259,16 +259,16 @@ def _report(
     (folder / f"{name}-costs.md").write_text(costs + "\n")
     print(f"costs: {folder / name}-costs.md")
     if args.model != EMBEDDED and not args.pairs:
-        _say_where_answers_are(settings[0], sites, args)
+        _say_where_answers_are(settings[0], next(iter(rows.values())))
 
 
-def _say_where_answers_are(setting: Setting, sites: Sequence[str], args: argparse.Namespace) -> None:
+def _say_where_answers_are(setting: Setting, found: list[dict]) -> None:
     """Open answers are for judges and raters too; a file is there for everything that was asked."""
     files = {}
-    for cell in _cells(setting, sites, args):
-        file = cells.answers_path(cell)
-        if file.exists() and cell.draw == 0:
-            files[" ".join(filter(None, (cell.method, cell.site)))] = file
+    for record in found:
+        file = cells.answers_of_record(setting, record["id"])
+        if file.exists() and record["draw"] == 0:
+            files[" ".join(filter(None, (record["method"], record["site"])))] = file
     print("answers:\n" + "\n".join(f"  {name:<20} {file}" for name, file in files.items()))
     if setting.task == "bpo":
         print(f"win rate of one of them: python main.py judge --ours FILE --theirs {files['vanilla']} --judge MODEL")

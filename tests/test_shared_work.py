@@ -101,10 +101,12 @@ def small_batches(monkeypatch):
 @pytest.mark.parametrize(("task", "count"), [("copa", 2), ("bpo", 3), ("mine", 2)])
 def test_several_processes_equal_one(workplace, tmp_path, small_batches, monkeypatch, task, count):
     monkeypatch.setattr("eval.tasks.open_text.BPO.new_tokens", {"": 6})
-    setting = setting_of(workplace, task, tmp_path / "one")
-    one = computed(setting)
+    asked, of_a_batch = [], answering._batch
+    monkeypatch.setattr(answering, "_batch", lambda *batch: asked.append(batch) or of_a_batch(*batch))
+    one = computed(setting_of(workplace, task, tmp_path / "one"))
     assert "failed" not in one, one
-    files = found(tmp_path / "one")
+    files, alone = found(tmp_path / "one"), len(asked)
+    asked.clear()
     assert sum(name.endswith(".json") for name in files) == 2  # vanilla's too
 
     def share(rank):
@@ -112,6 +114,7 @@ def test_several_processes_equal_one(workplace, tmp_path, small_batches, monkeyp
         mine = setting_of(workplace, task, tmp_path / ("many" if rank == 0 else f"node-{rank}"))
         told = computed(mine)
         assert without_chance(told) == json.loads(json.dumps(without_chance(one)))
+        assert len(asked) <= alone / count + len(files)  # its share of every file's batches
         again = computed(mine)
         assert without_chance(again) == without_chance(told)
 
