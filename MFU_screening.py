@@ -22,6 +22,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import rmodels
+import shared_work
 from encoding import PROTOCOLS, EncodedPair, Protocol, encode
 from errors import AUSteerError, run_command
 from momentum import MOMENTA, Momentum
@@ -205,6 +206,7 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 
 def _add_over_processes(total: Momentum) -> None:
+    shared_work.all_say(True)  # or one has failed, and there is nothing to add
     for by_name in total.sums.values():
         for rows in by_name.values():
             for row in rows:
@@ -289,10 +291,7 @@ def main(argv: Iterable[str] | None = None) -> None:
         "max_length": _longest(rules, model, args.max_length),
     }  # fmt: skip
     wanted = [site for site in args.site if not _already_there(ranks_file(args.out, site), question, args.force)]
-    if state.num_processes > 1:  # other nodes may not see the same disk
-        shared = [wanted]
-        torch.distributed.broadcast_object_list(shared)
-        wanted = shared[0]
+    wanted = shared_work.of_first(lambda: wanted)  # other nodes may not see the same disk
     if wanted:
         started = time.monotonic()
         found = screen(

@@ -18,10 +18,11 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import rmodels
+import shared_work
 from baselines.base import BUDGET, Evidence, Method, Settings, sites_of
 from baselines.registry import METHODS, with_options
 from embedded import gate
-from errors import AUSteerError
+from errors import AUSteerError, one_line
 from eval import records
 from eval.answer_file import AnswerFile
 from eval.general_pairs import general_pairs
@@ -118,6 +119,11 @@ def _unsteered(setting: Setting) -> Setting:
     return replace(setting, ks=(), alphas=(), search="grid", options=())
 
 
+def asked_once(setting: Setting, method: str) -> Cell:
+    """An unsteered cell, the same however others are steered."""
+    return Cell(replace(_unsteered(setting), n_pairs=None, general_pairs=False), method)
+
+
 def load(setting: Setting) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Task]:
     # the model last: a mistake in the data should not wait for it
     task = _task(_unsteered(setting))
@@ -188,7 +194,8 @@ def prepare(setting: Setting, todo: Sequence[Cell]) -> int:
             found = screen(task.pairs, model, tokenizer, missing, momentum=momentum, protocol=setting.protocol)
             for site, ranks in found.items():
                 ranks.header["seconds"] = round((time.perf_counter() - start) / len(missing), 2)
-                ranks.save(setting.ranks_folder(momentum) / f"{site}.safetensors")
+                if shared_work.is_first():
+                    ranks.save(setting.ranks_folder(momentum) / f"{site}.safetensors")
                 made += 1
     return made
 
@@ -272,20 +279,15 @@ def _named_options(cell: Cell) -> dict[str, str]:
 
 
 def stored(cell: Cell) -> dict | None:
-    return records.find(Path(cell.setting.records), question(cell))
+    return shared_work.of_first(lambda: records.find(Path(cell.setting.records), question(cell)))
 
 
 def attempt(cell: Cell) -> dict:
     """The cell's record, or {"failed": why}: one cell that fails does not end the others, and is tried again next time."""
     try:
-        return compute(cell)
+        return shared_work.together(lambda: compute(cell))
     except Exception as error:  # whatever it is, it is said, and the exit status says so too
         return {"failed": one_line(error)}
-
-
-def one_line(error: Exception) -> str:
-    why = (str(error).strip().splitlines() or [""])[0]
-    return why if isinstance(error, AUSteerError) else f"{type(error).__name__}: {why}"
 
 
 def compute(cell: Cell) -> dict:
@@ -301,13 +303,12 @@ def compute(cell: Cell) -> dict:
         start = time.perf_counter()
         columns, extras = _tested(cell, prepared(task.test))
     else:
-        asked_once = replace(_unsteered(cell.setting), n_pairs=None, general_pairs=False)
-        result, columns, extras, start = _steered(cell, compute(Cell(asked_once, "vanilla")))
+        result, columns, extras, start = _steered(cell, compute(asked_once(cell.setting, "vanilla")))
     result.setdefault("cost", {})["test_s"] = round(time.perf_counter() - start, 3)
     measure, outcomes = next(iter(columns.items()))
     result |= {"n": len(outcomes), "right": sum(outcomes), "measure": measure, "outcomes": records.pack(outcomes)}
     result |= {"columns": records.pack_columns(columns), "measures": summary(columns), "extras": extras}
-    return records.write(Path(cell.setting.records), question(cell), result)
+    return shared_work.of_first(lambda: records.write(Path(cell.setting.records), question(cell), result))
 
 
 def _steered(cell: Cell, vanilla: dict) -> tuple[dict, Columns, dict[str, float], float]:
@@ -351,13 +352,15 @@ def _steered(cell: Cell, vanilla: dict) -> tuple[dict, Columns, dict[str, float]
 
 def _columns(cell: Cell, items: Sequence, name: str, plan: Plan | None = None) -> Columns:
     _, _, task = load(cell.setting)
-    return task.columns(items, _answers(cell, items, name, plan)) if items else {}
+    answers = _answers(cell, items, name, plan) if items else []
+    return shared_work.of_first(lambda: task.columns(items, answers)) if items else {}
 
 
 def _tested(cell: Cell, items: Sequence, plan: Plan | None = None) -> tuple[Columns, dict[str, float]]:
     model, tokenizer, task = load(cell.setting)
     answers = _answers(cell, items, "test", plan)
-    return task.columns(items, answers), task.extras(model, tokenizer, items, answers)
+    columns = shared_work.of_first(lambda: task.columns(items, answers))
+    return columns, task.extras(model, tokenizer, items, answers)
 
 
 def _answers(cell: Cell, items: Sequence, name: str, plan: Plan | None):
@@ -367,18 +370,30 @@ def _answers(cell: Cell, items: Sequence, name: str, plan: Plan | None):
     if cell.setting.of_the_paper and (task.speaks_on_validation or name == "test"):
         file = AnswerFile(answers_path(cell, name))
         progress = " ".join(filter(None, (cell.setting.task_name, cell.site, cell.method, name)))
+    if plan is not None:
+        plan = replace(
+            plan, **{kind: shared_work.tensors_of_first(getattr(plan, kind)) for kind in ("scales", "shifts")}
+        )
     with steer(model, plan) if plan is not None else nullcontext():
         return task.answers(model, tokenizer, items, file, progress)
 
 
 def answers_path(cell: Cell, name: str = "test") -> Path:
-    setting = cell.setting
+    return answers_of_record(cell.setting, records.record_id(question(cell)), name)
+
+
+def answers_of_record(setting: Setting, record: str, name: str = "test") -> Path:
     part = name.replace(" ", "-").replace("=", "")
-    return Path(setting.records).parent / "answers" / f"{records.record_id(question(cell))}-{part}.jsonl"
+    return Path(setting.records).parent / "answers" / f"{record}-{part}.jsonl"
 
 
 def _stored_ranks(setting: Setting, momentum: str, site: str) -> AURanks | None:
-    """Ranks of exactly this model and these pairs, if they are there."""
+    """Ranks of exactly this model and these pairs, if they are there, for all processes."""
+    found = _ranks_here(setting, momentum, site)
+    return found if shared_work.all_say(found is not None) else None
+
+
+def _ranks_here(setting: Setting, momentum: str, site: str) -> AURanks | None:
     model, _, task = load(setting)
     file = setting.ranks_folder(momentum) / f"{site}.safetensors"
     if not file.exists():

@@ -20,8 +20,10 @@ from transformers.utils import logging as transformers_logging
 
 import cells
 import rmodels
+import shared_work
 from baselines.registry import DEFAULT, METHODS, OWN_COMMAND, options_of, with_options
 from cells import EMBEDDED, Cell, Setting
+from cluster import over_ray
 from embedded.tasks import TASKS
 from encoding import PROTOCOLS
 from errors import AUSteerError
@@ -79,6 +81,11 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--dtype", default="auto", help="auto, float32, bfloat16, float16")
     add("--quantization", choices=["4bit", "8bit"], help="load the weights through bitsandbytes")
     add("--jobs", type=int, help="processes for the embedded models (default: one a core, at most 4)")
+    add(
+        "--ray",
+        metavar="ADDRESS",
+        help="compute cells on a Ray cluster: its HOST:PORT, auto or local (docs/scaling.md)",
+    )
     return parser.parse_args(argv)
 
 
@@ -122,27 +129,29 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     if args.list_methods:
         print(_method_table())
         return None
+    args.device = shared_work.start(args.device)
     settings = _settings(args)
     transformers_logging.disable_progress_bar()
     if args.model == EMBEDDED:
         torch.set_num_threads(1)  # in so small a model, threads wait for each other longer than they work
     sites = ("attention", "ffn") if args.applied_module == "both" else (args.applied_module,)
-    for setting in settings:
-        made = cells.prepare(setting, _cells(setting, sites, args))
+    for setting in settings if not args.ray else ():
+        made = shared_work.together(lambda setting=setting: cells.prepare(setting, _cells(setting, sites, args)))
         if made:
             print(
                 f"{setting.task_name}: ranked {made} sets of AUs into {Path(setting.ranks) / Path(setting.model).name}"
             )
     by_task = {setting.task_name: _cells(setting, sites, args) for setting in settings}
-    jobs = args.jobs or (cores() if args.model == EMBEDDED else 1)
-    found = compute_all([cell for todo in by_task.values() for cell in todo], jobs)
+    jobs = (args.jobs or (cores() if args.model == EMBEDDED else 1)) if shared_work.alone() else 1
+    everything = [cell for todo in by_task.values() for cell in todo]
+    found = dict(over_ray(everything, args.ray, args.jobs)) if args.ray else compute_all(everything, jobs)
     failed = {cell: record["failed"] for cell, record in found.items() if "failed" in record}
-    for cell, why in failed.items():
+    for cell, why in failed.items() if shared_work.is_first() else ():
         print(f"FAILED {cell}: {why}", file=sys.stderr)
     for setting in [setting for setting in settings if Cell(setting, "vanilla") in failed]:
         del by_task[setting.task_name]
     rows = {task: [found[cell] for cell in todo if cell not in failed] for task, todo in by_task.items()}
-    if rows:
+    if rows and shared_work.is_first():
         _report(rows, settings, sites, args)
     return 1 if failed else None
 
@@ -182,6 +191,8 @@ def _settings(args: argparse.Namespace) -> list[Setting]:
         if name not in METHODS:
             raise AUSteerError(f"--option {key}: there is no method {name!r}; --list-methods shows them")
         with_options(name, {option: value})
+    if args.ray and (args.device not in (None, "cpu") or not shared_work.alone()):
+        raise AUSteerError("--ray gives every cell a device: without --device (other than cpu) and accelerate launch")
     rmodels.check_device(args.device)
     if args.model == EMBEDDED:
         tasks = [name for name in TASKS if args.data_name in ("all", name)]
@@ -253,16 +264,16 @@ def _report(
     (folder / f"{name}-costs.md").write_text(costs + "\n")
     print(f"costs: {folder / name}-costs.md")
     if args.model != EMBEDDED and not args.pairs:
-        _say_where_answers_are(settings[0], sites, args)
+        _say_where_answers_are(settings[0], next(iter(rows.values())))
 
 
-def _say_where_answers_are(setting: Setting, sites: Sequence[str], args: argparse.Namespace) -> None:
+def _say_where_answers_are(setting: Setting, found: list[dict]) -> None:
     """Open answers are for judges and raters too; a file is there for everything that was asked."""
     files = {}
-    for cell in _cells(setting, sites, args):
-        file = cells.answers_path(cell)
-        if file.exists() and cell.draw == 0:
-            files[" ".join(filter(None, (cell.method, cell.site)))] = file
+    for record in found:
+        file = cells.answers_of_record(setting, record["id"])
+        if file.exists() and record["draw"] == 0:
+            files[" ".join(filter(None, (record["method"], record["site"])))] = file
     print("answers:\n" + "\n".join(f"  {name:<20} {file}" for name, file in files.items()))
     if setting.task == "bpo":
         print(f"win rate of one of them: python main.py judge --ours FILE --theirs {files['vanilla']} --judge MODEL")

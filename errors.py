@@ -10,6 +10,12 @@ class AUSteerError(ValueError):
     """A mistake in the input, not in the program. Command lines print it without a traceback."""
 
 
+def one_line(error: Exception) -> str:
+    """For a table or a record; of what is not a person's mistake, with its type."""
+    line = (str(error).strip().splitlines() or [""])[0]
+    return line if isinstance(error, AUSteerError) else f"{type(error).__name__}: {line}".removesuffix(": ")
+
+
 def run_command(command: Callable[[], int | None]) -> None:
     """Run a command line's body; exit 1 with one clear line on an AUSteerError, 130 on Ctrl-C."""
     try:

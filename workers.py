@@ -15,6 +15,7 @@ from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 import cells
+import shared_work
 from cells import Cell
 
 Job = TypeVar("Job")  # hashable, and what `attempt` needs to know
@@ -34,7 +35,7 @@ def compute_all(todo: Sequence[Cell], jobs: int) -> dict[Cell, dict]:
 
 def attempt_all(attempt: Callable[[Job], dict], todo: Sequence[Job], jobs: int, what: str) -> dict[Job, dict]:
     found: dict[Job, dict] = {}
-    with tqdm(total=len(todo), desc=what, unit="cell", disable=not todo) as bar:
+    with tqdm(total=len(todo), desc=what, unit="cell", disable=not (todo and shared_work.is_first())) as bar:
         for job, record in _attempted(attempt, todo, jobs):
             found[job] = record
             bar.set_postfix_str(str(job)[:40])

@@ -2,7 +2,8 @@
 (with --batch-size 1, the item).
 
 A line is an answer. While a run is under way lines stand in the order of the batches; a finished file is in
-the order of the items, so it is the same bytes however often the run was broken off.
+the order of the items, so it is the same bytes however often the run was broken off. Of several processes only
+the first reads and writes it: any number of them can go on where others stopped.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import shared_work
 from errors import AUSteerError
 
 
@@ -31,15 +33,18 @@ class AnswerFile:
     def read(self, prompts: Sequence[str]) -> dict[int, Answer]:
         """What is there already, of these prompts. A last line that was torn is cut off."""
         self.prompts = prompts
+        return {item: Answer(text, tuple(options)) for item, text, options in shared_work.of_first(self._rows)}
+
+    def _rows(self) -> list[tuple[int, str, list[float]]]:
         if not self.path.exists():
-            return {}
+            return []
         whole, newline, torn = self.path.read_bytes().rpartition(b"\n")
         if torn:  # cut in place: written anew, a kill here would lose all
             os.truncate(self.path, len(whole) + len(newline))
         try:
             rows = [json.loads(line) for line in whole.splitlines()]
-            found = {row["item"]: Answer(row["answer"], tuple(row["options"])) for row in rows}
-            ours = all(row["item"] >= 0 and row["prompt"] == prompts[row["item"]] for row in rows)
+            found = [(row["item"], row["answer"], list(row["options"])) for row in rows]
+            ours = all(row["item"] >= 0 and row["prompt"] == self.prompts[row["item"]] for row in rows)
         except (ValueError, TypeError, KeyError):
             raise AUSteerError(f"{self.path} is damaged; delete it, and its items are asked again") from None
         except IndexError:
@@ -49,6 +54,8 @@ class AnswerFile:
         return found
 
     def append(self, fresh: dict[int, Answer]) -> None:
+        if not shared_work.is_first():
+            return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("ab") as file:
             file.write(b"".join(self._line(*item) for item in fresh.items()))
@@ -56,6 +63,8 @@ class AnswerFile:
             os.fsync(file.fileno())
 
     def finish(self, ordered: Sequence[Answer]) -> None:
+        if not shared_work.is_first():
+            return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")
         temporary.write_bytes(b"".join(self._line(*item) for item in enumerate(ordered)))

@@ -3,7 +3,7 @@
 Prompts of like length run together, padded on the left, so that the last column of a batch is the last
 token of every prompt. A batch of one is not padded at all and computes what `generate` computes: the
 authors' way. How prompts fall into batches depends only on the prompts, so a killed run that goes on
-computes the very numbers of an unbroken one.
+computes the very numbers of an unbroken one, and so do several processes that share the batches.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+import shared_work
 from errors import AUSteerError
 from eval.answer_file import Answer, AnswerFile
 from eval.decoding_cache import DecodingCache
@@ -60,9 +61,11 @@ def answers(
     beginning = _Beginning(model, [] if alone else ids[0][: _shared(ids, question, model)])
     todo = [batch for batch in _batches(ids, question, model, batch_size) if not all(i in found for i in batch)]
     with tqdm(total=len(prompts), initial=len(prompts) - sum(map(len, todo)), desc=progress, unit=" samples",
-              disable=progress is None, smoothing=0.1) as bar:  # fmt: skip
-        for batch, new in _answered(model, tokenizer, ids, todo, question, beginning, bar, rows):
-            fresh = {index: answer for index, answer in zip(batch, new, strict=True) if index not in found}
+              disable=progress is None or not shared_work.is_first(), smoothing=0.1) as bar:  # fmt: skip
+        mine = _answered(model, tokenizer, ids, shared_work.share(todo), question, beginning, bar, rows)
+        for batch, new in shared_work.merged((batch, [[a.text, a.options] for a in made]) for batch, made in mine):
+            answered = zip(batch, new, strict=True)
+            fresh = {index: Answer(text, tuple(options)) for index, (text, options) in answered if index not in found}
             found.update(fresh)
             if file is not None:
                 file.append(fresh)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import cells
-from cells import one_line
+from errors import one_line
 from eval import records
 from paper.specs import Panel
 from ranks import fingerprint, public_name

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 import torch
 
+import shared_work
 from encoding import CLEAN, encode
 from eval.answer_file import Answer
 from eval.answering import Question, answers
@@ -129,20 +130,24 @@ def perplexity(model, tokenizer, items: Sequence[Item], texts: Sequence[str]) ->
     begins = [len(tokenizer(item.prompt)["input_ids"]) for item in items]
     whole = [tokenizer(item.prompt + text)["input_ids"] for item, text in zip(items, texts, strict=True)]
     order = sorted((i for i in range(len(whole)) if len(whole[i]) > begins[i]), key=lambda i: len(whole[i]))
-    loss = 0.0
+    batches = []
     while order:
-        length = len(whole[order[-1]])
-        rows = max(1, LOGITS // (length * model.config.vocab_size))
-        now, order = order[-rows:], order[:-rows]
-        ids = torch.zeros(len(now), length, dtype=torch.long)
-        own = torch.zeros(len(now), length, dtype=torch.bool)  # the answer's tokens; padding is behind and seen by none
-        for row, i in enumerate(now):
+        rows = max(1, LOGITS // (len(whole[order[-1]]) * model.config.vocab_size))
+        batches.append(order[-rows:])
+        order = order[:-rows]
+
+    def surprise(batch: list[int]) -> float:
+        ids = torch.zeros(len(batch), len(whole[batch[-1]]), dtype=torch.long)
+        own = torch.zeros_like(ids, dtype=torch.bool)  # the answer's tokens; padding is behind and seen by none
+        for row, i in enumerate(batch):
             ids[row, : len(whole[i])] = torch.tensor(whole[i])
             own[row, begins[i] : len(whole[i])] = True
         ids = ids.to(input_device(model))
         logits = model(ids, use_cache=False).logits[:, :-1]
         wanted, asked = ids[:, 1:].to(logits.device), own[:, 1:].to(logits.device)
-        loss -= float(logits[asked].float().log_softmax(-1).gather(1, wanted[asked][:, None]).double().sum())
+        return -float(logits[asked].float().log_softmax(-1).gather(1, wanted[asked][:, None]).double().sum())
+
+    loss = sum(shared_work.each(surprise, batches))
     count = sum(max(0, len(text) - begin) for text, begin in zip(whole, begins, strict=True))
     return math.exp(loss / count) if count else math.nan
 
@@ -150,12 +155,13 @@ def perplexity(model, tokenizer, items: Sequence[Item], texts: Sequence[str]) ->
 @torch.inference_mode()
 def _preference(model, tokenizer, items: Sequence[Item]) -> list[float]:
     """log-probability a token of the good answer, less that of the bad one: in all, longer answers always lose."""
-    values = []
-    for item in items:  # one at a time: long answers times a large vocabulary fill a GPU
+
+    def preference(item: Item) -> float:
         encoded, _ = encode([Pair(*item)], tokenizer, CLEAN, model.config.max_position_embeddings)
         if not encoded:
-            values.append(0.0)  # the same answer twice
-            continue
+            return 0.0  # the same answer twice
         good, bad = PairTexts(model, encoded, logits=True).log_probabilities().tolist()
-        values.append(good / len(encoded[0].positive) - bad / len(encoded[0].negative))
-    return values
+        return good / len(encoded[0].positive) - bad / len(encoded[0].negative)
+
+    # one at a time: long answers times a large vocabulary fill a GPU
+    return shared_work.each(preference, items)

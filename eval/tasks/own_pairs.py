@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
+import shared_work
 from encoding import CLEAN, encode
 from errors import AUSteerError
 from eval.answer_file import Answer
@@ -41,9 +42,12 @@ class PairTask(Task):
         encoded, _ = encode(items, tokenizer, CLEAN, model.config.max_position_embeddings)
         if len(encoded) < len(items):
             raise AUSteerError("both answers of some pair are the same tokens; no model can prefer one")
-        batches = (encoded[i : i + 8] for i in range(0, len(encoded), 8))
-        odds = torch.cat([PairTexts(model, batch, logits=True).log_odds() for batch in batches]).tolist()
-        surprise = {prompt: _surprise(model, tokenizer, prompt) for prompt in {pair.prompt for pair in items}}
+        batches = [encoded[i : i + 8] for i in range(0, len(encoded), 8)]
+        by_batch = shared_work.each(lambda batch: PairTexts(model, batch, logits=True).log_odds().tolist(), batches)
+        odds = [value for values in by_batch for value in values]
+        prompts = list(dict.fromkeys(pair.prompt for pair in items))
+        told = shared_work.each(lambda prompt: _surprise(model, tokenizer, prompt), prompts)
+        surprise = dict(zip(prompts, told, strict=True))
         return [Answer("", (value, *surprise[pair.prompt])) for value, pair in zip(odds, items, strict=True)]
 
     def columns(self, items: Sequence[Pair], answers: Sequence[Answer]) -> Columns:
