@@ -32,6 +32,7 @@ from eval.tasks.base import Columns, Task, items_hash
 from eval.tasks.embedded import VALIDATION, EmbeddedTask
 from eval.tasks.own_pairs import PairTask
 from eval.tasks.registry import PAPER_TASKS, paper_task
+from grid_batches import FEW, steered_rows
 from MFU_screening import screen
 from momentum import MOMENTA
 from pairs import pairs_hash, read_pairs
@@ -326,11 +327,15 @@ def _steered(cell: Cell, vanilla: dict) -> tuple[dict, Columns, dict[str, float]
         order = shuffled(len(items))
         before = records.unpack(vanilla[split])
 
-        def ask(settings: Settings, start: int, stop: int) -> list[bool]:
-            chosen = " ".join(f"{key}={value:g}" for key, value in settings.items())
-            some = [items[index] for index in order[start:stop]]
-            name = f"{part} {chosen} {start}-{stop}"
-            return _outcomes(_columns(cell, some, name, method.plan(prepared, settings, cell.draw)))
+        def ask(some: Sequence[Settings], start: int, stop: int) -> list[list[bool]]:
+            now = [items[index] for index in order[start:stop]]
+            plans = [method.plan(prepared, settings, cell.draw) for settings in some]
+            if task.several_tokens and len(plans) > 1 and len(now) <= FEW:
+                return _together(cell, now, f"{part} {len(plans)} settings {start}-{stop}", plans)
+            return [
+                _outcomes(_columns(cell, now, f"{part} {_named(settings)} {start}-{stop}", plan))
+                for settings, plan in zip(some, plans, strict=True)
+            ]
 
         found = SEARCHES[cell.setting.search](ask, [before[index] for index in order], grid)
         chosen = found.chosen
@@ -350,6 +355,23 @@ def _steered(cell: Cell, vanilla: dict) -> tuple[dict, Columns, dict[str, float]
     return result, columns, extras, start
 
 
+def _named(settings: Settings) -> str:
+    return " ".join(f"{key}={value:g}" for key, value in settings.items())
+
+
+def _together(cell: Cell, items: Sequence, name: str, plans: Sequence[Plan]) -> list[list[bool]]:
+    """The outcomes of the same items under each plan, asked in one batch."""
+    model, tokenizer, task = load(cell.setting)
+    file, progress = _kept(cell, name)
+    with steered_rows(model, [_of_first(plan) for plan in plans], len(items)) as rows:
+        answers = task.answers(model, tokenizer, [*items] * len(plans), file, progress, rows)
+    found = []
+    for start in range(0, len(answers), len(items)):
+        mine = answers[start : start + len(items)]
+        found.append(_outcomes(shared_work.of_first(lambda mine=mine: task.columns(items, mine))))
+    return found
+
+
 def _columns(cell: Cell, items: Sequence, name: str, plan: Plan | None = None) -> Columns:
     _, _, task = load(cell.setting)
     answers = _answers(cell, items, name, plan) if items else []
@@ -364,18 +386,22 @@ def _tested(cell: Cell, items: Sequence, plan: Plan | None = None) -> tuple[Colu
 
 
 def _answers(cell: Cell, items: Sequence, name: str, plan: Plan | None):
-    """Of the paper's tasks, which take long, answers are kept as they come, and a killed run goes on."""
     model, tokenizer, task = load(cell.setting)
-    file = progress = None
-    if cell.setting.of_the_paper and (task.speaks_on_validation or name == "test"):
-        file = AnswerFile(answers_path(cell, name))
-        progress = " ".join(filter(None, (cell.setting.task_name, cell.site, cell.method, name)))
-    if plan is not None:
-        plan = replace(
-            plan, **{kind: shared_work.tensors_of_first(getattr(plan, kind)) for kind in ("scales", "shifts")}
-        )
-    with steer(model, plan) if plan is not None else nullcontext():
+    file, progress = _kept(cell, name)
+    with steer(model, _of_first(plan)) if plan is not None else nullcontext():
         return task.answers(model, tokenizer, items, file, progress)
+
+
+def _kept(cell: Cell, name: str) -> tuple[AnswerFile | None, str | None]:
+    """Of the paper's tasks, which take long, answers are kept as they come, and a killed run goes on."""
+    _, _, task = load(cell.setting)
+    if not cell.setting.of_the_paper or not (task.speaks_on_validation or name == "test"):
+        return None, None
+    return AnswerFile(answers_path(cell, name)), f"{cell} {name}"
+
+
+def _of_first(plan: Plan) -> Plan:
+    return replace(plan, **{kind: shared_work.tensors_of_first(getattr(plan, kind)) for kind in ("scales", "shifts")})
 
 
 def answers_path(cell: Cell, name: str = "test") -> Path:

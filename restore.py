@@ -152,9 +152,9 @@ def _rows(setting: Setting, pruned: PreTrainedModel, components: str, draws: int
 def _searched(method: RestoreLCC, prepared: Prepared, draw: int, kind: str, task: Task, tokenizer, floor: list[float]):
     plans: dict[str, Plan] = {}
 
-    def ask(settings: Settings, start: int, stop: int) -> list[float]:
-        plan = plans[key_of(settings)] = method.plan(prepared, settings, draw)
-        return _validated(task, prepared.model, tokenizer, plan)[start:stop]
+    def ask(some: Sequence[Settings], start: int, stop: int) -> list[list[float]]:
+        plans.update({key_of(settings): method.plan(prepared, settings, draw) for settings in some})
+        return [_validated(task, prepared.model, tokenizer, plans[key_of(settings)])[start:stop] for settings in some]
 
     found = full_grid(ask, floor, method.grid(kind))
     return found.chosen, found.scores, found.chosen and plans[key_of(found.chosen)]

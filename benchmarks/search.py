@@ -34,7 +34,7 @@ from eval.answering import Question
 from eval.search import SEARCHES, key_of, shuffled
 from eval.statistics import wilson
 from eval.tasks.embedded import EmbeddedTask
-from grid_batches import one_by_one, together
+from grid_batches import steered_rows
 from ranks import AURanks
 from set_MFU import steer
 
@@ -71,8 +71,8 @@ def searched(bench: Bench, site: str, name: str) -> dict:
     vanilla = bench.outcomes(bench.validation)
     tested = np.array([bench.outcomes(bench.test), *(bench.outcomes(bench.test, plan) for plan in plans.values())])
 
-    def ask(settings, start, stop):
-        return bench.outcomes(bench.validation[start:stop], plans[key_of(settings)])
+    def ask(some, start, stop):
+        return [bench.outcomes(bench.validation[start:stop], plans[key_of(settings)]) for settings in some]
 
     rows = {}
     for search in COMPARED:
@@ -99,8 +99,8 @@ def resampled(tested: np.ndarray, grid: list[dict]) -> dict:
     for _ in range(DRAWS):
         drawn = tested[:, rng.choice(TEST, 200, replace=False)].tolist()
 
-        def ask(settings, start, stop, drawn=drawn):
-            return drawn[_row(settings, grid)][start:stop]
+        def ask(some, start, stop, drawn=drawn):
+            return [drawn[_row(settings, grid)][start:stop] for settings in some]
 
         found = {search: SEARCHES[search](ask, drawn[0], grid) for search in COMPARED}
         row = _row(found["grid"].chosen, grid)
@@ -151,6 +151,19 @@ def batches() -> Iterator[tuple[str, dict]]:
         yield label, ratios(label, model, Tokens(), prompts, new_tokens, ranks)
 
 
+def one_by_one(model, tokenizer, prompts, question, plans):
+    found = []
+    for plan in plans:
+        with steer(model, plan):
+            found += answers(model, tokenizer, prompts, question)
+    return found
+
+
+def together(model, tokenizer, prompts, question, plans):
+    with steered_rows(model, plans, len(prompts)) as rows:
+        return answers(model, tokenizer, [*prompts] * len(plans), question, rows=rows)
+
+
 def ratios(label: str, model, tokenizer, prompts, new_tokens: int, ranks: AURanks) -> dict[int, float]:
     method = METHODS["causal"]
     plans = [method.plan(ranks, settings) for settings in method.grid("embedded")]
@@ -164,9 +177,7 @@ def ratios(label: str, model, tokenizer, prompts, new_tokens: int, ranks: AURank
                 start = time.process_time()
                 told[way] = way(model, tokenizer, prompts[:count], question, plans)
                 seconds[way] += time.process_time() - start
-        assert [[answer.text for answer in row] for row in told[one_by_one]] == [
-            [answer.text for answer in row] for row in told[together]
-        ]
+        assert [answer.text for answer in told[one_by_one]] == [answer.text for answer in told[together]]
         found[count] = round(seconds[one_by_one] / seconds[together], 2)
         print(f"{label:<26} {count:>4} prompts x {len(plans)} plans: one batch is {found[count]:.2f} times as fast")
     return found

@@ -1,6 +1,6 @@
 """Choose settings on validation: the best of a grid, if it beats doing nothing.
 
-All searches ask in the same way, `ask(settings, start, stop)`, for the outcomes of validation items in an order that
+All searches ask in the same way, `ask(some settings, start, stop)`, for the outcomes of validation items in an order that
 `shuffled` fixes beforehand, so that any two settings meet on the same items:
     grid     every setting on every item
     sample   every setting on the first 100 items (the paper's search, Table 7)
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from scipy.stats import binom
 
 Settings = dict[str, float]
-Ask = Callable[[Settings, int, int], Sequence[float]]
+Ask = Callable[[Sequence[Settings], int, int], Sequence[Sequence[float]]]
 
 SAMPLE = 100
 RACE_COST = 4  # a race may cost one part in so many of the full grid
@@ -46,7 +46,7 @@ def shuffled(n: int) -> list[int]:
 
 
 def full_grid(ask: Ask, vanilla: Sequence[float], grid: Sequence[Settings]) -> Found:
-    outcomes = [list(ask(settings, 0, len(vanilla))) for settings in grid]
+    outcomes = list(map(list, ask(grid, 0, len(vanilla))))
     return _found(range(len(grid)), outcomes, vanilla, grid)
 
 
@@ -72,8 +72,9 @@ def racing(ask: Ask, vanilla: Sequence[float], grid: Sequence[Settings]) -> Foun
         more = min(n - stop, (budget - asked) // (rounds * len(racers)))
         if not more and len(racers) <= 2:
             break
-        for racer in racers:
-            outcomes[racer] += ask(grid[racer], stop, stop + more)
+        asked_now = ask([grid[racer] for racer in racers], stop, stop + more)
+        for racer, found in zip(racers, asked_now, strict=True):
+            outcomes[racer] += found
         stop, asked = stop + more, asked + more * len(racers)
         racers = _staying([(racer, outcomes[racer]) for racer in racers], vanilla[:stop])
     return _found(racers, outcomes, vanilla, grid)

@@ -20,8 +20,10 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 import cells
+import shared_work
 import workers
 from cells import UNSTEERED, Setting
+from cluster import over_ray
 from errors import AUSteerError, run_command
 from paper import outlook, page, panels, specs
 from paper.dry_run import tiny_checkpoints
@@ -34,6 +36,9 @@ RECIPES = {"wide": ["--recipe", "wide"]}  # embedded models that are not shipped
 
 def main(argv: Sequence[str] | None = None) -> int | None:
     args = _arguments(argv)
+    args.device = shared_work.start(args.device)
+    if args.ray and (args.device not in (None, "cpu") or not shared_work.alone()):
+        raise AUSteerError("--ray gives every cell a device: without --device (other than cpu) and accelerate launch")
     if args.limit is not None and args.limit < 1:
         raise AUSteerError(f"--limit must be at least 1, not {args.limit}")
     folder = Path(args.results) / (f"{args.scale}-dry-run" if args.dry_run else args.scale)
@@ -54,13 +59,17 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     if args.plan:
         print(outlook.text(found, folder))
         return None
-    jobs = args.jobs or (workers.cores() if args.scale == "embedded" else 1)
+    jobs = (args.jobs or (workers.cores() if args.scale == "embedded" else 1)) if shared_work.alone() else 1
     if args.scale == "embedded":
         torch.set_num_threads(1)  # in so small a model, threads wait for each other longer than they work
     transformers_logging.disable_progress_bar()
     there = {spec.name for spec in found}
     sources = [spec.source for spec in found if spec.source and spec.source not in there]
-    manifest = compute([*found, *(read(sources) if sources else [])], folder, args.scale, limit, jobs)
+    everything = [*found, *(read(sources) if sources else [])]
+    manifest = compute(everything, folder, args.scale, limit, jobs, args.ray)
+    if not shared_work.is_first():
+        return 1 if manifest.failed else None
+    manifest.write()
     written = page.write(found, manifest)
     for where, why in manifest.failed.items():
         print(f"FAILED {where.replace('|', ', ')}: {why}", file=sys.stderr)
@@ -68,14 +77,16 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     return 1 if manifest.failed else None
 
 
-def compute(found: Sequence[Spec], folder: Path, scale: str, limit: int | None, jobs: int) -> Manifest:
+def compute(
+    found: Sequence[Spec], folder: Path, scale: str, limit: int | None, jobs: int, ray: str | None = None
+) -> Manifest:
     """Everything that is missing, and a manifest of what is there."""
     settings = [cell.setting for spec in found for entry in spec.entries for cell in entry.cells]
     _train([*settings, *(panel.setting for spec in found for panel in spec.panels)])
     todo = list(dict.fromkeys(cell for spec in found for entry in spec.entries for cell in entry.cells))
     # by model, so that a large one is loaded once; vanilla first, which the others build on
     todo.sort(key=lambda cell: (cell.setting.model, cell.method not in UNSTEERED))
-    records = workers.compute_all(todo, jobs)
+    records = dict(over_ray(todo, ray, jobs)) if ray else workers.compute_all(todo, jobs)
     drawn = workers.attempt_all(panels.attempt, [panel for spec in found for panel in spec.panels], jobs, "figures")
     manifest = Manifest(folder, scale, limit)
     for spec in found:
@@ -92,7 +103,6 @@ def compute(found: Sequence[Spec], folder: Path, scale: str, limit: int | None, 
                 manifest.failed[f"{spec.name}|{panel.name}|panel|{panel.name}"] = record["failed"]
             else:
                 manifest.panels.setdefault(spec.name, {})[panel.name] = record["id"]
-    manifest.write()
     return manifest
 
 
@@ -127,6 +137,11 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--toxicity", default="local", metavar="SCORER", help="who scores toxicity (docs/scoring.md; default: local)")
     add("--device", help="cpu, cuda, cuda:1 (default: the first GPU, else the CPU)")
     add("--batch-size", type=int, help="prompts at once (default: as many as fit)")
+    add(
+        "--ray",
+        metavar="ADDRESS",
+        help="compute cells on a Ray cluster: its HOST:PORT, auto or local (docs/scaling.md)",
+    )
     add("--jobs", type=int, help="processes (default: one a core for the embedded models, else 1)")
     return parser.parse_args(argv)
 

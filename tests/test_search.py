@@ -7,7 +7,7 @@ import torch
 from eval.answering import Question, answers
 from eval.search import SEARCHES, full_grid, key_of, racing, sample, shuffled, worse
 from eval.statistics import wilson
-from grid_batches import together
+from grid_batches import steered_rows
 from plan import TOKENS, Plan
 from rmodels import gates
 from set_MFU import steer
@@ -33,10 +33,10 @@ def simulated(case: str, n: int, seed: int) -> tuple[list[float], dict[str, list
 
 
 def asked_of(outcomes, log=None):
-    def ask(settings, start, stop):
+    def ask(some, start, stop):
         if log is not None:
-            log.append((key_of(settings), start, stop))
-        return outcomes[key_of(settings)][start:stop]
+            log.extend((key_of(settings), start, stop) for settings in some)
+        return [outcomes[key_of(settings)][start:stop] for settings in some]
 
     return ask
 
@@ -124,6 +124,7 @@ def test_plans_in_one_batch_answer_as_one_at_a_time(llama, tokenizer, site, new_
     for plan in plans:
         with steer(llama, plan):
             alone.append([answer.text for answer in answers(llama, tokenizer, prompts, question)])
-    found = together(llama, tokenizer, prompts, question, plans)
-    assert [[answer.text for answer in row] for row in found] == alone
+    with steered_rows(llama, plans, len(prompts)) as rows:
+        together = [answer.text for answer in answers(llama, tokenizer, prompts * len(plans), question, rows=rows)]
+    assert together == [text for row in alone for text in row]
     assert new_tokens == 1 or len({tuple(row) for row in alone}) > 2  # the plans tell answers apart

@@ -22,12 +22,12 @@ class NumberTask(DatasetTask):
     trigger: str  # where the authors cut an answer
     stop: str  # where an answer has ended, or has begun to ask itself the next question
 
-    def answers(self, model, tokenizer, items: Sequence[Item], file=None, progress=None):
+    def answers(self, model, tokenizer, items: Sequence[Item], file=None, progress=None, rows=None):
         # the authors let every answer run to its full length
         stop = None if self.protocol == "paper" else self.stop
         question = Question(self.tokens_for(model.config.model_type), stop=stop)
         prompts = [item.prompt for item in items]
-        return answers(model, tokenizer, prompts, question, batch_size=self.batch_size, file=file, progress=progress)
+        return answers(model, tokenizer, prompts, question, self.batch_size, file, progress, rows)
 
     def columns(self, items: Sequence[Item], answers: Sequence[Answer]) -> Columns:
         # answers that run to their full length go on with questions of their own, which the robust reader skips

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -29,6 +29,7 @@ class Task(ABC):
     test: list
     wording = "the task's own"  # whose prompts these are
     pairs_by = "the task's own wrong answers"  # known once pairs are made
+    several_tokens = False  # an answer takes many passes: then a small batch costs nearly as much as a large one
     speaks_on_validation = True  # False: settings are chosen by likelihoods, and only the test is answered in words
     measured: dict = {}  # how answers are made and scored, where that can be chosen
 
@@ -40,7 +41,9 @@ class Task(ABC):
         items: Sequence,
         file: AnswerFile | None = None,
         progress: str | None = None,
-    ) -> list[Answer]: ...
+        rows: Callable[[list[int]], None] | None = None,
+    ) -> list[Answer]:
+        """rows: of tasks with several tokens, see `eval.answering.answers`."""
 
     def prompted(self, items: Sequence) -> list:
         """The same items behind an instruction that asks for the behaviour, for tasks that have one."""

@@ -20,14 +20,16 @@ class EmbeddedTask(Task):
     def __init__(self, name: str, test_split: str = "test", seed: int = 0, limit: int | None = None):
         if name not in small_world.TASKS:
             raise AUSteerError(f"unknown task {name!r}; the embedded tasks are {', '.join(small_world.TASKS)}")
-        self.name, self.test_split = name, test_split
+        self.name, self.test_split, self.several_tokens = name, test_split, name == "tone"
         self.pairs = [Pair(item.prompt, item.right, item.wrong) for item in small_world.items(name, "pairs", PAIRS)]
         self.validation = small_world.items(name, "validation", min(VALIDATION, limit or VALIDATION))
         self.test = small_world.items(name, test_split, min(TEST, limit or TEST), seed)
 
-    def answers(self, model, tokenizer, items: Sequence[Item], file=None, progress=None):
+    def answers(self, model, tokenizer, items: Sequence[Item], file=None, progress=None, rows=None):
         question = Question(small_world.REPLY_WORDS if self.name == "tone" else 1)
-        return answers(model, tokenizer, [item.prompt for item in items], question, file=file, progress=progress)
+        return answers(
+            model, tokenizer, [item.prompt for item in items], question, file=file, progress=progress, rows=rows
+        )
 
     def columns(self, items: Sequence[Item], answers) -> Columns:
         if self.name == "tone":

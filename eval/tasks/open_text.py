@@ -31,10 +31,12 @@ PAPER_FILTER = (0.1, 0.8)  # of pairs: a prompt scored below, a continuation abo
 
 
 class _OpenText(DatasetTask):
-    def answers(self, model, tokenizer, items: Sequence[Item], file=None, progress=None):
+    several_tokens = True
+
+    def answers(self, model, tokenizer, items: Sequence[Item], file=None, progress=None, rows=None):
         question = Question(self.tokens_for(model.config.model_type))
         prompts = [item.prompt for item in items]
-        return answers(model, tokenizer, prompts, question, batch_size=self.batch_size, file=file, progress=progress)
+        return answers(model, tokenizer, prompts, question, self.batch_size, file, progress, rows)
 
     def extras(self, model, tokenizer, items: Sequence[Item], answers: Sequence[Answer]) -> dict[str, float]:
         texts = [answer.text for answer in answers]
@@ -93,7 +95,7 @@ class Toxicity(_OpenText):
 class BPO(_OpenText):
     name = "bpo"
     new_tokens = {"": 500}
-    speaks_on_validation = False
+    several_tokens = speaks_on_validation = False
 
     def answers(self, model, tokenizer, items: Sequence[Item], file=None, progress=None):
         """On the test split the model's own answers, for the judge; always, how much it prefers the good one."""
