@@ -166,6 +166,7 @@ def test_porting_guide_shows_the_file_as_it_is():
         "docs/scoring.md",
         "docs/people.md",
         "docs/methods.md",
+        "docs/scaling.md",
         "docs/statistics.md",
         "docs/serving.md",
     ],
