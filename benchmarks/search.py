@@ -30,7 +30,7 @@ from baselines.austeer import AUSteer
 from baselines.registry import METHODS
 from embedded import gate
 from errors import run_command
-from eval.answering import Question
+from eval.answering import Question, answers
 from eval.search import SEARCHES, key_of, shuffled
 from eval.statistics import wilson
 from eval.tasks.embedded import EmbeddedTask
