@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import cells
+import shared_work
 from errors import one_line
 from eval import records
 from paper.specs import Panel
@@ -29,17 +30,18 @@ def question(panel: Panel) -> dict:
     }
 
 
-def stored(panel: Panel) -> dict | None:
-    return records.find(Path(panel.setting.records), question(panel))
-
-
 def attempt(panel: Panel) -> dict:
     """The panel's record, or {"failed": why}."""
     try:
-        found = stored(panel)
-        if found is not None:
-            return found
-        measured = STUDIES[panel.study].measure(panel.setting, panel.params, progress=False)
-        return records.write(Path(panel.setting.records), question(panel), {"found": measured})
+        return shared_work.together(lambda: _found_or_measured(panel))
     except Exception as error:  # one picture that fails does not end the others
         return {"failed": one_line(error)}
+
+
+def _found_or_measured(panel: Panel) -> dict:
+    folder, asked = Path(panel.setting.records), question(panel)
+    found = shared_work.of_first(lambda: records.find(folder, asked))
+    if found is not None:
+        return found
+    measured = STUDIES[panel.study].measure(panel.setting, panel.params, progress=False)
+    return shared_work.of_first(lambda: records.write(folder, asked, {"found": measured}))

@@ -27,7 +27,9 @@ class NumberTask(DatasetTask):
         stop = None if self.protocol == "paper" else self.stop
         question = Question(self.tokens_for(model.config.model_type), stop=stop)
         prompts = [item.prompt for item in items]
-        return answers(model, tokenizer, prompts, question, self.batch_size, file, progress, rows)
+        return answers(
+            model, tokenizer, prompts, question, batch_size=self.batch_size, file=file, progress=progress, rows=rows
+        )
 
     def columns(self, items: Sequence[Item], answers: Sequence[Answer]) -> Columns:
         # answers that run to their full length go on with questions of their own, which the robust reader skips

@@ -36,7 +36,9 @@ class _OpenText(DatasetTask):
     def answers(self, model, tokenizer, items: Sequence[Item], file=None, progress=None, rows=None):
         question = Question(self.tokens_for(model.config.model_type))
         prompts = [item.prompt for item in items]
-        return answers(model, tokenizer, prompts, question, self.batch_size, file, progress, rows)
+        return answers(
+            model, tokenizer, prompts, question, batch_size=self.batch_size, file=file, progress=progress, rows=rows
+        )
 
     def extras(self, model, tokenizer, items: Sequence[Item], answers: Sequence[Answer]) -> dict[str, float]:
         texts = [answer.text for answer in answers]
