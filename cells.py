@@ -115,19 +115,19 @@ class Cell:
         return " ".join(filter(None, (self.setting.task_name, self.site, self.method)))
 
 
-def _unsteered(setting: Setting) -> Setting:
+def unsteered(setting: Setting) -> Setting:
     """What only says how to steer left out, but for the pairs."""
     return replace(setting, ks=(), alphas=(), search="grid", options=())
 
 
 def asked_once(setting: Setting, method: str) -> Cell:
     """An unsteered cell, the same however others are steered."""
-    return Cell(replace(_unsteered(setting), n_pairs=None, general_pairs=False), method)
+    return Cell(replace(unsteered(setting), n_pairs=None, general_pairs=False), method)
 
 
 def load(setting: Setting) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Task]:
     # the model last: a mistake in the data should not wait for it
-    task = _task(_unsteered(setting))
+    task = _task(unsteered(setting))
     return *_model(setting.checkpoint, setting.dtype, setting.device, setting.quantization), task
 
 

@@ -22,9 +22,9 @@ from transformers.utils import logging as transformers_logging
 import cells
 import shared_work
 import workers
-from cells import UNSTEERED, Setting
+from cells import UNSTEERED, Cell, Setting
 from cluster import over_ray
-from errors import AUSteerError, run_command
+from errors import AUSteerError, one_line, run_command
 from paper import outlook, page, panels, specs
 from paper.dry_run import tiny_checkpoints
 from paper.manifest import Manifest
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     folder = Path(args.results) / (f"{args.scale}-dry-run" if args.dry_run else args.scale)
     limit = 2 if args.dry_run else args.limit
     instead = tiny_checkpoints(specs.models(), folder / "checkpoints") if args.dry_run else None
-    shared = {"records": str(folder / "records"), "ranks": str(folder / "AU_ranks") if args.dry_run else "AU_ranks"}
+    shared = {"records": str(folder / "records"), "ranks": str(folder / "AU_ranks")}
     shared |= {"limit": limit, "data_dir": args.data_dir, "device": args.device, "batch_size": args.batch_size}
     shared |= {"toxicity": "embedded" if args.dry_run else args.toxicity}
     if args.dry_run:
@@ -86,7 +86,7 @@ def compute(
     todo = list(dict.fromkeys(cell for spec in found for entry in spec.entries for cell in entry.cells))
     # by model, so that a large one is loaded once; vanilla first, which the others build on
     todo.sort(key=lambda cell: (cell.setting.model, cell.method not in UNSTEERED))
-    records = dict(over_ray(todo, ray, jobs)) if ray else workers.compute_all(todo, jobs)
+    records = dict(over_ray(todo, ray, jobs)) if ray else _ranked_and_computed(todo, jobs)
     drawn = workers.attempt_all(panels.attempt, [panel for spec in found for panel in spec.panels], jobs, "figures")
     manifest = Manifest(folder, scale, limit)
     for spec in found:
@@ -104,6 +104,32 @@ def compute(
             else:
                 manifest.panels.setdefault(spec.name, {})[panel.name] = record["id"]
     return manifest
+
+
+def _ranked_and_computed(todo: Sequence[Cell], jobs: int) -> dict[Cell, dict]:
+    """Ranks first, once for all cells that share them; what cannot be ranked fails with that reason."""
+    shared = by_pairs(todo)
+    made = workers.attempt_all(rank, [(setting, tuple(mine)) for setting, mine in shared.items()], jobs, "ranking")
+    failed = {cell: told for (_, mine), told in made.items() if "failed" in told for cell in mine}
+    return failed | workers.compute_all([cell for cell in todo if cell not in failed], jobs)
+
+
+def by_pairs(todo: Sequence[Cell]) -> dict[Setting, list[Cell]]:
+    """Cells that share their ranks, by what they share."""
+    found: dict[Setting, list[Cell]] = {}
+    for cell in todo:
+        if cell.method not in UNSTEERED:
+            found.setdefault(cells.unsteered(cell.setting), []).append(cell)
+    return found
+
+
+def rank(job: tuple[Setting, tuple[Cell, ...]]) -> dict:
+    """Ranks that are missing: {"made": how many}, or {"failed": why}."""
+    setting, todo = job
+    try:
+        return {"made": shared_work.together(lambda: cells.prepare(setting, todo))}
+    except Exception as error:
+        return {"failed": one_line(error)}
 
 
 def _train(settings: Iterable[Setting]) -> None:

@@ -79,7 +79,6 @@ ALLOWED = {  # module -> what of this project it may import: data flows one way
         "studies",
     },
     "workers": {"cells", "shared_work"},
-<<<<<<< HEAD
     "paper": {
         "baselines",
         "cells",
@@ -93,9 +92,6 @@ ALLOWED = {  # module -> what of this project it may import: data flows one way
         "studies",
         "workers",
     },
-=======
-    "paper": {"baselines", "cells", "errors", "eval", "paper", "ranks", "studies", "workers"},
->>>>>>> wt-scale
     "cells": {
         "grid_batches",
         "MFU_screening",
