@@ -1,7 +1,7 @@
 """Export: a plan into a checkpoint's weights, or as an adapter; and a folded checkpoint back.
 
 python main.py export --model M --plan P --fold OUT
-python main.py export --model M --ranks R --k 16 --alpha 2 --fold OUT
+python main.py export --model M --ranks R --k 16 --alpha 2 --lora OUT      (or --ia3, --gguf)
 python main.py export --unfold OUT --out BACK
 """
 
@@ -13,7 +13,7 @@ import operator
 from collections.abc import Sequence
 
 from errors import AUSteerError
-from export.checkpoint import local_folder
+from export.checkpoint import Checkpoint, local_folder
 from plan import Plan
 from ranks import AURanks
 from rmodels import SITES
@@ -28,17 +28,29 @@ def main(argv: Sequence[str] | None = None) -> None:
         unfold(args.unfold, args.out)
         print(f"{args.out}: the checkpoint as it was before it was folded, proved by the SHA-256 of its weight files")
         return
-    plans = _plans(args)
+    plan = functools.reduce(operator.add, _plans(args))
     if args.fold:
-        _fold(args, functools.reduce(operator.add, plans))
-    elif args.lora:
+        _fold(args, plan)
+    else:
+        _adapt(args, plan)
+
+
+def _adapt(args: argparse.Namespace, plan: Plan) -> None:
+    folder = local_folder(args.model)
+    Checkpoint(folder).check_plan(plan)
+    if args.lora:
         from export.lora import save_lora
 
-        save_lora(local_folder(args.model), plans, args.lora)
-    else:
+        print(save_lora(folder, plan, args.lora))
+    elif args.ia3:
         from export.ia3 import save_ia3
 
-        save_ia3(local_folder(args.model), plans, args.ia3)
+        print(f"{args.ia3}: IA3, {save_ia3(folder, plan, args.ia3)} modules")
+    else:
+        from export.gguf_lora import save_gguf_lora
+
+        save_gguf_lora(folder, plan, args.gguf)
+        print(f"{args.gguf}: llama.cpp's --lora; the scale of a request is how strongly the plan acts, 1 as it is")
 
 
 def _plans(args: argparse.Namespace) -> list[Plan]:
@@ -80,6 +92,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     to.add_argument("--fold", metavar="OUT", help="write a checkpoint with the plan in its weights")
     to.add_argument("--lora", metavar="OUT", help="write a PEFT LoRA adapter")
     to.add_argument("--ia3", metavar="OUT", help="write a PEFT IA3 adapter")
+    to.add_argument("--gguf", metavar="OUT", help="write a LoRA adapter for llama.cpp, its scale the strength")
     to.add_argument("--unfold", metavar="FOLDED", help="undo a folded checkpoint, into --out")
     add("--out", help="for --unfold: where the checkpoint goes")
     add("--no-certificate", action="store_true", help="fold without loading the model to prove parity")
