@@ -259,3 +259,23 @@ def test_committed_tables_and_figures_are_rebuilt_byte_for_byte(tmp_path):
     assert kept == sorted(file.name for file in (tmp_path / "figures").iterdir())
     for name in kept:
         assert (tmp_path / "figures" / name).read_bytes() == (COMMITTED / "figures" / name).read_bytes(), name
+
+
+@pytest.mark.slow
+def test_killed_three_times_it_ends_in_the_same_bytes(tmp_path):
+    from killing import killed_and_whole
+
+    whole, killed, met = killed_and_whole(tmp_path, ["--only", "table13,figure12", "--limit", "60"], times=3, seed=1)
+    assert killed == whole and met > 0 and len(whole) > 2
+
+
+@pytest.mark.slow
+def test_dry_run_of_the_papers_scale(tmp_path):
+    """Every cell of every table of the paper, on tiny random checkpoints of the eight models' architectures."""
+    from samples import write_datasets
+
+    data = write_datasets(tmp_path / "data", train=120)
+    run.main(["--scale", "paper", "--dry-run", "--data-dir", str(data), "--results", str(tmp_path)])
+    manifest = Manifest.read(tmp_path / "paper-dry-run")
+    allowed = ("all right answers are the same",)  # the general recipe finds no wrong refusal (Table 5, detoxification)
+    assert all(why.startswith(allowed) for why in manifest.failed.values()), manifest.failed
