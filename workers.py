@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from multiprocessing import get_all_start_methods, get_context, parent_process
 from typing import TypeVar
 
@@ -41,6 +42,13 @@ def attempt_all(attempt: Callable[[Job], dict], todo: Sequence[Job], jobs: int, 
             bar.set_postfix_str(str(job)[:40])
             bar.update()
     return found
+
+
+@contextmanager
+def beside(work: Callable, jobs: Sequence) -> Iterator[list[Future]]:
+    """`work` of every job in one process of its own, beside what is done inside the `with`."""
+    with ProcessPoolExecutor(1, _context(), _start) as pool:
+        yield [pool.submit(work, job) for job in jobs]
 
 
 def _attempted(attempt: Callable[[Job], dict], todo: Sequence[Job], jobs: int) -> Iterator[tuple[Job, dict]]:

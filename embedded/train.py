@@ -13,8 +13,11 @@ import argparse
 import hashlib
 import json
 import math
+import os
 import platform
+import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
@@ -160,26 +163,30 @@ def train(
     )
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--task", required=True, choices=tasks.TASKS)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--recipe", default="standard", choices=RECIPES, help="(default: %(default)s)")
     parser.add_argument("--out", type=Path, required=True, help="folder for weights, tokenizer and record")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
 
     torch.set_num_threads(1)  # the order of sums, and so the weights, depends on the number of threads
     torch.use_deterministic_algorithms(True)
     model, tokenizer, record = train(args.task, args.seed, RECIPES[args.recipe])
-    model.save_pretrained(args.out)
-    tokenizer.save_pretrained(args.out)
+    # under another name until it is whole: a folder that is there is a model that is done
+    folder = args.out.with_name(f".{args.out.name}.{os.getpid()}")
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     record |= {
-        "sha256": hashlib.sha256((args.out / "model.safetensors").read_bytes()).hexdigest(),
+        "sha256": hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-    (args.out / "record.json").write_text(json.dumps(record, indent=1) + "\n")
+    (folder / "record.json").write_text(json.dumps(record, indent=1) + "\n")
+    shutil.rmtree(args.out, ignore_errors=True)
+    folder.rename(args.out)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ VALIDATION, RANKING = 400, 1000
 ASKED = {"grid": 1.0, "racing": 0.25, "sample": 0.25, "test": 1.0}  # share of the grid's item-runs
 AT_ONCE = 16  # answers decoded together
 USED = 0.4  # of the measured rates, as a guess
-EMBEDDED_CELL = 3.0  # seconds of one core
+EMBEDDED_CELL = 2.0  # seconds of one core
 
 
 def text(found: Sequence[Spec], folder: Path) -> str:

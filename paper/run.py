@@ -11,12 +11,14 @@ To resume, run the same command: what is there is not computed again.
 from __future__ import annotations
 
 import argparse
-import subprocess
+import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from contextlib import nullcontext, redirect_stderr
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 import cells
@@ -24,13 +26,13 @@ import shared_work
 import workers
 from cells import UNSTEERED, Cell, Setting
 from cluster import over_ray
+from embedded import train as recipe_of
 from errors import AUSteerError, one_line, run_command
 from paper import outlook, page, panels, specs
 from paper.dry_run import tiny_checkpoints
 from paper.manifest import Manifest
 from paper.specs import Spec
 
-ROOT = Path(__file__).parents[1]
 RECIPES = {"wide": ["--recipe", "wide"]}  # embedded models that are not shipped, by name: how they are trained
 
 
@@ -81,13 +83,22 @@ def compute(
     found: Sequence[Spec], folder: Path, scale: str, limit: int | None, jobs: int, ray: str | None = None
 ) -> Manifest:
     """Everything that is missing, and a manifest of what is there."""
-    settings = [cell.setting for spec in found for entry in spec.entries for cell in entry.cells]
-    _train([*settings, *(panel.setting for spec in found for panel in spec.panels)])
     todo = list(dict.fromkeys(cell for spec in found for entry in spec.entries for cell in entry.cells))
     # by model, so that a large one is loaded once; vanilla first, which the others build on
     todo.sort(key=lambda cell: (cell.setting.model, cell.method not in UNSTEERED))
-    records = dict(over_ray(todo, ray, jobs)) if ray else _ranked_and_computed(todo, jobs)
-    drawn = workers.attempt_all(panels.attempt, [panel for spec in found for panel in spec.panels], jobs, "figures")
+    asked = [panel for spec in found for panel in spec.panels]
+    untrained = [setting for setting in dict.fromkeys(cell.setting for cell in todo) if _is_untrained(setting)]
+    folders = {setting.checkpoint: setting for setting in untrained}
+
+    def computed(some: Sequence[Cell]) -> dict[Cell, dict]:
+        return dict(over_ray(some, ray, jobs)) if ray else _ranked_and_computed(some, jobs)
+
+    with workers.beside(train, list(folders.values())) if folders else nullcontext([]) as training:
+        records = computed([cell for cell in todo if cell.setting.checkpoint not in folders])
+        drawn = workers.attempt_all(panels.attempt, asked, jobs, "figures")
+        for one in tqdm(training, desc="training, once: a quarter of an hour each", unit="model"):
+            one.result()
+    records |= computed([cell for cell in todo if cell not in records])
     manifest = Manifest(folder, scale, limit)
     for spec in found:
         for entry in spec.entries:
@@ -132,14 +143,16 @@ def rank(job: tuple[Setting, tuple[Cell, ...]]) -> dict:
         return {"failed": one_line(error)}
 
 
-def _train(settings: Iterable[Setting]) -> None:
-    """Embedded models that are made by their recipe and not shipped."""
-    for setting in dict.fromkeys(settings):
-        recipe = RECIPES.get(setting.model.removeprefix(f"{cells.EMBEDDED}-"))
-        if setting.embedded and recipe and not (Path(setting.checkpoint) / "record.json").exists():
-            print(f"training {setting.model} on {setting.task}: once, about a quarter of an hour")
-            command = [sys.executable, "-m", "embedded.train", "--task", setting.task, *recipe]
-            subprocess.run([*command, "--out", setting.checkpoint], cwd=ROOT, check=True)
+def _is_untrained(setting: Setting) -> bool:
+    """One of the embedded models that are made by their recipe and not shipped."""
+    made = (Path(setting.checkpoint) / "record.json").exists()
+    return setting.embedded and setting.model.removeprefix(f"{cells.EMBEDDED}-") in RECIPES and not made
+
+
+def train(setting: Setting) -> None:
+    recipe = RECIPES[setting.model.removeprefix(f"{cells.EMBEDDED}-")]
+    with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):  # its bar would run through the others
+        recipe_of.main(["--task", setting.task, *recipe, "--out", setting.checkpoint])
 
 
 def _names(text: str) -> list[str]:
