@@ -30,7 +30,7 @@ from embedded import train as recipe_of
 from errors import AUSteerError, one_line, run_command
 from paper import outlook, page, panels, specs
 from paper.dry_run import tiny_checkpoints
-from paper.manifest import Manifest
+from paper.manifest import Manifest, bundle
 from paper.specs import Spec
 
 RECIPES = {"wide": ["--recipe", "wide"]}  # embedded models that are not shipped, by name: how they are trained
@@ -73,6 +73,9 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         return 1 if manifest.failed else None
     manifest.write()
     written = page.write(found, manifest)
+    if args.keep:
+        bundle(manifest, Path(args.keep))
+        page.write(found, Manifest.read(Path(args.keep)))
     for where, why in manifest.failed.items():
         print(f"FAILED {where.replace('|', ', ')}: {why}", file=sys.stderr)
     print(f"report: {written}   tables: {written.with_suffix('.md')}   records: {folder / 'records'}")
@@ -172,6 +175,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--plan", action="store_true", help="print cells, what is done, memory and time; compute nothing")
     add("--dry-run", action="store_true", help="tiny random checkpoints of the same architectures, two items a split")
     add("--results", default="results", help="folder; a scale has its own in it (default: %(default)s)")
+    add("--keep", metavar="DIR", help="put the report there too, with all records in one file: for a repository")
     add("--data-dir", help="folder of the paper's datasets (default: datasets/, then the hub)")
     add("--toxicity", default="local", metavar="SCORER", help="who scores toxicity (docs/scoring.md; default: local)")
     add("--device", help="cpu, cuda, cuda:1 (default: the first GPU, else the CPU)")
