@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import matplotlib
@@ -38,7 +39,7 @@ def draw(spec: Spec, manifest: Manifest, folder: Path) -> list[tuple[str, Path]]
 
 
 def _study(spec: Spec, panel, record: dict, folder: Path) -> tuple[str, Path]:
-    path = folder / f"{spec.name}-{panel.name.replace(' ', '-')}.png"
+    path = folder / f"{spec.name}-{'-'.join(re.findall('[a-z0-9]+', panel.name.lower()))}.png"
     STUDIES[panel.study].draw(record["found"], panel.params, path)
     return f"{spec.label}: {spec.title} ({panel.name})", path
 
