@@ -156,6 +156,7 @@ def _model(*how) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     if how not in _LOADED:
         if any(model.num_parameters() > TINY for model, _ in _LOADED.values()):
             _LOADED.clear()
+            _prepared_once.cache_clear()  # some methods keep the model
             gc.collect()
         checkpoint, dtype, device, quantization = how
         model = rmodels.load(checkpoint, dtype=dtype, device=device, quantization=quantization)

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing import get_all_start_methods, get_context, parent_process
 from typing import TypeVar
 
@@ -29,9 +29,22 @@ def cores() -> int:
 def compute_all(todo: Sequence[Cell], jobs: int) -> dict[Cell, dict]:
     """The record of every cell, {"failed": why} for one that could not be computed. Unsteered ones first: the others
     build on them."""
-    unsteered = [cell for cell in todo if cell.method in cells.UNSTEERED]
-    found = attempt_all(cells.attempt, unsteered, jobs, "unsteered")
-    return found | attempt_all(cells.attempt, [cell for cell in todo if cell not in found], jobs, "steered")
+    found = known(cells.stored, todo)
+    for unsteered in (True, False):
+        now = [cell for cell in todo if cell not in found and (cell.method in cells.UNSTEERED) == unsteered]
+        found |= attempt_all(cells.attempt, now, jobs, "unsteered" if unsteered else "steered")
+    return found
+
+
+def known(stored: Callable[[Job], dict | None], todo: Sequence[Job]) -> dict[Job, dict]:
+    """What is there already. What cannot even be looked for is left to be attempted, and fails there with its reason."""
+    found = {}
+    for job in tqdm(todo, desc="looking for what is there", unit="cell", leave=False):
+        with suppress(Exception):
+            record = stored(job)
+            if record is not None:
+                found[job] = record
+    return found
 
 
 def attempt_all(attempt: Callable[[Job], dict], todo: Sequence[Job], jobs: int, what: str) -> dict[Job, dict]:

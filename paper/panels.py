@@ -30,6 +30,10 @@ def question(panel: Panel) -> dict:
     }
 
 
+def stored(panel: Panel) -> dict | None:
+    return shared_work.of_first(lambda: records.find(Path(panel.setting.records), question(panel)))
+
+
 def attempt(panel: Panel) -> dict:
     """The panel's record, or {"failed": why}."""
     try:
@@ -39,9 +43,9 @@ def attempt(panel: Panel) -> dict:
 
 
 def _found_or_measured(panel: Panel) -> dict:
-    folder, asked = Path(panel.setting.records), question(panel)
-    found = shared_work.of_first(lambda: records.find(folder, asked))
+    found = stored(panel)
     if found is not None:
         return found
     measured = STUDIES[panel.study].measure(panel.setting, panel.params, progress=False)
-    return shared_work.of_first(lambda: records.write(folder, asked, {"found": measured}))
+    folder = Path(panel.setting.records)
+    return shared_work.of_first(lambda: records.write(folder, question(panel), {"found": measured}))

@@ -98,7 +98,8 @@ def compute(
 
     with workers.beside(train, list(folders.values())) if folders else nullcontext([]) as training:
         records = computed([cell for cell in todo if cell.setting.checkpoint not in folders])
-        drawn = workers.attempt_all(panels.attempt, asked, jobs, "figures")
+        drawn = workers.known(panels.stored, asked)
+        drawn |= workers.attempt_all(panels.attempt, [one for one in asked if one not in drawn], jobs, "figures")
         for one in tqdm(training, desc="training, once: a quarter of an hour each", unit="model"):
             one.result()
     records |= computed([cell for cell in todo if cell not in records])
@@ -122,10 +123,12 @@ def compute(
 
 def _ranked_and_computed(todo: Sequence[Cell], jobs: int) -> dict[Cell, dict]:
     """Ranks first, once for all cells that share them; what cannot be ranked fails with that reason."""
+    there = workers.known(cells.stored, todo)
+    todo = [cell for cell in todo if cell not in there]
     shared = by_pairs(todo)
     made = workers.attempt_all(rank, [(setting, tuple(mine)) for setting, mine in shared.items()], jobs, "ranking")
     failed = {cell: told for (_, mine), told in made.items() if "failed" in told for cell in mine}
-    return failed | workers.compute_all([cell for cell in todo if cell not in failed], jobs)
+    return there | failed | workers.compute_all([cell for cell in todo if cell not in failed], jobs)
 
 
 def by_pairs(todo: Sequence[Cell]) -> dict[Setting, list[Cell]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 
 from embedded import tasks as small_world
 from embedded.tasks import Item
@@ -14,6 +15,7 @@ from eval.tasks.open_text import perplexity
 from pairs import Pair
 
 PAIRS, VALIDATION, TEST = 500, 200, 2000
+_items = cache(small_world.items)  # drawing them takes as long as answering some hundred
 
 
 class EmbeddedTask(Task):
@@ -21,9 +23,9 @@ class EmbeddedTask(Task):
         if name not in small_world.TASKS:
             raise AUSteerError(f"unknown task {name!r}; the embedded tasks are {', '.join(small_world.TASKS)}")
         self.name, self.test_split, self.several_tokens = name, test_split, name == "tone"
-        self.pairs = [Pair(item.prompt, item.right, item.wrong) for item in small_world.items(name, "pairs", PAIRS)]
-        self.validation = small_world.items(name, "validation", min(VALIDATION, limit or VALIDATION))
-        self.test = small_world.items(name, test_split, min(TEST, limit or TEST), seed)
+        self.pairs = [Pair(item.prompt, item.right, item.wrong) for item in _items(name, "pairs", PAIRS)]
+        self.validation = list(_items(name, "validation", VALIDATION)[:limit])
+        self.test = list(_items(name, test_split, TEST, seed)[:limit])
 
     def answers(self, model, tokenizer, items: Sequence[Item], file=None, progress=None, rows=None):
         question = Question(small_world.REPLY_WORDS if self.name == "tone" else 1)
