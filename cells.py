@@ -17,11 +17,13 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+import engine_batches
 import rmodels
 import shared_work
 from baselines.base import BUDGET, Evidence, Method, Settings, sites_of
 from baselines.registry import METHODS, with_options
 from embedded import gate
+from engine_batches import LIVE, engine_name, served
 from errors import AUSteerError, one_line
 from eval import records
 from eval.answer_file import AnswerFile
@@ -55,6 +57,7 @@ class Setting:
     device: str | None = None
     dtype: str = "auto"
     quantization: str | None = None  # 4bit, 8bit
+    engine: str = LIVE  # whose words the answers are: of engine_batches.ENGINES
     ranks: str = "AU_ranks"
     records: str = "results/records"
     test_split: str = "test"
@@ -169,6 +172,7 @@ def forget() -> None:
     _LOADED.clear()
     _task.cache_clear()
     _prepared_once.cache_clear()
+    engine_batches.stop()
 
 
 _LOADED: dict[tuple, tuple[PreTrainedModel, PreTrainedTokenizerBase]] = {}
@@ -259,6 +263,7 @@ def question(cell: Cell) -> dict:
         # on other kinds of devices and in other batches rounding differs: never mixed under one name
         "device": model.device.type,
         "batch_size": setting.batch_size,
+        "engine": engine_name(setting.engine),
         "pairs_hash": pairs_hash(task.pairs) if searched else None,
         "pairs_by": task.pairs_by if searched else None,  # behind `pairs`, which decide it
         "items_hash": items_hash(task.prompted(everything)) if cell.method == "prompt-only" else task.fingerprint,
@@ -328,10 +333,15 @@ def _steered(cell: Cell, vanilla: dict) -> tuple[dict, Columns, dict[str, float]
         order = shuffled(len(items))
         before = records.unpack(vanilla[split])
 
+        def pays(asked: int) -> bool:
+            if cell.setting.engine != LIVE:
+                return task.speaks_on_validation
+            return task.several_tokens and asked <= FEW
+
         def ask(some: Sequence[Settings], start: int, stop: int) -> list[list[bool]]:
             now = [items[index] for index in order[start:stop]]
             plans = [method.plan(prepared, settings, cell.draw) for settings in some]
-            if task.several_tokens and len(plans) > 1 and len(now) <= FEW:
+            if len(plans) > 1 and now and pays(len(now)):
                 return _together(cell, now, f"{part} {len(plans)} settings {start}-{stop}", plans)
             return [
                 _outcomes(_columns(cell, now, f"{part} {_named(settings)} {start}-{stop}", plan))
@@ -364,8 +374,12 @@ def _together(cell: Cell, items: Sequence, name: str, plans: Sequence[Plan]) -> 
     """The outcomes of the same items under each plan, asked in one batch."""
     model, tokenizer, task = load(cell.setting)
     file, progress = _kept(cell, name)
-    with steered_rows(model, [_of_first(plan) for plan in plans], len(items)) as rows:
-        answers = task.answers(model, tokenizer, [*items] * len(plans), file, progress, rows)
+    if cell.setting.engine != LIVE:
+        with served(model, plans, len(items)) as engine:
+            answers = task.answers(engine, tokenizer, [*items] * len(plans), file, progress)
+    else:
+        with steered_rows(model, [_of_first(plan) for plan in plans], len(items)) as rows:
+            answers = task.answers(model, tokenizer, [*items] * len(plans), file, progress, rows)
     found = []
     for start in range(0, len(answers), len(items)):
         mine = answers[start : start + len(items)]
@@ -389,8 +403,9 @@ def _tested(cell: Cell, items: Sequence, plan: Plan | None = None) -> tuple[Colu
 def _answers(cell: Cell, items: Sequence, name: str, plan: Plan | None):
     model, tokenizer, task = load(cell.setting)
     file, progress = _kept(cell, name)
-    with steer(model, _of_first(plan)) if plan is not None else nullcontext():
-        return task.answers(model, tokenizer, items, file, progress)
+    speaks = nullcontext(model) if cell.setting.engine == LIVE else served(model, [plan], len(items))
+    with steer(model, _of_first(plan)) if plan is not None else nullcontext(), speaks as speaker:
+        return task.answers(speaker, tokenizer, items, file, progress)
 
 
 def _kept(cell: Cell, name: str) -> tuple[AnswerFile | None, str | None]:

@@ -26,6 +26,7 @@ from cells import EMBEDDED, Cell, Setting
 from cluster import over_ray
 from embedded.tasks import TASKS
 from encoding import PROTOCOLS
+from engine_batches import ENGINES, LIVE, engine_name
 from errors import AUSteerError
 from eval import figures, report
 from eval.search import SEARCHES
@@ -80,6 +81,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--device", help="cpu, cuda, cuda:1 (default: the first GPU, else the CPU)")
     add("--dtype", default="auto", help="auto, float32, bfloat16, float16")
     add("--quantization", choices=["4bit", "8bit"], help="load the weights through bitsandbytes")
+    add("--engine", default=LIVE, choices=ENGINES, help="who answers: the model itself, or vLLM with every plan as an "
+        "adapter, a whole grid in one batch (by .venv-vllm/bin/python; docs/serving.md)")  # fmt: skip
     add("--jobs", type=int, help="processes for the embedded models (default: one a core, at most 4)")
     add(
         "--ray",
@@ -142,7 +145,8 @@ def main(argv: Sequence[str] | None = None) -> int | None:
                 f"{setting.task_name}: ranked {made} sets of AUs into {Path(setting.ranks) / Path(setting.model).name}"
             )
     by_task = {setting.task_name: _cells(setting, sites, args) for setting in settings}
-    jobs = (args.jobs or (cores() if args.model == EMBEDDED else 1)) if shared_work.alone() else 1
+    alone = args.engine == LIVE and shared_work.alone()  # an engine fills the machine by itself
+    jobs = (args.jobs or (cores() if args.model == EMBEDDED else 1)) if alone else 1
     everything = [cell for todo in by_task.values() for cell in todo]
     found = dict(over_ray(everything, args.ray, args.jobs)) if args.ray else compute_all(everything, jobs)
     failed = {cell: record["failed"] for cell, record in found.items() if "failed" in record}
@@ -193,6 +197,8 @@ def _settings(args: argparse.Namespace) -> list[Setting]:
         with_options(name, {option: value})
     if args.ray and (args.device not in (None, "cpu") or not shared_work.alone()):
         raise AUSteerError("--ray gives every cell a device: without --device (other than cpu) and accelerate launch")
+    if args.engine != LIVE:
+        _check_engine(args)
     rmodels.check_device(args.device)
     if args.model == EMBEDDED:
         tasks = [name for name in TASKS if args.data_name in ("all", name)]
@@ -201,7 +207,7 @@ def _settings(args: argparse.Namespace) -> list[Setting]:
     shared = {
         name: getattr(args, name) for name in
         ("device", "dtype", "quantization", "test_split", "limit", "search", "data_dir", "protocol", "toxicity", "encoder",
-         "chat", "batch_size")
+         "chat", "batch_size", "engine")
     }  # fmt: skip
     shared |= {"ks": tuple(args.k), "alphas": tuple(args.alpha), "options": tuple(args.option)}
     return [
@@ -210,6 +216,19 @@ def _settings(args: argparse.Namespace) -> list[Setting]:
         )
         for task in tasks
     ]
+
+
+def _check_engine(args: argparse.Namespace) -> None:
+    engine_name(args.engine)  # is it installed?
+    unfit = [
+        f"--{name}" for name in ("pairs", "quantization", "batch-size", "ray") if vars(args)[name.replace("-", "_")]
+    ]
+    unfit += [] if shared_work.alone() else ["accelerate launch"]
+    unfit += [f"--device {args.device} (but CUDA_VISIBLE_DEVICES)"] if ":" in (args.device or "") else []
+    if unfit:
+        raise AUSteerError(
+            f"--engine {args.engine} answers in words, in batches of its own, from one process: leave out {', '.join(unfit)}"
+        )
 
 
 def _cells(setting: Setting, sites: Sequence[str], args: argparse.Namespace) -> list[Cell]:
@@ -238,12 +257,14 @@ def _report(
         beside = report.more(found, LABELS)
         text += [beside, ""] if beside else []
         how = {"prompts": found[0]["wording"], "pairs": found[-1]["pairs_by"], "protocol": found[0]["protocol"]}
+        how["answers"] = found[0]["engine"] if args.engine != LIVE else None
         text += ["; ".join(f"{name}: {value}" for name, value in how.items() if value), ""]
     folder = Path(args.results)
     name = f"{Path(args.model).name}-{Path(args.pairs).stem if args.pairs else args.data_name}"
     name += "-paper-protocol" if args.protocol == "paper" else ""
     name += "-test2" if args.test_split == "test2" else ""
     name += f"-{args.search}" if args.search != "grid" else ""
+    name += f"-{args.engine}" if args.engine != LIVE else ""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.md").write_text("\n".join(text))
     print("\n" + "\n".join(text))

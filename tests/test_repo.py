@@ -48,6 +48,7 @@ ALLOWED = {  # module -> what of this project it may import: data flows one way
     },  # no method
     "neurosteer_tasks": {"baselines", "embedded", "errors", "eval", "pairs", "plan", "ranks", "rmodels", "set_MFU"},
     "grid_batches": {"plan", "set_MFU"},
+    "engine_batches": {"eval", "export", "plan"},
     "restore": {
         "baselines",
         "cells",
@@ -93,6 +94,7 @@ ALLOWED = {  # module -> what of this project it may import: data flows one way
         "workers",
     },
     "cells": {
+        "engine_batches",
         "grid_batches",
         "MFU_screening",
         "baselines",

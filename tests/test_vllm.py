@@ -1,6 +1,5 @@
 """vLLM under adapters answers as the live model under their plans. Run by tests/run-vllm.sh, not by default."""
 
-import gc
 import json
 import os
 import signal
@@ -11,14 +10,20 @@ import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from shutil import copytree
 
 import pytest
 import torch
 from conftest import COMMON, FAMILIES, SPECIAL, byte_tokenizer
+from samples import write_datasets
 from test_adapters import plan_for
+from test_engine_batches import same_words, words
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import cells
+import main
 import rmodels
+from baselines import austeer
 from errors import AUSteerError
 from eval.answering import Question, answers, option_tokens
 from eval.engine_vllm import VLLMEngine
@@ -35,9 +40,9 @@ PROMPTS = [
 PLANS = 3
 
 
-def checkpoint(name, folder):
+def checkpoint(name, folder, **more):
     """As the other tests' models, but with heads of 32: vLLM's CPU kernels take no smaller ones."""
-    special = {**SPECIAL[name], "head_dim": 32}
+    special = {**SPECIAL[name], "head_dim": 32, **more}
     if "final_logit_softcapping" in special:
         special["final_logit_softcapping"] = 30.0  # at 6 random logits saturate, and rounding decides which is largest
     config = AutoConfig.for_model(name, **{**COMMON, **special})
@@ -67,15 +72,7 @@ class Served:
 def served(request, tmp_path_factory):
     made = Served(request.param, tmp_path_factory.mktemp("served"))
     yield made
-    stop(made)
-
-
-def stop(made):
-    from vllm.distributed import cleanup_dist_env_and_memory
-
-    del made.engine
-    gc.collect()
-    cleanup_dist_env_and_memory()
+    made.engine.stop()
 
 
 def test_vllm_equals_live(served):
@@ -101,6 +98,15 @@ def test_plans_together_equal_each_alone(served):
     alone = [served.engine.answers(PROMPTS[:1], question, [adapter])[0] for adapter in served.adapters]
     assert together == alone
     assert served.engine.answers(PROMPTS, question) == served.live(None, question)
+
+
+def test_folders_of_one_name_are_different_adapters(served, tmp_path):
+    """vLLM tells adapters apart by their names."""
+    named = [copytree(adapter, tmp_path / str(place) / "plan") for place, adapter in enumerate(served.adapters)]
+    asked = PROMPTS[:2] * PLANS, Question(8)
+    assert served.engine.answers(*asked, [one for one in named for _ in range(2)]) == served.engine.answers(
+        *asked, [one for one in served.adapters for _ in range(2)]
+    )
 
 
 def test_refusals(served, tmp_path):
@@ -130,7 +136,7 @@ def test_bfloat16(tmp_path):
         for a, b, c in zip(live, found, idle, strict=True):
             apart += [abs(x - y) for x, y in zip(a.options, b.options, strict=True)]
             moved += [abs(x - y) for x, y in zip(a.options, c.options, strict=True)]
-    stop(made)
+    made.engine.stop()
     assert max(apart) < 0.1 * max(moved), (max(apart), max(moved))
 
 
@@ -186,3 +192,28 @@ def test_server(tmp_path):
     finally:
         server.send_signal(signal.SIGTERM)
         server.wait(60)
+
+
+def test_a_comparison_by_vllm_is_the_live_one(tmp_path, monkeypatch):
+    """main.py on a task in the official format, both sites: the same choices and outcomes, item by item."""
+    data = write_datasets(tmp_path / "data")
+    model = checkpoint("llama", tmp_path / "model", max_position_embeddings=512)
+    monkeypatch.setitem(austeer.KS, "real", (4, 60))  # the second needs another engine, of a higher rank
+    monkeypatch.setitem(austeer.ALPHAS, "real", (0.0, 1.0, 4.0))
+    found = {}
+    for engine in ("live", "vllm"):
+        results = tmp_path / engine
+        main.main(
+            ["--model", str(model), "--data_name", "copa", "--data-dir", str(data), "--results", str(results),
+             "--path", str(tmp_path / "ranks"), "--method", "causal", "random", "--draws", "1", "--dtype", "float32",
+             "--engine", engine]
+        )  # fmt: skip
+        cells.forget()
+        rows = [json.loads(file.read_text()) for file in (results / "records").glob("*.json")]
+        assert all(row["engine"].startswith(engine) for row in rows)
+        found[engine] = {
+            (row["method"], row["site"]): [row.get(key) for key in ("outcomes", "grid_outcomes", "chosen", "columns")]
+            for row in rows
+        }
+    assert found["vllm"] == found["live"] and len(found["live"]) == 6
+    same_words(words(tmp_path / "live"), words(tmp_path / "vllm"))

@@ -1,0 +1,98 @@
+"""Words by vLLM in place of the model, for a comparison: every plan is an adapter, and a whole grid of them one batch.
+
+Only answers come from there. Ranks, likelihoods and perplexities are the loaded model's, steered live.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from transformers import PreTrainedModel
+
+from eval.answer_file import Answer
+from eval.answering import Engine, Question
+from eval.engine_vllm import VLLMEngine, installed
+from export.lora import max_lora_rank, save_lora
+from plan import Plan
+
+LIVE = "live"
+ENGINES = (LIVE, "vllm")
+SLOTS = 16  # adapters that run at once; more take turns
+LEAST_RANK = 16  # so that the unsteered cells' engine takes most grids, too
+ADAPTER_FILES = ("engine_batches.py", "eval/engine_vllm.py", "export/adapter.py", "export/lora.py")
+
+
+def engine_name(engine: str) -> str:
+    """As a record says it: another version, or other adapters, are another question."""
+    if engine == LIVE:
+        return LIVE
+    code = b"".join((Path(__file__).parent / name).read_bytes() for name in ADAPTER_FILES)
+    return f"{installed()}, adapters {hashlib.sha256(code).hexdigest()[:8]}"
+
+
+@contextmanager
+def served(model: PreTrainedModel, plans: Sequence[Plan | None], items: int) -> Iterator[Served]:
+    """For answers to `items` items under the first plan, then under the second, ...: what to ask in the model's place."""
+    with TemporaryDirectory(prefix="austeer-") as folder:
+        yield Served(model, plans, items, Path(folder))
+
+
+class Served(Engine):
+    """A model that vLLM speaks for. Adapters are written, and vLLM is started, when there is something to say."""
+
+    def __init__(self, model: PreTrainedModel, plans: Sequence[Plan | None], items: int, folder: Path):
+        self.model, self.plans, self.items, self.folder = model, plans, items, folder
+
+    def __getattr__(self, name: str):
+        return getattr(self.model, name)
+
+    def __call__(self, *args, **settings):
+        return self.model(*args, **settings)
+
+    def speak(self, prompts: Sequence[str], which: Sequence[int], question: Question) -> list[Answer]:
+        adapters, rank = self._adapters
+        named = [adapters[index // self.items] for index in which]
+        return _engine(self.model, rank).answers([prompts[index] for index in which], question, named)
+
+    @cached_property
+    def _adapters(self) -> tuple[list[Path | None], int]:
+        """A folder for each plan, None where nothing is done, and the largest rank."""
+        made = [
+            save_lora(self.model, plan, self.folder / str(number)) if plan is not None and _acts(plan) else None
+            for number, plan in enumerate(self.plans)
+        ]
+        return [one and one.folder for one in made], max((one.rank for one in made if one), default=1)
+
+
+def _acts(plan: Plan) -> bool:
+    return any(bool(values.any()) for values in (*plan.scales.values(), *plan.shifts.values()))
+
+
+_RUNNING: dict[tuple[str, str], VLLMEngine] = {}
+
+
+def _engine(model: PreTrainedModel, rank: int) -> VLLMEngine:
+    """One runs at a time; it is started anew for a higher rank."""
+    of = model.config.name_or_path, str(model.dtype).removeprefix("torch.")
+    if of not in _RUNNING or _RUNNING[of].max_lora_rank < rank:
+        stop()
+        room = {}
+        if torch.cuda.is_available():  # beside the loaded model
+            free, total = torch.cuda.mem_get_info()
+            room["gpu_memory_utilization"] = 0.9 * free / total
+        _RUNNING[of] = VLLMEngine(
+            of[0], max_loras=SLOTS, max_lora_rank=max_lora_rank(max(rank, LEAST_RANK)), dtype=of[1], **room
+        )
+    return _RUNNING[of]
+
+
+def stop() -> None:
+    for engine in _RUNNING.values():
+        engine.stop()
+    _RUNNING.clear()

@@ -1,0 +1,192 @@
+"""A comparison whose answers come from an engine: the same as live, in one batch per round. The engine here is a stand-in
+that steers live by the plan beside each adapter; tests/test_vllm.py has the real one."""
+
+import json
+import re
+from contextlib import nullcontext
+from importlib.metadata import PackageNotFoundError
+
+import pytest
+import torch
+from samples import without_chance, write_datasets
+
+import cells
+import engine_batches
+import main
+import rmodels
+from baselines import austeer
+from errors import AUSteerError
+from eval import engine_vllm, figures
+from eval.answering import Question, answers
+from eval.tasks.open_text import BPO
+from plan import Plan
+from set_MFU import steer
+
+
+class StandIn:
+    """As VLLMEngine."""
+
+    started, asked = [], []  # the ranks; of each call how many prompts under how many adapters
+
+    def __init__(self, checkpoint, *, max_lora_rank, dtype, **settings):
+        self.model = rmodels.load(checkpoint, dtype=dtype, device="cpu")
+        self.tokenizer, self.max_lora_rank = rmodels.load_tokenizer(checkpoint), max_lora_rank
+        self.started.append(max_lora_rank)
+
+    def answers(self, prompts, question, adapters):
+        self.asked.append((len(prompts), len(set(adapters))))
+        found = {}
+        for adapter in dict.fromkeys(adapters):
+            mine = [index for index, other in enumerate(adapters) if other == adapter]
+            plan = Plan.load(adapter / "plan.safetensors") if adapter else None
+            with steer(self.model, plan) if plan else nullcontext():
+                said = answers(self.model, self.tokenizer, [prompts[index] for index in mine], question)
+            found.update(zip(mine, said, strict=True))
+        return [found[index] for index in range(len(prompts))]
+
+    def stop(self):
+        del self.model
+
+
+@pytest.fixture
+def engine(monkeypatch):
+    monkeypatch.setattr(engine_batches, "VLLMEngine", StandIn)
+    monkeypatch.setattr(engine_batches, "installed", lambda: "stand-in 1")
+    monkeypatch.setattr(StandIn, "started", [])
+    monkeypatch.setattr(StandIn, "asked", [])
+    monkeypatch.setattr(figures, "comparison", lambda *of: None)  # a second each
+    yield StandIn
+    cells.forget()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_datasets(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture
+def folder(checkpoints, tmp_path):
+    cells.forget()
+    (tmp_path / "model").mkdir()
+    for file in checkpoints["llama"].iterdir():
+        (tmp_path / "model" / file.name).write_bytes(file.read_bytes())
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 512}))
+    return tmp_path / "model"
+
+
+def run(data, folder, results, *more):
+    """The records by method."""
+    code = main.main(
+        ["--model", str(folder), "--data-dir", str(data), "--results", str(results), "--path", str(folder / "ranks"),
+         "--applied_module", "attention", "--draws", "1", "--device", "cpu", *more]
+    )  # fmt: skip
+    rows = (json.loads(file.read_text()) for file in (results / "records").glob("*.json"))
+    return code, {row["method"]: row for row in rows}
+
+
+def words(results):
+    """Everything that was answered, by cell: (prompt, answer, log-probabilities), in whatever batches it was asked."""
+    found = {}
+    for file in (results / "answers").glob("*.jsonl"):
+        cell = re.match(r"(.*)-[0-9a-f]{12}-", file.name)[1]
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        found.setdefault(cell, []).extend((row["prompt"], row["answer"], row["options"]) for row in rows)
+    return {cell: sorted(rows) for cell, rows in sorted(found.items())}
+
+
+def same_words(one, other):
+    assert one and one.keys() == other.keys()
+    for cell, rows in one.items():
+        assert [row[:2] for row in rows] == [row[:2] for row in other[cell]]
+        for row, its in zip(rows, other[cell], strict=True):
+            assert row[2] == pytest.approx(its[2], abs=1e-4)
+        prompts, said = {row[0] for row in rows}, {(row[0], *(round(value, 2) for value in row[2])) for row in rows}
+        assert len(said) > len(prompts) or not ("causal" in cell and rows[0][2])  # the settings tell
+
+
+RESULT = ("outcomes", "columns", "measures", "extras", "settings", "grid_scores", "grid_outcomes", "asked", "n")
+
+
+def equal(one, other):
+    assert one and set(one) == set(other)
+    for name, row in one.items():
+        assert [row.get(key) for key in RESULT] == [other[name].get(key) for key in RESULT]
+        assert row["id"] != other[name]["id"] and (row["engine"], other[name]["engine"][:10]) == ("live", "stand-in 1")
+
+
+def test_a_comparison_by_an_engine_is_the_live_one(data, folder, engine, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(austeer.KS, "real", (4,))
+    monkeypatch.setitem(austeer.ALPHAS, "real", (0.0, 1.0, 4.0))
+    command = ["--data_name", "copa", "--method", "causal", "--limit", "6"]
+    _, live = run(data, folder, tmp_path / "live", *command)
+    _, found = run(data, folder, tmp_path / "engine", *command, "--engine", "vllm")
+    equal(live, found)
+    same_words(words(tmp_path / "live"), words(tmp_path / "engine"))
+    held_out = len(cells.records.unpack(live["vanilla"]["validation"]))
+    assert (3 * held_out, 3) in engine.asked  # the whole grid at once; alpha 0 is the model as it is
+    assert engine.started == [16]
+    assert "answers: stand-in 1" in capsys.readouterr().out and list((tmp_path / "engine").glob("*-vllm.md"))
+
+    # resumed: what was answered is not asked again, and without anything to ask no engine starts
+    cells.forget()
+    files = {file: file.read_bytes() for file in (tmp_path / "engine" / "answers").rglob("*.jsonl")}
+    (tmp_path / "engine" / "records" / f"{found['causal']['id']}.json").unlink()
+    _, again = run(data, folder, tmp_path / "engine", *command, "--engine", "vllm")
+    assert without_chance(again["causal"]) == without_chance(found["causal"]) and engine.started == [16]
+    torn = next(file for file in files if "3-settings" in file.name)
+    torn.write_bytes(files[torn][: len(files[torn]) // 2])
+    (tmp_path / "engine" / "records" / f"{found['causal']['id']}.json").unlink()
+    run(data, folder, tmp_path / "engine", *command, "--engine", "vllm")
+    assert {file: file.read_bytes() for file in files} == files and engine.asked[-1] == (3 * held_out, 3)
+
+
+def test_likelihoods_stay_the_models_own(data, folder, engine, tmp_path, monkeypatch):
+    """BPO chooses by them, and only the test is answered in words."""
+    monkeypatch.setattr(BPO, "new_tokens", {"": 4})
+    command = ["--data_name", "bpo", "--method", "causal", "--k", "4", "--alpha", "1", "4", "--limit", "4"]
+    _, live = run(data, folder, tmp_path / "live", *command)
+    _, found = run(data, folder, tmp_path / "engine", *command, "--engine", "vllm")
+    equal(live, found)
+    assert set(engine.asked) == {(4, 1)}
+
+
+def test_a_plan_that_is_no_adapter_fails_its_cell_alone(data, folder, engine, tmp_path, capsys):
+    command = ["--data_name", "copa", "--method", "caa", "random", "--k", "4", "--alpha", "1", "--limit", "3"]
+    code, rows = run(data, folder, tmp_path / "results", *command, "--engine", "vllm")
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("FAILED")]
+    assert code == 1 and set(rows) == {"vanilla", "prompt-only", "random"}
+    assert len(said) == 1 and "a LoRA adapter works on all of them. Steer live" in said[0]
+
+
+def test_a_higher_rank_starts_the_engine_anew(folder, engine, monkeypatch):
+    monkeypatch.setattr(engine_batches, "SLOTS", 1)
+    live = rmodels.load(folder, dtype="float32", device="cpu")
+    for touched, rank in ((3, 16), (20, 32), (5, 32)):
+        scales = torch.zeros(rmodels.site_shape(live, "attention"))
+        scales[1, :touched] = 1.0
+        with engine_batches.served(live, [None, Plan({"attention": scales})], 2) as served:
+            found = answers(served, None, ["a", "b"] * 2, Question(2))
+        assert len(found) == 4 and engine.started[-1] == rank
+    assert engine.started == [16, 32] and engine.asked == [(4, 2)] * 3
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (["--quantization", "4bit", "--batch-size", "2"], "leave out --quantization, --batch-size"),
+        (["--device", "cuda:1"], "leave out --device cuda:1"),
+    ],
+)
+def test_what_an_engine_does_not_go_with(more, says, data, folder, engine, tmp_path):
+    with pytest.raises(AUSteerError, match=says):
+        run(data, folder, tmp_path, "--data_name", "copa", "--engine", "vllm", *more)
+
+
+def test_without_vllm(data, folder, tmp_path, monkeypatch):
+    def missing(name):
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(engine_vllm, "version", missing)
+    with pytest.raises(AUSteerError, match=r"^vLLM is not installed here: run bash setup-vllm.sh.*main.py ...$"):
+        run(data, folder, tmp_path, "--data_name", "copa", "--engine", "vllm")
