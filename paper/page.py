@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import re
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -17,8 +18,8 @@ STYLE = """
 body{font:16px/1.5 system-ui,sans-serif;max-width:1180px;margin:2rem auto;padding:0 1rem;color:#1b1b1b;background:#fff}
 h1{font-size:1.7rem}h2{margin-top:2.6rem;border-top:1px solid #ddd;padding-top:1rem}h3{font-size:1rem;margin-bottom:.3rem}
 .scroll{overflow-x:auto}table{border-collapse:collapse;font-size:.86rem;font-variant-numeric:tabular-nums}
-th,td{padding:.3rem .6rem;text-align:right;border-bottom:1px solid #e5e5e5;vertical-align:top}th:first-child,td:first-child{text-align:left}
-td small{display:block;color:#555;white-space:nowrap}tr.ours td:first-child{font-style:italic}.best{font-weight:700}
+th,td{padding:.3rem .6rem;text-align:right;border-bottom:1px solid #e5e5e5;vertical-align:top}th:first-child,td:first-child{text-align:left;min-width:13rem}
+td small{display:block;color:#555;white-space:nowrap;font-weight:400;line-height:1.3}tr.ours td:first-child{font-style:italic}.best{font-weight:700}
 img{max-width:100%;height:auto;border:1px solid #eee}nav a{margin-right:.8rem;white-space:nowrap}.missing{color:#8a3b00}
 code{background:#f4f4f4;padding:.1rem .25rem}pre{background:#f4f4f4;padding:.8rem;overflow-x:auto}
 @media(prefers-color-scheme:dark){body{background:#16181c;color:#e8e8e8}td small{color:#aaa}th,td{border-color:#333}
@@ -136,7 +137,7 @@ def _html(parts, manifest: Manifest) -> str:
         "</nav>",
     ]
     for spec, pictures, found in parts:
-        out.append(f'<h2 id="{spec.name}">{escape(spec.label)}: {escape(spec.title)}</h2><p>{escape(spec.says)}</p>')
+        out.append(f'<h2 id="{spec.name}">{escape(spec.label)}: {escape(spec.title)}</h2><p>{_prose(spec.says)}</p>')
         for block in found:
             heads = "".join(f"<th>{escape(head)}</th>" for head in block.heads)
             out.append(f'<h3>{escape(block.name)}</h3><div class="scroll"><table><tr><th></th>{heads}</tr>')
@@ -150,7 +151,7 @@ def _html(parts, manifest: Manifest) -> str:
             out.append(f"<figcaption>{escape(caption)}</figcaption></figure>")
         missing = _missing(spec, found, manifest)
         if missing:
-            lines = "".join(f"<li>{escape(line)}</li>" for line in missing)
+            lines = "".join(f"<li>{_prose(line)}</li>" for line in missing)
             out.append(f'<div class="missing">Missing:<ul>{lines}</ul></div>')
     out.append(
         f"<h2>Environment</h2><p>{escape(_environment(manifest))}</p><h2>How to cite</h2><pre>{escape(CITE)}</pre>"
@@ -160,7 +161,12 @@ def _html(parts, manifest: Manifest) -> str:
     return "\n".join(out)
 
 
+def _prose(text: str) -> str:
+    return re.sub("`([^`]+)`", r"<code>\1</code>", escape(text))
+
+
 def _cell_html(value: Value) -> str:
     star = "*" if value.sure else ""
-    small = "".join(f"<small>{escape(part)}</small>" for part in (value.detail, _beside_the_paper(value)) if part)
+    parts = [part for part in (*value.detail.split("; "), _beside_the_paper(value)) if part]
+    small = "".join(f"<small>{escape(part)}</small>" for part in parts)
     return f"<td{' class=best' if value.best else ''}>{escape(value.text)}{star}{small}</td>"

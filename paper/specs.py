@@ -72,7 +72,8 @@ class Spec:
 
     @property
     def label(self) -> str:
-        return re.sub(r"^(table|figure)(\d+)$", lambda m: f"{m[1].title()} {m[2]}", self.name)
+        kind, number = re.fullmatch(r"(table|figure|)(.*)", self.name).groups()
+        return f"{kind} {number}".strip().capitalize()
 
 
 def names() -> list[str]:
