@@ -184,7 +184,8 @@ def prepare(setting: Setting, todo: Sequence[Cell]) -> int:
     if setting.embedded:
         gate.latent_skill(model, tokenizer, setting.task, n=VALIDATION)
     searched = [cell for cell in todo if cell.method not in UNSTEERED]
-    if searched and not task.validation and setting.search != "test" and any(len(_grid(cell)) > 1 for cell in searched):
+    chosen = [cell for cell in searched if cell.setting.search != "test" and len(grid(cell)) > 1]
+    if chosen and not task.validation:
         raise AUSteerError(
             f"the {setting.protocol} protocol ranks on all rows of {setting.task_name} and leaves none to choose k and "
             "alpha on: give --k and --alpha (Tables 8 and 9 of the paper have theirs), choose on the test split as the paper did "
@@ -268,8 +269,8 @@ def question(cell: Cell) -> dict:
         "pairs_by": task.pairs_by if searched else None,  # behind `pairs`, which decide it
         "items_hash": items_hash(task.prompted(everything)) if cell.method == "prompt-only" else task.fingerprint,
         "test_split": task.test_split,
-        "grid": _grid(cell) if searched else None,
-        "search": setting.search if searched and len(_grid(cell)) > 1 else None,
+        "grid": grid(cell) if searched else None,
+        "search": setting.search if searched and len(grid(cell)) > 1 else None,
         "options": _named_options(cell) if searched else None,
         "wording": task.wording,
         "protocol": setting.protocol,
@@ -323,10 +324,10 @@ def _steered(cell: Cell, vanilla: dict) -> tuple[dict, Columns, dict[str, float]
     _, _, task = load(cell.setting)
     method = _method(cell.setting, cell.method)
     prepared, seconds = _prepared(cell.setting, cell.method, cell.site)
-    grid = _grid(cell)
+    settings_to_try = grid(cell)
     result: dict = {"cost": {"prepare_s": seconds}, "n_pairs": len(task.pairs), "grid_scores": {}, "asked": 0}
-    if len(grid) == 1:
-        chosen = grid[0]
+    if len(settings_to_try) == 1:
+        chosen = settings_to_try[0]
     else:
         part, split = ("test", "outcomes") if cell.setting.search == "test" else ("validation", "validation")
         items = task.test if part == "test" else task.validation
@@ -348,7 +349,7 @@ def _steered(cell: Cell, vanilla: dict) -> tuple[dict, Columns, dict[str, float]
                 for settings, plan in zip(some, plans, strict=True)
             ]
 
-        found = SEARCHES[cell.setting.search](ask, [before[index] for index in order], grid)
+        found = SEARCHES[cell.setting.search](ask, [before[index] for index in order], settings_to_try)
         chosen = found.chosen
         result |= {"grid_scores": found.scores, "asked": found.asked, "chosen_on": part}
         result["grid_vanilla"] = records.pack([before[index] for index in order])
@@ -450,15 +451,15 @@ def _ranks_here(setting: Setting, momentum: str, site: str) -> AURanks | None:
     return ranks if all(ranks.header.get(key) == value for key, value in wanted.items()) else None
 
 
-def _grid(cell: Cell) -> list[Settings]:
+def grid(cell: Cell) -> list[Settings]:
     """The method's settings, or those of the k and alpha that were given. Its own may be as many as any other's."""
     kind = "embedded" if cell.setting.embedded else "real"
-    grid = _method(cell.setting, cell.method).grid(kind)
-    assert len(grid) <= BUDGET[kind], f"{cell.method} tries {len(grid)} settings, others {BUDGET[kind]}"
+    found = _method(cell.setting, cell.method).grid(kind)
+    assert len(found) <= BUDGET[kind], f"{cell.method} tries {len(found)} settings, others {BUDGET[kind]}"
     for key, given in (("k", cell.setting.ks), ("alpha", cell.setting.alphas)):
         if given:
-            grid = [{**settings, key: value} for value in given for settings in grid if key in settings] or grid
-    return list({key_of(settings): settings for settings in grid}.values())
+            found = [{**settings, key: value} for value in given for settings in found if key in settings] or found
+    return list({key_of(settings): settings for settings in found}.values())
 
 
 def _outcomes(columns: Columns) -> list[bool]:

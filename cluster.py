@@ -73,8 +73,8 @@ def _computed(ray, todo: Sequence[Cell]) -> Iterator[tuple[Cell, dict]]:
         return unsteered[asked_once]
 
     running: dict[object, list[Cell]] = {}
-    for setting in dict.fromkeys(cell.setting for cell in todo):
-        own = [cell for cell in todo if cell.setting == setting]
+    for setting in dict.fromkeys(cells.unsteered(cell.setting) for cell in todo):  # cells that share their ranks
+        own = [cell for cell in todo if cells.unsteered(cell.setting) == setting]
         steered = [cell for cell in own if cell.method not in UNSTEERED]
         for cell in own:
             if cell.method in UNSTEERED:

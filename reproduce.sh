@@ -6,6 +6,9 @@
 # Several GPUs or nodes: docs/scaling.md
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
-bash setup.sh requirements.txt
+case " $* " in
+*" small "* | *" paper "*) bash setup.sh requirements.txt requirements2.txt ;; # sentence encoder, 4-bit weights
+*) bash setup.sh requirements.txt ;;
+esac
 export PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false HF_HUB_DISABLE_TELEMETRY=1
 exec .venv/bin/python main.py reproduce "$@"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
@@ -16,7 +17,6 @@ from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 import cells
-import shared_work
 from cells import Cell
 
 Job = TypeVar("Job")  # hashable, and what `attempt` needs to know
@@ -49,11 +49,17 @@ def known(stored: Callable[[Job], dict | None], todo: Sequence[Job]) -> dict[Job
 
 def attempt_all(attempt: Callable[[Job], dict], todo: Sequence[Job], jobs: int, what: str) -> dict[Job, dict]:
     found: dict[Job, dict] = {}
-    with tqdm(total=len(todo), desc=what, unit="cell", disable=not (todo and shared_work.is_first())) as bar:
+    on_terminal = sys.stderr.isatty()
+    with tqdm(total=len(todo), desc=what, unit="cell", disable=not todo or not on_terminal) as bar:
         for job, record in _attempted(attempt, todo, jobs):
             found[job] = record
             bar.set_postfix_str(str(job)[:40])
             bar.update()
+            if not on_terminal:  # a log is read by lines
+                print(
+                    f"{what} {len(found)}/{len(todo)} {str(job)[:100]} {record.get('failed', '')}".rstrip(),
+                    file=sys.stderr,
+                )
     return found
 
 
@@ -68,13 +74,20 @@ def _attempted(attempt: Callable[[Job], dict], todo: Sequence[Job], jobs: int) -
     if jobs == 1 or len(todo) < 2:
         yield from ((job, attempt(job)) for job in todo)
         return
-    with ProcessPoolExecutor(min(jobs, len(todo)), _context(), _start) as pool:
-        running = {pool.submit(attempt, job): job for job in todo}
-        for future in as_completed(running):
-            try:
-                yield running[future], future.result()
-            except BrokenProcessPool:
-                yield running[future], {"failed": "its worker was killed, perhaps for want of memory: run again"}
+    left = list(todo)
+    for again in (True, False):  # a killed worker takes the whole pool with it: a second one goes on
+        with ProcessPoolExecutor(min(jobs, len(left) or 1), _context(), _start) as pool:
+            running, left = {pool.submit(attempt, job): job for job in left}, []
+            for future in as_completed(running):
+                try:
+                    yield running[future], future.result()
+                except BrokenProcessPool:
+                    if again:
+                        left.append(running[future])
+                    else:
+                        yield running[future], {"failed": "its worker was killed twice, perhaps for want of memory"}
+        if not left:
+            return
 
 
 def _context():

@@ -136,7 +136,7 @@ def from_sae_lens(name: str) -> SAE:
     try:
         import sae_lens
     except ImportError:
-        raise AUSteerError(f"the SAE {name} is loaded by sae-lens: pip install sae-lens (requirements2.txt)") from None
+        raise AUSteerError(f"the SAE {name} is loaded by sae-lens: pip install sae-lens") from None
     try:
         theirs = sae_lens.SAE.from_pretrained(release, sae_id)
     except (ValueError, OSError, KeyError) as error:

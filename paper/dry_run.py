@@ -17,6 +17,24 @@ OF_THE_FAMILY = {
     "qwen3_moe": dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32),
 }
 
+TINY_AUS = SHAPE["hidden_size"]  # of a layer's ffn; as many AUs or pairs are asked for at most
+
+
+def fitted(params: dict) -> dict:
+    """What a study asks of a real model, within a tiny one."""
+    limits = {"layer": SHAPE["num_hidden_layers"], "head": SHAPE["num_attention_heads"]}
+    found = {
+        key: value % limits[key] if key in limits and value is not None else value for key, value in params.items()
+    }
+    if found.get("dims"):
+        found["dims"] = [dim % SHAPE["head_dim"] for dim in found["dims"]]
+    if "step" in found:
+        found["step"] = min(found["step"], 16)
+    for key, most in (("n", 4), ("items", 2), ("trials", 2), ("prompts", 2), ("draws", 3), ("k", TINY_AUS)):
+        if key in found:
+            found[key] = min(found[key], most)
+    return found | ({"ks": [4, 8]} if "ks" in found else {})
+
 
 def tiny_checkpoints(known: dict[str, dict], folder: Path) -> dict[str, str]:
     """By hub id, a folder with a random model of its architecture; made once."""

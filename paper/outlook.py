@@ -10,9 +10,7 @@ from time import perf_counter
 
 import torch
 
-from baselines.base import BUDGET
-from cells import EMBEDDED, UNSTEERED, Cell
-from errors import AUSteerError
+from cells import UNSTEERED, Cell, grid
 from paper.manifest import NAME, Manifest
 from paper.specs import Spec, models
 
@@ -36,22 +34,30 @@ EMBEDDED_CELL = 2.0  # seconds of one core
 
 def text(found: Sequence[Spec], folder: Path) -> str:
     manifest = Manifest.read(folder) if (folder / NAME).exists() else Manifest(folder, "")
-    counted, done, cells = [], 0, {}
+    counted, left = [], {}
     for spec in found:
-        its = {cell: entry for entry in spec.entries for cell in entry.cells}
-        ready = sum(
-            len(manifest.records(spec.name, entry.block, entry.row, entry.column)) for entry in spec.entries
-        ) + sum(manifest.panel(spec.name, panel.name) is not None for panel in spec.panels)
-        counted.append((spec, len(its) + len(spec.panels), ready))
-        done += ready
-        cells |= its
+        its = dict.fromkeys(cell for entry in spec.entries for cell in entry.cells)
+        there = {
+            cell
+            for entry in spec.entries
+            if manifest.records(spec.name, entry.block, entry.row, entry.column)
+            for cell in entry.cells
+        }
+        drawn = sum(manifest.panel(spec.name, panel.name) is not None for panel in spec.panels)
+        counted.append((spec, len(its) + len(spec.panels), len(there) + drawn))
+        left |= dict.fromkeys(cell for cell in its if cell not in there)
     lines = [f"{'':<12}{'cells':>7}{'done':>7}  "]
     for spec, count, ready in counted:
         what = f"read off {spec.source}" if spec.source else f"{len(spec.blocks or spec.panels)} blocks"
         lines.append(f"{spec.name:<12}{count:>7}{ready:>7}  {spec.title} ({what})")
-    lines += ["", f"{len(cells)} different cells (a cell that several tables share is computed once)", ""]
+    lines += [
+        "",
+        f"{len(left)} different cells are left (one that several tables share is computed once); figures' own measurements "
+        "are not counted in what follows",
+        "",
+    ]
     lines += [*_cells(found), ""]
-    return "\n".join(lines + _needs(list(cells)))
+    return "\n".join(lines + _needs(list(left)))
 
 
 def _cells(found: Sequence[Spec]) -> list[str]:
@@ -71,6 +77,8 @@ def _cells(found: Sequence[Spec]) -> list[str]:
 
 def _needs(todo: Sequence[Cell]) -> list[str]:
     """Memory and time, by model."""
+    if not todo:
+        return ["nothing is left but what is read off records, and figures"]
     if all(cell.setting.embedded for cell in todo):
         minutes = len(todo) * EMBEDDED_CELL / 60
         return [f"about {minutes:.0f} core-minutes, training not counted; no GPU; under 2 GB of memory a process"]
@@ -79,22 +87,18 @@ def _needs(todo: Sequence[Cell]) -> list[str]:
     lines = [
         f"this machine: {rate / 1e12:.2f} TFLOP/s in matrix products, {bandwidth / 1e9:.0f} GB/s of memory (measured now; "
         f"{USED:.0%} of both are assumed to be reached, and {AT_ONCE} answers at once)",
-        f"{'model':<28}{'cells':>6}{'weights':>10}{'hours':>9}",
+        f"{'model':<28}{'cells':>6}{'memory':>10}{'hours':>9}",
     ]
     for hub, count in Counter(cell.setting.model for cell in todo).items():
         if hub not in known:
-            if not hub.startswith(EMBEDDED):
-                raise AUSteerError(f"{hub} is not in paper/specs/models.json")
-            continue
+            continue  # an embedded model, or a tiny one of a dry run
         name, model = known[hub]
         size = model["parameters"] * model["bits"] / 8
         mine = [cell for cell in todo if cell.setting.model == hub]
         hours = sum(_seconds(cell, model, rate, bandwidth) for cell in dict.fromkeys(map(_alike, mine))) / 3600
         hours *= len(mine) / len(dict.fromkeys(map(_alike, mine)))
-        lines.append(f"{name:<28}{count:>6}{size / 1e9:>7.0f} GB{hours:>9.1f}")
-    lines.append(
-        "beside the weights a GPU needs room for activations and the cache: about a fifth more at the default batches"
-    )
+        lines.append(f"{name:<28}{count:>6}{1.2 * size / 1e9:>7.0f} GB{hours:>9.1f}")
+    lines.append("memory: the weights and a fifth more for activations and the cache, as a rule of thumb")
     return lines
 
 
@@ -108,7 +112,7 @@ def _seconds(cell: Cell, model: dict, rate: float, bandwidth: float) -> float:
     test = min(TEST[task], setting.limit or TEST[task])
     items = test
     if cell.method not in UNSTEERED:
-        settings = len(setting.ks) * len(setting.alphas) or BUDGET["real"]
+        settings = len(grid(cell))
         asked = test if setting.search == "test" else min(VALIDATION, setting.limit or VALIDATION)
         items += settings * asked * ASKED[setting.search] if settings > 1 else 0
     tokens = NEW.get(task, 1)

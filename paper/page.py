@@ -72,6 +72,8 @@ def _head(manifest: Manifest) -> str:
         "small": "Two of the paper's models on one GPU of 24 GB, with at most 300 items a split.",
         "paper": "All of the paper's models.",
     }[manifest.scale]
+    if manifest.dry_run:
+        return "DRY RUN on tiny random checkpoints, two items a split: it shows that the code runs, and no result."
     return f"{what}{limited} Command: bash reproduce.sh --scale {manifest.scale}."
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import cells
 import shared_work
 from errors import one_line
 from eval import records
+from pairs import pairs_hash
 from paper.specs import Panel
 from ranks import fingerprint, public_name
 from studies import STUDIES
@@ -16,6 +18,7 @@ from studies import STUDIES
 def question(panel: Panel) -> dict:
     setting = panel.setting
     model, _, task = cells.load(setting)
+    tasks = [task, *(cells.load(replace(setting, task=name))[2] for name in panel.params.get("tasks", ()))]
     return {
         "model": setting.model if setting.embedded else public_name(setting.model),
         "task": setting.task_name,
@@ -26,6 +29,9 @@ def question(panel: Panel) -> dict:
         "quantization": setting.quantization,
         "device": model.device.type,
         "items_hash": task.fingerprint,
+        "pairs_hashes": [pairs_hash(one.pairs) for one in tasks],
+        "pairs_by": task.pairs_by,
+        "batch_size": setting.batch_size,
         "protocol": setting.protocol,
     }
 

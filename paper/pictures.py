@@ -102,7 +102,7 @@ def _heatmaps(spec: Spec, manifest: Manifest, path: Path) -> bool:
         axis.set_yticks(range(len(ks)), [f"{k:g}" for k in ks])
         vanilla = 100 * sum(unpack(record["grid_vanilla"])) / len(unpack(record["grid_vanilla"]))
         axis.set(xlabel="α", ylabel="k", title=f"{column}: {spec.rows[row]['label']}\n{block}, vanilla {vanilla:.1f}")
-        figure.colorbar(image, ax=axis, label="accuracy, %")
+        figure.colorbar(image, ax=axis, label=f"{record['measure']}, %")
     _save(figure, path)
     return True
 

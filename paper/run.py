@@ -13,7 +13,8 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future
 from contextlib import nullcontext, redirect_stderr
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 import cells
+import rmodels
 import shared_work
 import workers
 from cells import UNSTEERED, Cell, Setting
@@ -31,7 +33,7 @@ from errors import AUSteerError, one_line, run_command
 from paper import outlook, page, panels, specs
 from paper.dry_run import tiny_checkpoints
 from paper.manifest import Manifest, bundle
-from paper.specs import Spec
+from paper.specs import Panel, Spec
 
 RECIPES = {"wide": ["--recipe", "wide"]}  # embedded models that are not shipped, by name: how they are trained
 
@@ -39,23 +41,20 @@ RECIPES = {"wide": ["--recipe", "wide"]}  # embedded models that are not shipped
 def main(argv: Sequence[str] | None = None) -> int | None:
     args = _arguments(argv)
     args.device = shared_work.start(args.device)
-    if args.ray and (args.device not in (None, "cpu") or not shared_work.alone()):
-        raise AUSteerError("--ray gives every cell a device: without --device (other than cpu) and accelerate launch")
-    if args.limit is not None and args.limit < 1:
-        raise AUSteerError(f"--limit must be at least 1, not {args.limit}")
+    _check(args)
     folder = Path(args.results) / (f"{args.scale}-dry-run" if args.dry_run else args.scale)
     limit = 2 if args.dry_run else args.limit
-    instead = tiny_checkpoints(specs.models(), folder / "checkpoints") if args.dry_run else None
+    instead = None
+    if args.dry_run:
+        instead = shared_work.of_first(lambda: tiny_checkpoints(specs.models(), folder / "checkpoints"))
     shared = {"records": str(folder / "records"), "ranks": str(folder / "AU_ranks")}
     shared |= {"limit": limit, "data_dir": args.data_dir, "device": args.device, "batch_size": args.batch_size}
-    shared |= {"toxicity": "embedded" if args.dry_run else args.toxicity}
-    if args.dry_run:
-        shared["encoder"] = "tfidf"
+    shared |= {"toxicity": args.toxicity} if not args.dry_run else {"toxicity": "embedded", "encoder": "tfidf"}
 
-    def read(names: Sequence[str]) -> list[Spec]:
-        return specs.read(args.scale, names, _names(args.models), instead, **shared)
+    def read(names: Sequence[str], of_models: Sequence[str] = ()) -> list[Spec]:
+        return specs.read(args.scale, names, of_models, instead, **shared)
 
-    found = read(_names(args.only))
+    found = read(_names(args.only), _names(args.models))
     if not found:
         raise AUSteerError(f"nothing of that is in scale {args.scale}")
     if args.plan:
@@ -67,58 +66,105 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     transformers_logging.disable_progress_bar()
     there = {spec.name for spec in found}
     sources = [spec.source for spec in found if spec.source and spec.source not in there]
-    everything = [*found, *(read(sources) if sources else [])]
-    manifest = compute(everything, folder, args.scale, limit, jobs, args.ray)
+    everything = [*found, *(read(sources, _names(args.models)) if sources else [])]
+    manifest = Manifest.begun(folder, args.scale, limit, args.dry_run)
+    failed = compute(everything, manifest, jobs, args.ray, args.jobs)
     if not shared_work.is_first():
-        return 1 if manifest.failed else None
-    manifest.write()
-    written = page.write(found, manifest)
+        return 1 if failed else None
+    # of all that is there, not of this run alone
+    known = {*manifest.entries, *manifest.panels, *there} - set(sources)
+    shown = read([name for name in specs.names() if name in known])
+    written = page.write(shown, manifest)
     if args.keep:
         bundle(manifest, Path(args.keep))
-        page.write(found, Manifest.read(Path(args.keep)))
-    for where, why in manifest.failed.items():
+        page.write(shown, Manifest.read(Path(args.keep)))
+    for where, why in failed.items():
         print(f"FAILED {where.replace('|', ', ')}: {why}", file=sys.stderr)
     print(f"report: {written}   tables: {written.with_suffix('.md')}   records: {folder / 'records'}")
-    return 1 if manifest.failed else None
+    return 1 if failed else None
+
+
+def _check(args: argparse.Namespace) -> None:
+    if args.ray and (args.device not in (None, "cpu") or not shared_work.alone()):
+        raise AUSteerError("--ray gives every cell a device: without --device (other than cpu) and accelerate launch")
+    for name in ("limit", "jobs", "batch_size"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise AUSteerError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+    rmodels.check_device(args.device)
 
 
 def compute(
-    found: Sequence[Spec], folder: Path, scale: str, limit: int | None, jobs: int, ray: str | None = None
-) -> Manifest:
-    """Everything that is missing, and a manifest of what is there."""
+    found: Sequence[Spec], manifest: Manifest, jobs: int, ray: str | None = None, on_ray: int | None = None
+) -> dict[str, str]:
+    """Everything that is missing, one model after another; the manifest says after each what is there. Returns what
+    failed, and why."""
     todo = list(dict.fromkeys(cell for spec in found for entry in spec.entries for cell in entry.cells))
-    # by model, so that a large one is loaded once; vanilla first, which the others build on
-    todo.sort(key=lambda cell: (cell.setting.model, cell.method not in UNSTEERED))
     asked = [panel for spec in found for panel in spec.panels]
-    untrained = [setting for setting in dict.fromkeys(cell.setting for cell in todo) if _is_untrained(setting)]
-    folders = {setting.checkpoint: setting for setting in untrained}
+    models = list(dict.fromkeys([*(cell.setting.model for cell in todo), *(panel.setting.model for panel in asked)]))
+    untrained = {cell.setting.checkpoint: cell.setting for cell in todo if _is_untrained(cell.setting)}
+    if jobs > 1:  # of tiny models, which stay loaded: all at once, but those that are trained meanwhile
+        now = {one.setting.model for one in (*todo, *asked) if one.setting.checkpoint not in untrained}
+        stages = [now, set(models) - now]
+    else:
+        stages = [{model} for model in models]
+    records: dict[Cell, dict] = {}
+    drawn: dict[Panel, dict] = {}
+    failed: dict[str, str] = {}
+    with workers.beside(train, list(untrained.values())) if untrained and jobs > 1 else nullcontext([]) as training:
+        for stage in stages:
+            waited = _trained(training, untrained.values(), stage)
+            cells_ = [cell for cell in todo if cell.setting.model in stage]
+            if waited:
+                records |= {cell: {"failed": waited} for cell in cells_}
+            else:
+                records |= dict(over_ray(cells_, ray, on_ray)) if ray else _ranked_and_computed(cells_, jobs)
+            mine = [panel for panel in asked if panel.setting.model in stage]
+            drawn |= workers.known(panels.stored, mine)
+            drawn |= workers.attempt_all(panels.attempt, [one for one in mine if one not in drawn], jobs, "figures")
+            failed |= _note(found, manifest, records, drawn)
+    return failed
 
-    def computed(some: Sequence[Cell]) -> dict[Cell, dict]:
-        return dict(over_ray(some, ray, jobs)) if ray else _ranked_and_computed(some, jobs)
 
-    with workers.beside(train, list(folders.values())) if folders else nullcontext([]) as training:
-        records = computed([cell for cell in todo if cell.setting.checkpoint not in folders])
-        drawn = workers.known(panels.stored, asked)
-        drawn |= workers.attempt_all(panels.attempt, [one for one in asked if one not in drawn], jobs, "figures")
-        for one in tqdm(training, desc="training, once: a quarter of an hour each", unit="model"):
+def _trained(training: Sequence[Future], untrained: Iterable[Setting], stage: set[str]) -> str:
+    """Waits for the models of this stage, or trains them; why that failed, or nothing."""
+    try:
+        mine = [setting for setting in untrained if setting.model in stage]
+        if mine and not training:
+            shared_work.of_first(lambda: [train(setting) for setting in mine])
+        for one in tqdm(training if mine else [], desc="training, once: a quarter of an hour each", unit="model"):
             one.result()
-    records |= computed([cell for cell in todo if cell not in records])
-    manifest = Manifest(folder, scale, limit)
+    except Exception as error:
+        return f"its model could not be trained: {one_line(error)}"
+    return ""
+
+
+def _note(
+    found: Sequence[Spec], manifest: Manifest, records: dict[Cell, dict], drawn: dict[Panel, dict]
+) -> dict[str, str]:
+    """Puts into the manifest what is there by now. Returns what failed."""
+    failed = {}
     for spec in found:
         for entry in spec.entries:
-            key, whys = f"{entry.block}|{entry.row}|{entry.column}", []
-            made = [records[cell] for cell in entry.cells]
+            if not all(cell in records for cell in entry.cells):
+                continue
+            key, made = f"{entry.block}|{entry.row}|{entry.column}", [records[cell] for cell in entry.cells]
             whys = [record["failed"] for record in made if "failed" in record]
             manifest.entries.setdefault(spec.name, {})[key] = [] if whys else [record["id"] for record in made]
-            if whys:
-                manifest.failed[f"{spec.name}|{key}"] = whys[0]
+            manifest.failed.pop(f"{spec.name}|{key}", None)
+            failed |= {f"{spec.name}|{key}": why for why in whys[:1]}
         for panel in spec.panels:
-            record = drawn[panel]
-            if "failed" in record:
-                manifest.failed[f"{spec.name}|{panel.name}|panel|{panel.name}"] = record["failed"]
-            else:
-                manifest.panels.setdefault(spec.name, {})[panel.name] = record["id"]
-    return manifest
+            if panel in drawn:
+                key = f"{spec.name}|{panel.name}|panel|{panel.name}"
+                manifest.failed.pop(key, None)
+                if "failed" in drawn[panel]:
+                    failed[key] = drawn[panel]["failed"]
+                else:
+                    manifest.panels.setdefault(spec.name, {})[panel.name] = drawn[panel]["id"]
+    manifest.failed |= failed
+    if shared_work.is_first():
+        manifest.write()
+    return failed
 
 
 def _ranked_and_computed(todo: Sequence[Cell], jobs: int) -> dict[Cell, dict]:

@@ -16,13 +16,14 @@ from pathlib import Path
 
 from cells import UNSTEERED, Cell, Setting
 from errors import AUSteerError
+from paper.dry_run import TINY_AUS, fitted
 
 FOLDER = Path(__file__).parent / "specs"
 SCALES = ("embedded", "small", "paper")
 COMPUTED = ("accuracy", "lines", "heatmap")  # kinds whose entries are cells of their own
 SHARED = {one.name for one in fields(Setting)}
 OF_THE_CELL = {"method", "site", "draws"}
-OF_THE_TABLE = {"label", "ours", "sites", "blocks", "columns", "only", "at", "judge", "x"}
+OF_THE_TABLE = {"label", "ours", "sites", "blocks", "columns", "only", "at", "judge", "x", "test_chosen"}
 
 
 @dataclass(frozen=True)
@@ -125,11 +126,17 @@ def _read(name: str, scale: str, of_models: Sequence[str], instead: dict[str, st
                         at = says.get("at", {}).get(block, {}).get(column, {})
                         entries.append(_entry(block, row, column, [base, its, says, asks, at], instead))
     panels = tuple(
-        Panel(key, panel["study"], _setting([base, panel], instead), panel["params"])
+        Panel(
+            key,
+            panel["study"],
+            _setting([base, panel], instead),
+            fitted(panel["params"]) if instead else panel["params"],
+        )
         for key, panel in here.get("panels", {}).items()
         if _wanted(key, panel, of_models)
     )
-    printed = data.get("printed", {}) if scale != "embedded" else {}  # never beside another model's numbers
+    # never beside another model's numbers
+    printed = data.get("printed", {}) if scale != "embedded" and not instead else {}
     return Spec(
         name, scale, data["title"], data["kind"], data["says"], blocks, rows, columns, here.get("averages", {}),
         tuple(entries), panels, data.get("source", ""), {**data.get("show", {}), **here.get("show", {})}, printed,
@@ -164,5 +171,8 @@ def _setting(layers: list[dict], instead: dict[str, str]) -> Setting:
         merged.setdefault("quantization", known.get("quantization"))
     for key in ("ks", "alphas"):
         merged[key] = tuple(merged.get(key, ()))
+    if instead:
+        merged["ks"] = tuple(dict.fromkeys(min(k, TINY_AUS) for k in merged["ks"]))
+        merged["n_pairs"] = merged.get("n_pairs") and min(merged["n_pairs"], TINY_AUS)
     merged["options"] = tuple(tuple(option) for option in merged.get("options", ()))
     return Setting(**merged)

@@ -25,6 +25,7 @@ class Value:
     why: str = ""  # of a dash
     best: bool = False  # better than every other row of its column, by the adjusted test
     sure: bool = False  # different from vanilla, by the adjusted test
+    fair: bool = True  # nothing of it was chosen on the test split: it may be tested
     hits: list[list[bool]] = field(default_factory=list)  # per item, of every draw
 
     @property
@@ -77,12 +78,16 @@ def shown(spec: Spec, manifest: Manifest, block: str, row: str, column: str) -> 
     records = manifest.records(spec.name, block, row, column)
     if len(records) < 2 or spec.rows[row].get("draws", 1) > 1:
         return records
-    return [max(records, key=_validated)]
+    return [better(records)]
 
 
-def _validated(record: dict) -> float:
-    """By its validation score; of equal ones the first. Nothing chosen: nothing beat vanilla there."""
-    return record.get("grid_scores", {}).get(record.get("chosen"), -1.0)
+def better(records: Sequence[dict]) -> dict:
+    """Of two sites the one that was better on the items both were asked on; of equal ones the first."""
+    asked = [unpack(record["grid_outcomes"][record["chosen"]]) if record["chosen"] else [] for record in records]
+    shared = min((len(outcomes) for outcomes in asked if outcomes), default=0)
+    # where nothing beat vanilla, nothing was chosen
+    scores = [sum(outcomes[:shared]) if outcomes else -1 for outcomes in asked]
+    return records[max(range(len(records)), key=lambda i: (scores[i], -i))]
 
 
 def _accuracy(
@@ -93,7 +98,7 @@ def _accuracy(
         why = manifest.why_missing(spec.name, block, row, column)
         return Value(why=why if there or why != "not run" or _belongs(spec, block, row, column) else "")
     if says.get("judge"):
-        return _win_rate(records[0], manifest, spec, block, column)
+        return _win_rate(records[0], manifest, spec, block, row, column)
     hits = [unpack(record["outcomes"]) for record in records]
     shares = sorted(100 * sum(one) / len(one) for one in hits)
     if len(hits) > 1 or spec.rows[row].get("draws", 1) > 1:
@@ -101,34 +106,40 @@ def _accuracy(
         return Value(f"{median(shares):.1f}", detail, number=median(shares), hits=hits)
     record = records[0]
     low, high = (100 * edge for edge in wilson(record["right"], record["n"]))
-    detail = f"[{low:.1f}, {high:.1f}]"
+    detail, fair = f"[{low:.1f}, {high:.1f}]", True
     if record["site"]:
         chosen = ", ".join(f"{key} {value:g}" for key, value in (record["settings"] or {}).items())
         detail += f"; {record['site']}, {chosen or 'nothing beat vanilla'}"
-        if record["search"] == "test":
+        if record["search"] == "test" or spec.rows[row].get("test_chosen"):
             detail += "; chosen on test"
+            fair = False
     detail += "".join(f"; {key} {value:.3g}" for key, value in record["extras"].items() if key.startswith("perplexity"))
-    return Value(f"{shares[0]:.1f}", detail, number=shares[0], hits=hits)
+    return Value(f"{shares[0]:.1f}", detail, number=shares[0], hits=hits, fair=fair)
 
 
 def _belongs(spec: Spec, block: str, row: str, column: str) -> bool:
     return any((entry.block, entry.row, entry.column) == (block, row, column) for entry in spec.entries)
 
 
-def _win_rate(record: dict, manifest: Manifest, spec: Spec, block: str, column: str) -> Value:
+def _win_rate(record: dict, manifest: Manifest, spec: Spec, block: str, row: str, column: str) -> Value:
     """The judge's, of answers against vanilla's, once `main.py judge` has left a result beside the records."""
     vanilla = manifest.records(spec.name, block, "vanilla", column)
-    if record["method"] == "vanilla":
-        return Value()
-    if vanilla:
-        theirs = vanilla[0]["id"]
+    if record["method"] == "vanilla" or not vanilla:
+        return Value(why="" if record["method"] == "vanilla" else "vanilla is missing")
+    theirs = vanilla[0]["id"]
+    if record["site"] and record["settings"] is None:
+        return Value("0.0", "nothing beat vanilla: its own answers", number=0.0)
+    if spec.rows[row].get("draws", 1) == 1:
         for path in sorted(manifest.folder.glob(f"judge-{record['id']}-test-{theirs}-test-*.json")):
             result = manifest.load(path)
             low, high = result["delta_interval"]
             detail = f"[{low:.1f}, {high:.1f}]; {result['judge']}"
             return Value(f"{result['delta']:.1f}", detail, number=result["delta"])
-    why = f"needs a judge: main.py judge --ours answers/{record['id']}-test.jsonl --theirs answers/VANILLA-test.jsonl"
-    return Value(why=why)
+    answers = f"results/{manifest.scale}/answers"
+    return Value(
+        why=f"needs a judge: python main.py judge --cache results/{manifest.scale}/judge.jsonl --theirs "
+        f"{answers}/{theirs}-test.jsonl --ours {answers}/RECORD-test.jsonl (RECORD: python main.py trace shows its id)"
+    )
 
 
 def _mark(table: dict[str, dict[str, Value]], columns: Sequence[str]) -> None:
@@ -138,13 +149,13 @@ def _mark(table: dict[str, dict[str, Value]], columns: Sequence[str]) -> None:
     for cells in table.values():
         for column in columns:
             value, base = cells[column], vanilla.get(column)
-            if base and base.hits and len(value.hits) == 1 and value is not base:
+            if base and base.hits and len(value.hits) == 1 and value.fair and value is not base:
                 tested.append(value)
                 ps.append(mcnemar(base.hits[0], value.hits[0])[2])
     for value, p in zip(tested, holm(ps), strict=True):
         value.sure = p < SURE
     for column in columns:
-        rows = [cells[column] for cells in table.values() if len(cells[column].hits) == 1]
+        rows = [cells[column] for cells in table.values() if len(cells[column].hits) == 1 and cells[column].fair]
         if len(rows) > 1:
             best = max(rows, key=lambda value: value.number)
             others = [mcnemar(value.hits[0], best.hits[0])[2] for value in rows if value is not best]
@@ -153,6 +164,8 @@ def _mark(table: dict[str, dict[str, Value]], columns: Sequence[str]) -> None:
 
 def _average(values: Sequence[Value]) -> Value:
     """Of columns as they stand; the interval is normal, from the columns' own errors. Of draws, draw by draw."""
+    if not any(value.hits or value.why for value in values):
+        return Value()  # a row of other blocks
     if any(not value.hits for value in values):
         missing = next(value for value in values if not value.hits)
         return Value(why=f"a part is missing: {missing.why}" if missing.why else "a part is missing")
@@ -179,9 +192,9 @@ def settings(spec: Spec, manifest: Manifest, block: str) -> Block:
         values = []
         for column in spec.columns:
             found = [record for name in sources for record in manifest.records(spec.source, block, name, column)]
-            value = Value(why="" if found else "not run")
+            value = Value(why="" if found else manifest.why_missing(spec.source, block, sources[0], column))
             if found:
-                best = max(found, key=_validated)
+                best = better(found)
                 chosen = (best["settings"] or {}).get(spec.show["key"])
                 value = Value("–" if chosen is None else f"{chosen:g}", best["site"], number=chosen)
                 value.why = "nothing beat vanilla" if chosen is None else ""
@@ -197,7 +210,8 @@ def counts(spec: Spec, manifest: Manifest, block: str) -> Block:
         values = []
         for column in spec.columns:
             found = manifest.records(spec.source, block, source, column)
-            value = Value(f"{found[0][key]}", number=found[0][key]) if found else Value(why="not run")
+            value = Value(f"{found[0][key]}", number=found[0][key]) if found else Value()
+            value.why = "" if found else manifest.why_missing(spec.source, block, source, column)
             value.printed = spec.printed.get(block, {}).get(row, {}).get(column)
             values.append(value)
         rows.append((spec.rows[row]["label"], False, values))
@@ -212,11 +226,13 @@ def noise(spec: Spec, manifest: Manifest, block: str) -> Block:
         for column in spec.columns:
             found = [one for one in manifest.records(spec.source, block, row, column) if one.get("grid_outcomes")]
             if not found:
-                values.append(Value(why="not run"))
+                values.append(Value(why=manifest.why_missing(spec.source, block, row, column)))
                 continue
-            best = max(found, key=_validated)
-            outcomes = {key: unpack(packed) for key, packed in best["grid_outcomes"].items()}
-            vanilla = unpack(best["grid_vanilla"])
+            # the number that is shown is the best of all sites' settings
+            outcomes = {
+                f"{one['site']} {key}": unpack(packed) for one in found for key, packed in one["grid_outcomes"].items()
+            }
+            vanilla = unpack(found[0]["grid_vanilla"])
             gained, size = 100 * selection_noise(outcomes, vanilla), len(vanilla)
             values.append(Value(f"{gained:+.1f}", f"best of {len(outcomes)} on {size} items", number=gained))
         rows.append((says["label"], False, values))
@@ -231,7 +247,8 @@ def prediction(spec: Spec, manifest: Manifest, block: str) -> Block:
             for column in spec.columns:
                 found = manifest.records(spec.source, block, row, column)
                 number = found[0].get("foretold", {}).get(key) if found else None
-                values.append(Value(f"{number:+.3f}", number=number) if number is not None else Value(why="not run"))
+                why = manifest.why_missing(spec.source, block, row, column)
+                values.append(Value(f"{number:+.3f}", number=number) if number is not None else Value(why=why))
             rows.append((f"{says['label']}: {key}", True, values))
     return Block(block, list(spec.columns), list(spec.columns), rows)
 
@@ -245,8 +262,8 @@ def human(spec: Spec, manifest: Manifest, block: str) -> Block:
     for row, says in spec.rows.items():
         values = []
         for column in spec.columns:
-            mine = next((one[column] for one in rated if one["system"] == row), None)
-            value = Value(why="needs raters: main.py human")
+            mine = next((one[column] for one in rated if one["system"].casefold() == row), None)
+            value = Value(why=f"needs raters: main.py human export, and score --out {path.name} in this folder")
             if mine is not None:
                 value = Value(f"{mine['mean']:.1f}", f"[{mine['low']:.1f}, {mine['high']:.1f}]", number=mine["mean"])
             value.printed = spec.printed.get(block, {}).get(row, {}).get(column)
@@ -268,7 +285,11 @@ def overhead(spec: Spec, manifest: Manifest, block: str) -> Block:
             number = measured.get(column)
             value = Value(f"{number:.4g}", number=number) if number is not None else Value()
             value.why = "" if found else manifest.why_missing(spec.name, block, "panel", block)
-            value.printed = printed.get({"gb": "gpu_gb"}.get(column, column))
+            paper = printed.get({"gb": "gpu_gb"}.get(column, column))
+            if column in ("prepare_s", "inference_s"):  # the paper's are of all seven tasks
+                value.detail = "" if paper is None else f"paper, seven tasks: {paper:g}"
+            else:
+                value.printed = paper
             values.append(value)
         rows.append((row, row == "causal", values))
     items = (found or {}).get("params", {}).get("items", "?")

@@ -43,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     records = manifest.records(spec.name, block, args.row, args.column)
     if not records:
         raise AUSteerError(f"not computed: {manifest.why_missing(spec.name, block, args.row, args.column)}")
+    if len(records) < len(entry.cells):
+        raise AUSteerError("records of this entry are missing from the folder: run reproduce.sh again")
     different = 0
     for cell, record in zip(entry.cells, records, strict=True):
         shown = {key: value for key, value in record.items() if args.whole or len(json.dumps(value)) < 400}
@@ -52,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         if args.again:
             different += not _same(cell, record)
     print(f"again: python main.py trace {args.table} {args.row} {args.column} --block {json.dumps(block)} "
-          f"--scale {args.scale} --again")  # fmt: skip
+          f"--scale {args.scale} --results {args.results} --again")  # fmt: skip
     return 1 if different else None
 
 

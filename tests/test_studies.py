@@ -29,7 +29,7 @@ SMALL = {
 
 @pytest.fixture(scope="module")
 def found():
-    return {name: study.measure(SETTING, SMALL[name], False) for name, study in STUDIES.items()}
+    return {name: STUDIES[name].measure(SETTING, params, False) for name, params in SMALL.items()}
 
 
 def folded(strengths, site="attention", layer=0, first=32):
@@ -51,7 +51,7 @@ def right(strengths, items, **where):
 
 
 def test_every_study_is_measured_in_small():
-    assert set(SMALL) == set(STUDIES)
+    assert set(SMALL) == {name for name, study in STUDIES.items() if hasattr(study, "draw")}
 
 
 def test_sweep_counts_what_a_plain_loop_counts(found):
@@ -212,3 +212,11 @@ def test_a_place_that_is_not_there_is_named():
     with pytest.raises(AUSteerError, match="at least three dimensions"):
         STUDIES["top_tokens"].measure(SETTING, {**SMALL["top_tokens"], "step": 16}, False)
     assert ranked.pairs_of(SETTING, "copa")[0].positive in ("A", "B")
+
+
+@pytest.mark.slow
+def test_overhead_times_every_method():
+    found = STUDIES["overhead"].measure(SETTING, {"items": 5, "trials": 2}, False)
+    assert list(found) == ["vanilla", "iti", "sadi", "austeer", "causal"]
+    assert all(row["s_per_sample"] > 0 and row["std"] >= 0 for row in found.values())
+    assert all(row["prepare_s"] > 0 for name, row in found.items() if name != "vanilla")
