@@ -23,7 +23,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
-from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 from transformers.utils import cached_file
 
 from errors import AUSteerError
@@ -127,6 +126,9 @@ class Weights:
 
     def _read(self, module: str, part) -> Tensor:
         if self.model is not None:
+            # on demand: it imports bitsandbytes, which takes a second and has things to say
+            from transformers.integrations.bitsandbytes import dequantize_bnb_weight
+
             linear = self.model.get_submodule(module)
             if linear.weight.is_meta:
                 raise AUSteerError(f"{module} is offloaded; name the checkpoint instead of the loaded model")

@@ -144,11 +144,12 @@ def test_a_comparison_by_an_engine_is_the_live_one(data, folder, engine, tmp_pat
 def test_likelihoods_stay_the_models_own(data, folder, engine, tmp_path, monkeypatch):
     """BPO chooses by them, and only the test is answered in words."""
     monkeypatch.setattr(BPO, "new_tokens", {"": 4})
-    command = ["--data_name", "bpo", "--method", "causal", "--k", "4", "--alpha", "1", "4", "--limit", "4"]
+    command = ["--data_name", "bpo", "--method", "causal", "--k", "60", "--alpha", "1", "20", "--limit", "6"]
     _, live = run(data, folder, tmp_path / "live", *command)
     _, found = run(data, folder, tmp_path / "engine", *command, "--engine", "vllm")
     equal(live, found)
-    assert set(engine.asked) == {(4, 1)}
+    assert set(engine.asked) == {(6, 1)}
+    assert len({*live["causal"]["grid_outcomes"].values()}) > 1  # the settings tell
 
 
 def test_a_plan_that_is_no_adapter_fails_its_cell_alone(data, folder, engine, tmp_path, capsys):
