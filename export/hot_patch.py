@@ -3,7 +3,8 @@
     with folded(model, plan):
         model.generate(...)        # no gate, no hook: the steered rows and columns are in the weights
 
-They are written into the storage they have, so compiled code and captured CUDA graphs see them, too.
+They are written into the storage they have, so compiled code and captured CUDA graphs see them, too. Of quantised layers
+only the outputs of 8-bit ones can be: LLM.int8 keeps one float scale a row, so scaling an output scales that number.
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from errors import AUSteerError
-from export.weights import DIMENSIONS, Change, check_foldable, find_edits
+from export.weights import DIMENSIONS, Change, Edit, check_foldable, find_edits
 from plan import Plan
 from ranks import check_made_for
+
+SCALES = ".scales"
 
 
 @contextmanager
@@ -27,7 +30,7 @@ def folded(model: PreTrainedModel, plan: Plan, *, check: bool = True) -> Iterato
     check_foldable(plan)
     shapes = {site: plan.shape(site) for site in plan.sites}
     check_made_for(model, shapes, plan.header if check else {"model": plan.header.get("model")}, "this plan was")
-    weights = dict(model.named_parameters())
+    weights = _weights(model)
     changes = _changes(plan, weights)
     try:
         _write(weights, changes, "new")
@@ -38,14 +41,48 @@ def folded(model: PreTrainedModel, plan: Plan, *, check: bool = True) -> Iterato
 
 @torch.no_grad()
 def _changes(plan: Plan, weights: dict[str, Tensor]) -> list[Change]:
-    if any(not weight.is_floating_point() for weight in weights.values()):
-        raise AUSteerError("the model is quantised: a scaled row leaves its grid of numbers; steer it live")
     if any(weight.is_meta for weight in weights.values()):
         raise AUSteerError(
             "a part of the model is kept on disk or in other memory: its weights cannot be patched; steer it live"
         )
+    if any(not weight.is_floating_point() and name + SCALES not in weights for name, weight in weights.items()):
+        raise AUSteerError("the model is quantised: a scaled row leaves its grid of numbers; steer it live")
     edits = find_edits(plan, {name: tuple(weight.shape) for name, weight in weights.items()})
-    return [change for edit in edits for change in edit.changes(weights[edit.weight], weights.get(edit.bias))]
+    found = []
+    for edit in edits:
+        weight = weights[edit.weight]
+        if weight.is_floating_point():
+            found += edit.changes(weight, weights.get(edit.bias))
+        else:
+            found += _eight_bit_changes(edit, weight, weights[edit.weight + SCALES])
+    return found
+
+
+def _weights(model: PreTrainedModel) -> dict[str, Tensor]:
+    """By name; of an 8-bit layer what it computes with: int8 rows, and their scales under a name of their own."""
+    weights = dict(model.named_parameters())
+    for name, layer in model.named_modules():
+        if type(layer).__name__ == "Linear8bitLt":  # of bitsandbytes, which need not be installed
+            if layer.state.SCB is None:
+                layer.init_8bit_state()  # otherwise done at the first forward
+            weights |= {f"{name}.weight": layer.state.CB, f"{name}.weight{SCALES}": layer.state.SCB}
+    return weights
+
+
+def _eight_bit_changes(edit: Edit, rows: Tensor, scales: Tensor) -> list[Change]:
+    """A row's scale takes the factor's size, its int8 numbers (-127 to 127) the sign: exact but for one rounding."""
+    if edit.moves_bias or "columns" in edit.parts():
+        raise AUSteerError(
+            f"the model is quantised: {edit.weight} has a scale per output only, so of its sites just ffn can be patched "
+            "in (where it has no bias); steer it live"
+        )
+    index = edit.parts()["rows"].to(rows.device)
+    factor = 1 + edit.out_scale.to(rows.device)[index]
+    old_rows, old_scales = rows[index], scales[index]
+    return [
+        Change(edit.weight, "rows", index, old_rows, old_rows * factor.sign().to(rows.dtype)[:, None]),
+        Change(edit.weight + SCALES, "columns", index, old_scales, old_scales * factor.abs()),
+    ]
 
 
 @torch.no_grad()

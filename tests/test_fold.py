@@ -52,6 +52,10 @@ def load(folder, dtype="float32"):
     return rmodels.load(folder, dtype=dtype, device="cpu")
 
 
+def load_quantised(folder, quantization):
+    return rmodels.load(folder, dtype="float32", device="cpu", quantization=quantization)
+
+
 def some_plan(model, *sites, shift=0.0):
     scales = {site: torch.zeros(rmodels.site_shape(model, site)) for site in sites}
     for scale in scales.values():
@@ -356,13 +360,27 @@ def test_hot_patch_comes_out_whatever_happens(source, dtype):
         assert not torch.equal(model(IDS).logits, vanilla)
 
 
-def test_hot_patch_refuses_quantised_layers(tmp_path):
+@pytest.mark.parametrize("quantization", ["4bit", "8bit"])
+def test_hot_patch_of_quantised_layers(tmp_path, quantization):
+    """Into the scales of 8-bit rows, and out again; whatever would leave the grid of numbers is refused."""
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is in requirements2.txt")
     source = make(tmp_path / "wide", "llama", hidden_size=64, intermediate_size=128)
-    for quantization in ("4bit", "8bit"):
-        model = rmodels.load(source, dtype="float32", device="cpu", quantization=quantization)
-        with pytest.raises(AUSteerError, match="is quantised"), folded(model, some_plan(model, "ffn")):
+    model = load_quantised(source, quantization)
+    for site in ["attention", "neuron"] + ["ffn"] * (quantization == "4bit"):
+        with pytest.raises(AUSteerError, match="is quantised"), folded(model, some_plan(model, site)):
             pass
+    if quantization == "8bit":
+        plan = some_plan(model, "ffn")
+        plan.scales["ffn"][:, 5] = -1.75  # beyond zero: the signs of the row turn
+        with folded(model, plan):  # before the first forward, which moves the scales
+            first = model(IDS).logits
+        vanilla = model(IDS).logits
+        with steer(model, plan):
+            live = model(IDS).logits
+        with folded(model, plan):
+            assert torch.equal(model(IDS).logits, first)
+        assert torch.equal(model(IDS).logits, vanilla)
+        assert (first - live).abs().max() < 0.02 * (live - vanilla).abs().max()
 
 
 @pytest.mark.slow

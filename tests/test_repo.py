@@ -208,6 +208,8 @@ def test_scripts_parse():
         "reproduce.sh",
         "tests/run.sh",
         "tests/run-vllm.sh",
+        "benchmarks/peers.sh",
+        "benchmarks/gpu.sh",
         ".ci/run",
     ):
         subprocess.run(["bash", "-n", script], cwd=ROOT, check=True)

@@ -1,0 +1,85 @@
+"""Ways to steer the same model, timed against the first of them while they decode in turn, token by token."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from core import VOCABULARY
+from torch import nn
+
+from plan import Plan
+
+
+@dataclass
+class Ratio:
+    """Time per token over that of the first way: the median of all turns, with its 95 % interval."""
+
+    ratio: float
+    low: float
+    high: float
+    milliseconds: float
+
+    @classmethod
+    def of(cls, taken: list[float], base: list[float]) -> Ratio:
+        ratios = sorted(a / b for a, b in zip(taken, base, strict=True))
+        half = 0.98 * math.sqrt(len(ratios))  # of the ranks around the median
+        low, high = (ratios[min(max(round(len(ratios) / 2 + step), 0), len(ratios) - 1)] for step in (-half, half))
+        return cls(statistics.median(ratios), low, high, 1000 * statistics.median(taken))
+
+
+@torch.inference_mode()
+def against_first(ways: dict[str, Callable], batch: int, turns: int, prompt: int = 32) -> dict[str, Ratio]:
+    """Every way has a cache of its own and gets the same tokens. CPU time: what else the machine does cancels."""
+    generator = torch.Generator().manual_seed(2)
+    ids = torch.randint(3, VOCABULARY, (batch, prompt + turns), generator=generator)
+    positions = torch.arange(prompt + turns).expand(batch, -1)
+    cache = {
+        name: way(input_ids=ids[:, :prompt], position_ids=positions[:, :prompt], use_cache=True).past_key_values
+        for name, way in ways.items()
+    }
+    taken = {name: [] for name in ways}
+    names = list(ways)
+    for turn in range(turns):
+        at = slice(prompt + turn, prompt + turn + 1)
+        first = turn % len(names)  # what ran before a way may have left the machine's caches warm: everyone's turn
+        for name in names[first:] + names[:first]:
+            start = time.process_time()
+            ways[name](input_ids=ids[:, at], position_ids=positions[:, at], past_key_values=cache[name], use_cache=True)
+            taken[name].append(time.process_time() - start)
+    return {name: Ratio.of(times, taken[names[0]]) for name, times in taken.items()}
+
+
+def cpu_seconds(works: dict[str, Callable], repeats: int = 2) -> dict[str, float]:
+    """The least of each, in turn: the first run also pays what is done once."""
+    least = dict.fromkeys(works, math.inf)
+    for _ in range(repeats):
+        for name, work in works.items():
+            start = time.process_time()
+            work()
+            least[name] = min(least[name], time.process_time() - start)
+    return least
+
+
+def sparse_plan(site: str, shape: tuple[int, int], k: int = 100) -> Plan:
+    """k random AUs, doubled."""
+    scale = torch.zeros(shape)
+    scale.view(-1)[torch.randperm(scale.numel(), generator=torch.Generator().manual_seed(3))[:k]] = 1.0
+    return Plan({site: scale})
+
+
+def hook(model: nn.Module, plan: Plan) -> nn.Module:
+    """What one writes without a library: a forward hook on every MLP, or every layer, of upstream's model."""
+    for index, layer in enumerate(model.model.layers):
+        for site, module in (("ffn", layer.mlp), ("layer", layer)):
+            if site in plan.sites:
+                scale, shift = plan.scale(site, index), plan.shift(site, index)
+                if scale.any():
+                    module.register_forward_hook(lambda module, args, out, scale=scale: out + out * scale)
+                if shift.any():
+                    module.register_forward_hook(lambda module, args, out, shift=shift: out + shift)
+    return model

@@ -1,0 +1,130 @@
+"""Two installed peers, `repeng` and `steering-vectors`, beside this project: the same model, pairs and plan, one process.
+
+    bash benchmarks/peers.sh && .venv-peers/bin/python benchmarks/peers.py [--out FILE.json]
+
+Their plans are one added vector per layer, so that is compared: here a plan with shifts at site "layer". Of the rest, both
+can be given a function of activation and vector, so steering-vectors can scale the output of MLP blocks (site "ffn"), and
+repeng that of layers. Neither reaches the input of `o_proj` or `down_proj`, steers rows of a batch by plans of their own, or
+writes what it does into weights or adapters. Before anything is timed, logits are compared.
+
+Screening is their training of a vector: hidden states of both texts of a pair at the last token. Ours ranks the same site.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import io
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import steering_vectors
+import torch
+from core import VOCABULARY, build, build_upstream, pairs
+from decoding import against_first, cpu_seconds, hook, sparse_plan
+from repeng import ControlModel, ControlVector, DatasetEntry
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from MFU_screening import screen
+from plan import Plan
+from set_MFU import apply
+
+BATCHES, PAIRS = (1, 8, 32), 24
+TURNS = {1: 80, 8: 60, 32: 30}
+
+
+def ways_to_add(model, plan: Plan) -> dict:
+    """Each on a copy of its own: some take the model apart."""
+    shift = plan.shifts["layer"]
+    upstream = build_upstream(model)
+    controlled = ControlModel(copy.deepcopy(upstream), range(len(shift)))
+    controlled.set_control(ControlVector("llama", {layer: row.numpy() for layer, row in enumerate(shift)}))
+    patched = copy.deepcopy(upstream)
+    steering_vectors.SteeringVector(dict(enumerate(shift))).patch_activations(patched)
+    apply(model, plan)
+    return {
+        "upstream": upstream, "forward hooks": hook(copy.deepcopy(upstream), plan), "ours, live": model, "repeng": controlled,
+        "steering-vectors": patched,
+    }  # fmt: skip
+
+
+def ways_to_scale(model, plan: Plan) -> dict:
+    """Scaled AUs at the ffn site, which of the two only steering-vectors reaches."""
+    upstream = build_upstream(model)
+    patched = copy.deepcopy(upstream)
+    vector = steering_vectors.SteeringVector(dict(enumerate(plan.scales["ffn"])), "mlp")
+    vector.patch_activations(patched, operator=lambda x, scale: x * scale)
+    apply(model, plan)
+    return {"upstream": upstream, "ours, live": model, "steering-vectors": patched}
+
+
+@torch.inference_mode()
+def same_logits(ways: dict) -> float:
+    ids = torch.randint(3, VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(5))
+    found = {name: way(input_ids=ids, position_ids=torch.arange(24).expand(2, -1)).logits for name, way in ways.items()}
+    apart = max(float((one - found["ours, live"]).abs().max()) for name, one in found.items() if name != "upstream")
+    moved = float((found["upstream"] - found["ours, live"]).abs().max())
+    assert apart < 1e-4 < moved / 10, (apart, moved)
+    return apart
+
+
+def words() -> PreTrainedTokenizerFast:
+    """A word per token id, so that the pairs of core.py are texts, of the same tokens for everybody."""
+    core = Tokenizer(models.WordLevel({str(i): i for i in range(VOCABULARY)}, unk_token="0"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="0", eos_token="2", padding_side="left")
+
+
+def screening(model) -> dict[str, float]:
+    """Pairs per second."""
+    tokenizer, upstream = words(), build_upstream(model)
+    texts = [tuple(" ".join(map(str, ids)) for ids in (p.prefix, p.positive, p.negative)) for p in pairs(PAIRS)]
+    rows = [[prompt, " " + right, " " + wrong] for prompt, right, wrong in texts]
+    both = [(prompt + right, prompt + wrong) for prompt, right, wrong in rows]
+    entries = [DatasetEntry(*two) for two in both]
+
+    def repeng(size: int):
+        with contextlib.redirect_stderr(io.StringIO()):
+            ControlVector.train(upstream, tokenizer, entries, batch_size=size)
+
+    works = {
+        "ours, default": lambda: screen(rows, model, tokenizer, ["layer"], progress=False),
+        "ours, 8 pairs at once": lambda: screen(rows, model, tokenizer, ["layer"], batch_size=8, progress=False),
+        "repeng, 32 texts at once (default)": lambda: repeng(32),
+        "repeng, 8 texts at once": lambda: repeng(8),
+        "steering-vectors, 1 (default)": lambda: steering_vectors.train_steering_vector(upstream, tokenizer, both),
+        "steering-vectors, 8 at once": lambda: steering_vectors.train_steering_vector(
+            upstream, tokenizer, both, batch_size=8
+        ),
+    }
+    return {name: PAIRS / seconds for name, seconds in cpu_seconds(works).items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="also write the figures here, as JSON")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    model = build()
+    generator = torch.Generator().manual_seed(4)
+    added = Plan({}, {"layer": 0.05 * torch.randn(8, 512, generator=generator)})
+    result = {"screening, pairs/s": screening(model)}
+    for name, ways in (
+        ("a vector added to every layer", ways_to_add(build(), added)),
+        ("100 AUs scaled, ffn", ways_to_scale(build(), sparse_plan("ffn", (8, 512)))),
+    ):
+        same_logits(ways)
+        result[name] = {}
+        for batch in BATCHES:
+            ratios = against_first(ways, batch, TURNS[batch])
+            result[name][batch] = {way: asdict(ratio) for way, ratio in ratios.items()}
+    print(json.dumps(result, indent=1))
+    if args.out:
+        args.out.write_text(json.dumps(result) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,223 @@
+"""What steering costs, as ratios from one run on this machine: a table, a picture and a JSON of figures.
+
+    bash benchmarks/peers.sh                            # once, for the comparison with two other libraries
+    python benchmarks/steering.py [--out FILE.json] [--picture FILE.png]
+
+A random Llama (hidden 512, 8 layers, as in core.py), one thread, CPU time. Decoding: ways to steer by the same 100 AUs take
+turns token by token with upstream's own unpatched model, each with weights of its own. Growth: screening with the number
+of layers, width and pairs; live steering with k. Matrix products: those of screening alone, in its very shapes, as a share
+of its time. Memory: the peak of a process that decodes. Peers: benchmarks/peers.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import platform
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from core import PAIRS, VOCABULARY, _status, build, build_upstream, memory, pairs, screen_ours
+from decoding import against_first, cpu_seconds, hook, sparse_plan
+from peft import PeftModel
+from torch.nn.functional import linear
+from transformers import LlamaConfig
+
+import rmodels
+from errors import run_command
+from export.hot_patch import folded
+from export.lora import save_lora
+from set_MFU import apply
+
+ROOT = Path(__file__).parents[1]
+KEPT = contextlib.ExitStack()  # what is patched stays so
+PEERS = ROOT / ".venv-peers" / "bin" / "python"
+BATCHES, GROWING_K = (1, 8, 32), (1, 10, 100, 1000)
+TURNS = {1: 100, 8: 100, 32: 50}
+LAYERS, WIDTHS, NUMBERS = (2, 4, 8), (256, 512, 1024), (32, 64, 128)
+
+
+def way(name: str, model, folder: Path):
+    """A copy of the model, steered in one way by 100 AUs, of the ffn site unless it says attention."""
+    plan = sparse_plan("attention" if "attention" in name else "ffn", (8, 512))
+    if name.startswith("upstream"):
+        return build_upstream(model)
+    if name == "forward hooks":
+        return hook(build_upstream(model), plan)
+    if name == "LoRA by PEFT":
+        return PeftModel.from_pretrained(build_upstream(model), save_lora(model, plan, folder / "lora").folder).eval()
+    steered = build()  # the same seed, so the same weights
+    if name == "hot patch":
+        KEPT.enter_context(folded(steered, plan))
+    elif name != "idle":
+        apply(steered, plan)
+    return steered
+
+
+WAYS = (
+    "upstream",
+    "upstream again",
+    "idle",
+    "hot patch",
+    "live, ffn",
+    "live, attention",
+    "forward hooks",
+    "LoRA by PEFT",
+)
+
+
+def decoding(model) -> dict[int, dict]:
+    with tempfile.TemporaryDirectory() as folder:
+        ways = {name: way(name, model, Path(folder)) for name in WAYS}
+    agreed(ways)
+    return {
+        batch: {name: asdict(one) for name, one in against_first(ways, batch, TURNS[batch]).items()}
+        for batch in BATCHES
+    }
+
+
+@torch.inference_mode()
+def agreed(ways: dict) -> None:
+    """What steers by the same plan gives the same logits; nothing here is a silent no-op."""
+    ids = torch.randint(3, VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(5))
+    logits = {name: way(input_ids=ids).logits for name, way in ways.items()}
+    for name in ("hot patch", "forward hooks", "LoRA by PEFT"):
+        assert (logits[name] - logits["live, ffn"]).abs().max() < 1e-4, name
+    assert torch.equal(logits["upstream"], logits["idle"])
+    assert all((logits["upstream"] - logits[f"live, {site}"]).abs().max() > 1e-3 for site in ("ffn", "attention"))
+
+
+def growing_k(model) -> dict[int, dict]:
+    """Live at the attention site, batch 8."""
+    ways = {"upstream": build_upstream(model)}
+    for k in GROWING_K:
+        ways[str(k)] = build()
+        apply(ways[str(k)], sparse_plan("attention", (8, 512), k))
+    return {int(k): asdict(one) for k, one in against_first(ways, 8, TURNS[8]).items() if k != "upstream"}
+
+
+def llama(layers: int, width: int):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=width, intermediate_size=width * 43 // 16, num_hidden_layers=layers,
+        num_attention_heads=width // 64, num_key_value_heads=width // 64, max_position_embeddings=1024,
+        attn_implementation="sdpa",
+    )  # fmt: skip
+    return rmodels.family("llama")(config).eval().requires_grad_(False)
+
+
+def growth() -> dict[str, dict[int, float]]:
+    """CPU seconds of screening: 32 pairs on 4 layers of width 512, one of the three at a time otherwise."""
+    works = {}
+    for name, cases in (
+        ("layers", [(n, llama(n, 512), 32) for n in LAYERS]),
+        ("width", [(n, llama(4, n), 32) for n in WIDTHS]),
+        ("pairs", [(n, llama(4, 512), n) for n in NUMBERS]),
+    ):
+        for size, model, count in cases:
+            works[name, size] = lambda model=model, data=pairs(count): screen_ours(model, data, "activation")
+    taken = cpu_seconds(works)
+    return {name: {size: s for (one, size), s in taken.items() if one == name} for name in ("layers", "width", "pairs")}
+
+
+@torch.inference_mode()
+def matrix_products(count: int = 8) -> dict[str, dict[str, float]]:
+    """Screening at hidden 1024, and then the products of its linear layers alone, in the same shapes and order."""
+    model, data, result = llama(8, 1024), pairs(count), {}
+    for name, size in (("default batches", None), ("8 pairs at once", 8)):
+        calls = []
+        hooks = [
+            module.register_forward_pre_hook(lambda module, args: calls.append((args[0].shape, module.weight)))
+            for module in model.modules()
+            if isinstance(module, torch.nn.Linear)
+        ]
+        screen_ours(model, data, "activation", size)
+        for hook in hooks:
+            hook.remove()
+        inputs = {shape: torch.ones(shape) for shape, _ in calls}
+
+        def products(calls=calls, inputs=inputs):
+            for shape, weight in calls:
+                linear(inputs[shape], weight)
+
+        works = {"screening": lambda size=size: screen_ours(model, data, "activation", size), "products": products}
+        seconds = cpu_seconds(works, repeats=4)
+        operations = sum(2 * shape.numel() * len(weight) for shape, weight in calls)
+        result[name] = {
+            "share": seconds["products"] / seconds["screening"],
+            "screening, GFLOP/s": operations / seconds["screening"] / 1e9,
+            "products alone, GFLOP/s": operations / seconds["products"] / 1e9,
+        }
+    return result
+
+
+def peak(name: str) -> float:
+    """MB at the peak of a process that decodes 16 tokens at batch 8 in this way, libraries not counted (Linux)."""
+    done = subprocess.run([sys.executable, __file__, "--peak", name], capture_output=True, text=True, check=True)
+    return float(done.stdout)
+
+
+@torch.inference_mode()
+def print_peak(name: str) -> None:
+    before = _status("VmRSS")
+    with tempfile.TemporaryDirectory() as folder:
+        model = build()
+        steered = way(name, model, Path(folder))
+        del model
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    against_first({name: steered}, 8, 16)
+    print((_status("VmHWM") - before) / 1024)
+
+
+def peers() -> dict | str:
+    if not PEERS.exists():
+        return "not measured: bash benchmarks/peers.sh installs them"
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "peers.json"
+        subprocess.run([PEERS, ROOT / "benchmarks" / "peers.py", "--out", out], check=True, stdout=subprocess.DEVNULL)
+        return json.loads(out.read_text())
+
+
+def measure() -> dict:
+    model = build()
+    return {
+        "machine": platform.machine(),
+        "torch": torch.__version__,
+        "threads": 1,
+        "decoding": decoding(model),
+        "growing k, batch 8": growing_k(model),
+        "screening, s": growth(),
+        "matrix products at hidden 1024": matrix_products(),
+        "screening, MB above the model": {count: memory(count) for count in (PAIRS, 4 * PAIRS)},
+        "decoding, peak MB": {name: peak(name) for name in WAYS if name != "upstream again"},
+        "peers": peers(),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="also write the figures here, as JSON")
+    parser.add_argument("--picture", type=Path, help="and a picture here")
+    parser.add_argument("--peak", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    if args.peak:
+        print_peak(args.peak)
+        return
+    from steering_report import draw, table
+
+    figures = json.loads(json.dumps(measure()))  # numbers as keys become words, as in the file
+    print(table(figures))
+    if args.out:
+        args.out.write_text(json.dumps(figures, indent=1) + "\n")
+    if args.picture:
+        draw(figures, args.picture)
+
+
+if __name__ == "__main__":
+    run_command(main)
