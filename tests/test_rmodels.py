@@ -112,6 +112,10 @@ def test_idle_gate_returns_its_very_input():
     assert rmodels.AUGate("ffn", 0, 8)(x) is x
 
 
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] if name not in ("llama", "qwen3_moe") else []) for name in FAMILIES],
+)
 def test_compiles_without_a_graph_break(checkpoints, name):
     model = load(checkpoints, name)
     compiled = torch.compile(model, fullgraph=True, backend="eager")

@@ -284,7 +284,7 @@ def test_bad_arguments(llama, tokenizer, arguments, message):
         MFU_screening(**{**call, **arguments})
 
 
-@pytest.mark.parametrize("momentum", ["activation", "causal"])
+@pytest.mark.parametrize("momentum", ["activation", pytest.param("causal", marks=pytest.mark.slow)])
 def test_two_processes_equal_one(checkpoints, tmp_path, momentum):
     write_pairs(tmp_path / "pairs.jsonl", [Pair(*pair) for pair in PAIRS])
     command = ["MFU_screening.py", "--model", str(checkpoints["llama"]), "--pairs", str(tmp_path / "pairs.jsonl"),
