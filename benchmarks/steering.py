@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -38,7 +39,7 @@ ROOT = Path(__file__).parents[1]
 KEPT = contextlib.ExitStack()  # what is patched stays so
 PEERS = ROOT / ".venv-peers" / "bin" / "python"
 BATCHES, GROWING_K = (1, 8, 32), (1, 10, 100, 1000)
-TURNS = {1: 100, 8: 100, 32: 50}
+TURNS = {1: 100, 8: 80, 32: 40}
 LAYERS, WIDTHS, NUMBERS = (2, 4, 8), (256, 512, 1024), (32, 64, 128)
 
 
@@ -120,7 +121,7 @@ def growth() -> dict[str, dict[int, float]]:
         ("pairs", [(n, llama(4, 512), n) for n in NUMBERS]),
     ):
         for size, model, count in cases:
-            works[name, size] = lambda model=model, data=pairs(count): screen_ours(model, data, "activation")
+            works[name, size] = partial(screen_ours, model, pairs(count), "activation")
     taken = cpu_seconds(works)
     return {name: {size: s for (one, size), s in taken.items() if one == name} for name in ("layers", "width", "pairs")}
 
@@ -130,23 +131,11 @@ def matrix_products(count: int = 8) -> dict[str, dict[str, float]]:
     """Screening at hidden 1024, and then the products of its linear layers alone, in the same shapes and order."""
     model, data, result = llama(8, 1024), pairs(count), {}
     for name, size in (("default batches", None), ("8 pairs at once", 8)):
-        calls = []
-        hooks = [
-            module.register_forward_pre_hook(lambda module, args: calls.append((args[0].shape, module.weight)))
-            for module in model.modules()
-            if isinstance(module, torch.nn.Linear)
-        ]
-        screen_ours(model, data, "activation", size)
-        for hook in hooks:
-            hook.remove()
+        screening = partial(screen_ours, model, data, "activation", size)
+        calls = linear_calls(model, screening)
         inputs = {shape: torch.ones(shape) for shape, _ in calls}
-
-        def products(calls=calls, inputs=inputs):
-            for shape, weight in calls:
-                linear(inputs[shape], weight)
-
-        works = {"screening": lambda size=size: screen_ours(model, data, "activation", size), "products": products}
-        seconds = cpu_seconds(works, repeats=4)
+        works = {"screening": screening, "products": partial(multiply, calls, inputs)}
+        seconds = cpu_seconds(works, repeats=3)
         operations = sum(2 * shape.numel() * len(weight) for shape, weight in calls)
         result[name] = {
             "share": seconds["products"] / seconds["screening"],
@@ -154,6 +143,25 @@ def matrix_products(count: int = 8) -> dict[str, dict[str, float]]:
             "products alone, GFLOP/s": operations / seconds["products"] / 1e9,
         }
     return result
+
+
+def linear_calls(model, work) -> list[tuple[torch.Size, torch.Tensor]]:
+    """Shapes of inputs, and weights, of every linear layer that the work runs, in order."""
+    calls = []
+    layers = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    hooks = [
+        layer.register_forward_pre_hook(lambda layer, args: calls.append((args[0].shape, layer.weight)))
+        for layer in layers
+    ]
+    work()
+    for one in hooks:
+        one.remove()
+    return calls
+
+
+def multiply(calls, inputs) -> None:
+    for shape, weight in calls:
+        linear(inputs[shape], weight)
 
 
 def peak(name: str) -> float:
@@ -193,7 +201,7 @@ def measure() -> dict:
         "growing k, batch 8": growing_k(model),
         "screening, s": growth(),
         "matrix products at hidden 1024": matrix_products(),
-        "screening, MB above the model": {count: memory(count) for count in (PAIRS, 4 * PAIRS)},
+        "screening, MB above the model": {count: memory(count) for count in (PAIRS // 4, PAIRS)},
         "decoding, peak MB": {name: peak(name) for name in WAYS if name != "upstream again"},
         "peers": peers(),
     }

@@ -36,7 +36,7 @@ def table(figures: dict) -> str:
         lines.append(f"| {name} | {one['share']:.2f} |")
     above = figures["screening, MB above the model"]
     lines += ["", "screening, above the model: " + ", ".join(f"{mb:.0f} MB at {n} pairs" for n, mb in above.items())]
-    lines += [""] + _peers(figures["peers"])
+    lines += ["", *_peers(figures["peers"])]
     return "\n".join(lines)
 
 
