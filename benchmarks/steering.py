@@ -4,7 +4,7 @@
     python benchmarks/steering.py [--out FILE.json] [--picture FILE.png]
 
 A random Llama (hidden 512, 8 layers, as in core.py), one thread, CPU time. Decoding: ways to steer by the same 100 AUs take
-turns token by token with upstream's own unpatched model, each with weights of its own. Growth: screening with the number
+turns token by token with upstream's own unpatched model, on the same weights. Growth: screening with the number
 of layers, width and pairs; live steering with k. Matrix products: those of screening alone, in its very shapes, as a share
 of its time. Memory: the peak of a process that decodes. Peers: benchmarks/peers.py.
 """
@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 from core import PAIRS, VOCABULARY, _status, build, build_upstream, memory, pairs, screen_ours
-from decoding import against_first, cpu_seconds, hook, sparse_plan
+from decoding import against_first, cpu_seconds, hook, shared, sparse_plan
 from peft import PeftModel
 from torch.nn.functional import linear
 from transformers import LlamaConfig
@@ -44,20 +44,22 @@ LAYERS, WIDTHS, NUMBERS = (2, 4, 8), (256, 512, 1024), (32, 64, 128)
 
 
 def way(name: str, model, folder: Path):
-    """A copy of the model, steered in one way by 100 AUs, of the ffn site unless it says attention."""
+    """On the weights of the model, steered in one way by 100 AUs, of the ffn site unless it says attention."""
     plan = sparse_plan("attention" if "attention" in name else "ffn", (8, 512))
-    if name.startswith("upstream"):
-        return build_upstream(model)
+    if name in ("idle", "hot patch") or name.startswith("live"):
+        steered = shared(model, but="down_proj" if name == "hot patch" else None)
+        if name == "hot patch":
+            KEPT.enter_context(folded(steered, plan))
+        elif name != "idle":
+            apply(steered, plan)
+        return steered
+    upstream = build_upstream(model)
+    upstream.load_state_dict(model.state_dict(), assign=True)
     if name == "forward hooks":
-        return hook(build_upstream(model), plan)
+        return hook(upstream, plan)
     if name == "LoRA by PEFT":
-        return PeftModel.from_pretrained(build_upstream(model), save_lora(model, plan, folder / "lora").folder).eval()
-    steered = build()  # the same seed, so the same weights
-    if name == "hot patch":
-        KEPT.enter_context(folded(steered, plan))
-    elif name != "idle":
-        apply(steered, plan)
-    return steered
+        return PeftModel.from_pretrained(upstream, save_lora(model, plan, folder / "lora").folder).eval()
+    return upstream
 
 
 WAYS = (
@@ -95,9 +97,9 @@ def agreed(ways: dict) -> None:
 
 def growing_k(model) -> dict[int, dict]:
     """Live at the attention site, batch 8."""
-    ways = {"upstream": build_upstream(model)}
+    ways = {"upstream": way("upstream", model, ROOT)}
     for k in GROWING_K:
-        ways[str(k)] = build()
+        ways[str(k)] = shared(model)
         apply(ways[str(k)], sparse_plan("attention", (8, 512), k))
     return {int(k): asdict(one) for k, one in against_first(ways, 8, TURNS[8]).items() if k != "upstream"}
 
@@ -215,11 +217,13 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.peak:
-        print_peak(args.peak)
+        with KEPT:
+            print_peak(args.peak)
         return
     from steering_report import draw, table
 
-    figures = json.loads(json.dumps(measure()))  # numbers as keys become words, as in the file
+    with KEPT:
+        figures = json.loads(json.dumps(measure()))  # numbers as keys become words, as in the file
     print(table(figures))
     if args.out:
         args.out.write_text(json.dumps(figures, indent=1) + "\n")

@@ -99,7 +99,7 @@ def _growth(axis, screening: dict) -> None:
         axis.plot([1, 2, 4], times, marker=marker, color=color, label=f"{name}: {', '.join(seconds)}")
     for power, label in ((1, "times n"), (2, "times n²")):
         axis.plot([1, 4], [1, 4**power], ":", color="#999999", lw=1)
-        axis.annotate(label, (4, 4**power), textcoords="offset points", xytext=(-4, -14), ha="right", color="#777777")
+        axis.annotate(label, (4, 4**power), textcoords="offset points", xytext=(-2, -20), ha="right", color="#777777")
     axis.set_xscale("log", base=2)
     axis.set_yscale("log", base=2)
     axis.set_xticks([1, 2, 4], ["1", "2", "4"])
