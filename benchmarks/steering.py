@@ -172,7 +172,6 @@ def peak(name: str) -> float:
     return float(done.stdout)
 
 
-@torch.inference_mode()
 def print_peak(name: str) -> None:
     before = _status("VmRSS")
     with tempfile.TemporaryDirectory() as folder:
