@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import copy
 import io
 import json
 from dataclasses import asdict
@@ -23,7 +22,7 @@ from pathlib import Path
 import steering_vectors
 import torch
 from core import VOCABULARY, build, build_upstream, pairs
-from decoding import against_first, cpu_seconds, hook, sparse_plan
+from decoding import against_first, cpu_seconds, hook, shared, sparse_plan
 from repeng import ControlModel, ControlVector, DatasetEntry
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -32,21 +31,22 @@ from MFU_screening import screen
 from plan import Plan
 from set_MFU import apply
 
-BATCHES, PAIRS = (1, 8, 32), 24
+BATCHES, PAIRS = (1, 8, 32), 16
 TURNS = {1: 80, 8: 60, 32: 30}
 
 
 def ways_to_add(model, plan: Plan) -> dict:
-    """Each on a copy of its own: some take the model apart."""
+    """Each with modules of its own, since some take the model apart."""
     shift = plan.shifts["layer"]
     upstream = build_upstream(model)
-    controlled = ControlModel(copy.deepcopy(upstream), range(len(shift)))
+    upstream.load_state_dict(model.state_dict(), assign=True)
+    controlled = ControlModel(shared(upstream), range(len(shift)))
     controlled.set_control(ControlVector("llama", {layer: row.numpy() for layer, row in enumerate(shift)}))
-    patched = copy.deepcopy(upstream)
+    patched = shared(upstream)
     steering_vectors.SteeringVector(dict(enumerate(shift))).patch_activations(patched)
     apply(model, plan)
     return {
-        "upstream": upstream, "forward hooks": hook(copy.deepcopy(upstream), plan), "ours, live": model, "repeng": controlled,
+        "upstream": upstream, "forward hooks": hook(shared(upstream), plan), "ours, live": model, "repeng": controlled,
         "steering-vectors": patched,
     }  # fmt: skip
 
@@ -54,7 +54,8 @@ def ways_to_add(model, plan: Plan) -> dict:
 def ways_to_scale(model, plan: Plan) -> dict:
     """Scaled AUs at the ffn site, which of the two only steering-vectors reaches."""
     upstream = build_upstream(model)
-    patched = copy.deepcopy(upstream)
+    upstream.load_state_dict(model.state_dict(), assign=True)
+    patched = shared(upstream)
     vector = steering_vectors.SteeringVector(dict(enumerate(plan.scales["ffn"])), "mlp")
     vector.patch_activations(patched, operator=lambda x, scale: x * scale)
     apply(model, plan)

@@ -4,7 +4,7 @@
     python benchmarks/steering.py [--out FILE.json] [--picture FILE.png]
 
 A random Llama (hidden 512, 8 layers, as in core.py), one thread, CPU time. Decoding: ways to steer by the same 100 AUs take
-turns token by token with upstream's own unpatched model, each with weights of its own. Growth: screening with the number
+turns token by token with upstream's own unpatched model, on the same weights. Growth: screening with the number
 of layers, width and pairs; live steering with k. Matrix products: those of screening alone, in its very shapes, as a share
 of its time. Memory: the peak of a process that decodes. Peers: benchmarks/peers.py.
 """
@@ -19,11 +19,12 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
 from core import PAIRS, VOCABULARY, _status, build, build_upstream, memory, pairs, screen_ours
-from decoding import against_first, cpu_seconds, hook, sparse_plan
+from decoding import against_first, cpu_seconds, hook, shared, sparse_plan
 from peft import PeftModel
 from torch.nn.functional import linear
 from transformers import LlamaConfig
@@ -38,25 +39,27 @@ ROOT = Path(__file__).parents[1]
 KEPT = contextlib.ExitStack()  # what is patched stays so
 PEERS = ROOT / ".venv-peers" / "bin" / "python"
 BATCHES, GROWING_K = (1, 8, 32), (1, 10, 100, 1000)
-TURNS = {1: 100, 8: 100, 32: 50}
+TURNS = {1: 100, 8: 80, 32: 40}
 LAYERS, WIDTHS, NUMBERS = (2, 4, 8), (256, 512, 1024), (32, 64, 128)
 
 
 def way(name: str, model, folder: Path):
-    """A copy of the model, steered in one way by 100 AUs, of the ffn site unless it says attention."""
+    """On the weights of the model, steered in one way by 100 AUs, of the ffn site unless it says attention."""
     plan = sparse_plan("attention" if "attention" in name else "ffn", (8, 512))
-    if name.startswith("upstream"):
-        return build_upstream(model)
+    if name in ("idle", "hot patch") or name.startswith("live"):
+        steered = shared(model, but="down_proj" if name == "hot patch" else None)
+        if name == "hot patch":
+            KEPT.enter_context(folded(steered, plan))
+        elif name != "idle":
+            apply(steered, plan)
+        return steered
+    upstream = build_upstream(model)
+    upstream.load_state_dict(model.state_dict(), assign=True)
     if name == "forward hooks":
-        return hook(build_upstream(model), plan)
+        return hook(upstream, plan)
     if name == "LoRA by PEFT":
-        return PeftModel.from_pretrained(build_upstream(model), save_lora(model, plan, folder / "lora").folder).eval()
-    steered = build()  # the same seed, so the same weights
-    if name == "hot patch":
-        KEPT.enter_context(folded(steered, plan))
-    elif name != "idle":
-        apply(steered, plan)
-    return steered
+        return PeftModel.from_pretrained(upstream, save_lora(model, plan, folder / "lora").folder).eval()
+    return upstream
 
 
 WAYS = (
@@ -94,9 +97,9 @@ def agreed(ways: dict) -> None:
 
 def growing_k(model) -> dict[int, dict]:
     """Live at the attention site, batch 8."""
-    ways = {"upstream": build_upstream(model)}
+    ways = {"upstream": way("upstream", model, ROOT)}
     for k in GROWING_K:
-        ways[str(k)] = build()
+        ways[str(k)] = shared(model)
         apply(ways[str(k)], sparse_plan("attention", (8, 512), k))
     return {int(k): asdict(one) for k, one in against_first(ways, 8, TURNS[8]).items() if k != "upstream"}
 
@@ -120,7 +123,7 @@ def growth() -> dict[str, dict[int, float]]:
         ("pairs", [(n, llama(4, 512), n) for n in NUMBERS]),
     ):
         for size, model, count in cases:
-            works[name, size] = lambda model=model, data=pairs(count): screen_ours(model, data, "activation")
+            works[name, size] = partial(screen_ours, model, pairs(count), "activation")
     taken = cpu_seconds(works)
     return {name: {size: s for (one, size), s in taken.items() if one == name} for name in ("layers", "width", "pairs")}
 
@@ -130,23 +133,11 @@ def matrix_products(count: int = 8) -> dict[str, dict[str, float]]:
     """Screening at hidden 1024, and then the products of its linear layers alone, in the same shapes and order."""
     model, data, result = llama(8, 1024), pairs(count), {}
     for name, size in (("default batches", None), ("8 pairs at once", 8)):
-        calls = []
-        hooks = [
-            module.register_forward_pre_hook(lambda module, args: calls.append((args[0].shape, module.weight)))
-            for module in model.modules()
-            if isinstance(module, torch.nn.Linear)
-        ]
-        screen_ours(model, data, "activation", size)
-        for hook in hooks:
-            hook.remove()
+        screening = partial(screen_ours, model, data, "activation", size)
+        calls = linear_calls(model, screening)
         inputs = {shape: torch.ones(shape) for shape, _ in calls}
-
-        def products(calls=calls, inputs=inputs):
-            for shape, weight in calls:
-                linear(inputs[shape], weight)
-
-        works = {"screening": lambda size=size: screen_ours(model, data, "activation", size), "products": products}
-        seconds = cpu_seconds(works, repeats=4)
+        works = {"screening": screening, "products": partial(multiply, calls, inputs)}
+        seconds = cpu_seconds(works, repeats=3)
         operations = sum(2 * shape.numel() * len(weight) for shape, weight in calls)
         result[name] = {
             "share": seconds["products"] / seconds["screening"],
@@ -156,13 +147,31 @@ def matrix_products(count: int = 8) -> dict[str, dict[str, float]]:
     return result
 
 
+def linear_calls(model, work) -> list[tuple[torch.Size, torch.Tensor]]:
+    """Shapes of inputs, and weights, of every linear layer that the work runs, in order."""
+    calls = []
+    layers = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    hooks = [
+        layer.register_forward_pre_hook(lambda layer, args: calls.append((args[0].shape, layer.weight)))
+        for layer in layers
+    ]
+    work()
+    for one in hooks:
+        one.remove()
+    return calls
+
+
+def multiply(calls, inputs) -> None:
+    for shape, weight in calls:
+        linear(inputs[shape], weight)
+
+
 def peak(name: str) -> float:
     """MB at the peak of a process that decodes 16 tokens at batch 8 in this way, libraries not counted (Linux)."""
     done = subprocess.run([sys.executable, __file__, "--peak", name], capture_output=True, text=True, check=True)
     return float(done.stdout)
 
 
-@torch.inference_mode()
 def print_peak(name: str) -> None:
     before = _status("VmRSS")
     with tempfile.TemporaryDirectory() as folder:
@@ -193,7 +202,7 @@ def measure() -> dict:
         "growing k, batch 8": growing_k(model),
         "screening, s": growth(),
         "matrix products at hidden 1024": matrix_products(),
-        "screening, MB above the model": {count: memory(count) for count in (PAIRS, 4 * PAIRS)},
+        "screening, MB above the model": {count: memory(count) for count in (PAIRS // 4, PAIRS)},
         "decoding, peak MB": {name: peak(name) for name in WAYS if name != "upstream again"},
         "peers": peers(),
     }
@@ -207,11 +216,13 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.peak:
-        print_peak(args.peak)
+        with KEPT:
+            print_peak(args.peak)
         return
     from steering_report import draw, table
 
-    figures = json.loads(json.dumps(measure()))  # numbers as keys become words, as in the file
+    with KEPT:
+        figures = json.loads(json.dumps(measure()))  # numbers as keys become words, as in the file
     print(table(figures))
     if args.out:
         args.out.write_text(json.dumps(figures, indent=1) + "\n")

@@ -36,7 +36,7 @@ def table(figures: dict) -> str:
         lines.append(f"| {name} | {one['share']:.2f} |")
     above = figures["screening, MB above the model"]
     lines += ["", "screening, above the model: " + ", ".join(f"{mb:.0f} MB at {n} pairs" for n, mb in above.items())]
-    lines += [""] + _peers(figures["peers"])
+    lines += ["", *_peers(figures["peers"])]
     return "\n".join(lines)
 
 
@@ -99,7 +99,7 @@ def _growth(axis, screening: dict) -> None:
         axis.plot([1, 2, 4], times, marker=marker, color=color, label=f"{name}: {', '.join(seconds)}")
     for power, label in ((1, "times n"), (2, "times n²")):
         axis.plot([1, 4], [1, 4**power], ":", color="#999999", lw=1)
-        axis.annotate(label, (4, 4**power), textcoords="offset points", xytext=(-4, -14), ha="right", color="#777777")
+        axis.annotate(label, (4, 4**power), textcoords="offset points", xytext=(-2, -20), ha="right", color="#777777")
     axis.set_xscale("log", base=2)
     axis.set_yscale("log", base=2)
     axis.set_xticks([1, 2, 4], ["1", "2", "4"])
