@@ -1,6 +1,6 @@
 """Kills `main.py reproduce` with SIGKILL at random moments, resumes it, and compares what comes out with a run left alone.
 
-python tests/killing.py [--times 20] [--only table13,figure12] [--limit 60] [--seed 0]
+python tests/killing.py [--times 20] [--only table12,figure11] [--limit 20] [--seed 0]
 """
 
 import argparse
@@ -53,8 +53,8 @@ def killed_and_whole(folder, arguments, times, seed):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--times", type=int, default=20)
-    parser.add_argument("--only", default="table13,figure12")
-    parser.add_argument("--limit", default="60")
+    parser.add_argument("--only", default="table12,figure11")
+    parser.add_argument("--limit", default="20")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
