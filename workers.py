@@ -17,6 +17,7 @@ from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 import cells
+import shared_work
 from cells import Cell
 
 Job = TypeVar("Job")  # hashable, and what `attempt` needs to know
@@ -30,18 +31,22 @@ def compute_all(todo: Sequence[Cell], jobs: int) -> dict[Cell, dict]:
     """The record of every cell, {"failed": why} for one that could not be computed. Unsteered ones first: the others
     build on them."""
     found = known(cells.stored, todo)
-    for unsteered in (True, False):
-        now = [cell for cell in todo if cell not in found and (cell.method in cells.UNSTEERED) == unsteered]
-        found |= attempt_all(cells.attempt, now, jobs, "unsteered" if unsteered else "steered")
-    return found
+    return found | compute_missing([cell for cell in todo if cell not in found], jobs)
+
+
+def compute_missing(todo: Sequence[Cell], jobs: int) -> dict[Cell, dict]:
+    unsteered = [cell for cell in todo if cell.method in cells.UNSTEERED]
+    found = attempt_all(cells.attempt, unsteered, jobs, "unsteered")
+    return found | attempt_all(cells.attempt, [cell for cell in todo if cell not in found], jobs, "steered")
 
 
 def known(stored: Callable[[Job], dict | None], todo: Sequence[Job]) -> dict[Job, dict]:
     """What is there already. What cannot even be looked for is left to be attempted, and fails there with its reason."""
     found = {}
-    for job in tqdm(todo, desc="looking for what is there", unit="cell", leave=False):
+    for job in tqdm(todo, desc="looking for what is there", unit="cell", leave=False, disable=None):
         with suppress(Exception):
-            record = stored(job)
+            # what fails in the first process alone must fail in all, or they would be out of step from here on
+            record = shared_work.together(lambda job=job: stored(job))
             if record is not None:
                 found[job] = record
     return found

@@ -174,7 +174,7 @@ def _ranked_and_computed(todo: Sequence[Cell], jobs: int) -> dict[Cell, dict]:
     shared = by_pairs(todo)
     made = workers.attempt_all(rank, [(setting, tuple(mine)) for setting, mine in shared.items()], jobs, "ranking")
     failed = {cell: told for (_, mine), told in made.items() if "failed" in told for cell in mine}
-    return there | failed | workers.compute_all([cell for cell in todo if cell not in failed], jobs)
+    return there | failed | workers.compute_missing([cell for cell in todo if cell not in failed], jobs)
 
 
 def by_pairs(todo: Sequence[Cell]) -> dict[Setting, list[Cell]]:
