@@ -195,7 +195,7 @@ def prepare(setting: Setting, todo: Sequence[Cell]) -> int:
     for momentum in MOMENTA:
         ranked = [cell for cell in searched if getattr(METHODS[cell.method], "momentum", None) == momentum]
         wanted = {site: None for cell in ranked for site in sites_of(cell.site)}
-        missing = [site for site in wanted if _stored_ranks(setting, momentum, site) is None]
+        missing = [site for site in wanted if stored_ranks(setting, momentum, site) is None]
         if missing:
             start = time.perf_counter()
             found = screen(task.pairs, model, tokenizer, missing, momentum=momentum, protocol=setting.protocol)
@@ -226,7 +226,7 @@ def _prepared_once(setting: Setting, name: str, site: str) -> tuple[object, floa
     before = []  # seconds that went into ranks when they were made
 
     def ranks(momentum: str, at: str = site) -> AURanks:
-        found = _stored_ranks(setting, momentum, at)
+        found = stored_ranks(setting, momentum, at)
         if found is None:
             found = screen(task.pairs, model, tokenizer, [at], momentum=momentum, protocol=setting.protocol)[at]
         before.append(found.header.get("seconds"))
@@ -430,7 +430,7 @@ def answers_of_record(setting: Setting, record: str, name: str = "test") -> Path
     return Path(setting.records).parent / "answers" / f"{record}-{part}.jsonl"
 
 
-def _stored_ranks(setting: Setting, momentum: str, site: str) -> AURanks | None:
+def stored_ranks(setting: Setting, momentum: str, site: str) -> AURanks | None:
     """Ranks of exactly this model and these pairs, if they are there, for all processes."""
     found = _ranks_here(setting, momentum, site)
     return found if shared_work.all_say(found is not None) else None

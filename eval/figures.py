@@ -38,7 +38,11 @@ def comparison(
         best = max((row for row in rows if row["method"] == method), key=lambda row: row["right"])
         where = f"{labels[method]}, {SITES[best['site']]}"
         _score_map(middle, scores[task][best["site"]], f"{task}: scores, {where}")
-        _grid_map(right, best, f"{task}: {where}, validation %")
+        if best["grid_scores"]:
+            grid_map(right, best["grid_scores"], f"{task}: {where}, validation %")
+        else:
+            right.axis("off")
+            right.text(0.5, 0.5, "k and alpha were given:\nno search", ha="center", va="center")
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Software": None})
@@ -78,20 +82,17 @@ def _score_map(axis, score: np.ndarray, title: str) -> None:
     axis.figure.colorbar(image, ax=axis, label="score: scale up (+) or down (-)")
 
 
-def _grid_map(axis, row: dict, title: str) -> None:
-    cells = {tuple(float(part) for part in key.split(",")): value for key, value in row["grid_scores"].items()}
+def grid_map(axis, grid_scores: dict[str, float], title: str, digits: int = 0, label: str = "") -> None:
+    """A search's scores in percent, k upwards, alpha to the right."""
+    cells = {tuple(map(float, key.split(","))): score for key, score in grid_scores.items()}
     ks, alphas = (sorted({cell[i] for cell in cells}) for i in (0, 1))
-    if not cells:
-        axis.axis("off")
-        axis.text(0.5, 0.5, "k and alpha were given:\nno search", ha="center", va="center")
-        return
     values = np.array([[100 * cells[k, alpha] for alpha in alphas] for k in ks])
     image = axis.imshow(values, aspect="auto", cmap="cividis", origin="lower")
     middle = (values.min() + values.max()) / 2
     for i, j in np.ndindex(values.shape):
         color = "black" if values[i, j] > middle else "white"
-        axis.text(j, i, f"{values[i, j]:.0f}", ha="center", va="center", color=color)
+        axis.text(j, i, f"{values[i, j]:.{digits}f}", ha="center", va="center", color=color)
     axis.set_xticks(range(len(alphas)), [f"{alpha:g}" for alpha in alphas])
     axis.set_yticks(range(len(ks)), [f"{k:g}" for k in ks])
-    axis.set(xlabel="alpha", ylabel="k", title=title)
-    axis.figure.colorbar(image, ax=axis)
+    axis.set(xlabel="α", ylabel="k", title=title)
+    axis.figure.colorbar(image, ax=axis, label=label)

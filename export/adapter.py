@@ -10,8 +10,6 @@ Nothing here loads a model: its shape is built without memory, and of its checkp
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -26,6 +24,7 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import cached_file
 
 from errors import AUSteerError
+from export.checkpoint import new_folder
 from plan import Plan
 from ranks import check_made_for, public_name
 from rmodels import AUGate, family
@@ -163,10 +162,6 @@ def write_adapter(
     out: str | Path, model: PreTrainedModel, plan: Plan, tensors: dict[str, Tensor], config: dict
 ) -> None:
     """A PEFT folder with its plan, made beside its place and renamed last: there is never half of one."""
-    out = Path(out)
-    if out.exists():
-        raise AUSteerError(f"{out} exists already; remove it or choose another place")
-    temporary = out.with_name(f".{out.name}.{os.getpid()}")
     config = {
         **config,
         "task_type": "CAUSAL_LM",
@@ -174,14 +169,8 @@ def write_adapter(
         "inference_mode": True,
         "fan_in_fan_out": False,
     }
-    try:
-        temporary.mkdir(parents=True)
+    with new_folder(out) as folder:
         tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        save_file(tensors, temporary / "adapter_model.safetensors", {"format": "pt"})
-        plan.save(temporary / "plan.safetensors")  # readers of adapters ignore it
-        (temporary / "adapter_config.json").write_text(json.dumps(config, indent=1) + "\n")
-        temporary.rename(out)
-    except (OSError, SafetensorError) as error:
-        raise AUSteerError(f"cannot write {out}: {error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+        plan.save(folder / "plan.safetensors")  # readers of adapters ignore it
+        (folder / "adapter_config.json").write_text(json.dumps(config, indent=1) + "\n")

@@ -9,9 +9,10 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-import numpy as np
 
+from eval.figures import grid_map
 from eval.records import unpack
+from eval.statistics import wilson
 from paper.manifest import Manifest
 from paper.specs import Spec
 from paper.tables import accuracy
@@ -74,8 +75,7 @@ def _range(value) -> tuple[float, float]:
     shares = [100 * sum(hits) / len(hits) for hits in value.hits]
     if len(shares) > 1:
         return min(shares), max(shares)
-    low, high = value.detail[1 : value.detail.index("]")].split(", ")
-    return float(low), float(high)
+    return tuple(100 * edge for edge in wilson(sum(value.hits[0]), len(value.hits[0])))
 
 
 def _heatmaps(spec: Spec, manifest: Manifest, path: Path) -> bool:
@@ -90,19 +90,9 @@ def _heatmaps(spec: Spec, manifest: Manifest, path: Path) -> bool:
     for axis in axes.flat[len(found) :]:
         axis.axis("off")
     for axis, ((block, row, column), record) in zip(axes.flat, found, strict=False):
-        cells = {tuple(map(float, key.split(","))): score for key, score in record["grid_scores"].items()}
-        ks, alphas = (sorted({cell[i] for cell in cells}) for i in (0, 1))
-        values = np.array([[100 * cells[k, alpha] for alpha in alphas] for k in ks])
-        image = axis.imshow(values, aspect="auto", cmap="cividis", origin="lower")
-        middle = (values.min() + values.max()) / 2
-        for i, j in np.ndindex(values.shape):
-            color = "black" if values[i, j] > middle else "white"
-            axis.text(j, i, f"{values[i, j]:.1f}", ha="center", va="center", color=color)
-        axis.set_xticks(range(len(alphas)), [f"{alpha:g}" for alpha in alphas])
-        axis.set_yticks(range(len(ks)), [f"{k:g}" for k in ks])
-        vanilla = 100 * sum(unpack(record["grid_vanilla"])) / len(unpack(record["grid_vanilla"]))
-        axis.set(xlabel="α", ylabel="k", title=f"{column}: {spec.rows[row]['label']}\n{block}, vanilla {vanilla:.1f}")
-        figure.colorbar(image, ax=axis, label=f"{record['measure']}, %")
+        before = unpack(record["grid_vanilla"])
+        title = f"{column}: {spec.rows[row]['label']}\n{block}, vanilla {100 * sum(before) / len(before):.1f}"
+        grid_map(axis, record["grid_scores"], title, 1, f"{record['measure']}, %")
     _save(figure, path)
     return True
 

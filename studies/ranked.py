@@ -19,6 +19,10 @@ def ranked(
     setting: cells.Setting, momentum: str, sites: Sequence[str], progress: bool, task: str | None = None
 ) -> dict[str, AURanks]:
     """By site. The model is always that of the setting: of embedded ones every task has its own."""
+    if task in (None, setting.task):  # the tables' own ranks, where they were made
+        stored = {site: cells.stored_ranks(setting, momentum, site) for site in sites}
+        if all(ranks is not None for ranks in stored.values()):
+            return stored
     model, tokenizer, _ = cells.load(setting)
     pairs = pairs_of(setting, task or setting.task)
     return screen(pairs, model, tokenizer, sites, momentum=momentum, protocol=setting.protocol, progress=progress)
