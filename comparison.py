@@ -19,6 +19,7 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 import cells
+import engine_batches
 import rmodels
 import shared_work
 from baselines.registry import DEFAULT, METHODS, OWN_COMMAND, options_of, with_options
@@ -26,7 +27,7 @@ from cells import EMBEDDED, Cell, Setting
 from cluster import over_ray
 from embedded.tasks import TASKS
 from encoding import PROTOCOLS
-from engine_batches import ENGINES, LIVE, engine_name
+from engine_batches import ENGINES, LIVE
 from errors import AUSteerError
 from eval import figures, report
 from eval.search import SEARCHES
@@ -197,8 +198,14 @@ def _settings(args: argparse.Namespace) -> list[Setting]:
         with_options(name, {option: value})
     if args.ray and (args.device not in (None, "cpu") or not shared_work.alone()):
         raise AUSteerError("--ray gives every cell a device: without --device (other than cpu) and accelerate launch")
-    if args.engine != LIVE:
-        _check_engine(args)
+    engine_batches.check(
+        args.engine,
+        args.device,
+        pairs=args.pairs,
+        quantization=args.quantization,
+        batch_size=args.batch_size,
+        ray=args.ray,
+    )
     rmodels.check_device(args.device)
     if args.model == EMBEDDED:
         tasks = [name for name in TASKS if args.data_name in ("all", name)]
@@ -216,19 +223,6 @@ def _settings(args: argparse.Namespace) -> list[Setting]:
         )
         for task in tasks
     ]
-
-
-def _check_engine(args: argparse.Namespace) -> None:
-    engine_name(args.engine)  # is it installed?
-    unfit = [
-        f"--{name}" for name in ("pairs", "quantization", "batch-size", "ray") if vars(args)[name.replace("-", "_")]
-    ]
-    unfit += [] if shared_work.alone() else ["accelerate launch"]
-    unfit += [f"--device {args.device} (but CUDA_VISIBLE_DEVICES)"] if ":" in (args.device or "") else []
-    if unfit:
-        raise AUSteerError(
-            f"--engine {args.engine} answers in words, in batches of its own, from one process: leave out {', '.join(unfit)}"
-        )
 
 
 def _cells(setting: Setting, sites: Sequence[str], args: argparse.Namespace) -> list[Cell]:

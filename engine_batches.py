@@ -15,6 +15,8 @@ from tempfile import TemporaryDirectory
 import torch
 from transformers import PreTrainedModel
 
+import shared_work
+from errors import AUSteerError
 from eval.answer_file import Answer
 from eval.answering import Engine, Question
 from eval.engine_vllm import VLLMEngine, installed
@@ -34,6 +36,20 @@ def engine_name(engine: str) -> str:
         return LIVE
     code = b"".join((Path(__file__).parent / name).read_bytes() for name in ADAPTER_FILES)
     return f"{installed()}, adapters {hashlib.sha256(code).hexdigest()[:8]}"
+
+
+def check(engine: str, device: str | None, **asked: object) -> None:
+    """asked: by its option, what an engine cannot do beside."""
+    if engine == LIVE:
+        return
+    engine_name(engine)  # is it installed?
+    unfit = [f"--{name.replace('_', '-')}" for name, value in asked.items() if value]
+    unfit += [] if shared_work.alone() else ["accelerate launch"]
+    unfit += [f"--device {device} (but CUDA_VISIBLE_DEVICES)"] if ":" in (device or "") else []
+    if unfit:
+        raise AUSteerError(
+            f"--engine {engine} answers in words, in batches of its own, from one process: leave out {', '.join(unfit)}"
+        )
 
 
 @contextmanager

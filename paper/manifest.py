@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -21,7 +21,7 @@ NAME = "manifest.json"
 class Manifest:
     folder: Path
     scale: str
-    limit: int | None = None
+    how: dict = field(default_factory=dict)  # what all cells were asked with: limit, batch_size, engine, toxicity, ...
     dry_run: bool = False  # tiny random checkpoints under the models' names
     entries: dict[str, dict[str, list[str]]] = field(default_factory=dict)  # spec -> "block|row|column" -> record ids
     panels: dict[str, dict[str, str]] = field(default_factory=dict)  # spec -> panel -> record id
@@ -35,17 +35,17 @@ class Manifest:
         return cls(folder, **json.loads(path.read_text()))
 
     @classmethod
-    def begun(cls, folder: Path, scale: str, limit: int | None, dry_run: bool) -> Manifest:
-        """With what earlier runs of other tables or models left, if they asked as many items."""
-        fresh = cls(folder, scale, limit, dry_run)
+    def begun(cls, folder: Path, scale: str, how: dict, dry_run: bool) -> Manifest:
+        """With what earlier runs of other tables or models left, if they asked in the same way."""
+        fresh = cls(folder, scale, how, dry_run)
         if not (folder / NAME).exists():
             return fresh
         before = cls.read(folder)
-        return before if (before.limit, before.dry_run) == (limit, dry_run) else fresh
+        return before if (before.how, before.dry_run) == (how, dry_run) else fresh
 
     def write(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        known = {key: getattr(self, key) for key in ("scale", "limit", "dry_run", "entries", "panels", "failed")}
+        known = {key: getattr(self, key) for key in ("scale", "how", "dry_run", "entries", "panels", "failed")}
         temporary = self.folder / f".{NAME}.{os.getpid()}"
         temporary.write_text(json.dumps(known, indent=1) + "\n")
         os.replace(temporary, self.folder / NAME)
@@ -89,7 +89,4 @@ def bundle(manifest: Manifest, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps(manifest.record(id)) for id in manifest.ids]
     (out / "records.jsonl").write_text("".join(line + "\n" for line in lines))
-    copy = Manifest(
-        out, manifest.scale, manifest.limit, manifest.dry_run, manifest.entries, manifest.panels, manifest.failed
-    )
-    copy.write()
+    replace(manifest, folder=out).write()

@@ -65,7 +65,8 @@ def _environment(manifest: Manifest) -> str:
 
 
 def _head(manifest: Manifest) -> str:
-    limited = f" With at most {manifest.limit} items a split: a quick look, not a result." if manifest.limit else ""
+    limit = manifest.how.get("limit")
+    limited = f" With at most {limit} items a split: a quick look, not a result." if limit else ""
     what = {
         "embedded": "Everything on the tiny embedded models of this repository. No number here is about a real model, and none "
         "of the paper's stands beside one.",

@@ -43,12 +43,12 @@ def stored(panel: Panel) -> dict | None:
 def attempt(panel: Panel) -> dict:
     """The panel's record, or {"failed": why}."""
     try:
-        return shared_work.together(lambda: _found_or_measured(panel))
+        return shared_work.together(lambda: compute(panel))
     except Exception as error:  # one picture that fails does not end the others
         return {"failed": one_line(error)}
 
 
-def _found_or_measured(panel: Panel) -> dict:
+def compute(panel: Panel) -> dict:
     found = stored(panel)
     if found is not None:
         return found

@@ -23,12 +23,14 @@ from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 import cells
+import engine_batches
 import rmodels
 import shared_work
 import workers
 from cells import UNSTEERED, Cell, Setting
 from cluster import over_ray
 from embedded import train as recipe_of
+from engine_batches import ENGINES, LIVE
 from errors import AUSteerError, one_line, run_command
 from paper import outlook, page, panels, specs
 from paper.dry_run import tiny_checkpoints
@@ -43,16 +45,16 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     args.device = shared_work.start(args.device)
     _check(args)
     folder = Path(args.results) / (f"{args.scale}-dry-run" if args.dry_run else args.scale)
-    limit = 2 if args.dry_run else args.limit
+    how = {"limit": 2 if args.dry_run else args.limit, "batch_size": args.batch_size, "engine": args.engine}
+    how["toxicity"] = "embedded" if args.dry_run else args.toxicity
     instead = None
     if args.dry_run:
         instead = shared_work.of_first(lambda: tiny_checkpoints(specs.models(), folder / "checkpoints"))
     shared = {"records": str(folder / "records"), "ranks": str(folder / "AU_ranks")}
-    shared |= {"limit": limit, "data_dir": args.data_dir, "device": args.device, "batch_size": args.batch_size}
-    shared |= {"toxicity": args.toxicity} if not args.dry_run else {"toxicity": "embedded", "encoder": "tfidf"}
+    shared |= {"data_dir": args.data_dir, "device": args.device, **({"encoder": "tfidf"} if args.dry_run else {})}
 
     def read(names: Sequence[str], of_models: Sequence[str] = ()) -> list[Spec]:
-        return specs.read(args.scale, names, of_models, instead, **shared)
+        return specs.read(args.scale, names, of_models, instead, **shared, **how)
 
     found = read(_names(args.only), _names(args.models))
     if not found:
@@ -60,14 +62,15 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     if args.plan:
         print(outlook.text(found, folder))
         return None
-    jobs = (args.jobs or (workers.cores() if args.scale == "embedded" else 1)) if shared_work.alone() else 1
+    alone = args.engine == LIVE and shared_work.alone()  # an engine fills the machine by itself
+    jobs = (args.jobs or (workers.cores() if args.scale == "embedded" else 1)) if alone else 1
     if args.scale == "embedded":
         torch.set_num_threads(1)  # in so small a model, threads wait for each other longer than they work
     transformers_logging.disable_progress_bar()
     there = {spec.name for spec in found}
     sources = [spec.source for spec in found if spec.source and spec.source not in there]
     everything = [*found, *(read(sources, _names(args.models)) if sources else [])]
-    manifest = Manifest.begun(folder, args.scale, limit, args.dry_run)
+    manifest = Manifest.begun(folder, args.scale, how, args.dry_run)
     failed = compute(everything, manifest, jobs, args.ray, args.jobs)
     if not shared_work.is_first():
         return 1 if failed else None
@@ -91,6 +94,7 @@ def _check(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise AUSteerError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+    engine_batches.check(args.engine, args.device, batch_size=args.batch_size, ray=args.ray)
     rmodels.check_device(args.device)
 
 
@@ -229,6 +233,9 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--toxicity", default="local", metavar="SCORER", help="who scores toxicity (docs/scoring.md; default: local)")
     add("--device", help="cpu, cuda, cuda:1 (default: the first GPU, else the CPU)")
     add("--batch-size", type=int, help="prompts at once (default: as many as fit)")
+    add("--engine", default=LIVE, choices=ENGINES, help="who answers: the model itself, or vLLM with every plan as an "
+        "adapter, a whole grid in one batch (by .venv-vllm/bin/python; docs/serving.md); mixtures of experts and 4-bit "
+        "models always answer themselves")  # fmt: skip
     add(
         "--ray",
         metavar="ADDRESS",

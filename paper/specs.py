@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 from cells import UNSTEERED, Cell, Setting
+from engine_batches import LIVE
 from errors import AUSteerError
 from paper.dry_run import TINY_AUS, fitted
 
@@ -129,7 +130,7 @@ def _read(name: str, scale: str, of_models: Sequence[str], instead: dict[str, st
         Panel(
             key,
             panel["study"],
-            _setting([base, panel], instead),
+            _setting([base, panel, {"engine": LIVE}], instead),
             fitted(panel["params"]) if instead else panel["params"],
         )
         for key, panel in here.get("panels", {}).items()
@@ -169,6 +170,7 @@ def _setting(layers: list[dict], instead: dict[str, str]) -> Setting:
     if known is not None:
         merged["model"] = instead.get(known["hub"], known["hub"])
         merged.setdefault("quantization", known.get("quantization"))
+        merged["engine"] = known.get("engine", merged.get("engine", LIVE))
     for key in ("ks", "alphas"):
         merged[key] = tuple(merged.get(key, ()))
     if instead:

@@ -3,6 +3,7 @@
 python main.py trace table1 causal-head copa                 of the embedded scale
 python main.py trace table1 iti boolq --scale paper --block llama2-7b-chat
 python main.py trace table1 causal-head copa --again         computes it anew and compares, bit for bit
+python main.py trace figure11 "causal momentum"              a figure that is measured has panels
 """
 
 from __future__ import annotations
@@ -17,20 +18,40 @@ from tempfile import TemporaryDirectory
 import cells
 from cells import Cell, Setting
 from errors import AUSteerError, run_command
-from paper import specs
+from paper import panels, specs
 from paper.manifest import Manifest
+from paper.specs import Panel, Spec
 
-RESULT = ("n", "right", "measure", "outcomes", "columns", "measures", "extras", "settings", "grid_scores", "touched")
+RESULT = ("n", "right", "measure", "outcomes", "columns", "measures", "extras", "settings", "grid_scores", "touched",
+          "found")  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int | None:
     args = _arguments(argv)
     manifest = Manifest.read(Path(args.results) / args.scale)
-    shared = {"records": str(Path(args.results) / args.scale / "records"), "limit": manifest.limit}
+    shared = {"records": str(Path(args.results) / args.scale / "records"), **manifest.how}
     found = specs.read(args.scale, [args.table], **shared, data_dir=args.data_dir, device=args.device)
     if not found:
         raise AUSteerError(f"{args.table} is not in scale {args.scale}")
     (spec,) = found
+    work, records = _panel(spec, manifest, args) if spec.panels else _entry(spec, manifest, args)
+    if args.again and args.table == "table11":
+        raise AUSteerError("table11 is of times, which are never the same twice: --again is for the others")
+    different = 0
+    for one, record in zip(work, records, strict=True):
+        shown = {key: value for key, value in record.items() if args.whole or len(json.dumps(value)) < 400}
+        print(json.dumps(shown, indent=1))
+        left = [key for key in record if key not in shown]
+        print(f"left out, too long to look at: {', '.join(left)} (--whole prints them)" if left else "")
+        if args.again:
+            different += not _same(one, record)
+    block = f" --block {json.dumps(args.block)}" if args.block else ""
+    print(f"again: python main.py trace {args.table} {json.dumps(args.row)} {args.column or ''}{block} "
+          f"--scale {args.scale} --results {args.results} --again")  # fmt: skip
+    return 1 if different else None
+
+
+def _entry(spec: Spec, manifest: Manifest, args: argparse.Namespace) -> tuple[Sequence[Cell], list[dict]]:
     if not spec.entries:
         raise AUSteerError(f"{args.table} has no cells of its own" + (f": trace {spec.source}" if spec.source else ""))
     block = args.block or next(iter(spec.blocks))
@@ -45,24 +66,25 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         raise AUSteerError(f"not computed: {manifest.why_missing(spec.name, block, args.row, args.column)}")
     if len(records) < len(entry.cells):
         raise AUSteerError("records of this entry are missing from the folder: run reproduce.sh again")
-    different = 0
-    for cell, record in zip(entry.cells, records, strict=True):
-        shown = {key: value for key, value in record.items() if args.whole or len(json.dumps(value)) < 400}
-        print(json.dumps(shown, indent=1))
-        left = [key for key in record if key not in shown]
-        print(f"left out, too long to look at: {', '.join(left)} (--whole prints them)" if left else "")
-        if args.again:
-            different += not _same(cell, record)
-    print(f"again: python main.py trace {args.table} {args.row} {args.column} --block {json.dumps(block)} "
-          f"--scale {args.scale} --results {args.results} --again")  # fmt: skip
-    return 1 if different else None
+    return entry.cells, records
 
 
-def _same(cell: Cell, record: dict) -> bool:
-    """Computes the cell in an empty folder: nothing is found, everything is done anew, ranks too."""
+def _panel(spec: Spec, manifest: Manifest, args: argparse.Namespace) -> tuple[Sequence[Panel], list[dict]]:
+    panel = spec.panels_by_name.get(args.row)
+    if panel is None or args.column:
+        raise AUSteerError(f"{args.table} has panels, and no columns: {', '.join(map(repr, spec.panels_by_name))}")
+    record = manifest.panel(spec.name, panel.name)
+    if record is None:
+        raise AUSteerError(f"not computed: {manifest.why_missing(spec.name, panel.name, 'panel', panel.name)}")
+    return [panel], [record]
+
+
+def _same(one: Cell | Panel, record: dict) -> bool:
+    """Computes it in an empty folder: nothing is found, everything is done anew, ranks too."""
     with TemporaryDirectory() as folder:
-        setting: Setting = replace(cell.setting, records=f"{folder}/records", ranks=f"{folder}/AU_ranks")
-        fresh = cells.compute(replace(cell, setting=setting))
+        setting: Setting = replace(one.setting, records=f"{folder}/records", ranks=f"{folder}/AU_ranks")
+        compute = panels.compute if isinstance(one, Panel) else cells.compute
+        fresh = compute(replace(one, setting=setting))
     fresh = json.loads(json.dumps(fresh))
     differing = [key for key in RESULT if fresh.get(key) != record.get(key)]
     code = "the same code" if fresh["id"] == record["id"] else "other code or data than the record's"
@@ -78,8 +100,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("table", help=f"of {', '.join(specs.names())}")
-    add("row")
-    add("column")
+    add("row", help="or the panel of a figure")
+    add("column", nargs="?")
     add("--block", help="model or part of the table (default: the first)")
     add("--scale", default="embedded", choices=specs.SCALES, help="(default: %(default)s)")
     add("--results", default="results", help="folder (default: %(default)s)")

@@ -227,6 +227,37 @@ def test_run_report_trace(tmp_path, capsys, monkeypatch):
         trace.main(["table1", "no-row", "svamp", "--results", str(tmp_path)])
 
 
+def test_trace_of_a_measured_figure(tmp_path, capsys):
+    assert run.main(["--only", "figure4", "--limit", "20", "--results", str(tmp_path), "--jobs", "1"]) is None
+    capsys.readouterr()
+    assert trace.main(["figure4", "embedded", "--results", str(tmp_path), "--again"]) is None
+    assert "equal, bit for bit" in capsys.readouterr().out
+    path = (
+        tmp_path / "embedded" / "records" / f"{Manifest.read(tmp_path / 'embedded').panels['figure4']['embedded']}.json"
+    )
+    path.write_text(json.dumps({**json.loads(path.read_text()), "found": []}))
+    assert trace.main(["figure4", "embedded", "--results", str(tmp_path), "--again"]) == 1
+    with pytest.raises(AUSteerError, match="has panels, and no columns: 'embedded'"):
+        trace.main(["figure4", "copa", "--results", str(tmp_path)])
+
+
+def test_the_way_of_a_run_is_in_its_manifest(tmp_path):
+    live = {"limit": 20, "batch_size": None, "engine": "live", "toxicity": "local"}
+    Manifest(tmp_path, "paper", live, entries={"table1": {"a|b|c": ["x"]}}).write()
+    assert Manifest.begun(tmp_path, "paper", live, False).entries
+    for other in ({"engine": "vllm"}, {"batch_size": 8}, {"limit": None}):
+        assert not Manifest.begun(tmp_path, "paper", live | other, False).entries, "records of two ways in one table"
+
+
+def test_what_engines_cannot_serve_answers_itself():
+    """Mixtures of experts and 4-bit weights, and all that is measured inside of the model."""
+    found = specs.read("paper", engine="vllm")
+    settings = {cell.setting.model: cell.setting for spec in found for entry in spec.entries for cell in entry.cells}
+    own = {model for model, setting in settings.items() if setting.engine == "live"}
+    assert own == {"Qwen/Qwen3-30B-A3B", "meta-llama/Llama-3.3-70B-Instruct"}
+    assert {panel.setting.engine for spec in found for panel in spec.panels} == {"live"}
+
+
 def test_a_failed_cell_is_said_and_the_rest_goes_on(tmp_path, capsys, monkeypatch):
     import cells
 
@@ -278,6 +309,7 @@ def test_plan_loads_nothing_and_lists_every_cell(tmp_path):
         (["--limit", "0"], "--limit must be at least 1"),
         (["--jobs", "-1"], "--jobs must be at least 1"),
         (["--device", "gpu"], "device 'gpu' is unknown"),
+        (["--engine", "vllm"], "vLLM"),
         (["--scale", "paper", "--models", "gpt", "--plan"], "there is no model 'gpt'"),
         (["--scale", "paper", "--only", "ablation"], "nothing of that is in scale paper"),
     ],
