@@ -19,8 +19,8 @@ from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 import cells
-from cells import UNSTEERED, Cell, Setting
 from errors import AUSteerError, one_line
+from setting import UNSTEERED, Cell, Setting, asked_once, unsteered
 
 RETRIES = 3  # of a cell whose worker died: one that fills any memory should not kill workers for ever
 
@@ -64,17 +64,17 @@ def _computed(ray, todo: Sequence[Cell]) -> Iterator[tuple[Cell, dict]]:
     needs = {"num_cpus": 1, **({"num_gpus": 1, "max_calls": 1} if on_gpu else {})}
     prepare, attempt = (ray.remote(max_retries=RETRIES, **needs)(task) for task in (_prepare, _attempt))
     folder = os.getcwd()
-    unsteered = {}  # what several settings share is computed once
+    shared = {}  # what several settings share is computed once
 
     def computed_unsteered(cell: Cell):
-        asked_once = cells.asked_once(cell.setting, cell.method)
-        if asked_once not in unsteered:
-            unsteered[asked_once] = attempt.remote(folder, asked_once)
-        return unsteered[asked_once]
+        once = asked_once(cell.setting, cell.method)
+        if once not in shared:
+            shared[once] = attempt.remote(folder, once)
+        return shared[once]
 
     running: dict[object, list[Cell]] = {}
-    for setting in dict.fromkeys(cells.unsteered(cell.setting) for cell in todo):  # cells that share their ranks
-        own = [cell for cell in todo if cells.unsteered(cell.setting) == setting]
+    for setting in dict.fromkeys(unsteered(cell.setting) for cell in todo):  # cells that share their ranks
+        own = [cell for cell in todo if unsteered(cell.setting) == setting]
         steered = [cell for cell in own if cell.method not in UNSTEERED]
         for cell in own:
             if cell.method in UNSTEERED:

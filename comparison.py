@@ -23,7 +23,6 @@ import engine_batches
 import rmodels
 import shared_work
 from baselines.registry import DEFAULT, METHODS, OWN_COMMAND, options_of, with_options
-from cells import EMBEDDED, Cell, Setting
 from cluster import over_ray
 from embedded.tasks import TASKS
 from encoding import PROTOCOLS
@@ -33,6 +32,7 @@ from eval import figures, report
 from eval.search import SEARCHES
 from eval.tasks.registry import PAPER_TASKS
 from ranks import AURanks
+from setting import EMBEDDED, Cell, Setting
 from workers import compute_all, cores
 
 LABELS = {"vanilla": "vanilla", "prompt-only": "prompt only", **{name: m.label for name, m in METHODS.items()}}

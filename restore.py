@@ -29,7 +29,6 @@ import rmodels
 from baselines.base import Evidence, Settings
 from baselines.pruning import PRUNINGS, Achieved, parse_sparsity, prune, same_length_batches
 from baselines.restore_lcc import COMPONENTS, MeanLost, Prepared, RandomHeads, RestoreLCC
-from cells import EMBEDDED, Setting, load
 from embedded.tasks import TASKS
 from errors import AUSteerError, run_command
 from eval import records
@@ -42,6 +41,7 @@ from pairs import pairs_hash
 from plan import Plan
 from ranks import fingerprint, model_header, public_name
 from set_MFU import steer
+from setting import EMBEDDED, Setting, load
 
 HELD_OUT_TEXTS = 500  # prompts of test items, for perplexity
 TOKENS_AT_ONCE = 1024  # whose logits are in memory together

@@ -18,7 +18,7 @@ from transformers.utils import logging as transformers_logging
 
 import cells
 import shared_work
-from cells import Cell
+from setting import UNSTEERED, Cell
 
 Job = TypeVar("Job")  # hashable, and what `attempt` needs to know
 
@@ -35,7 +35,7 @@ def compute_all(todo: Sequence[Cell], jobs: int) -> dict[Cell, dict]:
 
 
 def compute_missing(todo: Sequence[Cell], jobs: int) -> dict[Cell, dict]:
-    unsteered = [cell for cell in todo if cell.method in cells.UNSTEERED]
+    unsteered = [cell for cell in todo if cell.method in UNSTEERED]
     found = attempt_all(cells.attempt, unsteered, jobs, "unsteered")
     return found | attempt_all(cells.attempt, [cell for cell in todo if cell not in found], jobs, "steered")
 

@@ -23,7 +23,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 from transformers.utils import logging as transformers_logging
 
-import cells
 import rmodels
 from baselines.base import Evidence, Method, sites_of
 from baselines.registry import METHODS
@@ -32,13 +31,14 @@ from eval.tasks.embedded import EmbeddedTask
 from MFU_screening import screen
 from plan import Plan
 from set_MFU import apply, clear
+from setting import EMBEDDED, Setting
 
 TOKENS = 300
 
 
 def measure(method: Method, task: EmbeddedTask) -> dict:
     """In a process of its own. Of the method's sites, the first."""
-    setting, site = cells.Setting(cells.EMBEDDED, task.name), method.sites[0]
+    setting, site = Setting(EMBEDDED, task.name), method.sites[0]
     model, tokenizer = rmodels.load(setting.checkpoint, device="cpu"), rmodels.load_tokenizer(setting.checkpoint)
 
     def ranks(momentum: str, at: str = site, pairs=task.pairs):

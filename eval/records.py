@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 # a change of these files is another question
 METHOD_FILES = (
     "MFU_screening.py", "momentum.py", "pair_texts.py", "encoding.py", "pairs.py", "ranks.py", "plan.py", "set_MFU.py",
-    "cells.py", "grid_batches.py", "shared_work.py", "embedded/tasks.py", "embedded/toxicity.py", "eval/answering.py", "eval/decoding_cache.py",
+    "cells.py", "setting.py", "grid_batches.py", "shared_work.py", "embedded/tasks.py", "embedded/toxicity.py", "eval/answering.py", "eval/decoding_cache.py",
     "eval/general_pairs.py", "eval/numbers.py", "eval/rows.py", "eval/search.py", "eval/similar.py", "eval/statistics.py", "eval/toxicity.py",
     "eval/wording.py",
     *(str(file.relative_to(ROOT)) for folder in ("rmodels", "baselines", "eval/tasks", "studies") for file in sorted((ROOT / folder).glob("*.py"))),

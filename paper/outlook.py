@@ -10,9 +10,10 @@ from time import perf_counter
 
 import torch
 
-from cells import UNSTEERED, Cell, grid
+from cells import grid
 from paper.manifest import NAME, Manifest
 from paper.specs import Spec, models
+from setting import UNSTEERED, Cell
 
 TEST = {"boolq": 3270, "copa": 500, "winogrande": 1267, "svamp": 300, "mawps": 355, "toxicity": 1199, "bpo": 200}
 PROMPT = {

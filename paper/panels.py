@@ -5,20 +5,20 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-import cells
 import shared_work
 from errors import one_line
 from eval import records
 from pairs import pairs_hash
 from paper.specs import Panel
 from ranks import fingerprint, public_name
+from setting import load
 from studies import STUDIES
 
 
 def question(panel: Panel) -> dict:
     setting = panel.setting
-    model, _, task = cells.load(setting)
-    tasks = [task, *(cells.load(replace(setting, task=name))[2] for name in panel.params.get("tasks", ()))]
+    model, _, task = load(setting)
+    tasks = [task, *(load(replace(setting, task=name))[2] for name in panel.params.get("tasks", ()))]
     return {
         "model": setting.model if setting.embedded else public_name(setting.model),
         "task": setting.task_name,

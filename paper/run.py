@@ -27,7 +27,6 @@ import engine_batches
 import rmodels
 import shared_work
 import workers
-from cells import UNSTEERED, Cell, Setting
 from cluster import over_ray
 from embedded import train as recipe_of
 from engine_batches import ENGINES, LIVE
@@ -36,6 +35,7 @@ from paper import outlook, page, panels, specs
 from paper.dry_run import tiny_checkpoints
 from paper.manifest import Manifest, bundle
 from paper.specs import Panel, Spec
+from setting import EMBEDDED, UNSTEERED, Cell, Setting, unsteered
 
 RECIPES = {"wide": ["--recipe", "wide"]}  # embedded models that are not shipped, by name: how they are trained
 
@@ -186,7 +186,7 @@ def by_pairs(todo: Sequence[Cell]) -> dict[Setting, list[Cell]]:
     found: dict[Setting, list[Cell]] = {}
     for cell in todo:
         if cell.method not in UNSTEERED:
-            found.setdefault(cells.unsteered(cell.setting), []).append(cell)
+            found.setdefault(unsteered(cell.setting), []).append(cell)
     return found
 
 
@@ -202,11 +202,11 @@ def rank(job: tuple[Setting, tuple[Cell, ...]]) -> dict:
 def _is_untrained(setting: Setting) -> bool:
     """One of the embedded models that are made by their recipe and not shipped."""
     made = (Path(setting.checkpoint) / "record.json").exists()
-    return setting.embedded and setting.model.removeprefix(f"{cells.EMBEDDED}-") in RECIPES and not made
+    return setting.embedded and setting.model.removeprefix(f"{EMBEDDED}-") in RECIPES and not made
 
 
 def train(setting: Setting) -> None:
-    recipe = RECIPES[setting.model.removeprefix(f"{cells.EMBEDDED}-")]
+    recipe = RECIPES[setting.model.removeprefix(f"{EMBEDDED}-")]
     with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):  # its bar would run through the others
         recipe_of.main(["--task", setting.task, *recipe, "--out", setting.checkpoint])
 

@@ -2,7 +2,7 @@
 
 A spec of kind `accuracy`, `lines` or `heatmap` has blocks x rows x columns; each entry is a cell, or several (draws of
 a control; sites of which the better on validation is shown). What a scale, a block, a row and a column say is laid over
-one another in this order and becomes a `cells.Setting` and a method. A spec of kind `study` has panels, each a
+one another in this order and becomes a `setting.Setting` and a method. A spec of kind `study` has panels, each a
 measurement of `studies/`. Other kinds are read off the records of another spec. `printed` is what the paper prints.
 """
 
@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
-from cells import UNSTEERED, Cell, Setting
 from engine_batches import LIVE
 from errors import AUSteerError
 from paper.dry_run import TINY_AUS, fitted
+from setting import UNSTEERED, Cell, Setting
 
 FOLDER = Path(__file__).parent / "specs"
 SCALES = ("embedded", "small", "paper")

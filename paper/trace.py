@@ -16,11 +16,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import cells
-from cells import Cell, Setting
 from errors import AUSteerError, run_command
 from paper import panels, specs
 from paper.manifest import Manifest
 from paper.specs import Panel, Spec
+from setting import Cell, Setting
 
 RESULT = ("n", "right", "measure", "outcomes", "columns", "measures", "extras", "settings", "grid_scores", "touched",
           "found")  # fmt: skip

@@ -10,13 +10,13 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-import cells
 from errors import AUSteerError
 from eval.tasks.base import Columns, Task
 from pair_texts import input_device
 from plan import Plan
 from rmodels import site_shape
 from set_MFU import steer
+from setting import Setting, load
 
 
 @dataclass(frozen=True)
@@ -86,9 +86,9 @@ class Asked:
         return [self.outcomes(block.plan({dim: alpha})) for dim in bar]
 
 
-def extremes(setting: cells.Setting, block: Block, params: dict, progress: bool) -> dict[str, int]:
+def extremes(setting: Setting, block: Block, params: dict, progress: bool) -> dict[str, int]:
     """The best, a neutral and the worst dimension of a sweep on validation items, where params do not name them."""
-    model, tokenizer, task = cells.load(setting)
+    model, tokenizer, task = load(setting)
     if not task.validation:
         raise AUSteerError(
             f"{task.name} has no validation items to choose dimensions on: name them in the study's dims"

@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import cells
 from errors import AUSteerError
+from setting import Setting, load
 from studies import picture
 from studies.block import Block, extremes, next_token
 
 
-def measure(setting: cells.Setting, params: dict, progress: bool) -> dict:
-    model, tokenizer, task = cells.load(setting)
+def measure(setting: Setting, params: dict, progress: bool) -> dict:
+    model, tokenizer, task = load(setting)
     block, strengths, dims = Block.of(model, params), params["strengths"], params["dims"]
     if dims is None:
         found = extremes(setting, block, params, progress)

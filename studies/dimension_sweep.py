@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import cells
 from baselines.base import Evidence
 from baselines.iti import ALPHAS as ITI_ALPHAS
 from baselines.iti import ITI
@@ -21,14 +20,15 @@ from baselines.sadi import SADIHead, SADIHidden
 from errors import AUSteerError
 from eval.statistics import holm, mcnemar, wilson
 from plan import Plan
+from setting import Setting, load
 from studies import picture
 from studies.block import Asked, Block
 
 PAPERS_WAY = "test"  # the split that the paper chose on
 
 
-def measure(setting: cells.Setting, params: dict, progress: bool) -> dict:
-    model, tokenizer, task = cells.load(setting)
+def measure(setting: Setting, params: dict, progress: bool) -> dict:
+    model, tokenizer, task = load(setting)
     block, alpha = Block.of(model, params), params["alpha"]
     dims = list(range(0, block.width, params["step"]))
     splits = {"validation": task.validation[: params["n"]], "test": task.test[: params["n"]]}
@@ -88,14 +88,14 @@ def _combined(block: Block, dims: list[int], alpha: float, tested) -> dict:
     return {"dims": dims, **tested(block.plan(dict.fromkeys(dims, alpha)))}
 
 
-def _sadi(block: Block, setting: cells.Setting) -> dict[float, Plan]:
+def _sadi(block: Block, setting: Setting) -> dict[float, Plan]:
     """SADI scales all of a head, from the prompt's last token on."""
     kind = "embedded" if setting.embedded else "real"
     alphas = (SADIHead if block.head is not None else SADIHidden).alphas[kind]
     return {alpha: block.plan(dict.fromkeys(range(block.width), alpha), "last") for alpha in alphas}
 
 
-def _iti(block: Block, heads, setting: cells.Setting) -> dict[float, Plan]:
+def _iti(block: Block, heads, setting: Setting) -> dict[float, Plan]:
     direction = heads.sigma[block.layer, block.head] * heads.direction[block.layer, block.head]
     return {a: block.shifted(a * direction, "last") for a in ITI_ALPHAS["embedded" if setting.embedded else "real"]}
 

@@ -11,19 +11,19 @@ from statistics import mean, stdev
 
 import torch
 
-import cells
 from baselines.base import Evidence
 from baselines.registry import METHODS
 from embedded.tasks import REPLY_WORDS
 from eval.answering import Question, answers
 from MFU_screening import screen
 from set_MFU import steer
+from setting import Setting, load
 
 SHOWN = {"iti": "iti", "sadi": "sadi-head", "austeer": "published", "causal": "causal"}
 
 
-def measure(setting: cells.Setting, params: dict, progress: bool) -> dict:
-    model, tokenizer, task = cells.load(setting)
+def measure(setting: Setting, params: dict, progress: bool) -> dict:
+    model, tokenizer, task = load(setting)
     items, trials = task.test[: params["items"]], params["trials"]
     if setting.embedded:
         question = Question(REPLY_WORDS if task.name == "tone" else 1)

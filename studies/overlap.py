@@ -13,12 +13,12 @@ from pathlib import Path
 
 import numpy as np
 
-import cells
+from setting import Setting
 from studies import picture
 from studies.ranked import ranked
 
 
-def measure(setting: cells.Setting, params: dict, progress: bool) -> dict:
+def measure(setting: Setting, params: dict, progress: bool) -> dict:
     k, tasks, sites = params["k"], params["tasks"], list(picture.SITES)
     by_task = [ranked(setting, params["momentum"], sites, progress, task) for task in tasks]
     found: dict = {

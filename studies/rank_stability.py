@@ -17,17 +17,17 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import cells
 from encoding import PROTOCOLS, encode
 from errors import AUSteerError
 from momentum import MOMENTA
 from ranks import AURanks
+from setting import Setting, load
 from studies import picture
 
 COLORS = {"activation": picture.BLUE, "causal": picture.VERMILLION}
 
 
-def measure(setting: cells.Setting, params: dict, progress: bool) -> dict:
+def measure(setting: Setting, params: dict, progress: bool) -> dict:
     momenta = list(MOMENTA) if setting.protocol == "clean" else ["activation"]
     found: dict = {"task": setting.task_name, "pairs": 0, "sites": {}}
     for momentum in momenta:
@@ -48,11 +48,9 @@ def measure(setting: cells.Setting, params: dict, progress: bool) -> dict:
     return found
 
 
-def resampled(
-    setting: cells.Setting, momentum: str, draws: int, seed: int, progress: bool
-) -> tuple[dict[str, Tensor], int]:
+def resampled(setting: Setting, momentum: str, draws: int, seed: int, progress: bool) -> tuple[dict[str, Tensor], int]:
     """By site the scores' magnitudes, (1 + draws, layers, width): of all pairs as they are, then of each draw. And n."""
-    model, tokenizer, task = cells.load(setting)
+    model, tokenizer, task = load(setting)
     rules, sites = PROTOCOLS[setting.protocol], list(picture.SITES)
     pairs = task.pairs[: rules.first_pairs]
     encoded, _ = encode(pairs, tokenizer, rules, rules.cut_at or model.config.max_position_embeddings)

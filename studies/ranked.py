@@ -9,20 +9,21 @@ import cells
 from MFU_screening import screen
 from pairs import Pair
 from ranks import AURanks
+from setting import Setting, load
 
 
-def pairs_of(setting: cells.Setting, task: str) -> list[Pair]:
-    return cells.load(replace(setting, task=task))[2].pairs
+def pairs_of(setting: Setting, task: str) -> list[Pair]:
+    return load(replace(setting, task=task))[2].pairs
 
 
 def ranked(
-    setting: cells.Setting, momentum: str, sites: Sequence[str], progress: bool, task: str | None = None
+    setting: Setting, momentum: str, sites: Sequence[str], progress: bool, task: str | None = None
 ) -> dict[str, AURanks]:
     """By site. The model is always that of the setting: of embedded ones every task has its own."""
     if task in (None, setting.task):  # the tables' own ranks, where they were made
         stored = {site: cells.stored_ranks(setting, momentum, site) for site in sites}
         if all(ranks is not None for ranks in stored.values()):
             return stored
-    model, tokenizer, _ = cells.load(setting)
+    model, tokenizer, _ = load(setting)
     pairs = pairs_of(setting, task or setting.task)
     return screen(pairs, model, tokenizer, sites, momentum=momentum, protocol=setting.protocol, progress=progress)

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import numpy as np
 
-import cells
+from setting import Setting
 from studies import picture
 from studies.ranked import ranked
 
 SCORE = {"activation": "score: share of pairs", "causal": "score: |t| over pairs"}
 
 
-def measure(setting: cells.Setting, params: dict, progress: bool) -> dict:
+def measure(setting: Setting, params: dict, progress: bool) -> dict:
     found = ranked(setting, params["momentum"], list(picture.SITES), progress)
     scores = {site: ranks.score.abs() for site, ranks in found.items()}
     return {

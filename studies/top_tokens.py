@@ -11,16 +11,16 @@ from pathlib import Path
 
 import numpy as np
 
-import cells
 from plan import Plan
+from setting import Setting, load
 from studies import picture
 from studies.block import Asked, Block, extremes, next_token
 
 TOP = 5
 
 
-def measure(setting: cells.Setting, params: dict, progress: bool) -> dict:
-    model, tokenizer, task = cells.load(setting)
+def measure(setting: Setting, params: dict, progress: bool) -> dict:
+    model, tokenizer, task = load(setting)
     block, dims = Block.of(model, params), params["dims"]
     chosen = extremes(setting, block, params, progress) if dims is None else {f"dim{dim}": dim for dim in dims}
     plans = {"unsteered": block.plan({}), **{name: block.plan({dim: params["alpha"]}) for name, dim in chosen.items()}}

@@ -27,6 +27,7 @@ from pairs import Pair
 from plan import Plan
 from ranks import AURanks
 from set_MFU import steer
+from setting import Cell, Setting
 
 SEARCHED = [
     CausalBoth(), PublishedFDR(), CausalFDR(), CausalGreedy(), FixedStrength(), FixedVector(), Suppress(),
@@ -152,18 +153,18 @@ def test_both_sites_are_ranked_together(llama, tokenizer):
 def test_both_sites_are_one_cell(tmp_path, monkeypatch):
     monkeypatch.setattr("eval.tasks.embedded.PAIRS", 40)
     monkeypatch.setattr("cells.gate.latent_skill", lambda *args, **kwargs: None)
-    setting = cells.Setting(
+    setting = Setting(
         "embedded", "svamp", device="cpu", ranks=str(tmp_path / "ranks"), records=str(tmp_path / "records"), limit=10,
         ks=(6,), alphas=(1.0,),
     )  # fmt: skip
-    cell = cells.Cell(setting, "causal-both", "both")
+    cell = Cell(setting, "causal-both", "both")
     assert cells.prepare(setting, [cell]) == 2
     made = {file.stem: AURanks.load(file) for file in (tmp_path / "ranks").rglob("*.safetensors")}
     assert set(made) == {"attention", "ffn"} and cells.prepare(setting, [cell]) == 0
     record = cells.compute(cell)
     assert record["site"] == "both" and record["touched"] == 6
     assert record["cost"]["prepare_s"] >= sum(ranks.header["seconds"] for ranks in made.values())
-    lines = report.table([cells.compute(cells.Cell(setting, "vanilla")), record], {"causal-both": "together"})
+    lines = report.table([cells.compute(Cell(setting, "vanilla")), record], {"causal-both": "together"})
     assert "| together, Head+FFN | k=6, alpha=1 | 6 |" in lines
 
 

@@ -14,8 +14,8 @@ from samples import without_chance
 
 import cluster
 import main
-from cells import Cell, Setting
 from errors import AUSteerError
+from setting import Cell, Setting
 
 ROOT = Path(__file__).parents[1]
 

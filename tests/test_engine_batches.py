@@ -21,6 +21,7 @@ from eval.answering import Question, answers
 from eval.tasks.open_text import BPO
 from plan import Plan
 from set_MFU import steer
+from setting import forget
 
 
 class StandIn:
@@ -56,7 +57,7 @@ def engine(monkeypatch):
     monkeypatch.setattr(StandIn, "asked", [])
     monkeypatch.setattr(figures, "comparison", lambda *of: None)  # a second each
     yield StandIn
-    cells.forget()
+    forget()
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +67,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture
 def folder(checkpoints, tmp_path):
-    cells.forget()
+    forget()
     (tmp_path / "model").mkdir()
     for file in checkpoints["llama"].iterdir():
         (tmp_path / "model" / file.name).write_bytes(file.read_bytes())
@@ -129,7 +130,7 @@ def test_a_comparison_by_an_engine_is_the_live_one(data, folder, engine, tmp_pat
     assert "answers: stand-in 1" in capsys.readouterr().out and list((tmp_path / "engine").glob("*-vllm.md"))
 
     # resumed: what was answered is not asked again, and without anything to ask no engine starts
-    cells.forget()
+    forget()
     files = {file: file.read_bytes() for file in (tmp_path / "engine" / "answers").rglob("*.jsonl")}
     (tmp_path / "engine" / "records" / f"{found['causal']['id']}.json").unlink()
     _, again = run(data, folder, tmp_path / "engine", *command, "--engine", "vllm")

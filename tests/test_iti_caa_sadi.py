@@ -27,6 +27,7 @@ from MFU_screening import screen
 from pairs import Pair
 from plan import Plan
 from set_MFU import apply, clear, steer
+from setting import Cell, Setting
 
 ALL = [ITI(), ITI("probe"), CAA(), SADIHead(), SADINeuron(), SADIHidden()]
 IDS = torch.tensor([[1, 40, 77, 130, 9, 200, 31, 55, 88]])
@@ -432,8 +433,8 @@ def test_neurons_are_atomic_units_too(llama, tokenizer):
 def test_a_cell_of_each(method, tmp_path, monkeypatch):
     monkeypatch.setitem(METHODS, method.name, method)
     monkeypatch.setattr(embedded, "PAIRS", 60)
-    setting = cells.Setting("embedded", "svamp", device="cpu", ranks=str(tmp_path), records=str(tmp_path), limit=8)
-    record = cells.compute(cells.Cell(setting, method.name, method.sites[-1]))
+    setting = Setting("embedded", "svamp", device="cpu", ranks=str(tmp_path), records=str(tmp_path), limit=8)
+    record = cells.compute(Cell(setting, method.name, method.sites[-1]))
     assert record["n"] == 8 and len(record["grid_scores"]) == BUDGET["embedded"]
     if record["settings"]:
         assert record["touched"] > 0
@@ -443,6 +444,6 @@ def test_a_cell_of_each(method, tmp_path, monkeypatch):
 @pytest.mark.parametrize(("method", "site"), [(ITI(), "attention"), (CAA(), "layer"), (SADIHead(), "attention")])
 def test_they_find_the_polite_tone(method, site, tmp_path, monkeypatch):
     monkeypatch.setitem(METHODS, method.name, method)
-    setting = cells.Setting("embedded", "tone", device="cpu", ranks=str(tmp_path), records=str(tmp_path))
-    record = cells.compute(cells.Cell(setting, method.name, site))
+    setting = Setting("embedded", "tone", device="cpu", ranks=str(tmp_path), records=str(tmp_path))
+    record = cells.compute(Cell(setting, method.name, site))
     assert record["right"] / record["n"] > 0.95  # 0.75 without

@@ -22,6 +22,7 @@ from baselines import austeer
 from errors import AUSteerError
 from eval import records, report
 from pairs import read_pairs
+from setting import Cell, Setting, forget
 
 ROOT = Path(__file__).parents[1]
 QUICK = ["--limit", "60", "--draws", "2", "--jobs", "1", "--k", "16", "--alpha", "2", "--device", "cpu"]
@@ -29,9 +30,9 @@ QUICK = ["--limit", "60", "--draws", "2", "--jobs", "1", "--k", "16", "--alpha",
 
 @pytest.fixture(autouse=True)
 def fresh_cells():
-    cells.forget()
+    forget()
     yield
-    cells.forget()
+    forget()
 
 
 def rows_of(folder):
@@ -62,7 +63,7 @@ def test_the_comparison_and_its_resumption(tmp_path, capsys, monkeypatch):
     assert by_method["prompt-only"]["right"] >= 54
 
     monkeypatch.setattr(cells, "_steered", None)  # a finished cell must not be computed again
-    cells.forget()
+    forget()
     main.main(command)
     assert capsys.readouterr().out.split("| vanilla |")[1] == shown.split("| vanilla |")[1]
     monkeypatch.undo()
@@ -75,9 +76,9 @@ def test_the_comparison_and_its_resumption(tmp_path, capsys, monkeypatch):
 def test_the_search_is_on_validation_and_recorded(tmp_path, monkeypatch):
     monkeypatch.setitem(austeer.KS, "embedded", (4, 16))
     monkeypatch.setitem(austeer.ALPHAS, "embedded", (0.5, 4.0))
-    setting = cells.Setting("embedded", "svamp", ranks=str(tmp_path / "r"), records=str(tmp_path / "x"), limit=50)
-    cells.prepare(setting, [cells.Cell(setting, "causal", "attention")])
-    record = cells.compute(cells.Cell(setting, "causal", "attention"))
+    setting = Setting("embedded", "svamp", ranks=str(tmp_path / "r"), records=str(tmp_path / "x"), limit=50)
+    cells.prepare(setting, [Cell(setting, "causal", "attention")])
+    record = cells.compute(Cell(setting, "causal", "attention"))
     assert set(record["grid_scores"]) == {"4,0.5", "4,4", "16,0.5", "16,4"}
     best = max(record["grid_scores"].values())
     assert record["grid_scores"][record["chosen"]] == best
@@ -87,16 +88,16 @@ def test_the_search_is_on_validation_and_recorded(tmp_path, monkeypatch):
 def test_nothing_is_done_where_nothing_beats_vanilla_on_validation(tmp_path, monkeypatch):
     monkeypatch.setitem(austeer.KS, "embedded", (1,))
     monkeypatch.setitem(austeer.ALPHAS, "embedded", (0.0, 0.0001))
-    setting = cells.Setting("embedded", "copa", ranks=str(tmp_path / "r"), records=str(tmp_path / "x"), limit=40)
-    cells.prepare(setting, [cells.Cell(setting, "causal", "ffn")])
-    record = cells.compute(cells.Cell(setting, "causal", "ffn"))
-    vanilla = cells.compute(cells.Cell(setting, "vanilla"))
+    setting = Setting("embedded", "copa", ranks=str(tmp_path / "r"), records=str(tmp_path / "x"), limit=40)
+    cells.prepare(setting, [Cell(setting, "causal", "ffn")])
+    record = cells.compute(Cell(setting, "causal", "ffn"))
+    vanilla = cells.compute(Cell(setting, "vanilla"))
     assert record["settings"] is None and record["outcomes"] == vanilla["outcomes"] and record["p"] == 1.0
 
 
 def test_records_are_named_by_their_question(tmp_path, monkeypatch):
-    setting = cells.Setting("embedded", "svamp", records=str(tmp_path), limit=30)
-    one = cells.question(cells.Cell(setting, "causal", "ffn", 0))
+    setting = Setting("embedded", "svamp", records=str(tmp_path), limit=30)
+    one = cells.question(Cell(setting, "causal", "ffn", 0))
     names = {records.record_id(one)}
     for change in ({"draw": 1}, {"site": "attention"}, {"fingerprint": "x"}, {"grid": [[1], [1]]}, {"items_hash": "y"}):
         names.add(records.record_id({**one, **change}))

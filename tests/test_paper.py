@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from cells import Cell, Setting
 from embedded.tasks import TASKS
 from errors import AUSteerError
 from eval import records
 from paper import outlook, page, run, specs, tables, trace
 from paper.manifest import Manifest, bundle
+from setting import Cell, Setting
 
 ROOT = Path(__file__).parents[1]
 PRINTED = ROOT.parent / "shared" / "paper" / "tables.json"

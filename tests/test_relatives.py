@@ -26,6 +26,7 @@ from errors import AUSteerError
 from MFU_screening import screen
 from pairs import Pair
 from set_MFU import steer
+from setting import Cell, Setting, forget
 
 ROOT = Path(__file__).parents[1]
 OURS = [AllAUs(), MeanDifference(), LinearAcT(), AttributionAUs(), AttributionHeads(), Mediation(), LearnedScaling()]
@@ -383,21 +384,21 @@ def test_nothing_is_left_on_the_model(evidence, llama):
 def registered(monkeypatch):
     for method in OURS:
         monkeypatch.setitem(METHODS, method.name, method)
-    cells.forget()
+    forget()
     yield
-    cells.forget()
+    forget()
 
 
 def test_on_an_embedded_task(tmp_path, registered, monkeypatch):
     monkeypatch.setattr("eval.tasks.embedded.PAIRS", 200)
-    setting = cells.Setting("embedded", "svamp", device="cpu", records=str(tmp_path), limit=60)
+    setting = Setting("embedded", "svamp", device="cpu", records=str(tmp_path), limit=60)
     gains, grids = {}, {method.name: method.grid("embedded") for method in OURS}
     for method in OURS:
         few = [grids[method.name][0], grids[method.name][7]]
         monkeypatch.setattr(type(method), "grid", lambda self, kind, few=few: few)
-        record = cells.compute(cells.Cell(setting, method.name, "attention"))
+        record = cells.compute(Cell(setting, method.name, "attention"))
         assert record["n"] == 60 and len(record["grid_scores"]) == 2
-        gains[method.name] = record["right"] - cells.compute(cells.Cell(setting, "vanilla"))["right"]
+        gains[method.name] = record["right"] - cells.compute(Cell(setting, "vanilla"))["right"]
     assert gains["learned-scaling"] >= 4
 
 

@@ -48,8 +48,9 @@ ALLOWED = {  # module -> what of this project it may import: data flows one way
     },  # no method
     "neurosteer_tasks": {"baselines", "embedded", "errors", "eval", "pairs", "plan", "ranks", "rmodels", "set_MFU"},
     "grid_batches": {"plan", "set_MFU"},
-    "engine_batches": {"eval", "export", "plan"},
+    "engine_batches": {"errors", "eval", "export", "plan", "shared_work"},
     "restore": {
+        "setting",
         "baselines",
         "cells",
         "embedded",
@@ -63,6 +64,7 @@ ALLOWED = {  # module -> what of this project it may import: data flows one way
         "set_MFU",
     },
     "studies": {
+        "setting",
         "MFU_screening",
         "baselines",
         "cells",
@@ -79,8 +81,10 @@ ALLOWED = {  # module -> what of this project it may import: data flows one way
         "set_MFU",
         "studies",
     },
-    "workers": {"cells", "shared_work"},
+    "workers": {"cells", "setting", "shared_work"},
     "paper": {
+        "engine_batches",
+        "setting",
         "baselines",
         "cells",
         "cluster",
@@ -95,7 +99,9 @@ ALLOWED = {  # module -> what of this project it may import: data flows one way
         "studies",
         "workers",
     },
+    "setting": {"embedded", "engine_batches", "eval", "pairs", "rmodels"},
     "cells": {
+        "setting",
         "engine_batches",
         "grid_batches",
         "MFU_screening",
@@ -111,7 +117,7 @@ ALLOWED = {  # module -> what of this project it may import: data flows one way
         "set_MFU",
         "shared_work",
     },
-    "cluster": {"cells", "errors"},
+    "cluster": {"cells", "errors", "setting"},
 }
 
 

@@ -40,6 +40,7 @@ from pairs import Pair
 from plan import Plan
 from ranks import fingerprint
 from set_MFU import steer
+from setting import Cell, Setting, forget
 
 DENSE_FAMILIES = [name for name in FAMILIES if name != "qwen3_moe"]
 TEXTS = [[1, *(7 * i % 300 + 3 for i in range(start, start + length))] for start, length in ((0, 20), (5, 20), (9, 31))]
@@ -514,13 +515,13 @@ def test_perplexity_equals_loops(checkpoints, llama):
 @pytest.fixture
 def small_grid(monkeypatch):
     """A few pairs and settings, so that nothing takes long."""
-    cells.forget()
+    forget()
     monkeypatch.setattr("eval.tasks.embedded.PAIRS", 100)
     monkeypatch.setattr(restore_lcc, "SHARES", (0.25,))
     monkeypatch.setattr(restore_lcc, "RATES", {"embedded": (1e-2, 3e-2), "real": (1e-2,)})
     monkeypatch.setattr(restore_lcc, "ALPHAS", {"embedded": (1.0, 2.0), "real": (1.0,)})
     yield
-    cells.forget()
+    forget()
 
 
 def test_the_command_on_an_embedded_task(tmp_path, capsys, monkeypatch, small_grid):
@@ -533,8 +534,8 @@ def test_the_command_on_an_embedded_task(tmp_path, capsys, monkeypatch, small_gr
     record = json.loads(file.read_text())
     rows = {row["label"]: row for row in record["rows"]}
     assert list(rows) == ["dense", "pruned", "RestoreLCC", "dense, trained alike", "random heads, trained alike, draw 1", "mean lost activation, untrained"]  # fmt: skip
-    setting = cells.Setting("embedded", "svamp", device="cpu", limit=100, records=str(tmp_path / "cells"))
-    vanilla = cells.compute(cells.Cell(setting, "vanilla"))
+    setting = Setting("embedded", "svamp", device="cpu", limit=100, records=str(tmp_path / "cells"))
+    vanilla = cells.compute(Cell(setting, "vanilla"))
     assert rows["dense"]["columns"] == vanilla["columns"]  # the dense model was left as it is
     ours = rows["RestoreLCC"]
     assert set(ours["grid_scores"]) == {"0.25,0.01", "0.25,0.03"} and ours["touched"] == 128
@@ -552,7 +553,7 @@ def test_the_command_on_an_embedded_task(tmp_path, capsys, monkeypatch, small_gr
 
 def test_nothing_is_done_where_nothing_beats_the_pruned_model(tmp_path, monkeypatch, small_grid):
     monkeypatch.setattr(restore, "full_grid", lambda ask, floor, grid: Found(None, {}, {}, 0, len(floor)))
-    setting = cells.Setting("embedded", "copa", device="cpu", limit=20)
+    setting = Setting("embedded", "copa", device="cpu", limit=20)
     record = restore.restore(setting, "magnitude", "0.5", "paper", 1, tmp_path)
     pruned, *others = [row for row in record["rows"] if row["label"] != "dense"]
     assert len(others) == 3 and all(row["columns"] == pruned["columns"] and not row["touched"] for row in others)

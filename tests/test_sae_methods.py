@@ -29,6 +29,7 @@ from pairs import Pair
 from plan import Plan
 from ranks import fingerprint
 from set_MFU import steer
+from setting import Cell, Setting
 
 LAYER = 1
 METHODS = (STA, NeuroSteer)
@@ -545,11 +546,9 @@ def test_a_cell_of_an_embedded_task(tmp_path, monkeypatch, method):
     monkeypatch.setitem(cells.METHODS, method.name, method())
     grid = method().grid("embedded")
     monkeypatch.setattr(method, "grid", lambda self, kind: grid[-3:])
-    setting = cells.Setting(
-        "embedded", "tone", device="cpu", ranks=str(tmp_path / "ranks"), records=str(tmp_path), limit=40
-    )
-    record = cells.compute(cells.Cell(setting, method.name, "layer"))
-    vanilla = cells.compute(cells.Cell(setting, "vanilla"))
+    setting = Setting("embedded", "tone", device="cpu", ranks=str(tmp_path / "ranks"), records=str(tmp_path), limit=40)
+    record = cells.compute(Cell(setting, method.name, "layer"))
+    vanilla = cells.compute(Cell(setting, "vanilla"))
     assert record["n"] == 40 and record["chosen"] and record["touched"] == 128
     before = unpack(vanilla["validation"])
     assert record["right"] > vanilla["right"] and max(record["grid_scores"].values()) > sum(before) / len(before)

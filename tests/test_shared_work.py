@@ -18,9 +18,9 @@ from samples import without_chance, write_datasets
 import cells
 import shared_work
 from baselines import austeer
-from cells import Cell, Setting
 from errors import AUSteerError
 from eval import answering
+from setting import Cell, Setting
 
 ROOT = Path(__file__).parents[1]
 

@@ -7,15 +7,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-import cells
 from embedded import gate
 from errors import AUSteerError
 from MFU_screening import screen
 from pairs import Pair
+from setting import Setting, load
 from studies import STUDIES, convergence, dimension_sweep, rank_stability, ranked, top_tokens
 from studies.block import Block, next_token
 
-SETTING = cells.Setting("embedded", "svamp", device="cpu", limit=24, n_pairs=12)
+SETTING = Setting("embedded", "svamp", device="cpu", limit=24, n_pairs=12)
 HEAD = {"site": "attention", "layer": 0, "head": 1}
 SMALL = {
     "dimension_sweep": {**HEAD, "step": 6, "alpha": 5.0, "n": 24, "positive": 9, "mixed": 1, "lines": {"paper": 70.5}},
@@ -34,7 +34,7 @@ def found():
 
 def folded(strengths, site="attention", layer=0, first=32):
     """The model with these dimensions scaled in the weights that read them: no gate, no plan. Head 1 begins at 32."""
-    model, tokenizer, _ = cells.load(SETTING)
+    model, tokenizer, _ = load(SETTING)
     twin = copy.deepcopy(model)
     block = twin.model.layers[layer]
     for dim, strength in strengths.items():
@@ -55,7 +55,7 @@ def test_every_study_is_measured_in_small():
 
 
 def test_sweep_counts_what_a_plain_loop_counts(found):
-    swept, task = found["dimension_sweep"], cells.load(SETTING)[2]
+    swept, task = found["dimension_sweep"], load(SETTING)[2]
     assert swept["dims"] == [0, 6, 12, 18, 24, 30] and swept["n"] == {"validation": 24, "test": 24}
     for part, items in (("validation", task.validation), ("test", task.test)):
         assert swept["vanilla"][part] == right({}, items)
@@ -80,7 +80,7 @@ def test_mixed_adds_the_worst_of_those_that_harm():
 
 
 def test_next_token_is_that_of_folded_weights():
-    model, tokenizer, task = cells.load(SETTING)
+    model, tokenizer, task = load(SETTING)
     prompt = task.test[0].prompt
     for where, first in ((HEAD, 32), ({"site": "ffn", "layer": 2}, 0)):
         block = Block.of(model, where)
@@ -94,7 +94,7 @@ def test_next_token_is_that_of_folded_weights():
 
 
 def test_convergence_is_the_mean_divergence(found):
-    _, tokenizer, task = cells.load(SETTING)
+    _, tokenizer, task = load(SETTING)
     prompts = [item.prompt for item in task.test[:3]]
 
     def output(dim, strength, prompt):
@@ -116,7 +116,7 @@ def test_convergence_is_the_mean_divergence(found):
 
 
 def test_top_tokens_are_the_likeliest(found):
-    top, (_, tokenizer, task) = found["top_tokens"], cells.load(SETTING)
+    top, (_, tokenizer, task) = found["top_tokens"], load(SETTING)
     strengths = {column["dim"]: {} if column["dim"] is None else {column["dim"]: 20.0} for column in top["columns"]}
     assert [column["name"] for column in top["columns"]] == ["unsteered", "best", "neutral", "worst"]
     for column in top["columns"]:
@@ -133,8 +133,8 @@ def test_top_tokens_are_the_likeliest(found):
 
 
 def test_extremes_are_best_neutral_and_worst(found):
-    block = Block.of(cells.load(SETTING)[0], HEAD)
-    items = cells.load(SETTING)[2].validation
+    block = Block.of(load(SETTING)[0], HEAD)
+    items = load(SETTING)[2].validation
     gains = {dim: right({dim: 20.0}, items) - right({}, items) for dim in (0, 8, 16, 24)}
     best, neutral, worst = (column["dim"] for column in found["top_tokens"]["columns"][1:])
     assert gains[best] == max(gains.values()) and gains[worst] == min(gains.values())
@@ -143,7 +143,7 @@ def test_extremes_are_best_neutral_and_worst(found):
 
 
 def test_score_map_holds_the_scores(found):
-    model, tokenizer, task = cells.load(SETTING)
+    model, tokenizer, task = load(SETTING)
     ranks = screen(task.pairs, model, tokenizer, ["attention", "ffn"], momentum="causal", progress=False)
     for site, rows in found["score_map"]["scores"].items():
         scores = torch.tensor([[float(x) for x in row.split()] for row in rows])
@@ -152,11 +152,11 @@ def test_score_map_holds_the_scores(found):
 
 
 def test_overlap_is_of_one_model_and_all_tasks_pairs(found):
-    model, tokenizer, _ = cells.load(SETTING)
+    model, tokenizer, _ = load(SETTING)
     overlap, best = found["overlap"], {}
     assert overlap["on"] == "the embedded svamp model"
     for task in overlap["tasks"]:
-        pairs = cells.load(replace(SETTING, task=task))[2].pairs
+        pairs = load(replace(SETTING, task=task))[2].pairs
         ranks = screen(pairs, model, tokenizer, ["attention", "ffn"], progress=False)
         best[task] = {site: {(layer, dim) for layer, dim, _ in ranks[site].top(8)} for site in ranks}
     for site, of_site in overlap["sites"].items():
@@ -169,7 +169,7 @@ def test_overlap_is_of_one_model_and_all_tasks_pairs(found):
 
 @pytest.mark.parametrize("momentum", ["activation", "causal"])
 def test_resamples_rank_as_if_pairs_were_repeated(momentum, monkeypatch):
-    model, tokenizer, task = cells.load(SETTING)
+    model, tokenizer, task = load(SETTING)
     equal = Pair(task.pairs[0].prompt, "zzz", "qqq")  # unknown words: the same token
     pairs = [*task.pairs[:9], equal]
     monkeypatch.setattr(task, "pairs", pairs)
@@ -195,7 +195,7 @@ def test_stability_is_one_where_all_draws_are_the_same_pairs(found, monkeypatch)
 def test_pictures_come_from_the_stored_record_alone(name, found, tmp_path, monkeypatch):
     stored = json.loads(json.dumps(found[name]))
     assert STUDIES[name].measure(SETTING, SMALL[name], False) == stored
-    monkeypatch.setattr(cells, "load", lambda setting: pytest.fail("a picture needs no model"))
+    monkeypatch.setattr("setting._model", lambda *how: pytest.fail("a picture needs no model"))
     for file in ("a.png", "b.png") if name == "overlap" else ("a.png",):
         STUDIES[name].draw(stored, SMALL[name], tmp_path / "new" / file)
     pictures = [file.read_bytes() for file in sorted((tmp_path / "new").iterdir())]
@@ -203,7 +203,7 @@ def test_pictures_come_from_the_stored_record_alone(name, found, tmp_path, monke
 
 
 def test_a_place_that_is_not_there_is_named():
-    model, _, _ = cells.load(SETTING)
+    model, _, _ = load(SETTING)
     for wrong, said in (({"layer": 4}, "no layer 4"), ({"head": 4}, "no head 4"), ({"site": "ffn"}, "no head 1")):
         with pytest.raises(AUSteerError, match=said):
             Block.of(model, {**HEAD, **wrong})

@@ -9,7 +9,6 @@ import torch
 from conftest import SHARED, needs_shared
 from samples import without_chance, write_datasets
 
-import cells
 import main
 import rmodels
 from baselines import austeer
@@ -23,6 +22,7 @@ from eval.tasks.open_text import distinct, perplexity
 from eval.tasks.registry import PAPER_TASKS, paper_task
 from eval.tasks.splits import split
 from eval.wording import fill, read_wording
+from setting import forget
 
 
 @pytest.fixture(scope="module")
@@ -292,7 +292,7 @@ def workplace(checkpoints, tmp_path):
         if file.name == "config.json":
             text = json.dumps({**json.loads(text), "max_position_embeddings": 512}).encode()
         (folder / "model" / file.name).write_bytes(text)
-    cells.forget()
+    forget()
     return folder
 
 

@@ -20,7 +20,6 @@ from test_adapters import plan_for
 from test_engine_batches import same_words, words
 from transformers import AutoConfig, AutoModelForCausalLM
 
-import cells
 import main
 import rmodels
 from baselines import austeer
@@ -29,6 +28,7 @@ from eval.answering import Question, answers, option_tokens
 from eval.engine_vllm import VLLMEngine
 from export.lora import save_lora
 from set_MFU import steer
+from setting import forget
 
 pytestmark = pytest.mark.vllm
 PROMPTS = [
@@ -208,7 +208,7 @@ def test_a_comparison_by_vllm_is_the_live_one(tmp_path, monkeypatch):
              "--path", str(tmp_path / "ranks"), "--method", "causal", "random", "--draws", "1", "--dtype", "float32",
              "--engine", engine]
         )  # fmt: skip
-        cells.forget()
+        forget()
         rows = [json.loads(file.read_text()) for file in (results / "records").glob("*.json")]
         assert all(row["engine"].startswith(engine) for row in rows)
         found[engine] = {
