@@ -10,17 +10,25 @@ from pairs import Pair
 
 
 def general_pairs(pairs: Sequence[Pair], encoder: str | None) -> tuple[list[Pair], str]:
-    """Of pairs their prompts and right answers, with wrong answers out of the pool of right ones; and how."""
-    similarity, answers = Similarity(encoder), [pair.positive for pair in pairs]
-    found = [Pair(pair.prompt, pair.positive, answers[other])
-             for pair, other in zip(pairs, different(similarity, answers), strict=True) if other is not None]  # fmt: skip
+    """Of pairs their prompts and right answers, with wrong answers out of the pool of right ones; and how. Where one
+    answer is right for all, as a refusal is in detoxification, the task's wrong ones are in the pool, too."""
+    similarity, pool, how = Similarity(encoder), [pair.positive for pair in pairs], "the most similar other answer"
+    if len(set(map(_words, pool))) == 1:
+        pool, how = pool + [pair.negative for pair in pairs], f"{how}, right ones being one"
+    wrong = different(similarity, pool)[: len(pairs)]
+    found = [Pair(pair.prompt, pair.positive, pool[other])
+             for pair, other in zip(pairs, wrong, strict=True) if other is not None]  # fmt: skip
     if not found:
-        raise AUSteerError("all right answers are the same: the general recipe finds no wrong one in the pool")
-    return found, f"the most similar other answer, by {similarity.name}"
+        raise AUSteerError("all answers are the same: the general recipe finds no wrong one in the pool")
+    return found, f"{how}, by {similarity.name}"
 
 
 def different(similarity: Similarity, answers: Sequence[str]) -> list[int | None]:
     """Of each answer the most similar one in other words; white space and case are no words."""
     codes: dict[str, int] = {}
-    same = [codes.setdefault(" ".join(text.lower().split()), len(codes)) for text in answers]
+    same = [codes.setdefault(_words(text), len(codes)) for text in answers]
     return similarity.nearest_different(answers, same, 0.0)
+
+
+def _words(text: str) -> str:
+    return " ".join(text.lower().split())

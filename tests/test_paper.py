@@ -352,8 +352,8 @@ def test_dry_run_of_the_papers_scale(tmp_path):
     data = write_datasets(tmp_path / "data", train=120)
     run.main(["--scale", "paper", "--dry-run", "--data-dir", str(data), "--results", str(tmp_path)])
     manifest = Manifest.read(tmp_path / "paper-dry-run")
-    # one refusal is every right answer of detoxification; an SAE of the real model fits no tiny one
-    allowed = ("all right answers are the same", "its wrong answers", "the SAE", "cannot load")
+    # an SAE of the real model fits no tiny one
+    allowed = ("its wrong answers", "the SAE", "cannot load")
     text = (tmp_path / "paper-dry-run" / "report.md").read_text()
     assert "DRY RUN" in text and "difference" not in text
     assert all(why.startswith(allowed) for why in manifest.failed.values()), manifest.failed

@@ -15,6 +15,7 @@ from baselines import austeer
 from errors import AUSteerError
 from eval import records, similar
 from eval.answer_file import Answer, AnswerFile
+from eval.general_pairs import general_pairs
 from eval.numbers import robust_number
 from eval.rows import KEYS
 from eval.similar import TFIDF, Similarity
@@ -22,6 +23,7 @@ from eval.tasks.open_text import distinct, perplexity
 from eval.tasks.registry import PAPER_TASKS, paper_task
 from eval.tasks.splits import split
 from eval.wording import fill, read_wording
+from pairs import Pair
 from setting import forget
 
 
@@ -144,6 +146,27 @@ def test_nearest_in_small_chunks(monkeypatch):
     assert Similarity(TFIDF).nearest_different(texts, [len(t) for t in texts], 0.0) == whole
     assert Similarity(TFIDF).nearest_different(["a", "b"], [1, 1], 0.0) == [None, None]
     assert Similarity(TFIDF).nearest_different(["a", "b"], [1, float("nan")], 0.0) == [None, None]
+
+
+def test_the_general_recipe_takes_the_most_similar_other_answer():
+    pairs = [
+        Pair("a", "a red hat", "x"),
+        Pair("b", "A  red hat", "y"),
+        Pair("c", "a red cup", "z"),
+        Pair("d", "snow", "w"),
+    ]
+    found, how = general_pairs(pairs, TFIDF)
+    assert [pair.negative for pair in found[:3]] == ["a red cup", "a red cup", "a red hat"] and len(found) == 4
+    assert [pair.prompt for pair in found] == list("abcd") and how.endswith(TFIDF)
+    one = [
+        Pair("a", "I refuse", "you are bad"),
+        Pair("b", "i refuse", "I refuse nothing"),
+        Pair("c", "I refuse", "mud"),
+    ]
+    found, how = general_pairs(one, TFIDF)
+    assert [pair.negative for pair in found] == ["I refuse nothing"] * 3 and "right ones being one" in how
+    with pytest.raises(AUSteerError, match="all answers are the same"):
+        general_pairs([Pair("a", "no", "No")] * 2, TFIDF)
 
 
 @pytest.mark.parametrize("name", PAPER_TASKS)
