@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 SHAPE = dict(
-    hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=16, num_key_value_heads=2, head_dim=8,
+    hidden_size=64, intermediate_size=192, num_hidden_layers=3, num_attention_heads=16, num_key_value_heads=2, head_dim=8,
     vocab_size=320, max_position_embeddings=4096, bos_token_id=1, pad_token_id=0, initializer_range=0.2,
     eos_token_id=[2, *range(3, 320, 4)],  # one token in four: what is random would not end by itself
 )  # fmt: skip
