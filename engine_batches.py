@@ -27,7 +27,9 @@ LIVE = "live"
 ENGINES = (LIVE, "vllm")
 SLOTS = 16  # adapters that run at once; more take turns
 LEAST_RANK = 16  # so that the unsteered cells' engine takes most grids, too
-ADAPTER_FILES = ("engine_batches.py", "eval/engine_vllm.py", "export/adapter.py", "export/lora.py")
+ADAPTER_FILES = (
+    "engine_batches.py", "eval/engine_vllm.py", "export/adapter.py", "export/checkpoint.py", "export/lora.py"
+)  # fmt: skip
 
 
 def engine_name(engine: str) -> str:

@@ -157,9 +157,7 @@ class Steering:
         self.rows = len(plans) if rowwise else None
         self.sites = sorted({site for plan in real for site in plan.sites})
         device = model.get_input_embeddings().weight.device
-        self._not_finite = torch.zeros((), dtype=torch.bool, device=device)
-        # a tensor: what is compiled or captured counts, too
-        self._steered = torch.zeros((), dtype=torch.int64, device=device)
+        self._not_finite, self._steered = _state(torch.bool, device), _state(torch.int64, device)
         self._planned = [row for row, plan in enumerate(plans) if plan is not None]
         self._scope: Tensor | None = None  # which positions of the forward under way are steered; None: all
         self._aus = 0
@@ -300,6 +298,15 @@ def steer(
     finally:
         steering.clear()
     steering.check()
+
+
+def _state(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A number that forwards change in place: a tensor, so that what is compiled or captured does it, too."""
+    with torch.inference_mode(False):  # a later forward may run in another mode
+        state = torch.zeros((), dtype=dtype, device=device)
+    # otherwise CUDA graphs of torch.compile are skipped where the hook is compiled by itself (a compiled base model)
+    torch._dynamo.mark_static_address(state)
+    return state
 
 
 def _gate_rows(plans: list[Plan | None], kind: str, gate, rowwise: bool) -> Tensor | None:

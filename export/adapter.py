@@ -10,26 +10,21 @@ Nothing here loads a model: its shape is built without memory, and of its checkp
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 from operator import add
 from pathlib import Path
 
-import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedModel
-from transformers.utils import cached_file
+from transformers import PreTrainedModel
 
 from errors import AUSteerError
-from export.checkpoint import new_folder
+from export.checkpoint import Checkpoint, local_folder, new_folder, without_weights
 from plan import Plan
 from ranks import check_made_for, public_name
-from rmodels import AUGate, family
-
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+from rmodels import AUGate
 
 
 @dataclass
@@ -51,15 +46,8 @@ def compose(plans: Plan | Sequence[Plan]) -> Plan:
 
 
 def open_model(source: str | Path | PreTrainedModel) -> PreTrainedModel:
-    """A loaded model as it is; of a checkpoint the patched model without its weights, which takes no memory."""
-    if isinstance(source, PreTrainedModel):
-        return source
-    try:
-        config = AutoConfig.from_pretrained(str(source), trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise AUSteerError(f"cannot read the config of {source}: {str(error).splitlines()[0]}") from error
-    with torch.device("meta"):
-        return family(config.model_type)(config)
+    """A loaded model as it is; of a checkpoint the patched model without its weights."""
+    return source if isinstance(source, PreTrainedModel) else without_weights(source)
 
 
 def touched(model: PreTrainedModel, plan: Plan, kind: str) -> dict[str, Touched]:
@@ -104,58 +92,22 @@ def touched(model: PreTrainedModel, plan: Plan, kind: str) -> dict[str, Touched]
     return found
 
 
-class Weights:
-    """Single rows and columns of a checkpoint's matrices, or of a loaded model's (of a 4- or 8-bit one as it computes)."""
+def weight_reader(source: str | Path | PreTrainedModel) -> Callable[[str], Tensor]:
+    """The matrix of a module by its name: a view into a checkpoint's file, or what a loaded (4-, 8-bit) model computes with."""
+    if isinstance(source, PreTrainedModel):
+        return partial(_in_memory, source)
+    checkpoint = Checkpoint(local_folder(source))
+    return lambda module: checkpoint.read(f"{module}.weight")
 
-    def __init__(self, source: str | Path | PreTrainedModel):
-        self.model = source if isinstance(source, PreTrainedModel) else None
-        if self.model is None:
-            self.name = str(source)
-            index = self._file(INDEX)
-            self.shards = json.loads(index.read_text())["weight_map"] if index else None
 
-    def columns(self, module: str, dims: Sequence[int]) -> Tensor:
-        return self._read(module, lambda weight: torch.cat([weight[:, dim : dim + 1] for dim in dims], 1))
+def _in_memory(model: PreTrainedModel, module: str) -> Tensor:
+    # on demand: it imports bitsandbytes, which takes a second and has things to say
+    from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 
-    def rows(self, module: str, dims: Sequence[int]) -> Tensor:
-        return self._read(module, lambda weight: torch.cat([weight[dim : dim + 1] for dim in dims]))
-
-    def whole(self, module: str) -> Tensor:
-        return self._read(module, lambda weight: weight[:])
-
-    def _read(self, module: str, part) -> Tensor:
-        if self.model is not None:
-            # on demand: it imports bitsandbytes, which takes a second and has things to say
-            from transformers.integrations.bitsandbytes import dequantize_bnb_weight
-
-            linear = self.model.get_submodule(module)
-            if linear.weight.is_meta:
-                raise AUSteerError(f"{module} is offloaded; name the checkpoint instead of the loaded model")
-            return part(dequantize_bnb_weight(linear.weight, getattr(linear, "state", None)).detach()).float().cpu()
-        key = f"{module}.weight"
-        if self.shards is not None and key not in self.shards:
-            raise AUSteerError(
-                f"{self.name} has no {key}: quantised checkpoints and renamed weights cannot be exported"
-            )
-        path = self._file(self.shards[key] if self.shards else WEIGHTS)
-        if path is None:
-            raise AUSteerError(f"{self.name} has no {WEIGHTS}; only safetensors checkpoints are read")
-        try:
-            with safe_open(path, framework="pt") as file:
-                if key not in file.keys():  # noqa: SIM118 - not a dict
-                    raise AUSteerError(
-                        f"{self.name} has no {key}: quantised checkpoints and renamed weights cannot be exported"
-                    )
-                return part(file.get_slice(key)).float()
-        except (OSError, SafetensorError) as error:
-            raise AUSteerError(f"cannot read {path}: {error}") from error
-
-    def _file(self, name: str) -> Path | None:
-        try:
-            found = cached_file(self.name, name, _raise_exceptions_for_missing_entries=False)
-        except OSError as error:
-            raise AUSteerError(f"cannot read {name} of {self.name}: {str(error).splitlines()[0]}") from error
-        return Path(found) if found else None
+    linear = model.get_submodule(module)
+    if linear.weight.is_meta:
+        raise AUSteerError(f"{module} is offloaded; name the checkpoint instead of the loaded model")
+    return dequantize_bnb_weight(linear.weight, getattr(linear, "state", None)).detach()
 
 
 def write_adapter(

@@ -1,7 +1,7 @@
 """A checkpoint folder as it lies on disk: tensors are found by name, read and overwritten one at a time.
 
-Nothing is loaded whole. A new checkpoint is a copy of the files in which single tensors are then overwritten in place:
-its layout stays, so undoing restores the very files.
+The one reader for folding and for adapters. Nothing is loaded whole. A new checkpoint is a copy of the files in which
+single tensors are then overwritten in place: its layout stays, so undoing restores the very files.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import safetensors
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedModel
 
 import rmodels
 from errors import AUSteerError
@@ -32,6 +33,7 @@ from ranks import check_made_for, hash_weights
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"  # in transformers' order of preference
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 BESIDE = ("*.json", "*.txt", "*.jinja", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*")  # what goes with weights
+SECOND_COPY = "consolidated*"  # of all weights, which Mistral's repositories have for other readers
 CHUNK = 1 << 24
 
 
@@ -40,10 +42,21 @@ def local_folder(name_or_path: str | Path) -> Path:
     if Path(name_or_path).is_dir():
         return Path(name_or_path)
     try:
-        return Path(snapshot_download(str(name_or_path), allow_patterns=["*.safetensors", *BESIDE]))
+        wanted = ["*.safetensors", *BESIDE]
+        return Path(snapshot_download(str(name_or_path), allow_patterns=wanted, ignore_patterns=SECOND_COPY))
     except (OSError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise AUSteerError(f"{name_or_path} is no folder, and the hub did not give it ({reason})") from error
+
+
+def without_weights(name_or_path: str | Path) -> PreTrainedModel:
+    """The patched model of a checkpoint, which so takes no memory."""
+    try:
+        config = AutoConfig.from_pretrained(str(name_or_path), trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise AUSteerError(f"cannot read the config of {name_or_path}: {str(error).splitlines()[0]}") from error
+    with torch.device("meta"):
+        return rmodels.family(config.model_type)(config)
 
 
 @contextmanager
@@ -95,12 +108,14 @@ class Checkpoint:
         return DTYPES[stored]
 
     def read(self, name: str) -> Tensor:
-        place, dtype = self.places[name], self.dtype(name)
-        with open(self.folder / place.file, "rb") as file:
-            file.seek(place.start)
-            data = bytearray(place.size)
-            file.readinto(data)
-        return torch.frombuffer(data, dtype=dtype).view(place.shape)
+        """A view into the file: what is not looked at is not read, and changes stay in memory (copy on write)."""
+        if name not in self.places:
+            raise AUSteerError(
+                f"{self.folder} lacks {name}; get the whole checkpoint (one with renamed weights cannot be exported)"
+            )
+        place = self.places[name]
+        data = np.memmap(self.folder / place.file, np.uint8, "c", place.start, (place.size,))
+        return torch.from_numpy(data).view(self.dtype(name)).view(place.shape)
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Over the old one, of the same shape and dtype."""
@@ -125,7 +140,7 @@ class Checkpoint:
 
     def check_plan(self, plan: Plan) -> None:
         """Refuse a plan made for another model: other shapes, another family, or other weights."""
-        skeleton = self._skeleton()
+        skeleton = without_weights(self.folder)
         check_made_for(skeleton, {site: plan.shape(site) for site in plan.sites}, plan.header, "this plan was")
         dtype = rmodels.DTYPES.get(plan.header.get("precision"))
         if dtype is None or not plan.header.get("fingerprint"):
@@ -137,23 +152,12 @@ class Checkpoint:
                 "export that model, or rank this one"
             )
 
-    def _skeleton(self) -> torch.nn.Module:
-        """The model without its weights."""
-        try:
-            config = AutoConfig.from_pretrained(str(self.folder), trust_remote_code=False)
-        except (OSError, ValueError) as error:
-            raise AUSteerError(f"{self.folder}: its config.json is of no model that transformers knows") from error
-        with torch.device("meta"):
-            return rmodels.family(config.model_type)(config)
-
     def _as_loaded(self, name: str) -> Tensor:
         """A tensor as transformers loads it: the head tied to the embedding, separate experts fused."""
         if name == "lm_head.weight" and self.config.get("tie_word_embeddings", name not in self.places):
             name = "model.embed_tokens.weight"
         fused = re.fullmatch(r"(.+\.experts)\.(down_proj|gate_up_proj)", name)
         if fused is None or name in self.places:
-            if name not in self.places:
-                raise AUSteerError(f"{self.folder} lacks {name}; get the whole checkpoint")
             return self.read(name)
         halves = ("down_proj",) if fused[2] == "down_proj" else ("gate_proj", "up_proj")
         count = sum(key.startswith(f"{fused[1]}.") and key.endswith("down_proj.weight") for key in self.places)

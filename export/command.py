@@ -36,20 +36,19 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _adapt(args: argparse.Namespace, plan: Plan) -> None:
-    folder = local_folder(args.model)
-    Checkpoint(folder).check_plan(plan)
+    Checkpoint(local_folder(args.model)).check_plan(plan)
     if args.lora:
         from export.lora import save_lora
 
-        print(save_lora(folder, plan, args.lora))
+        print(save_lora(args.model, plan, args.lora))
     elif args.ia3:
         from export.ia3 import save_ia3
 
-        print(f"{args.ia3}: IA3, {save_ia3(folder, plan, args.ia3)} modules")
+        print(f"{args.ia3}: IA3, {save_ia3(args.model, plan, args.ia3)} modules")
     else:
         from export.gguf_lora import save_gguf_lora
 
-        save_gguf_lora(folder, plan, args.gguf)
+        save_gguf_lora(args.model, plan, args.gguf)
         print(f"{args.gguf}: llama.cpp's --lora; the scale of a request is how strongly the plan acts, 1 as it is")
 
 

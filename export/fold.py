@@ -63,7 +63,7 @@ def unfold(folded: str | Path, back: str | Path) -> None:
                 raise AUSteerError(f"{source.folder / UNDO} is no undo file of this version")
             for key in tqdm([key for key in undo.keys() if key.startswith("at.")], desc="undo", unit="tensor"):  # noqa: SIM118
                 _, part, name = key.split(".", 2)
-                tensor = target.read(name)
+                tensor = target.read(name).clone()  # not a view into the file that is written next
                 index, old = undo.get_tensor(key).long(), undo.get_tensor(f"was.{part}.{name}")
                 target.write(name, tensor.index_copy_(DIMENSIONS[part], index, old))
             hashes = json.loads(undo.metadata()["sha256"])

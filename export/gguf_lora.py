@@ -16,7 +16,7 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from errors import AUSteerError
-from export.adapter import Weights, compose, open_model
+from export.adapter import compose, open_model
 from export.lora import lora_factors
 from plan import Plan
 
@@ -39,7 +39,7 @@ def save_gguf_lora(source: str | Path | PreTrainedModel, plans: Plan | Sequence[
         )
     if out.exists():
         raise AUSteerError(f"{out} exists already; remove it or choose another place")
-    made = lora_factors(model, Weights(source), plan)
+    made = lora_factors(model, source, plan)
     temporary = out.with_name(f".{out.name}.{os.getpid()}")
     writer = GGUFWriter(temporary, ARCHITECTURES[model.config.model_type])
     writer.add_type("adapter")

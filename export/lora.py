@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from errors import AUSteerError
-from export.adapter import Touched, Weights, compose, open_model, touched, write_adapter
+from export.adapter import Touched, compose, open_model, touched, weight_reader, write_adapter
 from plan import Plan
 from rmodels import sites
 
@@ -58,7 +58,7 @@ def max_lora_rank(rank: int) -> int:
 def save_lora(source: str | Path | PreTrainedModel, plans: Plan | Sequence[Plan], out: str | Path) -> Lora:
     """Write the plans, added up, as one adapter for a checkpoint or a loaded (perhaps 4- or 8-bit) model."""
     plan, model = compose(plans), open_model(source)
-    made = lora_factors(model, Weights(source), plan)
+    made = lora_factors(model, source, plan)
     ranks = {name: len(a) for name, (a, _) in made.items()}
     largest = max(ranks.values())
     # alpha equals rank everywhere, so PEFT's scaling alpha / rank is 1; the largest rank is the default of both, so
@@ -82,10 +82,12 @@ def save_lora(source: str | Path | PreTrainedModel, plans: Plan | Sequence[Plan]
     return Lora(Path(out), tuple(made), largest)
 
 
-def lora_factors(model: PreTrainedModel, weights: Weights, plan: Plan) -> dict[str, tuple[Tensor, Tensor]]:
+def lora_factors(
+    model: PreTrainedModel, source: str | Path | PreTrainedModel, plan: Plan
+) -> dict[str, tuple[Tensor, Tensor]]:
     """Per touched module A (rank, inputs) and B (outputs, rank), float32."""
-    made = {}
-    for name, module in touched(model, plan, "a LoRA").items():
+    modules = touched(model, plan, "a LoRA")
+    for name, module in modules.items():
         if "neuron" not in sites(model) and name.endswith("down_proj"):
             raise AUSteerError(
                 f"{name} is a dense layer of a family with experts, where readers of LoRA adapters look for experts "
@@ -93,17 +95,17 @@ def lora_factors(model: PreTrainedModel, weights: Weights, plan: Plan) -> dict[s
             )
         if module.outputs is not None and module.bias:
             raise AUSteerError(f"{name} has a bias, which a LoRA adapter cannot scale; use IA3, or fold the plan")
-        made[name] = _factors(name, module, weights)
-    return made
+    weight_of = weight_reader(source)  # may download: after the refusals
+    return {name: _factors(module, weight_of(name)) for name, module in modules.items()}
 
 
-def _factors(name: str, module: Touched, weights: Weights) -> tuple[Tensor, Tensor]:
+def _factors(module: Touched, weight: Tensor) -> tuple[Tensor, Tensor]:
     outputs, inputs = module.shape
     into = torch.zeros(inputs) if module.inputs is None else module.inputs
     out = torch.zeros(outputs) if module.outputs is None else module.outputs
     columns, rows = into.nonzero().flatten().tolist(), out.nonzero().flatten().tolist()
     if len(columns) + len(rows) > min(outputs, inputs):  # so many that the whole difference has the lower rank
-        weight = weights.whole(name)
+        weight = weight.float().cpu()
         difference = (1 + out)[:, None] * weight * (1 + into) - weight
         if outputs <= inputs:
             return difference, torch.eye(outputs)
@@ -111,8 +113,8 @@ def _factors(name: str, module: Touched, weights: Weights) -> tuple[Tensor, Tens
     a, b = torch.zeros(len(columns) + len(rows), inputs), torch.zeros(outputs, len(columns) + len(rows))
     if columns:
         a[range(len(columns)), columns] = into[columns]
-        b[:, : len(columns)] = weights.columns(name, columns)
+        b[:, : len(columns)] = weight[:, columns]
     if rows:  # of the W whose columns are scaled already: the two gates act one after the other
-        a[len(columns) :] = weights.rows(name, rows) * (1 + into)
+        a[len(columns) :] = weight[rows].float().cpu() * (1 + into)
         b[rows, range(len(columns), len(columns) + len(rows))] = out[rows]
     return a, b

@@ -2,16 +2,18 @@
 
 import itertools
 import json
+import shutil
 
 import pytest
 import torch
 from conftest import COMMON, FAMILIES, SPECIAL
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import rmodels
 from errors import AUSteerError
-from export.adapter import Weights, open_model
+from export.adapter import open_model
+from export.checkpoint import Checkpoint
 from export.ia3 import save_ia3
 from export.lora import lora_factors, max_lora_rank, save_lora
 from export.serve import main as serve
@@ -97,23 +99,41 @@ def test_lora_of_many_units_has_the_rank_of_the_matrix(llama, tmp_path):
     assert (live - changed_by_hand(llama, tmp_path / "all")(IDS).logits).abs().max() < 1e-4
 
 
-def test_only_the_touched_rows_are_read_from_the_right_shard(checkpoints, llama, tmp_path, monkeypatch):
-    import export.adapter
-
-    folder, opened = tmp_path / "sharded", []
+def test_only_touched_matrices_are_read_from_the_right_shard(checkpoints, llama, tmp_path, monkeypatch):
+    folder, asked, read = tmp_path / "sharded", [], Checkpoint.read
     AutoModelForCausalLM.from_pretrained(checkpoints["llama"], trust_remote_code=False).save_pretrained(
         folder, max_shard_size="100KB"
     )
     assert len(list(folder.glob("*.safetensors"))) > 1
     plan = Plan({"attention": torch.zeros(rmodels.site_shape(llama, "attention"))})
     plan.scales["attention"][2, 7] = 1.0
-    read = export.adapter.safe_open
-    monkeypatch.setattr(export.adapter, "safe_open", lambda path, **kw: opened.append(path) or read(path, **kw))
+    monkeypatch.setattr(Checkpoint, "read", lambda self, name: asked.append(name) or read(self, name))
     save_lora(folder, plan, tmp_path / "adapter")
-    assert len(opened) == 1
     b = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     name = "model.layers.2.self_attn.o_proj"
+    assert asked == [f"{name}.weight"]
     assert torch.equal(b[f"base_model.model.{name}.lora_B.weight"][:, 0], llama.get_submodule(name).weight[:, 7])
+
+
+def test_checkpoints_that_are_refused_leave_nothing(checkpoints, llama, tmp_path):
+    folder, plan = tmp_path / "source", plan_for(llama, ["attention"])
+    shutil.copytree(checkpoints["llama"], folder)
+    config = json.loads((folder / "config.json").read_text())
+    stored = load_file(folder / "model.safetensors")
+    name = "model.layers.0.self_attn.o_proj.weight"
+
+    def refused(message):
+        with pytest.raises(AUSteerError, match=message):
+            save_lora(folder, plan, tmp_path / "out")
+        assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "gptq"}}))
+    refused("is quantised")
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file({**stored, name: stored[name].double()}, folder / "model.safetensors")
+    refused("is stored as F64")
+    save_file({key: weight for key, weight in stored.items() if key != name}, folder / "model.safetensors")
+    refused(f"lacks {name}")
 
 
 def test_bfloat16(checkpoints, tmp_path):
@@ -141,7 +161,7 @@ def test_lora_of_a_quantized_model(tmp_path, bits):
         live = model(IDS).logits
     apart = {}
     for source in (model, tmp_path / "model"):
-        factors, hooks = lora_factors(open_model(source), Weights(source), plan), []
+        factors, hooks = lora_factors(open_model(source), source, plan), []
         for name, (a, b) in factors.items():
             hooks.append(
                 model.get_submodule(name).register_forward_hook(

@@ -1,11 +1,16 @@
 """From ranks to a plan to a steered model: selection, every variant, scopes, batches, and clearing."""
 
 import math
+from collections import Counter
 
 import pytest
 import torch
 import torch._dynamo.testing
 from conftest import PAIRS
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.modeling_outputs import BaseModelOutput
 
 import rmodels
 from errors import AUSteerError
@@ -350,3 +355,90 @@ def test_receipt_of_compiled_forwards(llama, ranks):
             compiled(IDS)
     torch.compiler.reset()
     assert steering.receipt() == {"aus": 5, "positions": 3 * IDS.numel()} and counter.frame_count == 1
+
+
+@pytest.mark.parametrize("part", ["hook", *(pytest.param(one, marks=pytest.mark.slow) for one in ("base", "model"))])
+def test_cuda_graphs_may_change_the_receipt_in_place(llama, ranks, part):
+    """torch.compile(mode="reduce-overhead") skips every graph that changes inputs at addresses not known to stay."""
+    stays = []
+
+    def look(graph, inputs):
+        known = torch._guards.TracingContext.get().fw_metadata
+        stays.extend(i in known.static_input_indices for i, info in enumerate(known.input_info) if info.mutates_data)
+        return make_boxed_func(graph.forward)
+
+    def compiled(function):
+        return torch.compile(function, fullgraph=True, backend=aot_autograd(fw_compiler=look))
+
+    states = BaseModelOutput(torch.ones(*IDS.shape, 48))
+    for _ in range(2):  # the second steering's numbers are other tensors
+        with torch.no_grad(), steer(llama, set_MFU(ranks, 3, 1.0)) as steering:
+            if part == "hook":
+                compiled(steering._note)(llama.model, (), states)
+            else:
+                compiled(llama if part == "model" else llama.model)(IDS, use_cache=False)
+    torch.compiler.reset()
+    assert stays and all(stays)
+    assert steering.receipt() == {"aus": 3, "positions": IDS.numel()}
+
+
+class Operators(TorchDispatchMode):
+    """The names of what a forward does on the device."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.overloadpacket.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_steered_forward_waits_for_no_value(llama, ranks):
+    """Beyond an idle one it does arithmetic only: a CUDA graph can capture it, and the CPU runs ahead of the GPU."""
+    plan = set_MFU(ranks, 7, 1.0)
+    plan = Plan(plan.scales, plan.scales)
+    with Operators() as idle:
+        llama(IDS)
+    for one in (plan, [plan, None]):
+        with steer(llama, one) as steering:
+            places = [state.data_ptr() for state in (steering._steered, steering._not_finite)]
+            with Operators() as steered:
+                llama(IDS)
+            assert places == [state.data_ptr() for state in (steering._steered, steering._not_finite)]
+        more = Counter(steered.names) - Counter(idle.names)
+        assert set(more) <= {"mul", "add", "view", "ne", "eq", "abs", "all", "bitwise_not", "logical_or_", "add_"}
+        assert more["add"] == 2 * sum(bool(row.any()) for row in plan.scales["ffn"])
+
+
+@pytest.mark.parametrize("made", [torch.inference_mode, torch.no_grad])
+def test_a_plan_outlives_the_mode_it_was_set_in(llama, ranks, made):
+    with made():
+        steering = apply(llama, set_MFU(ranks, 3, 1.0))
+    for mode in (torch.no_grad, torch.inference_mode, torch.enable_grad):
+        with mode():
+            llama(IDS)
+    clear(llama)
+    assert steering.receipt() == {"aus": 3, "positions": 3 * IDS.numel()}
+
+
+@pytest.mark.gpu
+def test_captured_and_replayed_graphs_steer_and_count(checkpoints, ranks):
+    model, ids = rmodels.load(checkpoints["llama"], dtype="float32", device="cuda"), IDS.cuda()
+    captured, counters = torch.cuda.CUDAGraph(), torch._dynamo.utils.counters["inductor"]
+    with torch.no_grad(), steer(model, set_MFU(ranks, 7, 1.0)) as steering:
+        wanted = model(ids, use_cache=False).logits.clone()  # warms up what may not be captured
+        with torch.cuda.graph(captured):
+            logits = model(ids, use_cache=False).logits
+        before = steering.receipt()["positions"]
+        for _ in range(3):
+            captured.replay()
+        assert torch.allclose(logits, wanted, atol=1e-3)
+        assert steering.receipt()["positions"] == before + 3 * ids.numel()
+        compiled = torch.compile(model, mode="reduce-overhead", fullgraph=True)
+        before, skipped = steering.receipt()["positions"], counters["cudagraph_skips"]
+        for _ in range(4):  # runs, records, replays
+            logits = compiled(ids, use_cache=False).logits
+        assert torch.allclose(logits, wanted, atol=1e-3) and counters["cudagraph_skips"] == skipped
+        assert steering.receipt()["positions"] == before + 4 * ids.numel()
+    torch.compiler.reset()
