@@ -177,7 +177,7 @@ def batches(encoded: Sequence[EncodedPair], size: int | None, tokens: int) -> li
 
 
 def _run(total: Momentum, todo: list[list[EncodedPair]], count: int, progress: bool) -> None:
-    with tqdm(total=count, desc="screening", unit=" pairs", disable=not progress) as bar:
+    with tqdm(total=count, desc="screening", unit=" pairs", disable=None if progress else True) as bar:
         queue = todo[::-1]
         while queue:
             batch = queue.pop()

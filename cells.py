@@ -56,8 +56,12 @@ def prepare(setting: Setting, todo: Sequence[Cell]) -> int:
         missing = [site for site in wanted if stored_ranks(setting, momentum, site) is None]
         if missing:
             start = time.perf_counter()
-            found = screen(task.pairs, model, tokenizer, missing, momentum=momentum, protocol=setting.protocol)
+            found = screen(
+                task.pairs, model, tokenizer, missing, momentum=momentum, protocol=setting.protocol,
+                progress=not setting.embedded,
+            )  # fmt: skip
             for site, ranks in found.items():
+                ranks.header["code"] = records.code_hash()
                 ranks.header["seconds"] = round((time.perf_counter() - start) / len(missing), 2)
                 if shared_work.is_first():
                     ranks.save(setting.ranks_folder(momentum) / f"{site}.safetensors")
@@ -86,7 +90,10 @@ def _prepared_once(setting: Setting, name: str, site: str) -> tuple[object, floa
     def ranks(momentum: str, at: str = site) -> AURanks:
         found = stored_ranks(setting, momentum, at)
         if found is None:
-            found = screen(task.pairs, model, tokenizer, [at], momentum=momentum, protocol=setting.protocol)[at]
+            found = screen(
+                task.pairs, model, tokenizer, [at], momentum=momentum, protocol=setting.protocol,
+                progress=not setting.embedded,
+            )[at]  # fmt: skip
         before.append(found.header.get("seconds"))
         return found
 
@@ -304,6 +311,7 @@ def _ranks_here(setting: Setting, momentum: str, site: str) -> AURanks | None:
         return None
     ranks = AURanks.load(file)
     wanted = {
+        "code": ranks.header.get("code") and records.code_hash(),  # those that come with the repository have none
         "fingerprint": fingerprint(model),
         "pairs_hash": pairs_hash(task.pairs),
         "momentum": momentum,

@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 import cells
+import workers
 from errors import AUSteerError, one_line
 from setting import UNSTEERED, Cell, Setting, asked_once, unsteered
 
@@ -29,7 +31,7 @@ def over_ray(todo: Sequence[Cell], address: str, jobs: int | None = None) -> Ite
     """Cells with their records as they come, {"failed": why} for one that could not be computed."""
     ray = _connect(address, jobs)
     try:
-        with tqdm(total=len(todo), desc="cells", unit="cell") as bar:
+        with tqdm(total=len(todo), desc="cells", unit="cell", disable=None) as bar:
             for cell, record in _computed(ray, todo):
                 bar.set_postfix_str(str(cell)[:40])
                 bar.update()
@@ -62,8 +64,14 @@ def _computed(ray, todo: Sequence[Cell]) -> Iterator[tuple[Cell, dict]]:
     on_gpu = ray.cluster_resources().get("GPU", 0) > 0 and all(cell.setting.device != "cpu" for cell in todo)
     # on a GPU every cell is a new process, so that the one before has surely left its memory
     needs = {"num_cpus": 1, **({"num_gpus": 1, "max_calls": 1} if on_gpu else {})}
-    prepare, attempt = (ray.remote(max_retries=RETRIES, **needs)(task) for task in (_prepare, _attempt))
+    look, prepare, attempt = (ray.remote(max_retries=RETRIES, **needs)(task) for task in (_known, _prepare, _attempt))
     folder = os.getcwd()
+    # what is there is looked for once a model, and not by every cell in a process of its own
+    for there in [look.remote(folder, mine) for mine in _by_model(todo)]:
+        with suppress(ray.exceptions.RayError):  # then its cells are attempted, and say why
+            found = ray.get(there)
+            yield from found.items()
+            todo = [cell for cell in todo if cell not in found]
     shared = {}  # what several settings share is computed once
 
     def computed_unsteered(cell: Cell):
@@ -89,6 +97,18 @@ def _computed(ray, todo: Sequence[Cell]) -> Iterator[tuple[Cell, dict]]:
         except ray.exceptions.RayError as error:
             record = {"failed": one_line(getattr(error, "cause", None) or error)}
         yield from ((cell, record) for cell in running.pop(done))
+
+
+def _by_model(todo: Sequence[Cell]) -> list[list[Cell]]:
+    found: dict[str, list[Cell]] = {}
+    for cell in todo:
+        found.setdefault(cell.setting.model, []).append(cell)
+    return list(found.values())
+
+
+def _known(folder: str, todo: Sequence[Cell]) -> dict[Cell, dict]:
+    _enter(folder)
+    return workers.known(cells.stored, todo)
 
 
 def _prepare(folder: str, setting: Setting, todo: Sequence[Cell]) -> dict:

@@ -28,16 +28,15 @@ def cores() -> int:
 
 
 def compute_all(todo: Sequence[Cell], jobs: int) -> dict[Cell, dict]:
-    """The record of every cell, {"failed": why} for one that could not be computed. Unsteered ones first: the others
-    build on them."""
+    """The record of every cell, {"failed": why} for one that could not be computed."""
     found = known(cells.stored, todo)
-    return found | compute_missing([cell for cell in todo if cell not in found], jobs)
+    return found | dict(compute_missing([cell for cell in todo if cell not in found], jobs))
 
 
-def compute_missing(todo: Sequence[Cell], jobs: int) -> dict[Cell, dict]:
-    unsteered = [cell for cell in todo if cell.method in UNSTEERED]
-    found = attempt_all(cells.attempt, unsteered, jobs, "unsteered")
-    return found | attempt_all(cells.attempt, [cell for cell in todo if cell not in found], jobs, "steered")
+def compute_missing(todo: Sequence[Cell], jobs: int) -> Iterator[tuple[Cell, dict]]:
+    """Unsteered ones first: the others build on them."""
+    yield from attempted(cells.attempt, [cell for cell in todo if cell.method in UNSTEERED], jobs, "unsteered")
+    yield from attempted(cells.attempt, [cell for cell in todo if cell.method not in UNSTEERED], jobs, "steered")
 
 
 def known(stored: Callable[[Job], dict | None], todo: Sequence[Job]) -> dict[Job, dict]:
@@ -52,20 +51,18 @@ def known(stored: Callable[[Job], dict | None], todo: Sequence[Job]) -> dict[Job
     return found
 
 
-def attempt_all(attempt: Callable[[Job], dict], todo: Sequence[Job], jobs: int, what: str) -> dict[Job, dict]:
-    found: dict[Job, dict] = {}
+def attempted(attempt: Callable[[Job], dict], todo: Sequence[Job], jobs: int, what: str) -> Iterator[tuple[Job, dict]]:
+    """Jobs and their records, as they are made."""
     on_terminal = sys.stderr.isatty()
     with tqdm(total=len(todo), desc=what, unit="cell", disable=not todo or not on_terminal) as bar:
-        for job, record in _attempted(attempt, todo, jobs):
-            found[job] = record
+        for count, (job, record) in enumerate(_attempted(attempt, todo, jobs), start=1):
+            yield job, record
             bar.set_postfix_str(str(job)[:40])
             bar.update()
             if not on_terminal:  # a log is read by lines
                 print(
-                    f"{what} {len(found)}/{len(todo)} {str(job)[:100]} {record.get('failed', '')}".rstrip(),
-                    file=sys.stderr,
+                    f"{what} {count}/{len(todo)} {str(job)[:100]} {record.get('failed', '')}".rstrip(), file=sys.stderr
                 )
-    return found
 
 
 @contextmanager

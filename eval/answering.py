@@ -72,7 +72,7 @@ def answers(
         batches, answered = _by_model(model, tokenizer, prompts, question, batch_size, rows)
     todo = [batch for batch in batches if not all(i in found for i in batch)]
     with tqdm(total=len(prompts), initial=len(prompts) - sum(map(len, todo)), desc=progress, unit=" samples",
-              disable=progress is None or not shared_work.is_first(), smoothing=0.1) as bar:  # fmt: skip
+              disable=True if progress is None or not shared_work.is_first() else None, smoothing=0.1) as bar:  # fmt: skip
         mine = answered(shared_work.share(todo), bar)
         for batch, new in shared_work.merged((batch, [[a.text, a.options] for a in made]) for batch, made in mine):
             both = zip(batch, new, strict=True)

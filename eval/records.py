@@ -14,7 +14,10 @@ import subprocess
 from collections.abc import Sequence
 from functools import cache
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
+
+import torch
 
 ROOT = Path(__file__).parents[1]
 # a change of these files is another question
@@ -26,6 +29,8 @@ METHOD_FILES = (
     *(str(file.relative_to(ROOT)) for folder in ("rmodels", "baselines", "eval/tasks", "studies") for file in sorted((ROOT / folder).glob("*.py"))),
     *(str(file.relative_to(ROOT)) for file in sorted((ROOT / "embedded" / "sae_weights").glob("*.safetensors"))),
 )  # fmt: skip
+
+LIBRARIES = ("torch", "transformers", "numpy", "accelerate", "bitsandbytes", "vllm")
 
 
 def record_id(question: dict) -> str:
@@ -42,7 +47,7 @@ def find(folder: Path, question: dict) -> dict | None:
 def write(folder: Path, question: dict, result: dict) -> dict:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{record_id(question)}.json"
-    record = {"id": path.stem, **question, **result, "environment": environment()}
+    record = {"id": path.stem, **question, **result, "code": code_hash(), "environment": environment()}
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(json.dumps(record, indent=1) + "\n")
     os.replace(temporary, path)
@@ -83,12 +88,35 @@ def code_hash() -> str:
     return digest.hexdigest()
 
 
+def is_current(record: dict) -> bool:
+    """Made by the code as it is now."""
+    return record.get("code") == code_hash()
+
+
 @cache
 def environment() -> dict:
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    """What a number may depend on, and a time does."""
+    found = {name: version(name) for name in LIBRARIES if find_spec(name)}
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     return {
         "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "transformers", "numpy")},
-        "machine": platform.machine(),
-        "commit": commit or "not a git checkout",
+        **found,
+        "cuda": torch.version.cuda,
+        "machine": " + ".join(gpus) or _cpu(),
+        "commit": _git("rev-parse", "HEAD") or "not a git checkout",
+        "changed": bool(_git("status", "--porcelain", "--untracked-files=no")),
     }
+
+
+def _git(*arguments: str) -> str:
+    return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+
+
+def _cpu() -> str:
+    info = Path("/proc/cpuinfo")
+    names = (
+        [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        if info.exists()
+        else []
+    )
+    return f"{len(names)} x {names[0]}" if names else platform.machine()

@@ -11,8 +11,9 @@ from time import perf_counter
 import torch
 
 from cells import grid
-from paper.manifest import NAME, Manifest
-from paper.specs import Spec, models
+from eval.records import is_current
+from paper.manifest import Manifest
+from paper.specs import Panel, Spec, models
 from setting import UNSTEERED, Cell
 
 TEST = {"boolq": 3270, "copa": 500, "winogrande": 1267, "svamp": 300, "mawps": 355, "toxicity": 1199, "bpo": 200}
@@ -30,35 +31,41 @@ VALIDATION, RANKING = 400, 1000
 ASKED = {"grid": 1.0, "racing": 0.25, "sample": 0.25, "test": 1.0}  # share of the grid's item-runs
 AT_ONCE = 16  # answers decoded together
 USED = 0.4  # of the measured rates, as a guess
-EMBEDDED_CELL = 2.0  # seconds of one core
+EMBEDDED_CELL, EMBEDDED_PANEL, EMBEDDED_TRAINING = 2.0, 10.0, 840.0  # seconds of one core
+WHOLE_BLOCKS = 30  # other plans of a sweep: the whole block, combinations, and what ITI and SADI try
+WIDTH = {True: 128, False: 4096}  # dimensions of a head, or of an ffn
 
 
-def text(found: Sequence[Spec], folder: Path) -> str:
-    manifest = Manifest.read(folder) if (folder / NAME).exists() else Manifest(folder, "")
-    counted, left = [], {}
+def text(found: Sequence[Spec], manifest: Manifest) -> str:
+    counted, left, undrawn = [], {}, []
     for spec in found:
         its = dict.fromkeys(cell for entry in spec.entries for cell in entry.cells)
         there = {
             cell
             for entry in spec.entries
-            if manifest.records(spec.name, entry.block, entry.row, entry.column)
+            if _all_current(manifest.records(spec.name, entry.block, entry.row, entry.column))
             for cell in entry.cells
         }
-        drawn = sum(manifest.panel(spec.name, panel.name) is not None for panel in spec.panels)
-        counted.append((spec, len(its) + len(spec.panels), len(there) + drawn))
+        missing = [panel for panel in spec.panels if not _all_current([manifest.panel(spec.name, panel.name)])]
+        counted.append((spec, len(its) + len(spec.panels), len(there) + len(spec.panels) - len(missing)))
         left |= dict.fromkeys(cell for cell in its if cell not in there)
+        undrawn += missing
     lines = [f"{'':<12}{'cells':>7}{'done':>7}  "]
     for spec, count, ready in counted:
         what = f"read off {spec.source}" if spec.source else f"{len(spec.blocks or spec.panels)} blocks"
         lines.append(f"{spec.name:<12}{count:>7}{ready:>7}  {spec.title} ({what})")
     lines += [
         "",
-        f"{len(left)} different cells are left (one that several tables share is computed once); figures' own measurements "
-        "are not counted in what follows",
+        f"{len(left)} different cells are left (one that several tables share is computed once), and {len(undrawn)} "
+        "measurements of figures",
         "",
     ]
     lines += [*_cells(found), ""]
-    return "\n".join(lines + _needs(list(left)))
+    return "\n".join(lines + _needs(list(left), undrawn))
+
+
+def _all_current(records: Sequence[dict | None]) -> bool:
+    return bool(records) and all(record is not None and is_current(record) for record in records)
 
 
 def _cells(found: Sequence[Spec]) -> list[str]:
@@ -76,13 +83,15 @@ def _cells(found: Sequence[Spec]) -> list[str]:
     return lines
 
 
-def _needs(todo: Sequence[Cell]) -> list[str]:
+def _needs(todo: Sequence[Cell], undrawn: Sequence[Panel]) -> list[str]:
     """Memory and time, by model."""
-    if not todo:
-        return ["nothing is left but what is read off records, and figures"]
-    if all(cell.setting.embedded for cell in todo):
-        minutes = len(todo) * EMBEDDED_CELL / 60
-        return [f"about {minutes:.0f} core-minutes, training not counted; no GPU; under 2 GB of memory a process"]
+    if not todo and not undrawn:
+        return ["nothing is left"]
+    if all(one.setting.embedded for one in (*todo, *undrawn)):
+        untrained = {c.setting.checkpoint for c in todo if not (Path(c.setting.checkpoint) / "record.json").exists()}
+        seconds = len(todo) * EMBEDDED_CELL + len(undrawn) * EMBEDDED_PANEL + len(untrained) * EMBEDDED_TRAINING
+        trained = f", {len(untrained)} model to train among them" if untrained else ""
+        return [f"about {seconds / 60:.0f} core-minutes{trained}; no GPU; under 2 GB of memory a process"]
     known = {model["hub"]: (name, model) for name, model in models().items()}
     rate, bandwidth = _rates()
     lines = [
@@ -90,15 +99,18 @@ def _needs(todo: Sequence[Cell]) -> list[str]:
         f"{USED:.0%} of both are assumed to be reached, and {AT_ONCE} answers at once)",
         f"{'model':<28}{'cells':>6}{'memory':>10}{'hours':>9}",
     ]
-    for hub, count in Counter(cell.setting.model for cell in todo).items():
+    for hub in dict.fromkeys(one.setting.model for one in (*todo, *undrawn)):
         if hub not in known:
             continue  # an embedded model, or a tiny one of a dry run
         name, model = known[hub]
         size = model["parameters"] * model["bits"] / 8
         mine = [cell for cell in todo if cell.setting.model == hub]
-        hours = sum(_seconds(cell, model, rate, bandwidth) for cell in dict.fromkeys(map(_alike, mine))) / 3600
-        hours *= len(mine) / len(dict.fromkeys(map(_alike, mine)))
-        lines.append(f"{name:<28}{count:>6}{1.2 * size / 1e9:>7.0f} GB{hours:>9.1f}")
+        seconds = sum(
+            count * _seconds(cell, model, rate, bandwidth) for cell, count in Counter(map(_alike, mine)).items()
+        )
+        seconds += sum(_panel_seconds(panel, model, rate) for panel in undrawn if panel.setting.model == hub)
+        hours = seconds / 3600
+        lines.append(f"{name:<28}{len(mine):>6}{1.2 * size / 1e9:>7.0f} GB{hours:>9.1f}")
     lines.append("memory: the weights and a fifth more for activations and the cache, as a rule of thumb")
     return lines
 
@@ -121,6 +133,24 @@ def _seconds(cell: Cell, model: dict, rate: float, bandwidth: float) -> float:
     reading = model["parameters"] * model["bits"] / 8 * items / AT_ONCE * tokens
     ranking = 0 if cell.method in UNSTEERED else 2 * model["active"] * RANKING * PROMPT[task]
     return ((arithmetic + ranking) / rate + reading / bandwidth) / USED
+
+
+def _panel_seconds(panel: Panel, model: dict, rate: float) -> float:
+    """Prompts alone: the tasks of the sweeps answer in a token."""
+    params, task = panel.params, panel.setting.task
+    width = WIDTH[params.get("head") is not None]
+    dims = len(params.get("dims") or range(0, width, params.get("step", width)))
+    causal = 3 if params.get("momentum") == "causal" else 1  # a backward pass is two forward ones
+    runs = {
+        "dimension_sweep": lambda: (dims + WHOLE_BLOCKS) * (params["n"] + min(params["n"], VALIDATION)),
+        "convergence": lambda: dims * len(params["strengths"]) * params["prompts"],
+        "top_tokens": lambda: dims * params["n"],
+        "score_map": lambda: 2 * RANKING * causal,
+        "overlap": lambda: 2 * RANKING * causal * len(params["tasks"]),
+        "rank_stability": lambda: 2 * RANKING * 4,
+        "overhead": lambda: params["items"] * params["trials"] * 4 + 2 * RANKING * 3,
+    }[panel.study]()
+    return 2 * model["active"] * runs * PROMPT[task] / rate / USED
 
 
 def _rates() -> tuple[float, float]:

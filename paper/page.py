@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import re
+from collections import Counter
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -55,13 +56,18 @@ def _pictures(spec: Spec, manifest: Manifest) -> list[tuple[str, Path]]:
 
 
 def _environment(manifest: Manifest) -> str:
-    found = {}
-    for id in manifest.ids:
-        record = manifest.record(id)
-        if record is not None:
-            known = {key: value for key, value in record["environment"].items() if key != "commit"}
-            found.setdefault(", ".join(f"{key} {value}" for key, value in known.items()) + f", {record['device']}", 0)
-    return "; ".join(sorted(found)) or "nothing was run"
+    """Where the numbers were made, by which commits of this repository."""
+    found: dict[str, Counter] = {}
+    for record in filter(None, map(manifest.record, manifest.ids)):
+        known = dict(record["environment"])
+        commit = known.pop("commit")[:10] + (" and changes" if known.pop("changed", False) else "")
+        where = ", ".join(f"{key} {value}" for key, value in known.items() if value)
+        found.setdefault(f"{where}, {record['device']}", Counter())[commit] += 1
+    commits = {
+        where: ", ".join(f"{count} by {commit}" for commit, count in sorted(counts.items()))
+        for where, counts in found.items()
+    }
+    return "; ".join(f"{where}; records: {commits[where]}" for where in sorted(found)) or "nothing was run"
 
 
 def _head(manifest: Manifest) -> str:

@@ -13,13 +13,13 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import nullcontext, redirect_stderr
+from itertools import chain
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 import cells
@@ -32,9 +32,10 @@ from embedded import train as recipe_of
 from engine_batches import ENGINES, LIVE
 from errors import AUSteerError, one_line, run_command
 from paper import outlook, page, panels, specs
+from paper.account import Account
 from paper.dry_run import tiny_checkpoints
 from paper.manifest import Manifest, bundle
-from paper.specs import Panel, Spec
+from paper.specs import Spec
 from setting import EMBEDDED, UNSTEERED, Cell, Setting, unsteered
 
 RECIPES = {"wide": ["--recipe", "wide"]}  # embedded models that are not shipped, by name: how they are trained
@@ -59,8 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     found = read(_names(args.only), _names(args.models))
     if not found:
         raise AUSteerError(f"nothing of that is in scale {args.scale}")
+    manifest = Manifest.begun(folder, args.scale, how, args.dry_run)
     if args.plan:
-        print(outlook.text(found, folder))
+        print(outlook.text(found, manifest))
         return None
     alone = args.engine == LIVE and shared_work.alone()  # an engine fills the machine by itself
     jobs = (args.jobs or (workers.cores() if args.scale == "embedded" else 1)) if alone else 1
@@ -70,7 +72,6 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     there = {spec.name for spec in found}
     sources = [spec.source for spec in found if spec.source and spec.source not in there]
     everything = [*found, *(read(sources, _names(args.models)) if sources else [])]
-    manifest = Manifest.begun(folder, args.scale, how, args.dry_run)
     failed = compute(everything, manifest, jobs, args.ray, args.jobs)
     if not shared_work.is_first():
         return 1 if failed else None
@@ -101,8 +102,7 @@ def _check(args: argparse.Namespace) -> None:
 def compute(
     found: Sequence[Spec], manifest: Manifest, jobs: int, ray: str | None = None, on_ray: int | None = None
 ) -> dict[str, str]:
-    """Everything that is missing, one model after another; the manifest says after each what is there. Returns what
-    failed, and why."""
+    """Everything that is missing, one model after another. Returns what failed, and why."""
     todo = list(dict.fromkeys(cell for spec in found for entry in spec.entries for cell in entry.cells))
     asked = [panel for spec in found for panel in spec.panels]
     models = list(dict.fromkeys([*(cell.setting.model for cell in todo), *(panel.setting.model for panel in asked)]))
@@ -112,22 +112,24 @@ def compute(
         stages = [now, set(models) - now]
     else:
         stages = [{model} for model in models]
-    records: dict[Cell, dict] = {}
-    drawn: dict[Panel, dict] = {}
-    failed: dict[str, str] = {}
+    account = Account(found, manifest)
     with workers.beside(train, list(untrained.values())) if untrained and jobs > 1 else nullcontext([]) as training:
         for stage in stages:
             waited = _trained(training, untrained.values(), stage)
-            cells_ = [cell for cell in todo if cell.setting.model in stage]
+            mine = [cell for cell in todo if cell.setting.model in stage]
             if waited:
-                records |= {cell: {"failed": waited} for cell in cells_}
+                made = ((cell, {"failed": waited}) for cell in mine)
             else:
-                records |= dict(over_ray(cells_, ray, on_ray)) if ray else _ranked_and_computed(cells_, jobs)
-            mine = [panel for panel in asked if panel.setting.model in stage]
-            drawn |= workers.known(panels.stored, mine)
-            drawn |= workers.attempt_all(panels.attempt, [one for one in mine if one not in drawn], jobs, "figures")
-            failed |= _note(found, manifest, records, drawn)
-    return failed
+                made = over_ray(mine, ray, on_ray) if ray else _ranked_and_computed(mine, jobs)
+            for cell, record in made:
+                account.cell(cell, record)
+            pictures = [panel for panel in asked if panel.setting.model in stage]
+            known = workers.known(panels.stored, pictures)
+            missing = [panel for panel in pictures if panel not in known]
+            for panel, record in chain(known.items(), workers.attempted(panels.attempt, missing, jobs, "figures")):
+                account.panel(panel, record)
+            account.write()
+    return account.failed
 
 
 def _trained(training: Sequence[Future], untrained: Iterable[Setting], stage: set[str]) -> str:
@@ -136,49 +138,26 @@ def _trained(training: Sequence[Future], untrained: Iterable[Setting], stage: se
         mine = [setting for setting in untrained if setting.model in stage]
         if mine and not training:
             shared_work.of_first(lambda: [train(setting) for setting in mine])
-        for one in tqdm(training if mine else [], desc="training, once: a quarter of an hour each", unit="model"):
+        if any(not one.done() for one in training if mine):
+            print(f"waiting for the training of {', '.join(sorted(stage))}", file=sys.stderr)
+        for one in training if mine else []:
             one.result()
     except Exception as error:
         return f"its model could not be trained: {one_line(error)}"
     return ""
 
 
-def _note(
-    found: Sequence[Spec], manifest: Manifest, records: dict[Cell, dict], drawn: dict[Panel, dict]
-) -> dict[str, str]:
-    """Puts into the manifest what is there by now. Returns what failed."""
-    failed = {}
-    for spec in found:
-        for entry in spec.entries:
-            if not all(cell in records for cell in entry.cells):
-                continue
-            key, made = f"{entry.block}|{entry.row}|{entry.column}", [records[cell] for cell in entry.cells]
-            whys = [record["failed"] for record in made if "failed" in record]
-            manifest.entries.setdefault(spec.name, {})[key] = [] if whys else [record["id"] for record in made]
-            manifest.failed.pop(f"{spec.name}|{key}", None)
-            failed |= {f"{spec.name}|{key}": why for why in whys[:1]}
-        for panel in spec.panels:
-            if panel in drawn:
-                key = f"{spec.name}|{panel.name}|panel|{panel.name}"
-                manifest.failed.pop(key, None)
-                if "failed" in drawn[panel]:
-                    failed[key] = drawn[panel]["failed"]
-                else:
-                    manifest.panels.setdefault(spec.name, {})[panel.name] = drawn[panel]["id"]
-    manifest.failed |= failed
-    if shared_work.is_first():
-        manifest.write()
-    return failed
-
-
-def _ranked_and_computed(todo: Sequence[Cell], jobs: int) -> dict[Cell, dict]:
+def _ranked_and_computed(todo: Sequence[Cell], jobs: int) -> Iterator[tuple[Cell, dict]]:
     """Ranks first, once for all cells that share them; what cannot be ranked fails with that reason."""
     there = workers.known(cells.stored, todo)
+    yield from there.items()
     todo = [cell for cell in todo if cell not in there]
-    shared = by_pairs(todo)
-    made = workers.attempt_all(rank, [(setting, tuple(mine)) for setting, mine in shared.items()], jobs, "ranking")
-    failed = {cell: told for (_, mine), told in made.items() if "failed" in told for cell in mine}
-    return there | failed | workers.compute_missing([cell for cell in todo if cell not in failed], jobs)
+    shared = [(setting, tuple(mine)) for setting, mine in by_pairs(todo).items()]
+    failed = {}
+    for (_, mine), told in workers.attempted(rank, shared, jobs, "ranking"):
+        failed |= {cell: told for cell in mine if "failed" in told}
+    yield from failed.items()
+    yield from workers.compute_missing([cell for cell in todo if cell not in failed], jobs)
 
 
 def by_pairs(todo: Sequence[Cell]) -> dict[Setting, list[Cell]]:

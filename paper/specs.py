@@ -1,9 +1,10 @@
 """The tables and figures as data: specs/*.json -> what has to be computed at a scale.
 
-A spec of kind `accuracy`, `lines` or `heatmap` has blocks x rows x columns; each entry is a cell, or several (draws of
-a control; sites of which the better on validation is shown). What a scale, a block, a row and a column say is laid over
-one another in this order and becomes a `setting.Setting` and a method. A spec of kind `study` has panels, each a
-measurement of `studies/`. Other kinds are read off the records of another spec. `printed` is what the paper prints.
+A spec of kind `accuracy`, `lines` or `heatmap` has blocks x rows x columns; its rows are its own and, by `with`, groups
+that many tables have (rows.json). Each entry is a cell, or several (draws of a control; sites of which the better on
+validation is shown). What a scale, a block, a row and a column say is laid over one another in this order and becomes a
+`setting.Setting` and a method. A spec of kind `study` has panels, each a measurement of `studies/`. Other kinds are read
+off the records of another spec. `printed` is what the paper prints.
 """
 
 from __future__ import annotations
@@ -85,7 +86,7 @@ def names() -> list[str]:
         kind, number = re.fullmatch(r"(table|figure|)(.*)", name).groups()
         return ("table", "figure", "").index(kind), int(number) if number.isdigit() else 0, name
 
-    return sorted((file.stem for file in FOLDER.glob("*.json") if file.stem != "models"), key=order)
+    return sorted((file.stem for file in FOLDER.glob("*.json") if file.stem not in ("models", "rows")), key=order)
 
 
 def models() -> dict[str, dict]:
@@ -115,7 +116,7 @@ def _read(name: str, scale: str, of_models: Sequence[str], instead: dict[str, st
     blocks = {key: block for key, block in here.get("blocks", {}).items() if _wanted(key, block, of_models)}
     if here.get("blocks") and not blocks:
         return None
-    rows = {key: row for key, row in data.get("rows", {}).items() if scale in row.get("only", SCALES)}
+    rows = {key: row for key, row in _rows(data).items() if scale in row.get("only", SCALES)}
     columns, base = here.get("columns", {}), {**shared, **here.get("base", {})}
     base |= {key: value for key, value in shared.items() if key == "limit" and value is not None}
     entries = []
@@ -142,6 +143,18 @@ def _read(name: str, scale: str, of_models: Sequence[str], instead: dict[str, st
         name, scale, data["title"], data["kind"], data["says"], blocks, rows, columns, here.get("averages", {}),
         tuple(entries), panels, data.get("source", ""), {**data.get("show", {}), **here.get("show", {})}, printed,
     )  # fmt: skip
+
+
+def _rows(data: dict) -> dict[str, dict]:
+    """Its own, and groups of rows that many tables have (rows.json), but those it has under a name of its own."""
+    own, groups = data.get("rows", {}), json.loads((FOLDER / "rows.json").read_text())
+    asked = [_asked(row) for row in own.values()]
+    more = {key: row for name in data.get("with", ()) for key, row in groups[name].items() if _asked(row) not in asked}
+    return own | more
+
+
+def _asked(row: dict) -> dict:
+    return {key: value for key, value in row.items() if key not in ("label", "ours")}
 
 
 def _wanted(name: str, block: dict, of_models: Sequence[str]) -> bool:

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 
+import cells
 from embedded.tasks import TASKS
 from errors import AUSteerError
 from eval import records
 from paper import outlook, page, run, specs, tables, trace
+from paper.account import Account
 from paper.manifest import Manifest, bundle
 from setting import Cell, Setting
 
@@ -95,7 +97,7 @@ def made_up(folder: Path, outcomes: dict[tuple[str, str], list[list[bool]]], **m
                 "id": id, "method": row, "site": None if row == "vanilla" else "ffn", "n": len(hits), "right": sum(hits),
                 "outcomes": records.pack(hits), "settings": {"k": 4, "alpha": 2.0}, "search": "grid", "device": "cpu", "extras": {},
                 "grid_scores": {"4,2": sum(hits) / len(hits)}, "grid_outcomes": {"4,2": records.pack(hits)},
-                "chosen": "4,2", "options": {}, "environment": {"torch": "2"},
+                "chosen": "4,2", "options": {}, "environment": {"torch": "2", "commit": "0123456789ab"},
             }  # fmt: skip
             (folder / "records").mkdir(parents=True, exist_ok=True)
             (folder / "records" / f"{id}.json").write_text(json.dumps(record))
@@ -259,8 +261,6 @@ def test_what_engines_cannot_serve_answers_itself():
 
 
 def test_a_failed_cell_is_said_and_the_rest_goes_on(tmp_path, capsys, monkeypatch):
-    import cells
-
     real = cells.compute
     monkeypatch.setattr(cells, "compute", lambda cell: 1 / 0 if cell.method == "published" else real(cell))
     read = specs.read
@@ -291,15 +291,72 @@ def test_runs_of_other_tables_add_to_the_report(tmp_path, monkeypatch):
         assert run.main(["--only", name, "--limit", "20", "--results", str(tmp_path), "--jobs", "1"]) is None
     text = (tmp_path / "embedded" / "report.md").read_text()
     assert "## Table 3" in text and "## Table 13" in text
-    assert f"{'table3':<12}{1:>7}{1:>7}" in outlook.text(specs.read("embedded", limit=20), tmp_path / "embedded")
+    assert f"{'table3':<12}{1:>7}{1:>7}" in outlook.text(
+        specs.read("embedded", limit=20), Manifest.read(tmp_path / "embedded")
+    )
     assert run.main(["--only", "table13", "--limit", "10", "--results", str(tmp_path), "--jobs", "1"]) is None
     assert "## Table 3" not in (tmp_path / "embedded" / "report.md").read_text(), "of another number of items"
 
 
 def test_plan_loads_nothing_and_lists_every_cell(tmp_path):
-    text = outlook.text(specs.read("paper"), tmp_path)
+    text = outlook.text(specs.read("paper"), Manifest(tmp_path, "paper"))
     assert "table10 | qwen3-30b-a3b | austeer | boolq copa winogrande | 6 cells" in text
     assert "llama3.3-70b-instruct-4bit" in text and "42 GB" in text
+
+
+def test_plan_counts_what_is_there_and_current(tmp_path, monkeypatch, capsys):
+    """Records of another way to ask, or of other code, are not done."""
+    from paper import account
+
+    into = {"records": str(tmp_path / "embedded" / "records"), "ranks": str(tmp_path / "ranks"), "limit": 20}
+    fewer = [replace(spec, entries=spec.entries[:2]) for spec in specs.read("embedded", ["table3"], **into)]
+    monkeypatch.setattr(specs, "read", lambda *args, **shared: fewer)
+    monkeypatch.setattr(account, "EVERY", 0.0)
+    computed, real = [], cells.compute
+
+    def killed_at_the_second(cell):
+        computed.append(cell)
+        if len(computed) == 2:
+            raise KeyboardInterrupt
+        return real(cell)
+
+    monkeypatch.setattr(cells, "compute", killed_at_the_second)
+    small = ["--only", "table3", "--results", str(tmp_path), "--jobs", "1", "--limit", "20"]
+    with pytest.raises(KeyboardInterrupt):
+        run.main(small)
+
+    def planned(*arguments):
+        capsys.readouterr()
+        run.main([*arguments, "--plan"])
+        return next(line for line in capsys.readouterr().out.splitlines() if line.startswith("table3")).split()[1:3]
+
+    assert planned(*small) == ["2", "1"], "noted as it went"
+    assert planned(*small[:-2]) == ["2", "0"], "of all items, not of 20"
+    monkeypatch.setattr(records, "code_hash", lambda: "other code")
+    assert planned(*small) == ["2", "0"]
+
+
+def test_a_figure_that_fails_now_is_not_the_one_of_before(tmp_path):
+    (spec,) = specs.read("embedded", ["figure4"])
+    manifest = Manifest(tmp_path, "embedded", panels={"figure4": {"embedded": "old"}})
+    account = Account([spec], manifest)
+    account.panel(spec.panels[0], {"failed": "no room"})
+    account.write()
+    assert manifest.panel("figure4", "embedded") is None
+    assert manifest.why_missing("figure4", "embedded", "panel", "embedded") == "no room"
+    account.panel(spec.panels[0], {"id": "new"})
+    account.write()
+    assert manifest.panels["figure4"] == {"embedded": "new"} and not manifest.failed
+
+
+def test_shared_rows_stand_in_every_accuracy_table():
+    for scale in specs.SCALES:
+        for spec in specs.read(scale, [f"table{n}" for n in (1, 3, 4, 5, 7, 10, 13)]):
+            methods = {cell.method for entry in spec.entries for cell in entry.cells}
+            assert {"causal", "causal-both", "sign-aware", "causal-fdr", "causal-greedy", "causal-predicted"} <= methods
+            assert {"random", "flipped", "prompt-only"} <= methods, spec.name
+            asked = [json.dumps(specs._asked(row), sort_keys=True) for row in spec.rows.values()]
+            assert len(asked) == len(set(asked)), "one thing under two names"
 
 
 @pytest.mark.parametrize(

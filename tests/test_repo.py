@@ -117,7 +117,7 @@ ALLOWED = {  # module -> what of this project it may import: data flows one way
         "set_MFU",
         "shared_work",
     },
-    "cluster": {"cells", "errors", "setting"},
+    "cluster": {"cells", "errors", "setting", "workers"},
 }
 
 
