@@ -1,10 +1,10 @@
 """Causal AUSteer, ranked again as it goes: a slope is true where it was taken, and steering moves on.
 
     Repeat: rank by |t_i| of c = d log sigmoid(M) / d g_i, with those already steered at 1 + alpha sign t;
-    steer the best of the others too, up to 1, 4, 16, 64, ... AUs in all
+    steer the best of the others too, up to 4, 16, 64, ... AUs in all
 
-The path depends on alpha and not on k, which cuts it. Cost: one pass of causal screening, and for each alpha log4(k) more,
-rounded up: `passes` in the plan's header. Those come with the first plan of an alpha, not with `prepare`.
+The path depends on alpha and not on k, which cuts it. Cost: one pass of causal screening, and for each alpha log4(k) - 1
+more, rounded up: `passes` in the plan's header. Those come with the first plan of an alpha, not with `prepare`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from plan import Plan
 from ranks import AURanks
 from set_MFU import set_MFU, steer
 
-GROWTH = 4  # how many times as many AUs are steered after a round
+GROWTH = 4  # AUs in the first round, and how many times as many after every other
 
 
 @dataclass
@@ -60,7 +60,7 @@ class CausalGreedy(Causal):
         while len(path.units) < k:
             self._go_on(path, prepared, alpha)
         plan = set_MFU(path.ranks(prepared.ranks), k, alpha)
-        plan.header["passes"] = 1 + sum(GROWTH**rounds < k for rounds in range(k.bit_length()))
+        plan.header["passes"] = 1 + sum(GROWTH**rounds < k for rounds in range(1, k.bit_length()))
         return plan
 
     def _go_on(self, path: Path, prepared: Greedy, alpha: float) -> None:
@@ -72,6 +72,6 @@ class CausalGreedy(Causal):
                     momentum=self.momentum, progress=False,
                 )[evidence.site]  # fmt: skip
         steered = set(path.units)
-        others = [unit for unit in ranks.order.tolist() if unit not in steered][: (GROWTH - 1) * len(path.units) or 1]
+        others = [unit for unit in ranks.order.tolist() if unit not in steered][: (GROWTH - 1) * len(path.units) or GROWTH]
         path.units += others
         path.directions += ranks.gain.flatten()[others].tolist()
