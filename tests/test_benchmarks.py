@@ -22,6 +22,13 @@ def benchmark(monkeypatch):
     return importlib.import_module
 
 
+@pytest.fixture
+def steering(benchmark, llama, monkeypatch):
+    """In the vocabulary of the tiny model."""
+    monkeypatch.setattr(benchmark("decoding"), "VOCABULARY", llama.config.vocab_size)
+    return benchmark("steering")
+
+
 def test_figures_are_shown_and_kept(benchmark, tmp_path, capsys):
     figures = benchmark("figures")
     found = {"ratio": 1 / 3, "a longer name": "1.2", "threads": 1}
@@ -35,10 +42,8 @@ def test_figures_are_shown_and_kept(benchmark, tmp_path, capsys):
     )
 
 
-def test_ways_to_steer_agree_and_are_timed(benchmark, llama, tmp_path, monkeypatch):
+def test_ways_to_steer_agree_and_are_timed(steering, llama, tmp_path, monkeypatch):
     """The folded checkpoint among them: upstream's class, and nothing but what was folded in memory of its own."""
-    steering, decoding = benchmark("steering"), benchmark("decoding")
-    monkeypatch.setattr(decoding, "VOCABULARY", llama.config.vocab_size)
     monkeypatch.setattr(steering, "BATCHES", (1, 2))
     monkeypatch.setattr(steering, "TURNS", {1: 3, 2: 3})
     made, way = {}, steering.way
@@ -65,10 +70,8 @@ def test_the_table_has_every_way_that_was_measured(benchmark):
     assert row in benchmark("steering_report").table(figures).splitlines()
 
 
-def test_memory_of_the_folded_checkpoint_is_that_of_loading_it(benchmark, llama, tmp_path, monkeypatch, capsys):
-    steering, decoding = benchmark("steering"), benchmark("decoding")
+def test_memory_of_the_folded_checkpoint_is_that_of_loading_it(steering, llama, tmp_path, monkeypatch, capsys):
     steering.way(steering.FOLDED, llama, tmp_path)
-    monkeypatch.setattr(decoding, "VOCABULARY", llama.config.vocab_size)
     monkeypatch.setattr(steering, "build", lambda: pytest.fail("nothing else is loaded"))
     steering.print_peak(steering.FOLDED, tmp_path)
     assert float(capsys.readouterr().out) >= 0
