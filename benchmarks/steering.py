@@ -4,10 +4,10 @@
     python benchmarks/steering.py [--out FILE.json] [--picture FILE.png]
 
 A random Llama (hidden 512, 8 layers, as in core.py), one thread, CPU time. Decoding: ways to steer by the same 100 AUs take
-turns token by token with upstream's own unpatched model, on the same weights; "folded checkpoint" is one that export/fold.py
-wrote and upstream's transformers loaded. Growth: screening with the number
-of layers, width and pairs; live steering with k. Matrix products: those of screening alone, in its very shapes, as a share
-of its time. Memory: the peak of a process that decodes. Peers: benchmarks/peers.py.
+turns token by token with upstream's own unpatched model, on the same weights; "folded checkpoint" is one that
+export/fold.py wrote and upstream's transformers loaded. Growth: screening with the number of layers, width and pairs; live
+steering with k. Matrix products: those of screening alone, in its very shapes, as a share of its time. Memory: the peak of
+a process that decodes. Peers: benchmarks/peers.py.
 """
 
 from __future__ import annotations
