@@ -11,12 +11,12 @@ products alone, in the shapes of the plain way for one token and in the shapes o
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 from pathlib import Path
 
 import torch
 from core import VOCABULARY, best_of, build
+from figures import keep, show
 
 from eval.answering import Question, answers
 
@@ -106,10 +106,8 @@ def main() -> None:
         f"{NEW} tokens, matmul floor at batch {BATCH} / plain": long[0] / long[2],
         "threads": args.threads, "torch": torch.__version__, "machine": platform.machine(),
     }  # fmt: skip
-    for name, value in result.items():
-        print(f"{name:<50} {value:.2f}" if isinstance(value, float) else f"{name:<50} {value}")
-    if args.out:
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
+    show(result)
+    keep(result, args.out)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ head, every activation kept. "floor" is the matrix products of the plain way alo
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import statistics
 import subprocess
@@ -21,6 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
+from figures import keep
 from transformers import LlamaConfig
 
 import rmodels
@@ -145,7 +145,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--out", help="also write the figures here, as JSON")
+    parser.add_argument("--out", type=Path, help="also write the figures here, as JSON")
     parser.add_argument("--memory", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -184,8 +184,7 @@ def main() -> None:
         "memory above the loaded model: "
         + ", ".join(f"{mb:.0f} MB at {n} pairs" for n, mb in figures["memory_mb"].items())
     )
-    if args.out:
-        Path(args.out).write_text(json.dumps(figures, indent=1) + "\n")
+    keep(figures, args.out)
 
 
 def build_upstream(model):

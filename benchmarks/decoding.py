@@ -72,6 +72,15 @@ def shared(model: nn.Module, but: str | None = None) -> nn.Module:
     return copy.deepcopy(model, kept)
 
 
+@torch.no_grad()
+def on_weights_of(model: nn.Module, other: nn.Module) -> nn.Module:
+    """The other, with its weights that are bit-equal to the model's in the model's memory, for the same reason."""
+    known = model.state_dict()
+    equal = {name: known[name] for name, weight in other.state_dict().items() if torch.equal(known[name], weight)}
+    other.load_state_dict(equal, strict=False, assign=True)
+    return other
+
+
 def sparse_plan(site: str, shape: tuple[int, int], k: int = 100) -> Plan:
     """k random AUs, doubled."""
     scale = torch.zeros(shape)

@@ -4,15 +4,20 @@
 
 A random Llama (hidden 512, 8 layers, as in core.py); 64 requests of 32 prompt and 32 new tokens, all at once, under 0,
 1, 16 or 64 distinct plans of 25 AUs at the attention site (as dense as 100 over 32 layers). "lora off" is the same
-model in an engine that was started without adapters: what a server that never steers would give. On a CPU, seconds are
-of CPU time on one thread, which others on the machine do not lengthen.
+model in an engine that was started without adapters: what a server that never steers would give.
+
+256 distinct plans are asked by as many requests, against 256 unsteered ones in the same engine, in two ways. vLLM never
+runs more plans at once than it has slots (max_loras); requests of further plans wait, and a plan whose slot is taken over
+stays in CPU memory (max_cpu_loras). "over 64 slots" is the engine of the 64 requests, as a server would be started: at
+any time 64 run, and plans take over slots. "at once" has 256 slots in an engine that runs 256 requests together.
+
+On a CPU, seconds are of CPU time on one thread, which others on the machine do not lengthen.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
-import json
 import os
 import platform
 import sys
@@ -27,13 +32,16 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")  # GiB
 
 import torch
 from core import VOCABULARY, build
+from figures import keep, show
 
 import rmodels
 from export.lora import max_lora_rank, save_lora
 from plan import Plan
 
-REQUESTS, PROMPT, NEW, UNITS = 64, 32, 32, 25
+REQUESTS, MANY = 64, 256
+PROMPT, NEW, UNITS = 32, 32, 25
 DISTINCT = (1, 16, 64)
+UNSTEERED = "unsteered"
 
 
 def plans(model, count: int) -> list[Plan]:
@@ -46,33 +54,76 @@ def plans(model, count: int) -> list[Plan]:
     return made
 
 
-def start(path: Path, args, **lora):
-    from vllm import LLM
-
-    return LLM(
-        str(path), dtype=args.dtype, skip_tokenizer_init=True, max_model_len=PROMPT + NEW + 1, max_num_seqs=REQUESTS,
-        enable_prefix_caching=False, trust_remote_code=False, **lora,
-    )  # fmt: skip
+def requests_under(plans: list, count: int) -> list:
+    """As many requests, each under one of the plans in turn; no plan at all leaves them unsteered."""
+    return [plans[i % len(plans)] if plans else None for i in range(count)]
 
 
-def tokens_per_second(engine, settings: dict[str, list | None], repeats: int) -> dict[str, float]:
-    """By name of a setting, a list of adapters. They take turns, and the best of each counts."""
+def tokens_per_second(engine, settings: dict[str, list], repeats: int) -> dict[str, float]:
+    """By name of a setting, the plan of each request. They take turns, and the best of each counts."""
     from vllm import SamplingParams
 
-    generator = torch.Generator().manual_seed(1)
-    prompts = torch.randint(3, VOCABULARY, (REQUESTS, PROMPT), generator=generator).tolist()
-    asked = [{"prompt_token_ids": prompt} for prompt in prompts]
     greedy = SamplingParams(temperature=0, max_tokens=NEW, ignore_eos=True, detokenize=False)
     clock = time.perf_counter if torch.cuda.is_available() else time.process_time
-    best = dict.fromkeys(settings, float("inf"))
+    best, told = dict.fromkeys(settings, float("inf")), {}
     for turn in range(repeats + 1):  # in the first, adapters are loaded
-        for name, adapters in settings.items():
+        for name, plans in settings.items():
+            asked = [{"prompt_token_ids": prompt} for prompt in prompts(len(plans))]
             begin = clock()
-            outputs = engine.generate(asked, greedy, lora_request=adapters, use_tqdm=False)
+            outputs = engine.generate(asked, greedy, lora_request=plans, use_tqdm=False)
             if turn:
                 best[name] = min(best[name], clock() - begin)
-            assert all(len(output.outputs[0].token_ids) == NEW for output in outputs)
-    return {name: REQUESTS * NEW / seconds for name, seconds in best.items()}
+            told[name] = [list(output.outputs[0].token_ids) for output in outputs]
+            assert all(len(tokens) == NEW for tokens in told[name])
+    for name, plans in settings.items():  # vLLM ignores an adapter of modules that it does not know, silently
+        changed = sum(one != other for one, other in zip(told[name], told[UNSTEERED], strict=True))
+        assert (changed > len(plans) / 2) == any(plans), f"{name}: {changed} of {len(plans)} answers are changed"
+    return {name: len(plans) * NEW / best[name] for name, plans in settings.items()}
+
+
+def in_an_engine(path: Path, args, at_once: int, *groups: dict[str, list], **lora) -> list[dict[str, float]]:
+    """Tokens per second by the settings of every group. One engine at a time: the next one's state is this one's, too."""
+    from vllm import LLM
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    engine = LLM(
+        str(path), dtype=args.dtype, skip_tokenizer_init=True, max_model_len=PROMPT + NEW + 1, max_num_seqs=at_once,
+        enable_prefix_caching=False, trust_remote_code=False, **lora,
+    )  # fmt: skip
+    found = [tokens_per_second(engine, settings, args.repeats) for settings in groups]
+    del engine
+    gc.collect()
+    cleanup_dist_env_and_memory()
+    return found
+
+
+def prompts(count: int) -> list[list[int]]:
+    return torch.randint(3, VOCABULARY, (count, PROMPT), generator=torch.Generator().manual_seed(1)).tolist()
+
+
+def measure(path: Path, adapters: list, args) -> dict[str, float]:
+    from vllm.lora.request import LoRARequest
+
+    plans = [LoRARequest(str(i), i + 1, str(adapter.folder)) for i, adapter in enumerate(adapters)]
+    lora = {
+        "enable_lora": True, "max_cpu_loras": MANY, "lora_target_modules": adapters[0].targets,
+        "max_lora_rank": max_lora_rank(max(adapter.rank for adapter in adapters)),
+    }  # fmt: skip
+    few = {UNSTEERED: [], "unsteered again": []} | {f"{count} plans": plans[:count] for count in DISTINCT}
+    few = {name: requests_under(some, REQUESTS) for name, some in few.items()}
+    many = {UNSTEERED: requests_under([], MANY), "plans": requests_under(plans, MANY)}
+    [off] = in_an_engine(path, args, REQUESTS, {UNSTEERED: few[UNSTEERED]})
+    speed, over = in_an_engine(path, args, REQUESTS, few, many, max_loras=REQUESTS, **lora)
+    [at_once] = in_an_engine(path, args, MANY, many, max_loras=MANY, **lora)
+    unsteered = speed.pop(UNSTEERED)
+    return {
+        "unsteered, tokens/s": unsteered,
+        "lora off / unsteered": off[UNSTEERED] / unsteered,
+        **{f"{name} / unsteered": value / unsteered for name, value in speed.items()},
+        f"{MANY} plans over {REQUESTS} slots / unsteered": over["plans"] / over[UNSTEERED],
+        f"{MANY} plans at once / unsteered": at_once["plans"] / at_once[UNSTEERED],
+        f"{MANY} requests at once, unsteered, tokens/s": at_once[UNSTEERED],
+    }
 
 
 def main() -> None:
@@ -82,42 +133,21 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     import vllm
-    from vllm.distributed import cleanup_dist_env_and_memory
-    from vllm.lora.request import LoRARequest
 
     with tempfile.TemporaryDirectory() as folder:
         path, model = Path(folder) / "model", build()
         model.save_pretrained(path)
-        adapters = [save_lora(path, plan, Path(folder) / str(i)) for i, plan in enumerate(plans(model, max(DISTINCT)))]
-        rank = max(adapter.rank for adapter in adapters)
+        adapters = [save_lora(path, plan, Path(folder) / str(i)) for i, plan in enumerate(plans(model, MANY))]
         del model
-
-        engine = start(path, args)
-        off = tokens_per_second(engine, {"off": None}, args.repeats)["off"]
-        del engine
-        gc.collect()
-        cleanup_dist_env_and_memory()
-
-        engine = start(
-            path, args, enable_lora=True, max_loras=max(DISTINCT), max_lora_rank=max_lora_rank(rank),
-            lora_target_modules=adapters[0].targets,
-        )  # fmt: skip
-        requests = [LoRARequest(str(i), i + 1, str(adapter.folder)) for i, adapter in enumerate(adapters)]
-        settings = {"unsteered": None, "unsteered again": None}
-        settings |= {f"{count} plans": [requests[i % count] for i in range(REQUESTS)] for count in DISTINCT}
-        speed = tokens_per_second(engine, settings, args.repeats)
-    unsteered = speed.pop("unsteered")
-    result = {"unsteered, tokens/s": unsteered, "lora off / unsteered": off / unsteered}
-    result |= {f"{name} / unsteered": value / unsteered for name, value in speed.items()}
+        result = measure(path, adapters, args)
+    rank = max(adapter.rank for adapter in adapters)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
     result |= {
         "largest rank": rank, "max_lora_rank": max_lora_rank(rank), "dtype": args.dtype, "threads": torch.get_num_threads(),
         "vllm": vllm.__version__, "torch": torch.__version__, "machine": device,
     }  # fmt: skip
-    for name, value in result.items():
-        print(f"{name:<30} {value:.3f}" if isinstance(value, float) else f"{name:<30} {value}")
-    if args.out:
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
+    show(result)
+    keep(result, args.out)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ import transformers
 from answering import Tokens, prompts
 from core import pairs, screen_ours
 from decoding import sparse_plan
+from figures import keep
 from torch._dynamo.utils import counters
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticCache
 
@@ -260,8 +261,7 @@ def main() -> None:
         raise AUSteerError(f"{args.out.parent} is no folder")
     figures = measure(args.shape, rmodels.check_device(args.device), args.asked, args.screened)
     print(json.dumps(figures, indent=1))
-    if args.out:
-        args.out.write_text(json.dumps(figures, indent=1) + "\n")
+    keep(figures, args.out)
 
 
 if __name__ == "__main__":

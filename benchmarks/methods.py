@@ -21,6 +21,7 @@ from statistics import median
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
+from figures import keep, markdown
 from transformers.utils import logging as transformers_logging
 
 import rmodels
@@ -96,27 +97,22 @@ def in_own_process(name: str, task: str) -> dict:
 
 
 def table(rows: dict[str, dict]) -> str:
-    lines = [
-        "| method | site | prepare, s | memory, MB | time per token | touched | trains | foldable |",
-        "|---|---|--:|--:|--:|--:|---|---|",
-    ]
+    head = ["method", "site", "prepare, s", "memory, MB", "time per token", "touched", "trains", "foldable"]
+    yes, lines = {True: "yes", False: "no"}, []
     for name, row in rows.items():
         if "error" in row:
-            lines.append(f"| {name} | {row['error']} | | | | | | |")
+            lines.append([name, row["error"]])
             continue
-        yes = {True: "yes", False: "no"}
-        lines.append(
-            f"| {name} | {row['site']} | {row['prepare_s']:.1f} | {row['memory_mb']:.0f} | {row['time_per_token']:.2f} | "
-            f"{row['touched']} | {yes[row['trains']]} | {yes[row['foldable']]} |"
-        )
-    return "\n".join(lines)
+        costs = [f"{row['prepare_s']:.1f}", f"{row['memory_mb']:.0f}", f"{row['time_per_token']:.2f}"]
+        lines.append([name, row["site"], *costs, str(row["touched"]), yes[row["trains"]], yes[row["foldable"]]])
+    return markdown(head, lines, words=2)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", default="svamp", help="of the embedded models (default: %(default)s)")
     parser.add_argument("--method", nargs="+", default=list(METHODS), choices=METHODS, metavar="NAME")
-    parser.add_argument("--out", help="also write the figures here, as JSON")
+    parser.add_argument("--out", type=Path, help="also write the figures here, as JSON")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -130,7 +126,7 @@ def main() -> None:
     if args.out:
         figures = {"machine": platform.machine(), "torch": torch.__version__, "threads": 1, "task": args.task}
         figures |= {"pairs": len(task.pairs), "methods": rows}
-        Path(args.out).write_text(json.dumps(figures, indent=1) + "\n")
+        keep(figures, args.out)
     if any("error" in row for row in rows.values()):
         raise AUSteerError("some methods failed; the table says which")
 

@@ -23,6 +23,7 @@ import steering_vectors
 import torch
 from core import VOCABULARY, build, build_upstream, pairs
 from decoding import against_first, cpu_seconds, hook, shared, sparse_plan
+from figures import keep
 from repeng import ControlModel, ControlVector, DatasetEntry
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -123,8 +124,7 @@ def main() -> None:
             ratios = against_first(ways, batch, TURNS[batch])
             result[name][batch] = {way: asdict(ratio) for way, ratio in ratios.items()}
     print(json.dumps(result, indent=1))
-    if args.out:
-        args.out.write_text(json.dumps(result) + "\n")
+    keep(result, args.out)
 
 
 if __name__ == "__main__":

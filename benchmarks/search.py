@@ -2,10 +2,13 @@
 
     python benchmarks/search.py [--only searches|batches] [--out benchmarks/results/search-cpu.json]
 
-searches: on the embedded models, every search live on 200 validation items (item-runs, seconds) and what it chose on
-1000 test items, with 95 % intervals. Seconds are of CPU time on one thread: what else the machine does cancels. Behind it "resampled": 200 times, 200 of those test items stand for validation,
-and how often the choice of each search has its true accuracy (on all 1000) inside the interval around the validation
-score of the full grid's choice, or above it; "regret" is the mean accuracy lost against the full grid.
+searches: at every place (task, site, kind of ranks) of the embedded models, every search live on 200 validation items,
+and what it chose on 1000 test items, with 95 % intervals. Where a search chose nothing, its accuracies are those of doing
+nothing. "against the grid" is what a search costs as a share of the full grid, in item-runs and in seconds (of CPU time on
+one thread: what else the machine does cancels), and whether the test accuracy of its choice is inside the interval of the
+grid's choice, or above or below it. Behind it "resampled": 200 times, 200 of those test items stand for validation, and how
+often the choice of each search has its true accuracy (on all 1000) inside the interval around the validation score of the
+full grid's choice, or above it; "regret" is the mean accuracy lost against the full grid.
 batches: seconds of one plan at a time over seconds of all plans in one batch (above 1, the batch is faster), on embedded
 models and on the random Llama of core.py (hidden 512, 8 layers) with prompts of about 24 tokens.
 """
@@ -16,6 +19,7 @@ import argparse
 import json
 import platform
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,6 +27,7 @@ import numpy as np
 import torch
 from answering import Tokens
 from core import VOCABULARY, build
+from figures import keep, markdown
 from transformers.utils import logging as transformers_logging
 
 import rmodels
@@ -34,13 +39,13 @@ from eval.answering import Question, answers
 from eval.search import SEARCHES, key_of, shuffled
 from eval.statistics import wilson
 from eval.tasks.embedded import EmbeddedTask
-from grid_batches import steered_rows
+from grid_batches import FEW, steered_rows
 from ranks import AURanks
 from set_MFU import steer
 
 TASKS, SITES, NAMES = ("copa", "svamp", "tone"), ("attention", "ffn"), ("causal", "published")
 COMPARED = ("grid", "sample", "racing")
-TEST, DRAWS, SAMPLES = 1000, 200, (8, 25, 100, 200)
+TEST, DRAWS, SAMPLES = 1000, 200, (8, 25, 100)
 RANKS = Path(__file__).parents[1] / "AU_ranks" / "embedded"
 
 
@@ -62,6 +67,15 @@ class Bench:
                 answers = self.task.answers(self.model, self.tokenizer, items)
         return self.task.columns(items, answers)["accuracy"]
 
+    def under(self, plans, items) -> list[list[bool]]:
+        """Outcomes under each plan, asked as cells.py does: few items with answers of several tokens in one batch."""
+        if not (self.task.several_tokens and len(plans) > 1 and 0 < len(items) <= FEW):
+            return [self.outcomes(items, plan) for plan in plans]
+        with steered_rows(self.model, plans, len(items)) as rows:
+            answers = self.task.answers(self.model, self.tokenizer, [*items] * len(plans), rows=rows)
+        starts = range(0, len(answers), len(items))
+        return [self.task.columns(items, answers[start : start + len(items)])["accuracy"] for start in starts]
+
 
 def searched(bench: Bench, site: str, name: str) -> dict:
     method: AUSteer = METHODS[name]
@@ -72,7 +86,7 @@ def searched(bench: Bench, site: str, name: str) -> dict:
     tested = np.array([bench.outcomes(bench.test), *(bench.outcomes(bench.test, plan) for plan in plans.values())])
 
     def ask(some, start, stop):
-        return [bench.outcomes(bench.validation[start:stop], plans[key_of(settings)]) for settings in some]
+        return bench.under([plans[key_of(settings)] for settings in some], bench.validation[start:stop])
 
     rows = {}
     for search in COMPARED:
@@ -80,17 +94,33 @@ def searched(bench: Bench, site: str, name: str) -> dict:
         found = SEARCHES[search](ask, vanilla, grid)
         seconds = time.process_time() - start
         chosen = None if found.chosen is None else key_of(found.chosen)
+        validated = vanilla[: found.n] if chosen is None else found.outcomes[chosen]
         right = int(tested[_row(found.chosen, grid)].sum())
         rows[search] = {
             "chosen": chosen,
-            "validation": None if chosen is None else round(found.scores[chosen], 4),
-            "validated_on": found.n if chosen is None else len(found.outcomes[chosen]),
+            "validation": round(sum(validated) / len(validated), 4),
+            "validated_on": len(validated),
             "test": right / TEST,
             "interval": [round(end, 4) for end in wilson(right, TEST)],
             "item_runs": found.asked,
-            "seconds": round(seconds, 2),
+            "seconds": round(seconds, 4),
         }
-    return {"vanilla_test": float(tested[0].mean()), "searches": rows, "resampled": resampled(tested, grid)}
+    against = {search: against_the_grid(row, rows["grid"]) for search, row in rows.items() if search != "grid"}
+    return {
+        "vanilla_test": float(tested[0].mean()),
+        "searches": rows,
+        "against the grid": against,
+        "resampled": resampled(tested, grid),
+    }
+
+
+def against_the_grid(row: dict, grid: dict) -> dict:
+    low, high = grid["interval"]
+    return {
+        "item_runs": round(row["item_runs"] / grid["item_runs"], 4),
+        "seconds": round(row["seconds"] / grid["seconds"], 4),
+        "test": "below" if row["test"] < low else "above" if row["test"] > high else "inside",
+    }
 
 
 def resampled(tested: np.ndarray, grid: list[dict]) -> dict:
@@ -123,13 +153,26 @@ def searches() -> Iterator[tuple[str, dict]]:
         for site in SITES:
             for method in NAMES:
                 key = f"{name} {site} {method}"
-                found = searched(bench, site, method)
-                for search, row in found["searches"].items():
-                    low, high = row["interval"]
-                    print(f"{key:<26} {search:<7} {row['chosen'] or 'nothing':<7} test {row['test']:.3f} [{low:.3f}, {high:.3f}] "
-                          f"{row['item_runs']:>5} item-runs {row['seconds']:>6.1f} s; resampled inside "
-                          f"{found['resampled'][search]['inside']:.2f}")  # fmt: skip
-                yield key, found
+                yield key, searched(bench, site, method)
+
+
+def table(places: dict[str, dict]) -> str:
+    """By place and search; at the end racing against the grid, over all places."""
+    head = ["place", "search", "k, alpha", "validation", "test", "grid's interval", "item-runs", "time"]
+    rows = []
+    for place, found in places.items():
+        low, high = found["searches"]["grid"]["interval"]
+        for search, row in found["searches"].items():
+            cost = found["against the grid"].get(
+                search, {"item_runs": 1, "seconds": 1, "test": f"{low:.3f} to {high:.3f}"}
+            )
+            rows.append([
+                place, search, row["chosen"] or "nothing", f"{row['validation']:.3f}", f"{row['test']:.3f}", cost["test"],
+                f"{cost['item_runs']:.2f}", f"{cost['seconds']:.2f}",
+            ])  # fmt: skip
+    raced = Counter(found["against the grid"]["racing"]["test"] for found in places.values())
+    said = ", ".join(f"{raced[where]} {where}" for where in ("inside", "above", "below"))
+    return f"{markdown(head, rows, words=3)}\n\nracing's choices against the grid's interval: {said}"
 
 
 def batches() -> Iterator[tuple[str, dict]]:
@@ -177,9 +220,12 @@ def ratios(label: str, model, tokenizer, prompts, new_tokens: int, ranks: AURank
                 start = time.process_time()
                 told[way] = way(model, tokenizer, prompts[:count], question, plans)
                 seconds[way] += time.process_time() - start
-        assert [answer.text for answer in told[one_by_one]] == [answer.text for answer in told[together]]
+        assert [answer.text for answer in told[one_by_one]] == [answer.text for answer in told[together]], label
         found[count] = round(seconds[one_by_one] / seconds[together], 2)
-        print(f"{label:<26} {count:>4} prompts x {len(plans)} plans: one batch is {found[count]:.2f} times as fast")
+        print(
+            f"{label:<26} {count:>4} prompts x {len(plans)} plans: one batch is {found[count]:.2f} times as fast",
+            flush=True,
+        )
     return found
 
 
@@ -196,9 +242,11 @@ def main() -> None:
         if args.only in (None, name):
             figures[name] = {}
             for key, found in part():
+                print(f"{name}: {key}", flush=True)
                 figures[name][key] = found
-                if args.out:
-                    args.out.write_text(json.dumps(figures, indent=1) + "\n")
+                keep(figures, args.out)
+    if "searches" in figures:
+        print(table(figures["searches"]))
 
 
 if __name__ == "__main__":

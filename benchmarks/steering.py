@@ -4,9 +4,10 @@
     python benchmarks/steering.py [--out FILE.json] [--picture FILE.png]
 
 A random Llama (hidden 512, 8 layers, as in core.py), one thread, CPU time. Decoding: ways to steer by the same 100 AUs take
-turns token by token with upstream's own unpatched model, on the same weights. Growth: screening with the number
-of layers, width and pairs; live steering with k. Matrix products: those of screening alone, in its very shapes, as a share
-of its time. Memory: the peak of a process that decodes. Peers: benchmarks/peers.py.
+turns token by token with upstream's own unpatched model, on the same weights; "folded checkpoint" is one that
+export/fold.py wrote and upstream's transformers loaded. Growth: screening with the number of layers, width and pairs; live
+steering with k. Matrix products: those of screening alone, in its very shapes, as a share of its time. Memory: the peak of
+a process that decodes. Peers: benchmarks/peers.py.
 """
 
 from __future__ import annotations
@@ -24,18 +25,21 @@ from pathlib import Path
 
 import torch
 from core import PAIRS, VOCABULARY, _status, build, build_upstream, memory, pairs, screen_ours
-from decoding import against_first, cpu_seconds, hook, shared, sparse_plan
+from decoding import against_first, cpu_seconds, hook, on_weights_of, shared, sparse_plan
+from figures import keep
 from peft import PeftModel
 from torch.nn.functional import linear
-from transformers import LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 import rmodels
 from errors import run_command
+from export.fold import fold
 from export.hot_patch import folded
 from export.lora import save_lora
 from set_MFU import apply
 
 ROOT = Path(__file__).parents[1]
+FOLDED = "folded checkpoint"
 KEPT = contextlib.ExitStack()  # what is patched stays so
 PEERS = ROOT / ".venv-peers" / "bin" / "python"
 BATCHES, GROWING_K = (1, 8, 32), (1, 10, 100, 1000)
@@ -45,7 +49,8 @@ LAYERS, WIDTHS, NUMBERS = (2, 4, 8), (256, 512, 1024), (32, 64, 128)
 
 def way(name: str, model, folder: Path):
     """On the weights of the model, steered in one way by 100 AUs, of the ffn site unless it says attention."""
-    plan = sparse_plan("attention" if "attention" in name else "ffn", (8, 512))
+    site = "attention" if "attention" in name else "ffn"
+    plan = sparse_plan(site, rmodels.site_shape(model, site))
     if name in ("idle", "hot patch") or name.startswith("live"):
         steered = shared(model, but="down_proj" if name == "hot patch" else None)
         if name == "hot patch":
@@ -53,19 +58,35 @@ def way(name: str, model, folder: Path):
         elif name != "idle":
             apply(steered, plan)
         return steered
+    if name == FOLDED:
+        model.save_pretrained(folder / "original")
+        # no certificate, which needs a tokenizer: `agreed` compares logits
+        fold(folder / "original", plan, folder / "folded", certificate=False)
+        return loaded(folder)
     upstream = build_upstream(model)
     upstream.load_state_dict(model.state_dict(), assign=True)
     if name == "forward hooks":
         return hook(upstream, plan)
     if name == "LoRA by PEFT":
-        return PeftModel.from_pretrained(upstream, save_lora(model, plan, folder / "lora").folder).eval()
+        if not (folder / "lora").exists():
+            save_lora(model, plan, folder / "lora")
+        return PeftModel.from_pretrained(upstream, folder / "lora").eval()
     return upstream
+
+
+def loaded(folder: Path):
+    """The folded checkpoint, by upstream."""
+    model = AutoModelForCausalLM.from_pretrained(folder / "folded", trust_remote_code=False)
+    # copied out of the mapped file, of which only pages that were read count as memory
+    model.load_state_dict({name: weight.clone() for name, weight in model.state_dict().items()}, assign=True)
+    return model.eval().requires_grad_(False)
 
 
 WAYS = (
     "upstream",
     "upstream again",
     "idle",
+    FOLDED,
     "hot patch",
     "live, ffn",
     "live, attention",
@@ -74,10 +95,10 @@ WAYS = (
 )
 
 
-def decoding(model) -> dict[int, dict]:
-    with tempfile.TemporaryDirectory() as folder:
-        ways = {name: way(name, model, Path(folder)) for name in WAYS}
+def decoding(model, folder: Path) -> dict[int, dict]:
+    ways = {name: way(name, model, folder) for name in WAYS}
     agreed(ways)
+    on_weights_of(model, ways[FOLDED])
     return {
         batch: {name: asdict(one) for name, one in against_first(ways, batch, TURNS[batch]).items()}
         for batch in BATCHES
@@ -87,9 +108,10 @@ def decoding(model) -> dict[int, dict]:
 @torch.inference_mode()
 def agreed(ways: dict) -> None:
     """What steers by the same plan gives the same logits; nothing here is a silent no-op."""
-    ids = torch.randint(3, VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(5))
+    vocabulary = ways["upstream"].config.vocab_size
+    ids = torch.randint(3, vocabulary, (2, 24), generator=torch.Generator().manual_seed(5))
     logits = {name: way(input_ids=ids).logits for name, way in ways.items()}
-    for name in ("hot patch", "forward hooks", "LoRA by PEFT"):
+    for name in (FOLDED, "hot patch", "forward hooks", "LoRA by PEFT"):
         assert (logits[name] - logits["live, ffn"]).abs().max() < 1e-4, name
     assert torch.equal(logits["upstream"], logits["idle"])
     assert all((logits["upstream"] - logits[f"live, {site}"]).abs().max() > 1e-3 for site in ("ffn", "attention"))
@@ -166,18 +188,18 @@ def multiply(calls, inputs) -> None:
         linear(inputs[shape], weight)
 
 
-def peak(name: str) -> float:
-    """MB at the peak of a process that decodes 16 tokens at batch 8 in this way, libraries not counted (Linux)."""
-    done = subprocess.run([sys.executable, __file__, "--peak", name], capture_output=True, text=True, check=True)
-    return float(done.stdout)
+def peak(name: str, folder: Path) -> float:
+    """MB at the peak of a process that decodes 16 tokens at batch 8 in this way, libraries not counted (Linux).
+
+    The folded checkpoint lies in the folder already: who loads one has not folded it in the same process.
+    """
+    command = [sys.executable, __file__, "--peak", name, folder]
+    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
-def print_peak(name: str) -> None:
+def print_peak(name: str, folder: Path) -> None:
     before = _status("VmRSS")
-    with tempfile.TemporaryDirectory() as folder:
-        model = build()
-        steered = way(name, model, Path(folder))
-        del model
+    steered = loaded(folder) if name == FOLDED else way(name, build(), folder)
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     against_first({name: steered}, 8, 16)
     print((_status("VmHWM") - before) / 1024)
@@ -192,18 +214,18 @@ def peers() -> dict | str:
         return json.loads(out.read_text())
 
 
-def measure() -> dict:
+def measure(folder: Path) -> dict:
     model = build()
     return {
         "machine": platform.machine(),
         "torch": torch.__version__,
         "threads": 1,
-        "decoding": decoding(model),
+        "decoding": decoding(model, folder),
         "growing k, batch 8": growing_k(model),
         "screening, s": growth(),
         "matrix products at hidden 1024": matrix_products(),
         "screening, MB above the model": {count: memory(count) for count in (PAIRS // 4, PAIRS)},
-        "decoding, peak MB": {name: peak(name) for name in WAYS if name != "upstream again"},
+        "decoding, peak MB": {name: peak(name, folder) for name in WAYS},
         "peers": peers(),
     }
 
@@ -212,20 +234,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="also write the figures here, as JSON")
     parser.add_argument("--picture", type=Path, help="and a picture here")
-    parser.add_argument("--peak", help=argparse.SUPPRESS)
+    parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.peak:
         with KEPT:
-            print_peak(args.peak)
+            print_peak(args.peak[0], Path(args.peak[1]))
         return
     from steering_report import draw, table
 
-    with KEPT:
-        figures = json.loads(json.dumps(measure()))  # numbers as keys become words, as in the file
+    with KEPT, tempfile.TemporaryDirectory() as folder:
+        figures = json.loads(json.dumps(measure(Path(folder))))  # numbers as keys become words, as in the file
     print(table(figures))
-    if args.out:
-        args.out.write_text(json.dumps(figures, indent=1) + "\n")
+    keep(figures, args.out)
     if args.picture:
         draw(figures, args.picture)
 

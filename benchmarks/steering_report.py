@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import matplotlib
+from figures import markdown
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -20,41 +21,37 @@ ADDED, SCALED = "a vector added to every layer", "100 AUs scaled, ffn"
 
 def table(figures: dict) -> str:
     memory = figures["decoding, peak MB"]
-    lines = [f"| time per token, 100 AUs | {' | '.join(f'batch {b}' for b in figures['decoding'])} | memory |"]
-    lines.append("|---|" + "--:|" * (len(figures["decoding"]) + 1))
-    for name in next(iter(figures["decoding"].values())):
-        held = f"{memory[name] / memory['upstream']:.2f}" if name in memory else ""
-        lines.append(f"| {name} | {_ratios(figures['decoding'], name)} | {held} |")
-    lines += ["", f"| live, k = | {' | '.join(figures['growing k, batch 8'])} |", "|---|" + "--:|" * 4]
-    lines.append(f"| batch 8 | {' | '.join(_ratio(one) for one in figures['growing k, batch 8'].values())} |")
+    held = {name: f"{mb / memory['upstream']:.2f}" for name, mb in memory.items()}
+    parts = [_decoding("time per token, 100 AUs", figures["decoding"], held)]
+    growing = figures["growing k, batch 8"]
+    parts.append(markdown(["live, k =", *growing], [["batch 8", *map(_ratio, growing.values())]]))
     for name, seconds in figures["screening, s"].items():
         first = next(iter(seconds.values()))
-        lines += ["", f"| screening, {name} | {' | '.join(seconds)} |", "|---|" + "--:|" * len(seconds)]
-        lines.append("| time | " + " | ".join(f"{s / first:.2f}" for s in seconds.values()) + " |")
-    lines += ["", "| screening at hidden 1024 | share of the matrix products' rate |", "|---|--:|"]
-    for name, one in figures["matrix products at hidden 1024"].items():
-        lines.append(f"| {name} | {one['share']:.2f} |")
+        growth = ["time", *(f"{s / first:.2f}" for s in seconds.values())]
+        parts.append(markdown([f"screening, {name}", *seconds], [growth]))
+    products = figures["matrix products at hidden 1024"]
+    shares = [[name, f"{one['share']:.2f}"] for name, one in products.items()]
+    parts.append(markdown(["screening at hidden 1024", "share of the matrix products' rate"], shares))
     above = figures["screening, MB above the model"]
-    lines += ["", "screening, above the model: " + ", ".join(f"{mb:.0f} MB at {n} pairs" for n, mb in above.items())]
-    lines += ["", *_peers(figures["peers"])]
-    return "\n".join(lines)
+    parts.append("screening, above the model: " + ", ".join(f"{mb:.0f} MB at {n} pairs" for n, mb in above.items()))
+    return "\n\n".join([*parts, *_peers(figures["peers"])])
 
 
 def _peers(peers: dict | str) -> list[str]:
     if isinstance(peers, str):
         return [f"peers: {peers}"]
     rates = peers["screening, pairs/s"]
-    lines = ["| screening | pairs per second | ours, default, is faster by |", "|---|--:|--:|"]
-    lines += [f"| {name} | {rate:.1f} | {rates['ours, default'] / rate:.2f} |" for name, rate in rates.items()]
-    for plan in (ADDED, SCALED):
-        batches = peers[plan]
-        lines += ["", f"| {plan} | {' | '.join(f'batch {b}' for b in batches)} |", "|---|" + "--:|" * len(batches)]
-        lines += [f"| {name} | {_ratios(batches, name)} |" for name in next(iter(batches.values()))]
-    return lines
+    rows = [[name, f"{rate:.1f}", f"{rates['ours, default'] / rate:.2f}"] for name, rate in rates.items()]
+    screening = markdown(["screening", "pairs per second", "ours, default, is faster by"], rows)
+    return [screening, *(_decoding(plan, peers[plan]) for plan in (ADDED, SCALED))]
 
 
-def _ratios(batches: dict, name: str) -> str:
-    return " | ".join(_ratio(ways[name]) for ways in batches.values())
+def _decoding(title: str, batches: dict, memory: dict[str, str] | None = None) -> str:
+    """Ways by batch sizes; in front of the peak memory of those that have one, if any has."""
+    head = [title, *(f"batch {batch}" for batch in batches), *(["memory"] if memory else [])]
+    names = next(iter(batches.values()))
+    rows = [[name, *(_ratio(ways[name]) for ways in batches.values())] for name in names]
+    return markdown(head, [[*row, memory.get(row[0], "")] for row in rows] if memory else rows)
 
 
 def _ratio(one: dict) -> str:
