@@ -72,6 +72,8 @@ class CausalGreedy(Causal):
                     momentum=self.momentum, progress=False,
                 )[evidence.site]  # fmt: skip
         steered = set(path.units)
-        others = [unit for unit in ranks.order.tolist() if unit not in steered][: (GROWTH - 1) * len(path.units) or GROWTH]
+        others = [unit for unit in ranks.order.tolist() if unit not in steered][
+            : (GROWTH - 1) * len(path.units) or GROWTH
+        ]
         path.units += others
         path.directions += ranks.gain.flatten()[others].tolist()

@@ -16,6 +16,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import nullcontext, redirect_stderr
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
@@ -152,10 +153,10 @@ def _ranked_and_computed(todo: Sequence[Cell], jobs: int) -> Iterator[tuple[Cell
     there = workers.known(cells.stored, todo)
     yield from there.items()
     todo = [cell for cell in todo if cell not in there]
-    shared = [(setting, tuple(mine)) for setting, mine in by_pairs(todo).items()]
+    shared = [Ranking(setting, tuple(mine)) for setting, mine in by_pairs(todo).items()]
     failed = {}
-    for (_, mine), told in workers.attempted(rank, shared, jobs, "ranking"):
-        failed |= {cell: told for cell in mine if "failed" in told}
+    for ranking, told in workers.attempted(rank, shared, jobs, "ranking"):
+        failed |= {cell: told for cell in ranking.cells if "failed" in told}
     yield from failed.items()
     yield from workers.compute_missing([cell for cell in todo if cell not in failed], jobs)
 
@@ -169,11 +170,21 @@ def by_pairs(todo: Sequence[Cell]) -> dict[Setting, list[Cell]]:
     return found
 
 
-def rank(job: tuple[Setting, tuple[Cell, ...]]) -> dict:
+@dataclass(frozen=True)
+class Ranking:
+    """What has to be ranked for these cells, which share it."""
+
+    setting: Setting
+    cells: tuple[Cell, ...]
+
+    def __str__(self) -> str:
+        return f"{self.setting.task_name} of {Path(self.setting.model).name}"
+
+
+def rank(ranking: Ranking) -> dict:
     """Ranks that are missing: {"made": how many}, or {"failed": why}."""
-    setting, todo = job
     try:
-        return {"made": shared_work.together(lambda: cells.prepare(setting, todo))}
+        return {"made": shared_work.together(lambda: cells.prepare(ranking.setting, ranking.cells))}
     except Exception as error:
         return {"failed": one_line(error)}
 
