@@ -39,7 +39,8 @@ def comparison(
         where = f"{labels[method]}, {SITES[best['site']]}"
         _score_map(middle, scores[task][best["site"]], f"{task}: scores, {where}")
         if best["grid_scores"]:
-            grid_map(right, best["grid_scores"], f"{task}: {where}, validation %")
+            ks, alphas, values = grid_of(best["grid_scores"])
+            heat_map(right, ks, alphas, 100 * values, f"{task}: {where}, validation %")
         else:
             right.axis("off")
             right.text(0.5, 0.5, "k and alpha were given:\nno search", ha="center", va="center")
@@ -82,17 +83,34 @@ def _score_map(axis, score: np.ndarray, title: str) -> None:
     axis.figure.colorbar(image, ax=axis, label="score: scale up (+) or down (-)")
 
 
-def grid_map(axis, grid_scores: dict[str, float], title: str, digits: int = 0, label: str = "") -> None:
-    """A search's scores in percent, k upwards, alpha to the right."""
+def grid_of(grid_scores: dict[str, float]) -> tuple[list[float], list[float], np.ndarray]:
+    """k and alpha, ascending, and a search's scores: a row a k, a column an alpha."""
     cells = {tuple(map(float, key.split(","))): score for key, score in grid_scores.items()}
     ks, alphas = (sorted({cell[i] for cell in cells}) for i in (0, 1))
-    values = np.array([[100 * cells[k, alpha] for alpha in alphas] for k in ks])
-    image = axis.imshow(values, aspect="auto", cmap="cividis", origin="lower")
-    middle = (values.min() + values.max()) / 2
-    for i, j in np.ndindex(values.shape):
-        color = "black" if values[i, j] > middle else "white"
-        axis.text(j, i, f"{values[i, j]:.{digits}f}", ha="center", va="center", color=color)
+    return ks, alphas, np.array([[cells[k, alpha] for alpha in alphas] for k in ks])
+
+
+def heat_map(
+    axis,
+    ks: Sequence[float],
+    alphas: Sequence[float],
+    values: np.ndarray,
+    title: str,
+    digits: int = 0,
+    label: str = "",
+    **look,
+) -> None:
+    """Numbers over a grid, k upwards, alpha to the right."""
+    image = axis.imshow(values, aspect="auto", origin="lower", **{"cmap": "cividis", **look})
+    for (i, j), value in np.ndenumerate(values):
+        axis.text(j, i, f"{value:.{digits}f}", ha="center", va="center", color=ink(image, value))
     axis.set_xticks(range(len(alphas)), [f"{alpha:g}" for alpha in alphas])
     axis.set_yticks(range(len(ks)), [f"{k:g}" for k in ks])
     axis.set(xlabel="α", ylabel="k", title=title)
     axis.figure.colorbar(image, ax=axis, label=label)
+
+
+def ink(image, value: float) -> str:
+    """Black or white, whichever can be read on the color that an image gives a value."""
+    red, green, blue, _ = image.cmap(image.norm(value))
+    return "white" if np.isfinite(value) and 0.299 * red + 0.587 * green + 0.114 * blue < 0.5 else "black"

@@ -28,13 +28,21 @@ def fitted(params: dict) -> dict:
         key: value % limits[key] if key in limits and value is not None else value for key, value in params.items()
     }
     if found.get("dims"):
-        found["dims"] = [dim % SHAPE["head_dim"] for dim in found["dims"]]
+        found["dims"] = _within(found["dims"])
+    if "paper_dims" in found:
+        found["paper_dims"] = {key: _within(dims) for key, dims in found["paper_dims"].items()}
+    if "lines" in found:
+        found["lines"] = {}  # never beside another model's numbers
     if "step" in found:
-        found["step"] = min(found["step"], 16)
+        found["step"] = min(found["step"], 4)
     for key, most in (("n", 4), ("items", 2), ("trials", 2), ("prompts", 2), ("draws", 3), ("k", TINY_AUS)):
         if key in found:
             found[key] = min(found[key], most)
     return found | ({"ks": [4, 8]} if "ks" in found else {})
+
+
+def _within(dims: list[int]) -> list[int]:
+    return list(dict.fromkeys(dim % SHAPE["head_dim"] for dim in dims))
 
 
 def tiny_checkpoints(known: dict[str, dict], folder: Path) -> dict[str, str]:

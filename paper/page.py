@@ -10,7 +10,7 @@ from html import escape
 from pathlib import Path
 
 from paper.manifest import Manifest
-from paper.pictures import draw
+from paper.pictures import Picture, draw, undrawn
 from paper.specs import Spec
 from paper.tables import Block, Value, blocks
 
@@ -51,7 +51,7 @@ def write(specs: Sequence[Spec], manifest: Manifest) -> Path:
     return folder / "report.html"
 
 
-def _pictures(spec: Spec, manifest: Manifest) -> list[tuple[str, Path]]:
+def _pictures(spec: Spec, manifest: Manifest) -> list[Picture]:
     return draw(spec, manifest, manifest.folder / "figures")
 
 
@@ -92,9 +92,8 @@ def _missing(spec: Spec, found: Sequence[Block], manifest: Manifest) -> list[str
             for column, value in zip(block.columns, values, strict=True):
                 if value.why:
                     whys.setdefault(value.why, []).append(f"{label} / {column}")
-    for panel in spec.panels_by_name if spec.kind == "study" else ():
-        if manifest.panel(spec.name, panel) is None:
-            whys.setdefault(manifest.why_missing(spec.name, panel, "panel", panel), []).append(panel)
+    for what, why in undrawn(spec, manifest):
+        whys.setdefault(why, []).append(what)
     return [f"{_briefly(where)}: {why}" for why, where in whys.items() if not why.startswith("a part is missing")]
 
 
@@ -117,7 +116,12 @@ def _markdown(parts, manifest: Manifest) -> str:
                 name = f"*{label}*" if ours else label
                 lines.append(f"| {name} | " + " | ".join(map(_cell_markdown, values)) + " |")
             lines.append("")
-        lines += [f"![{caption}](figures/{path.name})\n" for caption, path in pictures]
+        for picture in pictures:
+            lines += [
+                f"![{picture.caption}](figures/{picture.path.name})",
+                "",
+                *([picture.note, ""] if picture.note else []),
+            ]
         missing = _missing(spec, found, manifest)
         lines += ["Missing:", "", *[f"- {line}" for line in missing], ""] if missing else []
     lines += ["## Environment", "", _environment(manifest), "", "## How to cite", "", "```bibtex", CITE, "```", ""]
@@ -154,10 +158,10 @@ def _html(parts, manifest: Manifest) -> str:
                 cells = "".join(map(_cell_html, values))
                 out.append(f"<tr{' class=ours' if ours else ''}><td>{escape(label)}</td>{cells}</tr>")
             out.append("</table></div>")
-        for caption, path in pictures:
-            data = base64.b64encode(path.read_bytes()).decode()
-            out.append(f'<figure><img alt="{escape(caption)}" src="data:image/png;base64,{data}">')
-            out.append(f"<figcaption>{escape(caption)}</figcaption></figure>")
+        for picture in pictures:
+            data = base64.b64encode(picture.path.read_bytes()).decode()
+            out.append(f'<figure><img alt="{escape(picture.caption)}" src="data:image/png;base64,{data}">')
+            out.append(f"<figcaption>{escape(picture.caption)}. {_prose(picture.note)}</figcaption></figure>")
         missing = _missing(spec, found, manifest)
         if missing:
             lines = "".join(f"<li>{_prose(line)}</li>" for line in missing)

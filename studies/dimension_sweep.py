@@ -3,10 +3,12 @@
 params: site, layer, head (None: the whole layer's output), step (every so many dimensions), alpha (x -> (1 + alpha) x),
     n (items of either split, at most), positive and mixed (how many of the best dimensions make the positive
     combination, and how many of the worst join them in the mixed one), lines (numbers to show beside, such as the
-    paper's: label -> accuracy in percent).
+    paper's: label -> accuracy in percent), paper_dims (the dimensions that the paper combined on this block of this
+    model, if it is one of the paper's: positive, and mixed, which join those).
 
 The combinations are chosen twice: on validation items, and, as the paper did, on the very test items they are then
-tested on. SADI and ITI edit this block alone, at the strength that is best on validation.
+tested on; where the paper's own are known, they are tested too. SADI and ITI edit this block alone, at the strength
+that is best on validation.
 """
 
 from __future__ import annotations
@@ -24,7 +26,11 @@ from setting import Setting, load
 from studies import picture
 from studies.block import Asked, Block
 
-PAPERS_WAY = "test"  # the split that the paper chose on
+CHOSEN = {  # who chose a combination: its lines, and what they are called
+    "validation": ("-", "chosen on validation"),
+    "test": (":", "chosen on test"),  # the paper's way
+    "paper": ("-.", "the paper's dimensions"),
+}
 
 
 def measure(setting: Setting, params: dict, progress: bool) -> dict:
@@ -60,6 +66,12 @@ def measure(setting: Setting, params: dict, progress: bool) -> dict:
         combinations[part] = {"positive": _combined(block, good, alpha, tested)}
         if good and bad:
             combinations[part]["mixed"] = _combined(block, good + bad, alpha, tested)
+    if "paper_dims" in params:
+        good, bad = (params["paper_dims"][key] for key in ("positive", "mixed"))
+        combinations["paper"] = {
+            "positive": _combined(block, good, alpha, tested),
+            "mixed": _combined(block, good + bad, alpha, tested),
+        }
     ps = holm([mcnemar(vanilla["test"], outcomes)[2] for outcomes in swept["test"]])
     return {
         "task": setting.task_name,
@@ -71,7 +83,7 @@ def measure(setting: Setting, params: dict, progress: bool) -> dict:
         "right": {part: [sum(outcomes) for outcomes in by_dim] for part, by_dim in swept.items()},
         "p_holm": ps,  # of each dimension on the test split, adjusted for their number
         "whole": whole,
-        "combinations": combinations,  # by the split they were chosen on; all are tested on the test split
+        "combinations": combinations,  # by who or what chose them; all are tested on the test split
     }
 
 
@@ -105,43 +117,67 @@ def _no_ranks(momentum: str):
 
 
 def draw(found: dict, params: dict, path: Path) -> None:
-    figure, axis = picture.subplots(size=(11.5, 5.2))
+    figure, axis = picture.subplots(size=(12.5, 5.8))
     n, dims = found["n"]["test"], found["dims"]
 
     def percent(right: int) -> float:
         return 100 * right / n
 
     swept = [percent(right) for right in found["right"]["test"]]
-    axis.plot(dims, swept, "-o", color=picture.BLUE, mfc="white", ms=7, lw=1.2, label="one dimension alone")
+    axis.plot(dims, swept, "-o", color=picture.BLUE, mfc="white", ms=7, lw=1.2, label="one dimension alone", zorder=3)
     sure = [(dim, y) for dim, y, p in zip(dims, swept, found["p_holm"], strict=True) if p < 0.05]
     if sure:
-        label = "the same, differs from vanilla\n(McNemar, Holm, p < 0.05)"
-        axis.plot(*zip(*sure, strict=True), "o", color=picture.BLUE, ms=7, label=label)
-    vanilla = found["vanilla"]["test"]
-    low, high = (100 * edge for edge in wilson(vanilla, n))
-    axis.axhspan(low, high, color=picture.GREY, alpha=0.12, lw=0)
-    axis.axhline(percent(vanilla), color=picture.GREY, ls="--", label=f"vanilla, 95 % band: {percent(vanilla):.1f}")
-    whole = {
-        "iti": (picture.GREEN, "ITI, this head"),
-        "sadi": (picture.ORANGE, "SADI, this block"),
-        "block": (picture.SKY, "whole block"),
-    }
-    for key, (color, label) in whole.items():
-        if key in found["whole"]:
-            right, alpha = found["whole"][key]["right"], found["whole"][key]["alpha"]
-            label = f"{label}, alpha {alpha:g}: {percent(right):.1f}"
-            axis.axhline(percent(right), color=color, lw=1.8, label=label)
-    for part, both in found["combinations"].items():
-        style = ":" if part == PAPERS_WAY else "-"
-        for key, color in (("positive", picture.VERMILLION), ("mixed", picture.PURPLE)):
-            if both.get(key, {}).get("dims"):
-                right = both[key]["right"]
-                label = f"{key} combination,\nchosen on {part}: {percent(right):.1f}"
-                axis.axhline(percent(right), color=color, lw=2.2, ls=style, label=label)
-    for label, value in params.get("lines", {}).items():
-        axis.axhline(value, color=picture.BLACK, lw=1, ls="-.", label=f"{label}: {value:g}")
-    axis.set(xlabel="dimension", ylabel=f"{found['measure']} in %", xlim=(dims[0] - 0.5, dims[-1] + 0.5))
+        label = "the same, differs from vanilla (McNemar, Holm, p < 0.05)"
+        axis.plot(*zip(*sure, strict=True), "o", color=picture.BLUE, ms=7, label=label, zorder=4)
+    low, high = (100 * edge for edge in wilson(found["vanilla"]["test"], n))
+    axis.axhspan(low, high, color=picture.GREY, alpha=0.12, lw=0, label="vanilla, 95 % interval")
+    picture.draw_levels(axis, _levels(found, params, percent))
+    beside = 0.02 * (dims[-1] - dims[0]) or 0.5
+    axis.set(xlabel="dimension", ylabel=f"{found['measure']} in %", xlim=(dims[0] - beside, dims[-1] + beside))
     axis.set_title(f"{found['task']}: {found['where']}, alpha = {params['alpha']:g}, n = {n}")
     axis.grid(alpha=0.25)
-    axis.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False)
     picture.save(figure, path)
+
+
+def _levels(found: dict, params: dict, percent) -> list[picture.Level]:
+    levels = [picture.Level(percent(found["vanilla"]["test"]), "vanilla", picture.GREY, "--", 1.5)]
+    names = {
+        "iti": ("ITI, this head", picture.GREEN),
+        "sadi": ("SADI, this block", picture.ORANGE),
+        "block": ("whole block", picture.SKY),
+    }
+    for key, (name, color) in names.items():
+        if key in found["whole"]:
+            whole = found["whole"][key]
+            levels.append(picture.Level(percent(whole["right"]), f"{name}, alpha {whole['alpha']:g}", color))
+    for by, both in found["combinations"].items():
+        style, who = CHOSEN[by]
+        for key, color in (("positive", picture.VERMILLION), ("mixed", picture.PURPLE)):
+            if both.get(key, {}).get("dims"):
+                levels.append(picture.Level(percent(both[key]["right"]), f"{key}, {who}", color, style))
+    shown = params.get("lines", {}).items()
+    return levels + [picture.Level(value, label, picture.BLACK, (0, (8, 3, 1, 3)), 1.0) for label, value in shown]
+
+
+def note(found: dict, params: dict) -> str:
+    """What was swept, and what the combinations are made of, or why there is none."""
+    count, step = len(found["dims"]), params["step"]
+    swept = f"all {count} dimensions" if step == 1 else f"one dimension in {step}, {count} in all"
+    said = [f"Swept: {swept}."]
+    for by, both in found["combinations"].items():
+        good = both["positive"]["dims"]
+        if not good:
+            made = "no positive combination, as no swept dimension helps there, and no mixed one therefore"
+        elif "mixed" in both:
+            added = both["mixed"]["dims"][len(good) :]
+            made = f"positive {_named(good)}; mixed adds {_named(added)}"
+        else:
+            made = f"positive {_named(good)}; no mixed combination, as no swept dimension harms there"
+        who = CHOSEN[by][1]
+        said.append(f"{who[0].upper()}{who[1:]}: {made}.")
+    return " ".join(said)
+
+
+def _named(dims: list[int]) -> str:
+    return ", ".join(map(str, dims))

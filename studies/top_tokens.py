@@ -72,6 +72,12 @@ def draw(found: dict, params: dict, path: Path) -> None:
     picture.save(figure, path)
 
 
+def note(found: dict, params: dict) -> str:
+    """The prompt as it was asked; line breaks are shown, and backticks, which would end it, replaced."""
+    prompt = found["prompt"].replace("`", "'").replace("\n", " ⏎ ")
+    return f"The prompt (test item {found['item']}): `{prompt}` The right answer: {found['answer']}."
+
+
 def _heading(column: dict) -> str:
     if column["dim"] is None:
         return column["name"]

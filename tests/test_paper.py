@@ -10,7 +10,7 @@ import cells
 from embedded.tasks import TASKS
 from errors import AUSteerError
 from eval import records
-from paper import outlook, page, run, specs, tables, trace
+from paper import curves, dry_run, outlook, page, pictures, run, specs, tables, trace
 from paper.account import Account
 from paper.manifest import Manifest, bundle
 from setting import Cell, Setting
@@ -192,6 +192,90 @@ def test_the_report_of_a_bundle_is_the_same(tmp_path):
     page.write([spec], Manifest.read(tmp_path / "kept"))
     for name in ("report.md", "report.html"):
         assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "kept" / name).read_bytes()
+
+
+# ---- pictures, from made-up records -------------------------------------------------------------------------------
+
+
+def test_points_of_vanilla_are_hollow_and_vanilla_is_read_off_any_record(tmp_path):
+    spec, manifest = made_up(
+        tmp_path, {("x", "a"): [MOST], ("x", "b"): [HALF], ("random", "a"): [HALF, ALL], ("random", "b"): [MOST, MOST]}
+    )
+    for id, more in {
+        "x-a-0": {"gained": 35, "lost": 5},
+        "x-b-0": {"settings": None, "chosen": None, "gained": 0, "lost": 0},
+        "random-a-0": {"settings": None, "chosen": None},
+    }.items():
+        path = tmp_path / "records" / f"{id}.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **more}))
+    spec = replace(spec, kind="lines", show={"x": "x"}, columns={"a": {"x": 1}, "b": {"x": 2}})
+    a, b, drawn = (curves._point(spec, manifest, "b", *at) for at in (("x", "a"), ("x", "b"), ("random", "a")))
+    assert (a.accuracy, a.unchosen, a.vanilla) == (80, 0, 50) and (b.accuracy, b.unchosen, b.vanilla) == (50, 1, 50)
+    assert (drawn.accuracy, drawn.low, drawn.high, drawn.draws, drawn.unchosen) == (75, 50, 100, 2, 1)
+    (made,) = pictures.draw(spec, manifest, tmp_path)
+    assert made.path.exists() and "In 2 of 6 searches nothing beat vanilla." in made.note
+
+
+def test_more_rows_than_markers_are_drawn_each_in_its_place(tmp_path):
+    spec, manifest = made_up(tmp_path, {(f"row {n}", "a"): [HALF] for n in range(9)})
+    spec = replace(spec, kind="lines", show={"x": "x", "log": True}, columns={"a": {"x": 3}})
+    assert pictures.draw(spec, manifest, tmp_path)
+    looks = {(curves.COLORS[n % len(curves.COLORS)], curves.MARKERS[n % len(curves.MARKERS)]) for n in range(56)}
+    assert len(looks) == 56
+    for log in (False, True):
+        places = curves._beside([1, 2, 100], log, 9)
+        assert all(row[1] < other[2] < third[100] for row in places for other in places for third in places)
+
+
+def test_grids_stand_beside_the_papers_and_win_rates_need_a_judge(tmp_path, monkeypatch):
+    (spec,) = specs.read("paper", ["figure10"])
+    for block, rows in spec.printed.items():
+        for row, columns in rows.items():
+            for column, grid in columns.items():
+                says = spec.columns[column]
+                assert block in spec.blocks and row in spec.rows
+                assert [len(line) for line in grid] == [len(says["alphas"])] * len(says["ks"])
+    manifest = Manifest(tmp_path, "paper")
+    for column in ("copa", "delta_win_rate"):
+        says = spec.columns[column]
+        scores = {f"{k:g},{alpha:g}": 0.9 for k in says["ks"] for alpha in says["alphas"]}
+        record = {"measure": "drawn", "grid_scores": scores, "grid_vanilla": records.pack(HALF)}
+        (tmp_path / "records").mkdir(exist_ok=True)
+        (tmp_path / "records" / f"{column}.json").write_text(json.dumps(record))
+        manifest.entries.setdefault("figure10", {})[f"gemma2-9b-it|austeer-ffn|{column}"] = [column]
+    maps = []
+    monkeypatch.setattr("paper.heat_maps.heat_map", lambda axis, ks, alphas, *drawn, **look: maps.append(drawn))
+    (made,) = pictures.draw(spec, manifest, tmp_path)
+    assert [title for _, title, *_ in maps] == [
+        "copa: AUSteer-FFN\ndrawn, vanilla 50.0",
+        "copa: AUSteer-FFN, the paper",
+        "copa: AUSteer-FFN,\nours less the paper's",
+        "bpo: AUSteer-FFN\ndrawn, vanilla 50.0",
+        "bpo: AUSteer-FFN, the paper\nwin rate, by a judge",
+    ]
+    assert maps[2][0][0][0] == pytest.approx(90 - 79.0)
+    assert "needs a judge" in made.note
+    missing = dict(pictures.undrawn(spec, manifest))
+    assert "needs a judge" in missing["AUSteer-FFN / delta_win_rate"] and missing["AUSteer-FFN / mawps"] == "not run"
+
+
+def test_a_dry_run_draws_none_of_the_papers_numbers():
+    params = {
+        "head": 7,
+        "layer": 27,
+        "paper_dims": {"positive": [28, 82, 36], "mixed": [108]},
+        "lines": {"the paper's": 70},
+    }
+    fitted = dry_run.fitted(params)
+    assert fitted["lines"] == {} and fitted["paper_dims"] == {"positive": [4, 2], "mixed": [4]}
+    assert params["lines"], "the spec keeps them"
+
+
+def test_the_papers_own_combinations_are_in_its_sweeps():
+    for panel in (panel for spec in specs.read("paper") for panel in spec.panels if panel.study == "dimension_sweep"):
+        own = panel.params["paper_dims"]
+        assert len(own["positive"]) == panel.params["positive"] and len(own["mixed"]) == panel.params["mixed"]
+        assert all(dim % panel.params["step"] == 0 for dims in own.values() for dim in dims), "they were swept"
 
 
 # ---- end to end ------------------------------------------------------------------------------------------------------

@@ -12,19 +12,22 @@ from errors import AUSteerError
 from MFU_screening import screen
 from pairs import Pair
 from setting import Setting, load
-from studies import STUDIES, convergence, dimension_sweep, rank_stability, ranked, top_tokens
+from studies import STUDIES, convergence, dimension_sweep, picture, rank_stability, ranked, top_tokens
 from studies.block import Block, next_token
 
 SETTING = Setting("embedded", "svamp", device="cpu", limit=24, n_pairs=12)
 HEAD = {"site": "attention", "layer": 0, "head": 1}
 SMALL = {
-    "dimension_sweep": {**HEAD, "step": 6, "alpha": 5.0, "n": 24, "positive": 9, "mixed": 1, "lines": {"paper": 70.5}},
+    "dimension_sweep": {
+        **HEAD, "step": 6, "alpha": 5.0, "n": 24, "positive": 9, "mixed": 1, "lines": {"paper": 70.5},
+        "paper_dims": {"positive": [3, 7], "mixed": [11]},
+    },
     "convergence": {**HEAD, "dims": [2, 0], "strengths": [10, 1000, 100000], "prompts": 3},
     "top_tokens": {**HEAD, "dims": None, "step": 8, "alpha": 20.0, "n": 24, "item": None},
     "score_map": {"momentum": "causal", "threshold": 2.0},
     "overlap": {"momentum": "activation", "k": 8, "tasks": ["boolq", "svamp", "tone"]},
     "rank_stability": {"ks": [2, 8], "draws": 3, "seed": 0},
-}
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -61,14 +64,18 @@ def test_sweep_counts_what_a_plain_loop_counts(found):
         assert swept["vanilla"][part] == right({}, items)
         assert swept["right"][part] == [right({dim: 5.0}, items) for dim in swept["dims"]]
     assert swept["whole"]["block"]["right"] == right(dict.fromkeys(range(32), 5.0), task.test)
+    own = swept["combinations"]["paper"]
+    assert own["positive"]["dims"] == [3, 7] and own["mixed"]["dims"] == [3, 7, 11]
     for part, both in swept["combinations"].items():
+        for combination in both.values():
+            assert combination["right"] == right(dict.fromkeys(combination["dims"], 5.0), task.test)
+        if part == "paper":
+            continue
         gains = {dim: r - swept["vanilla"][part] for dim, r in zip(swept["dims"], swept["right"][part], strict=True)}
         good = sorted((d for d in gains if gains[d] > 0), key=lambda d: -gains[d])
         assert both["positive"]["dims"] == good
         if good and min(gains.values()) < 0:
             assert both["mixed"]["dims"] == [*good, min(gains, key=gains.__getitem__)]
-        for combination in both.values():
-            assert combination["right"] == right(dict.fromkeys(combination["dims"], 5.0), task.test)
 
     assert set(swept["combinations"]["validation"]) == {"positive", "mixed"}
 
@@ -77,6 +84,41 @@ def test_mixed_adds_the_worst_of_those_that_harm():
     gains = {0: 3, 1: -2, 2: 0, 3: 3, 4: -5, 5: 1}
     assert dimension_sweep._beneficial(gains, 2) == [0, 3] and dimension_sweep._beneficial(gains, 9) == [0, 3, 5]
     assert dimension_sweep._detrimental(gains, 1) == [4] and dimension_sweep._detrimental({0: 0, 1: 2}, 2) == []
+
+
+def test_a_sweep_says_its_step_and_why_a_combination_is_missing():
+    found = {"dims": [0, 4, 8], "combinations": {
+        "validation": {"positive": {"dims": []}},
+        "test": {"positive": {"dims": [4, 0]}},
+        "paper": {"positive": {"dims": [8]}, "mixed": {"dims": [8, 4]}},
+    }}  # fmt: skip
+    assert dimension_sweep.note(found, {"step": 4}) == (
+        "Swept: one dimension in 4, 3 in all. Chosen on validation: no positive combination, as no swept dimension "
+        "helps there, and no mixed one therefore. Chosen on test: positive 4, 0; no mixed combination, as no swept dimension "
+        "harms there. The paper's dimensions: positive 8; mixed adds 4."
+    )
+    assert dimension_sweep.note(found, {"step": 1}).startswith("Swept: all 3 dimensions.")
+
+
+def test_names_of_lines_keep_apart_and_in_order():
+    assert picture.spread([0.5, 0.1], 0.1) == [0.5, 0.1], "far enough apart: where they are"
+    assert picture.spread([0.5, 0.5, 0.5], 0.1) == pytest.approx([0.4, 0.5, 0.6])
+    assert picture.spread([1.0, 0.98, 0.0], 0.1) == pytest.approx([1.0, 0.9, 0.0]), "never outside"
+    crowded = picture.spread([0.3] * 30, 0.1)
+    assert crowded == sorted(crowded) and crowded[-1] == pytest.approx(1.0), "too many overflow downwards"
+
+
+def test_the_prompt_stands_below_the_tokens():
+    found = {"item": 3, "prompt": "Is `a`\nb?", "answer": "yes"}
+    assert top_tokens.note(found, {}) == "The prompt (test item 3): `Is 'a' ⏎ b?` The right answer: yes."
+
+
+def test_what_is_zero_by_construction_is_no_convergence():
+    found = {"nats": [[4.0, 2.0, 0.0], [1.0, 0.2, 3.0], [0, 0, 2.0]], "strengths": [10, 100, 1000], "dims": [5, 19]}
+    assert convergence.note(found, {}) == (
+        "In shares of the largest divergence: at strength 100 AU 5 is 0.250 from its output at 1000, and AU 19 "
+        "0.050 from its own. The two are 0.000 apart at 10, at most 0.750 (at 100), and 0.500 at 1000."
+    )
 
 
 def test_next_token_is_that_of_folded_weights():
