@@ -18,7 +18,8 @@ OF_THE_FAMILY = {
     "qwen3_moe": dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32),
 }
 
-TINY_AUS = SHAPE["hidden_size"]  # of a layer's ffn; as many AUs or pairs are asked for at most
+TINY_AUS = SHAPE["hidden_size"]  # of a layer's ffn; as many AUs are asked for at most
+TINY_PAIRS = 16  # to rank on
 
 
 def fitted(params: dict) -> dict:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from engine_batches import LIVE
 from errors import AUSteerError
-from paper.dry_run import TINY_AUS, fitted
+from paper.dry_run import TINY_AUS, TINY_PAIRS, fitted
 from setting import UNSTEERED, Cell, Setting
 
 FOLDER = Path(__file__).parent / "specs"
@@ -188,6 +188,6 @@ def _setting(layers: list[dict], instead: dict[str, str]) -> Setting:
         merged[key] = tuple(merged.get(key, ()))
     if instead:
         merged["ks"] = tuple(dict.fromkeys(min(k, TINY_AUS) for k in merged["ks"]))
-        merged["n_pairs"] = merged.get("n_pairs") and min(merged["n_pairs"], TINY_AUS)
+        merged["n_pairs"] = TINY_PAIRS
     merged["options"] = tuple(tuple(option) for option in merged.get("options", ()))
     return Setting(**merged)
