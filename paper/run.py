@@ -46,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     args = _arguments(argv)
     args.device = shared_work.start(args.device)
     _check(args)
+    transformers_logging.disable_progress_bar()
     folder = Path(args.results) / (f"{args.scale}-dry-run" if args.dry_run else args.scale)
     how = {"limit": 2 if args.dry_run else args.limit, "batch_size": args.batch_size, "engine": args.engine}
     how["toxicity"] = "embedded" if args.dry_run else args.toxicity
@@ -69,7 +70,6 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     jobs = (args.jobs or (workers.cores() if args.scale == "embedded" else 1)) if alone else 1
     if args.scale == "embedded":
         torch.set_num_threads(1)  # in so small a model, threads wait for each other longer than they work
-    transformers_logging.disable_progress_bar()
     there = {spec.name for spec in found}
     sources = [spec.source for spec in found if spec.source and spec.source not in there]
     everything = [*found, *(read(sources, _names(args.models)) if sources else [])]

@@ -18,7 +18,7 @@ from pathlib import Path
 from engine_batches import LIVE
 from errors import AUSteerError
 from paper.dry_run import TINY_AUS, TINY_PAIRS, fitted
-from setting import UNSTEERED, Cell, Setting
+from setting import UNSTEERED, Cell, Setting, asked_once
 
 FOLDER = Path(__file__).parent / "specs"
 SCALES = ("embedded", "small", "paper")
@@ -168,9 +168,7 @@ def _entry(block: str, row: str, column: str, layers: list[dict], instead: dict[
         raise AUSteerError(f"{', '.join(sorted(unknown))}: no such setting, in row {row}, column {column} of a spec")
     setting, method = _setting(layers, instead), merged["method"]
     if method in UNSTEERED:  # whatever a row says of steering: asked once for all tables
-        setting = replace(
-            setting, ks=(), alphas=(), search="grid", options=(), n_pairs=None, general_pairs=False, encoder=None
-        )
+        setting = replace(asked_once(setting, method).setting, encoder=None)
     draws = merged.get("draws", 1)
     sites = merged.get("sites") or [merged.get("site")]
     made = tuple(Cell(setting, method, site, draw) for site in sites for draw in range(draws))

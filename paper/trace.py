@@ -45,8 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         print(f"left out, too long to look at: {', '.join(left)} (--whole prints them)" if left else "")
         if args.again:
             different += not _same(one, record)
-    block = f" --block {json.dumps(args.block)}" if args.block else ""
-    print(f"again: python main.py trace {args.table} {json.dumps(args.row)} {args.column or ''}{block} "
+    given = ("block", "data_dir", "device")
+    also = "".join(f" --{name.replace('_', '-')} {json.dumps(vars(args)[name])}" for name in given if vars(args)[name])
+    print(f"again: python main.py trace {args.table} {json.dumps(args.row)} {args.column or ''}{also} "
           f"--scale {args.scale} --results {args.results} --again")  # fmt: skip
     return 1 if different else None
 
