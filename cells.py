@@ -32,6 +32,7 @@ from momentum import MOMENTA
 from pairs import pairs_hash
 from plan import Plan
 from ranks import AURanks, fingerprint, public_name
+from rmodels import gates
 from set_MFU import steer
 from setting import MADE_OF_MODELS, UNSTEERED, Cell, Setting, asked_once, load
 
@@ -189,11 +190,13 @@ def compute(cell: Cell) -> dict:
 
 def _steered(cell: Cell, vanilla: dict) -> tuple[dict, Columns, dict[str, float], float]:
     """What was chosen, the columns and extras of the test, and when the test began."""
-    _, _, task = load(cell.setting)
+    model, _, task = load(cell.setting)
     method = _method(cell.setting, cell.method)
     prepared, seconds = _prepared(cell.setting, cell.method, cell.site)
     settings_to_try = grid(cell)
     result: dict = {"cost": {"prepare_s": seconds}, "n_pairs": len(task.pairs), "grid_scores": {}, "asked": 0}
+    # all there are where the method acts, to say what share it touches
+    result["aus"] = sum(gate.width for site in sites_of(cell.site) for gate in gates(model, site))
     if len(settings_to_try) == 1:
         chosen = settings_to_try[0]
     else:
@@ -231,7 +234,8 @@ def _steered(cell: Cell, vanilla: dict) -> tuple[dict, Columns, dict[str, float]
     columns, extras = _tested(cell, task.test, plan)
     gained, lost, p = mcnemar(records.unpack(vanilla["outcomes"]), next(iter(columns.values())))
     result |= {"touched": len(plan.units()), "gained": gained, "lost": lost, "p": p}
-    result["foretold"] = {key: plan.header[key] for key in ("predicted", "measured") if key in plan.header}
+    foretold = ("k", "alpha", "predicted", "measured") if "predicted" in plan.header else ()
+    result["foretold"] = {key: plan.header[key] for key in foretold if key in plan.header}
     return result, columns, extras, start
 
 

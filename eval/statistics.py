@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from scipy.stats import binomtest
+from scipy.stats import t as student
 
 RESAMPLES, SEED = 2000, 0
+RUINED = 0.05  # settings as surely worse than vanilla as this are no candidates
 
 
 def wilson(right: int, n: int) -> tuple[float, float]:
@@ -61,20 +64,58 @@ def paired_bootstrap(before: Sequence[float], after: Sequence[float]) -> tuple[f
     return (sum(differences) / len(differences), *bootstrap(differences))
 
 
-def selection_noise(outcomes_by_setting: dict[str, Sequence[bool]], vanilla: Sequence[bool]) -> float:
+def paired_gain(gained: int, lost: int, n: int) -> tuple[float, float, float]:
+    """`paired_bootstrap` of right and wrong: to draw items is to draw how many of each kind, which costs nothing."""
+    shares = [gained / n, lost / n, max(0.0, 1 - (gained + lost) / n)]
+    draws = np.random.default_rng(SEED).multinomial(n, shares, RESAMPLES)
+    low, high = np.percentile((draws[:, 0] - draws[:, 1]) / n, (2.5, 97.5))
+    return (gained - lost) / n, float(low), float(high)
+
+
+def t_interval(values: Sequence[float]) -> tuple[float, float, float, float]:
+    """Mean of few values, such as the gains of training seeds, its 95 % interval, and the two-sided p of a mean of 0."""
+    values = np.asarray(values, float)
+    if len(values) < 2:
+        raise ValueError("an interval of a mean needs at least two values")
+    mean, error = values.mean(), values.std(ddof=1) / len(values) ** 0.5
+    half = student.ppf(0.975, len(values) - 1) * error
+    p = 2 * student.sf(abs(mean) / error, len(values) - 1) if error else float(mean == 0)
+    return float(mean), float(mean - half), float(mean + half), float(p)
+
+
+@dataclass(frozen=True)
+class Noise:
+    mean: float  # what choosing alone brings on average
+    quantile: float  # what it exceeds once in twenty times
+    kept: int  # settings that were candidates
+
+
+def selection_noise(outcomes_by_setting: dict[str, Sequence[bool]], vanilla: Sequence[bool]) -> Noise:
     """How much the best of these settings would gain over vanilla, on the items it was chosen on, if none were any better.
 
     Each setting's differences to vanilla are shifted to a mean of zero, which makes that true; then items are drawn
-    anew, the same for all settings, so that settings which err alike still do; and the best mean is taken. The
-    average over many draws is what choosing alone brings.
+    anew, the same for all settings, so that settings which err alike still do; and the best mean is taken.
+
+    A setting that ruins the model differs from vanilla on nearly all items. Shifted to zero it would have the largest
+    variance of all and win most draws, which it never does in truth. So settings that are significantly worse (McNemar's
+    exact test, p < RUINED) are left out.
     """
+    candidates = [outcomes for outcomes in outcomes_by_setting.values() if not _ruined(vanilla, outcomes)]
+    if not candidates:
+        return Noise(0.0, 0.0, 0)
     base = np.asarray(vanilla, float)
-    gains = np.array([np.asarray(outcomes, float) - base for outcomes in outcomes_by_setting.values()])
+    gains = np.array([np.asarray(outcomes, float) - base for outcomes in candidates])
     gains -= gains.mean(1, keepdims=True)
     n = len(base)
     # to draw n items with replacement is to draw how often each comes
     counts = np.random.default_rng(SEED).multinomial(n, np.full(n, 1 / n), RESAMPLES)
-    return float((counts @ gains.T / n).max(1).mean())
+    best = (counts @ gains.T / n).max(1)
+    return Noise(float(best.mean()), float(np.percentile(best, 95)), len(candidates))
+
+
+def _ruined(vanilla: Sequence[bool], outcomes: Sequence[bool]) -> bool:
+    gained, lost, p = mcnemar(vanilla, outcomes)
+    return lost > gained and p < RUINED
 
 
 def summary(columns: dict[str, Sequence[float]]) -> dict[str, dict[str, float]]:

@@ -10,9 +10,11 @@ from html import escape
 from pathlib import Path
 
 from paper.manifest import Manifest
+from paper.marks import behind
 from paper.pictures import Picture, draw, undrawn
 from paper.specs import Spec
-from paper.tables import Block, Value, blocks
+from paper.tables import blocks
+from paper.values import Block, Value
 
 TABLES = ("accuracy", "settings", "counts", "noise", "prediction", "human", "overhead")
 STYLE = """
@@ -29,9 +31,14 @@ code,pre{background:#24272d}h2{border-color:#333}img{background:#fff}a{color:#7a
 KEY = (
     "Accuracy in %, [95 % Wilson interval]; a control shows the median and the range of its draws. Settings were chosen on "
     "validation items, never on the test split, unless a row says so. * differs from vanilla (exact McNemar, Holm-adjusted "
-    "over the block, p < 0.05). Bold: better than every other row of its column (the same test, adjusted within the column). "
-    "Italics: rows that are not in the paper. A dash has its reason below the table."
+    "over the block, p < 0.05). Bold: better than every other row of its column, and than every draw of its controls (the same "
+    "test, Holm-adjusted over all such comparisons of the block). Columns that are training seeds have a mean gain with a t "
+    "interval over seeds instead. AUs: how many a row changes, least to most over its columns and draws; where it is more than a "
+    "quarter of the site, as false-discovery control takes on tiny models, the table says so. Italics: rows that are not in the "
+    "paper. Gains over vanilla with paired bootstrap intervals and all adjusted p values are folded up below each table. A dash "
+    "has its reason below the table."
 )
+BEHIND = "Gains over vanilla in points, 95 % interval, adjusted p"
 CITE = """@inproceedings{feng2026austeer,
   title     = {Fine-Grained Activation Steering: Steering Less, Achieving More},
   author    = {Feng, Zijian and Li, Tianjiao and Zhu, Zixiao and Zhou, Hanzhang and Qian, Junlang and Zhang, Li and
@@ -115,7 +122,16 @@ def _markdown(parts, manifest: Manifest) -> str:
             for label, ours, values in block.rows:
                 name = f"*{label}*" if ours else label
                 lines.append(f"| {name} | " + " | ".join(map(_cell_markdown, values)) + " |")
-            lines.append("")
+            lines += ["", *(f"{note}\n" for note in block.notes)]
+            if tests := behind(block):
+                lines += [
+                    f"<details><summary>{BEHIND}</summary>",
+                    "",
+                    *(f"- {line}" for line in tests),
+                    "",
+                    "</details>",
+                    "",
+                ]
         for picture in pictures:
             lines += [
                 f"![{picture.caption}](figures/{picture.path.name})",
@@ -136,7 +152,7 @@ def _cell_markdown(value: Value) -> str:
 def _beside_the_paper(value: Value) -> str:
     if value.printed is None:
         return ""
-    printed = f"paper {value.printed:g}"
+    printed = f"paper {value.printed}" if isinstance(value.printed, str) else f"paper {value.printed:g}"
     return printed if value.difference is None else f"{printed}, difference {value.difference:+.1f}"
 
 
@@ -157,7 +173,10 @@ def _html(parts, manifest: Manifest) -> str:
             for label, ours, values in block.rows:
                 cells = "".join(map(_cell_html, values))
                 out.append(f"<tr{' class=ours' if ours else ''}><td>{escape(label)}</td>{cells}</tr>")
-            out.append("</table></div>")
+            out.append("</table></div>" + "".join(f"<p>{escape(note)}</p>" for note in block.notes))
+            if tests := behind(block):
+                lines = "".join(f"<li>{escape(line)}</li>" for line in tests)
+                out.append(f"<details><summary>{BEHIND}</summary><ul>{lines}</ul></details>")
         for picture in pictures:
             data = base64.b64encode(picture.path.read_bytes()).decode()
             out.append(f'<figure><img alt="{escape(picture.caption)}" src="data:image/png;base64,{data}">')

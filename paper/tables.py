@@ -3,91 +3,72 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from statistics import median
 
 import numpy as np
 
 from eval.records import unpack
-from eval.statistics import holm, mcnemar, selection_noise, wilson
+from eval.statistics import wilson
+from paper.changed_aus import AUS, PRINTED, changed, dense
 from paper.manifest import Manifest
+from paper.marks import mark
+from paper.read_off import counts, human, noise, overhead, prediction, settings
+from paper.searches import searches
+from paper.seeds import over_seeds
+from paper.shown import chosen_text, nothing_beat_vanilla, shown
 from paper.specs import Spec
-
-SURE = 0.05
-
-
-@dataclass
-class Value:
-    text: str = "–"
-    detail: str = ""  # interval, band, what was chosen
-    printed: float | None = None  # the paper's
-    number: float | None = None
-    why: str = ""  # of a dash
-    best: bool = False  # better than every other row of its column, by the adjusted test
-    sure: bool = False  # different from vanilla, by the adjusted test
-    fair: bool = True  # nothing of it was chosen on the test split: it may be tested
-    hits: list[list[bool]] = field(default_factory=list)  # per item, of every draw
-
-    @property
-    def difference(self) -> float | None:
-        return None if self.number is None or self.printed is None else self.number - self.printed
-
-
-@dataclass
-class Block:
-    name: str
-    columns: list[str]
-    heads: list[str]  # of the columns, with n
-    rows: list[tuple[str, bool, list[Value]]]  # label, is it ours and not the paper's, a value a column
+from paper.values import Block, Value
 
 
 def blocks(spec: Spec, manifest: Manifest) -> list[Block]:
     make = {"accuracy": accuracy, "lines": accuracy, "settings": settings, "counts": counts, "noise": noise,
             "prediction": prediction, "human": human, "overhead": overhead}[spec.kind]  # fmt: skip
-    return [make(spec, manifest, block) for block in (spec.blocks or spec.panels_by_name)]
+    found = []
+    for block in spec.blocks or spec.panels_by_name:
+        found.append(make(spec, manifest, block))
+        if "searches" in spec.show:
+            found.append(searches(spec, manifest, block))
+    return found
 
 
 def accuracy(spec: Spec, manifest: Manifest, block: str) -> Block:
     table: dict[str, dict[str, Value]] = {}
     sizes: dict[str, int] = {}
+    records: dict[str, dict[str, list[dict]]] = {}
     for row in spec.rows:
-        table[row] = {}
+        table[row], records[row] = {}, {}
         for column, says in spec.columns.items():
-            records = shown(spec, manifest, block, row, column)
-            table[row][column] = _accuracy(records, says, manifest, spec, block, row, column)
-            if records:
-                sizes[column] = records[0]["n"]
-    _mark(table, list(spec.columns))
+            found = records[row][column] = shown(spec, manifest, block, row, column)
+            table[row][column] = _accuracy(found, says, manifest, spec, block, row, column)
+            if found:
+                sizes[column] = found[0]["n"]
+    columns, notes = list(spec.columns), []
+    mark(table, columns, spec.show.get("vanilla", {}))
     for name, parts in spec.averages.items():
-        for cells in table.values():
-            cells[name] = _average([cells[part] for part in parts])
-    columns = [*spec.columns, *spec.averages]
+        if spec.show.get("over") == "seeds":
+            columns += over_seeds(table, name, parts)
+        else:
+            columns.append(name)
+            for cells in table.values():
+                cells[name] = _average([cells[part] for part in parts])
+    if spec.kind == "accuracy" and spec.show.get("aus", True):
+        notes += dense(records, {row: says["label"] for row, says in spec.rows.items()})
+        found = [one for row in records.values() for several in row.values() for one in several]
+        printed = spec.printed.get(block, {}).values()
+        if any(one.get("touched") is not None for one in found) or any(PRINTED in row for row in printed):
+            columns.insert(0, AUS)
+            for row, cells in table.items():
+                cells[AUS] = changed([one for found in records[row].values() for one in found])
     for row, cells in table.items():
         for column in columns:
-            cells[column].printed = spec.printed.get(block, {}).get(row, {}).get(column)
+            key = PRINTED if column == AUS else column
+            cells[column].printed = spec.printed.get(block, {}).get(row, {}).get(key)
     rows = [
         (spec.rows[row]["label"], spec.rows[row].get("ours", False), [cells[column] for column in columns])
         for row, cells in table.items()
         if any(value.number is not None or value.printed is not None or value.why for value in cells.values())
     ]
-    return Block(block, columns, [f"{c} (n = {sizes[c]})" if c in sizes else c for c in columns], rows)
-
-
-def shown(spec: Spec, manifest: Manifest, block: str, row: str, column: str) -> list[dict]:
-    """The draws of a control, or the one record of an entry: of several sites, the better on validation."""
-    records = manifest.records(spec.name, block, row, column)
-    if len(records) < 2 or spec.rows[row].get("draws", 1) > 1:
-        return records
-    return [better(records)]
-
-
-def better(records: Sequence[dict]) -> dict:
-    """Of two sites the one that was better on the items both were asked on; of equal ones the first."""
-    asked = [unpack(record["grid_outcomes"][record["chosen"]]) if record["chosen"] else [] for record in records]
-    shared = min((len(outcomes) for outcomes in asked if outcomes), default=0)
-    # where nothing beat vanilla, nothing was chosen
-    scores = [sum(outcomes[:shared]) if outcomes else -1 for outcomes in asked]
-    return records[max(range(len(records)), key=lambda i: (scores[i], -i))]
+    return Block(block, columns, [f"{c} (n = {sizes[c]})" if c in sizes else c for c in columns], rows, notes)
 
 
 def _accuracy(
@@ -108,8 +89,10 @@ def _accuracy(
     low, high = (100 * edge for edge in wilson(record["right"], record["n"]))
     detail, fair = f"[{low:.1f}, {high:.1f}]", True
     if record["site"]:
-        chosen = ", ".join(f"{key} {value:g}" for key, value in (record["settings"] or {}).items())
-        detail += f"; {record['site']}, {chosen or 'nothing beat vanilla'}"
+        if record["settings"] is None:
+            detail += f"; {nothing_beat_vanilla(manifest.records(spec.name, block, row, column))}"
+        else:
+            detail += f"; {record['site']}, {chosen_text(record)}"
         if record["search"] == "test" or spec.rows[row].get("test_chosen"):
             detail += "; chosen on test"
             fair = False
@@ -142,26 +125,6 @@ def _win_rate(record: dict, manifest: Manifest, spec: Spec, block: str, row: str
     )
 
 
-def _mark(table: dict[str, dict[str, Value]], columns: Sequence[str]) -> None:
-    """Holm over all comparisons with vanilla of the block; and, within a column, of the best row with every other."""
-    vanilla = table.get("vanilla", {})
-    tested, ps = [], []
-    for cells in table.values():
-        for column in columns:
-            value, base = cells[column], vanilla.get(column)
-            if base and base.hits and len(value.hits) == 1 and value.fair and value is not base:
-                tested.append(value)
-                ps.append(mcnemar(base.hits[0], value.hits[0])[2])
-    for value, p in zip(tested, holm(ps), strict=True):
-        value.sure = p < SURE
-    for column in columns:
-        rows = [cells[column] for cells in table.values() if len(cells[column].hits) == 1 and cells[column].fair]
-        if len(rows) > 1:
-            best = max(rows, key=lambda value: value.number)
-            others = [mcnemar(value.hits[0], best.hits[0])[2] for value in rows if value is not best]
-            best.best = max(holm(others)) < SURE
-
-
 def _average(values: Sequence[Value]) -> Value:
     """Of columns as they stand; the interval is normal, from the columns' own errors. Of draws, draw by draw."""
     if not any(value.hits or value.why for value in values):
@@ -183,114 +146,3 @@ def _average(values: Sequence[Value]) -> Value:
     half = 196 * sum(right / n * (1 - right / n) / n for right, n in counted) ** 0.5 / len(values)
     low, high = max(0.0, means[0] - half), min(100.0, means[0] + half)
     return Value(f"{means[0]:.1f}", f"[{low:.1f}, {high:.1f}]", number=means[0])
-
-
-def settings(spec: Spec, manifest: Manifest, block: str) -> Block:
-    """What was chosen, at the site that was better on validation."""
-    rows = []
-    for row, sources in spec.show["rows"].items():
-        values = []
-        for column in spec.columns:
-            found = [record for name in sources for record in manifest.records(spec.source, block, name, column)]
-            value = Value(why="" if found else manifest.why_missing(spec.source, block, sources[0], column))
-            if found:
-                best = better(found)
-                chosen = (best["settings"] or {}).get(spec.show["key"])
-                value = Value("–" if chosen is None else f"{chosen:g}", best["site"], number=chosen)
-                value.why = "nothing beat vanilla" if chosen is None else ""
-            value.printed = spec.printed.get(block, {}).get(row, {}).get(column)
-            values.append(value)
-        rows.append((spec.rows[row]["label"], spec.rows[row].get("ours", False), values))
-    return Block(block, list(spec.columns), list(spec.columns), rows)
-
-
-def counts(spec: Spec, manifest: Manifest, block: str) -> Block:
-    rows = []
-    for row, key, source in (("pairs", "n_pairs", "austeer-head"), ("test", "n", "vanilla")):
-        values = []
-        for column in spec.columns:
-            found = manifest.records(spec.source, block, source, column)
-            value = Value(f"{found[0][key]}", number=found[0][key]) if found else Value()
-            value.why = "" if found else manifest.why_missing(spec.source, block, source, column)
-            value.printed = spec.printed.get(block, {}).get(row, {}).get(column)
-            values.append(value)
-        rows.append((spec.rows[row]["label"], False, values))
-    return Block(block, list(spec.columns), list(spec.columns), rows)
-
-
-def noise(spec: Spec, manifest: Manifest, block: str) -> Block:
-    """Points that the best of the grid gains by chance, of the site that is shown."""
-    rows = []
-    for row, says in spec.rows.items():
-        values = []
-        for column in spec.columns:
-            found = [one for one in manifest.records(spec.source, block, row, column) if one.get("grid_outcomes")]
-            if not found:
-                values.append(Value(why=manifest.why_missing(spec.source, block, row, column)))
-                continue
-            # the number that is shown is the best of all sites' settings
-            outcomes = {
-                f"{one['site']} {key}": unpack(packed) for one in found for key, packed in one["grid_outcomes"].items()
-            }
-            vanilla = unpack(found[0]["grid_vanilla"])
-            gained, size = 100 * selection_noise(outcomes, vanilla), len(vanilla)
-            values.append(Value(f"{gained:+.1f}", f"best of {len(outcomes)} on {size} items", number=gained))
-        rows.append((says["label"], False, values))
-    return Block(block, list(spec.columns), list(spec.columns), rows)
-
-
-def prediction(spec: Spec, manifest: Manifest, block: str) -> Block:
-    rows = []
-    for row, says in spec.rows.items():
-        for key in ("predicted", "measured"):
-            values = []
-            for column in spec.columns:
-                found = manifest.records(spec.source, block, row, column)
-                number = found[0].get("foretold", {}).get(key) if found else None
-                why = manifest.why_missing(spec.source, block, row, column)
-                values.append(Value(f"{number:+.3f}", number=number) if number is not None else Value(why=why))
-            rows.append((f"{says['label']}: {key}", True, values))
-    return Block(block, list(spec.columns), list(spec.columns), rows)
-
-
-def human(spec: Spec, manifest: Manifest, block: str) -> Block:
-    """What `main.py human score --out FOLDER/human-BLOCK.json` left."""
-    path = manifest.folder / f"human-{block}.json"
-    rated = manifest.load(path)["rows"] if path.exists() else []
-    rated = [row for row in rated if row["task"] == "all tasks"] or rated
-    rows = []
-    for row, says in spec.rows.items():
-        values = []
-        for column in spec.columns:
-            mine = next((one[column] for one in rated if one["system"].casefold() == row), None)
-            value = Value(why=f"needs raters: main.py human export, and score --out {path.name} in this folder")
-            if mine is not None:
-                value = Value(f"{mine['mean']:.1f}", f"[{mine['low']:.1f}, {mine['high']:.1f}]", number=mine["mean"])
-            value.printed = spec.printed.get(block, {}).get(row, {}).get(column)
-            values.append(value)
-        rows.append((says["label"], False, values))
-    return Block(block, list(spec.columns), list(spec.columns), rows)
-
-
-def overhead(spec: Spec, manifest: Manifest, block: str) -> Block:
-    found = manifest.panel(spec.name, block)
-    columns = {"prepare_s": "prepared in, s", "inference_s": "inference, s", "s_per_sample": "s a sample",
-               "std": "± of trials", "gb": "memory, GB"}  # fmt: skip
-    rows = []
-    for row in ("vanilla", "iti", "sadi", "austeer", "causal"):
-        measured = (found or {}).get("found", {}).get(row, {})
-        printed = spec.printed.get(block, {}).get(row, {})
-        values = []
-        for column in columns:
-            number = measured.get(column)
-            value = Value(f"{number:.4g}", number=number) if number is not None else Value()
-            value.why = "" if found else manifest.why_missing(spec.name, block, "panel", block)
-            paper = printed.get({"gb": "gpu_gb"}.get(column, column))
-            if column in ("prepare_s", "inference_s"):  # the paper's are of all seven tasks
-                value.detail = "" if paper is None else f"paper, seven tasks: {paper:g}"
-            else:
-                value.printed = paper
-            values.append(value)
-        rows.append((row, row == "causal", values))
-    items = (found or {}).get("params", {}).get("items", "?")
-    return Block(f"{block} (n = {items})", list(columns), list(columns.values()), rows)

@@ -22,7 +22,7 @@ from paper.manifest import Manifest
 from paper.specs import Panel, Spec
 from setting import Cell, Setting
 
-RESULT = ("n", "right", "measure", "outcomes", "columns", "measures", "extras", "settings", "grid_scores", "touched",
+RESULT = ("n", "right", "measure", "outcomes", "columns", "measures", "extras", "settings", "grid_scores", "touched", "foretold",
           "found")  # fmt: skip
 
 
@@ -55,6 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int | None:
 def _entry(spec: Spec, manifest: Manifest, args: argparse.Namespace) -> tuple[Sequence[Cell], list[dict]]:
     if not spec.entries:
         raise AUSteerError(f"{args.table} has no cells of its own" + (f": trace {spec.source}" if spec.source else ""))
+    if args.column in spec.averages:
+        parts = ", ".join(spec.averages[args.column])
+        raise AUSteerError(f"{args.column} is an average, of columns {parts}: trace those, one by one")
     block = args.block or next(iter(spec.blocks))
     entry = next((e for e in spec.entries if (e.block, e.row, e.column) == (block, args.row, args.column)), None)
     if entry is None:

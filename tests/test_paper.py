@@ -55,10 +55,13 @@ def test_printed_numbers_are_the_papers():
     paper, mine = json.loads(PRINTED.read_text()), {spec.name: spec.printed for spec in specs.read("paper")}
     for model, rows in paper["table1"].items():
         for row, columns in rows.items():
-            wanted = {column: value for column, value in columns.items() if column != "acts" and value is not None}
+            wanted = {column: value for column, value in columns.items() if value is not None}
             assert mine["table1"][model][row] == wanted
     assert mine["table10"] == paper["table10"] and mine["table4"] == paper["table4"]
     assert mine["table13"]["llama2-7b-chat"] == paper["table13_llama2"]
+    large, copa = mine["table11"]["llama3.3-70b-instruct-4bit"], paper["table11_text_llama3.3-70b-4bit_copa"]
+    assert [large[row]["inference_s"] for row in ("vanilla", "austeer")] == [copa["vanilla_s"], copa["austeer_s"]]
+    assert large["austeer"]["prepare_s"] == 60 * copa["prepare_min"] and large["austeer"]["gb"] == copa["gpu_gb"]
     assert mine["table12"]["llama2-7b-chat"]["austeer"] == paper["table12_copa_llama2_by_number_of_aus"]
 
 
@@ -84,8 +87,10 @@ def test_unknown_names_are_told(names, models, message):
 # ---- numbers of a table, from made-up records -------------------------------------------------------------------
 
 
-def made_up(folder: Path, outcomes: dict[tuple[str, str], list[list[bool]]], **more) -> tuple[specs.Spec, Manifest]:
-    """A spec of one block, one column a task; outcomes by (row, column), a list a draw."""
+def made_up(
+    folder: Path, outcomes: dict[tuple[str, str], list[list[bool]]], said: dict | None = None, **more
+) -> tuple[specs.Spec, Manifest]:
+    """A spec of one block, one column a task; outcomes by (row, column), a list a draw; what else records say, by row."""
     manifest, entries = Manifest(folder, "embedded"), []
     names = dict.fromkeys(row for row, _ in outcomes)
     columns = dict.fromkeys(column for _, column in outcomes)
@@ -98,6 +103,7 @@ def made_up(folder: Path, outcomes: dict[tuple[str, str], list[list[bool]]], **m
                 "outcomes": records.pack(hits), "settings": {"k": 4, "alpha": 2.0}, "search": "grid", "device": "cpu", "extras": {},
                 "grid_scores": {"4,2": sum(hits) / len(hits)}, "grid_outcomes": {"4,2": records.pack(hits)},
                 "chosen": "4,2", "options": {}, "environment": {"torch": "2", "commit": "0123456789ab"},
+                **(said or {}).get(row, {}),
             }  # fmt: skip
             (folder / "records").mkdir(parents=True, exist_ok=True)
             (folder / "records" / f"{id}.json").write_text(json.dumps(record))
@@ -144,6 +150,204 @@ def test_stars_and_bold_need_the_adjusted_test(tmp_path):
     assert rows["x"][0].sure and not rows["y"][0].sure and not rows["vanilla"][0].sure
     assert rows["x"][0].best, "better than every other"
     assert not rows["x"][1].best and not rows["y"][1].best, "two alike: neither is the best"
+
+
+def ahead(n: int) -> list[bool]:
+    """n items more than HALF; of 6, McNemar's p is 0.03 alone."""
+    return [True] * (50 + n) + [False] * (50 - n)
+
+
+def starred(block) -> list[str]:
+    return [label for label, _, values in block.rows if values[0].sure]
+
+
+def bold(block) -> list[tuple[str, str]]:
+    columns = range(len(block.columns))
+    return [(label, block.columns[i]) for label, _, values in block.rows for i in columns if values[i].best]
+
+
+def test_a_small_p_has_a_star_alone_and_none_in_company(tmp_path):
+    (alone,) = tables.blocks(*made_up(tmp_path / "a", {("vanilla", "a"): [HALF], ("x", "a"): [ahead(6)]}))
+    assert starred(alone) == ["x"]
+    four = {("vanilla", "a"): [HALF]} | {(row, "a"): [ahead(6)] for row in "xyzw"}
+    (company,) = tables.blocks(*made_up(tmp_path / "b", four))
+    assert starred(company) == [], "four times 0.03"
+    assert {values[0].p for label, _, values in company.rows if label != "vanilla"} == {0.125}
+
+
+def test_bold_is_adjusted_for_all_rows_and_all_columns(tmp_path):
+    (alone,) = tables.blocks(*made_up(tmp_path / "a", {("u", "a"): [HALF], ("x", "a"): [ahead(6)]}))
+    assert bold(alone) == [("x", "a")]
+    rows = {(row, "a"): [HALF] for row in "uvw"} | {("x", "a"): [ahead(6)]}
+    assert bold(*tables.blocks(*made_up(tmp_path / "b", rows))) == [], "three rows to be better than"
+    columns = {(row, column): [hits] for column in "abc" for row, hits in (("u", HALF), ("x", ahead(6)))}
+    assert bold(*tables.blocks(*made_up(tmp_path / "c", columns))) == [], "three columns to be best in"
+
+
+def test_bold_needs_every_draw_of_a_control_beaten(tmp_path):
+    def of(name, run, draws):
+        return bold(*tables.blocks(*made_up(tmp_path / name, {("x", "a"): [run], ("random", "a"): draws})))
+
+    assert of("a", ALL, [HALF, MOST, HALF]) == [("x", "a")]
+    assert of("b", ALL, [HALF, ALL, HALF]) == [], "one draw as good"
+    assert of("c", MOST, [HALF, ALL, HALF]) == [], "one draw better: not beaten, however small its p"
+
+
+def test_vanilla_may_be_a_column(tmp_path):
+    outcomes = {("x", "0"): [HALF], ("x", "4"): [ALL], ("y", "0"): [HALF], ("y", "4"): [ahead(4)]}
+    outcomes |= {("random", "4"): [HALF, HALF]}
+    spec, manifest = made_up(tmp_path, outcomes, show={"vanilla": {"column": "0"}})
+    (block,) = tables.blocks(spec, manifest)
+    assert {label: [v.sure for v in values[:2]] for label, _, values in block.rows[:2]} == {
+        "x": [False, True], "y": [False, False],
+    }  # fmt: skip
+    assert [values[1].p is not None for _, _, values in block.rows] == [True, True, False]
+    (spec,) = specs.read("embedded", ["table12"])
+    assert spec.show["vanilla"]["column"] in spec.columns
+
+
+def test_exact_adjusted_p_and_paired_intervals_are_in_the_report(tmp_path):
+    spec, manifest = made_up(tmp_path, {("vanilla", "a"): [HALF], ("x", "a"): [ahead(6)], ("y", "a"): [HALF]})
+    page.write([spec], manifest)
+    for name in ("report.md", "report.html"):
+        text = (tmp_path / name).read_text()
+        assert "x: a +6.0 [+2.0, +11.0], p 0.062" in text and "y: a +0.0 [+0.0, +0.0], p 1" in text, name
+
+
+def test_seeds_are_not_pooled_as_if_their_items_were_independent(tmp_path):
+    lucky, steady = (13, 3, 0, 0, 0), (10, 11, 9, 10, 11)
+    outcomes = {("vanilla", f"seed {i}"): [HALF] for i in range(5)}
+    outcomes |= {("lucky", f"seed {i}"): [ahead(gain)] for i, gain in enumerate(lucky)}
+    outcomes |= {("steady", f"seed {i}"): [ahead(gain)] for i, gain in enumerate(steady)}
+    outcomes |= {("random", f"seed {i}"): [ahead(i), ahead(4 - i)] for i in range(5)}
+    spec, manifest = made_up(tmp_path, outcomes, show={"over": "seeds"})
+    (block,) = tables.blocks(spec, manifest)
+    assert block.columns[-2:] == ["avg", "gain over vanilla"]
+    rows = {label: values[-2:] for label, _, values in block.rows}
+    mean, gain = rows["lucky"]
+    assert mean.text == "53.2" and not mean.detail, "no interval over items"
+    assert gain.text == "+3.2" and gain.detail == "[-3.8, +10.2]; by seed +13.0 +3.0 +0.0 +0.0 +0.0" and not gain.sure
+    assert rows["steady"][1].sure and rows["random"][0].text == "52.0" and rows["random"][1].text == "+2.0"
+    assert rows["vanilla"][1].text == "" and not rows["vanilla"][1].why
+    assert specs.read("embedded", ["ablation"])[0].show["over"] == "seeds"
+
+
+def test_gains_over_seeds_are_adjusted_for_the_rows(tmp_path):
+    gains = (0, 2, 4, 6, 4)  # p = 0.035 over five seeds
+
+    def sure(name, rows):
+        outcomes = {("vanilla", f"seed {i}"): [HALF] for i in range(5)}
+        outcomes |= {(row, f"seed {i}"): [ahead(gain)] for row in rows for i, gain in enumerate(gains)}
+        (block,) = tables.blocks(*made_up(tmp_path / name, outcomes, show={"over": "seeds"}))
+        return [values[-1].sure for label, _, values in block.rows if label != "vanilla"]
+
+    assert sure("a", "x") == [True] and sure("b", "xy") == [False, False]
+
+
+def test_how_many_aus_a_row_changes(tmp_path):
+    outcomes = {(row, column): [HALF] for row in ("vanilla", "x", "fdr") for column in "ab"}
+    outcomes |= {("random", column): [HALF, MOST] for column in "ab"}
+    said = {"x": {"touched": 4, "aus": 512}, "random": {"touched": 32, "aus": 512}}
+    said |= {"fdr": {"touched": 371, "aus": 512, "settings": {"q": 0.05}}}
+    printed = {"b": {"x": {"acts": "<=100"}}}
+    spec, manifest = made_up(tmp_path, outcomes, said, printed=printed)
+    (block,) = tables.blocks(spec, manifest)
+    assert block.heads[0] == "AUs"
+    rows = {label: values for label, _, values in block.rows}
+    assert [rows[row][0].text for row in rows] == ["0", "4", "371", "32"] and rows["x"][0].detail == "of 512"
+    assert rows["fdr"][1].detail.endswith("ffn, q 0.05, 371 AUs") and rows["x"][1].detail.endswith("ffn, k 4, alpha 2")
+    assert block.notes == ["Not sparse, more than a quarter of the site's AUs: fdr (a 72 %, b 72 %)."]
+    page.write([spec], manifest)
+    text = (tmp_path / "report.md").read_text()
+    assert "| x | 4 of 512 paper <=100 |" in text and block.notes[0] in text
+
+
+def test_k_and_alpha_that_a_method_took_by_itself_are_shown(tmp_path):
+    taken = {"settings": {"q": 0.05}, "foretold": {"k": 64, "alpha": 0.7931, "predicted": 0.2, "measured": 0.1}}
+    outcomes = {(row, "copa"): [HALF] for row in ("vanilla", "causal-predicted", "causal-head")}
+    table1, manifest = made_up(tmp_path, outcomes, {"causal-predicted": taken | {"touched": 64, "aus": 512}})
+    (block,) = tables.blocks(table1, manifest)
+    assert block.rows[1][2][1].detail.endswith("ffn, q 0.05, k 64, alpha 0.793")
+    (spec,) = specs.read("embedded", ["prediction"])
+    manifest.entries["table1"] = {
+        key.replace("b|", "embedded|", 1): ids for key, ids in manifest.entries["made"].items()
+    }
+    (block,) = tables.blocks(replace(spec, columns={"copa": {}}), manifest)
+    rows = {label: values[0].text for label, _, values in block.rows}
+    assert rows == {
+        "k and alpha predicted: gain foretold, nats": "+0.200",
+        "k and alpha predicted: gain on the pairs, nats": "+0.100",
+        "k and alpha predicted: gain on the pairs / foretold": "0.50",
+        "k and alpha predicted: taken": "q 0.05, k 64, alpha 0.793",
+        "k and alpha predicted: accuracy on test, %": "50.0",
+        "causal, Head, searched: accuracy on test, %": "50.0",
+    }
+
+
+def test_a_record_says_what_was_foretold_and_of_how_many_aus(tmp_path):
+    from cells import compute
+
+    setting = Setting("embedded", "copa", limit=10, records=str(tmp_path / "records"))
+    record = compute(Cell(setting, "causal-predicted", "attention"))
+    assert set(record["foretold"]) == {"k", "alpha", "predicted", "measured"} and record["aus"] == 4 * 128
+    assert record["foretold"]["k"] == record["touched"] > 0 and 0 < record["foretold"]["alpha"] <= 1
+    assert compute(Cell(replace(setting, ks=(4,), alphas=(1.0,)), "published", "ffn"))["foretold"] == {}
+
+
+def test_cheaper_searches_are_compared_site_by_site(tmp_path):
+    outcomes = {(row, "a"): [HALF, MOST] for row in ("vanilla", "full", "cheap", "bad")}
+    outcomes[("bad", "a")] = [ahead(4), HALF]
+    spec, manifest = made_up(tmp_path, outcomes, show={"searches": {"cheap": "full", "bad": "full"}})
+    sites = ["attention", "ffn"]
+    spec = replace(spec, rows={row: {"label": row, "sites": sites, "search": "racing"} for row in spec.rows})
+    for row, asked in (("full", 3000), ("cheap", 750), ("bad", 600)):
+        for index, site in enumerate(sites):
+            path = tmp_path / "records" / f"{row}-a-{index}.json"
+            path.write_text(json.dumps({**json.loads(path.read_text()), "site": site, "asked": asked}))
+    _, block = tables.blocks(spec, manifest)
+    rows = {label: [(value.text, value.detail) for value in values] for label, _, values in block.rows}
+    assert rows["cheap, attention"] == [("25 %", ""), ("50.0", "✓ inside 50.0 [40.4, 59.6]")]
+    assert rows["bad, ffn"] == [("20 %", ""), ("50.0", "✗ below 80.0 [71.1, 86.7]")]
+    assert block.notes == ["Search racing: 3 of 4 test results (methods, tasks and sites) lie inside the full grid's "
+                           "95 % interval, for 20 to 25 % of its cost."]  # fmt: skip
+
+
+def test_table_7_compares_all_its_cheaper_searches():
+    (spec,) = specs.read("embedded", ["table7"])
+    cheaper = [row for row, says in spec.rows.items() if says.get("search") in ("sample", "racing")]
+    assert list(spec.show["searches"]) == cheaper
+    assert {spec.rows[full]["search"] for full in spec.show["searches"].values()} == {"grid"}
+
+
+def test_where_nothing_was_better_all_sites_are_named(tmp_path):
+    spec, manifest = made_up(tmp_path, {("x", "a"): [HALF, HALF]}, {"x": {"settings": None, "chosen": None}})
+    spec = replace(spec, rows={"x": {"label": "x", "sites": ["attention", "ffn"]}})
+    path = tmp_path / "records" / "x-a-0.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "site": "attention"}))
+    (block,) = tables.blocks(spec, manifest)
+    assert block.rows[0][2][0].detail.endswith("attention and ffn: nothing beat vanilla")
+    chosen = replace(spec, kind="settings", source="made", show={"key": "k", "rows": {"x": ["x"]}})
+    (block,) = tables.blocks(chosen, manifest)
+    assert block.rows[0][2][0].why == "attention and ffn: nothing beat vanilla" and not block.rows[0][2][0].detail
+
+
+def test_overhead_is_differenced_only_where_the_same_was_measured(tmp_path):
+    (spec,) = specs.read("paper", ["table11"])
+    times = {"prepare_s": 10.0, "inference_s": 200.0, "s_per_sample": 0.4, "std": 0.01, "gb": 41.0}
+    manifest = Manifest(tmp_path, "paper")
+    for name in spec.panels_by_name:
+        manifest.panels.setdefault("table11", {})[name] = name
+        (tmp_path / "records").mkdir(exist_ok=True)
+        record = {"id": name, "params": {"items": 500}, "found": {"vanilla": times, "austeer": times}}
+        (tmp_path / "records" / f"{name}.json").write_text(json.dumps(record))
+    gemma, llama = tables.blocks(spec, manifest)
+    of_gemma = dict(zip(gemma.columns, gemma.rows[0][2], strict=True))
+    assert of_gemma["s_per_sample"].difference is None
+    assert of_gemma["s_per_sample"].detail == "paper, over seven tasks: 0.45"
+    of_llama = dict(zip(llama.columns, llama.rows[0][2], strict=True))
+    assert of_llama["inference_s"].difference == 200 - 226 and "seven" not in str(llama)
+    assert llama.name == "llama3.3-70b-instruct-4bit (n = 500); the paper's numbers: COPA"
+    assert [label for label, _, _ in llama.rows][3] == "AUSteer as published"
 
 
 def test_a_missing_cell_is_a_dash_with_its_reason(tmp_path):
@@ -309,6 +513,8 @@ def test_run_report_trace(tmp_path, capsys, monkeypatch):
     path.write_text(json.dumps({**json.loads(path.read_text()), "right": 1}))
     assert trace.main(["table1", "austeer-head", "svamp", "--results", str(tmp_path), "--again"]) == 1
     assert "DIFFERS in right" in capsys.readouterr().out
+    with pytest.raises(AUSteerError, match="avg is an average, of columns boolq, copa, svamp, tone"):
+        trace.main(["table1", "austeer-head", "avg", "--results", str(tmp_path)])
     with pytest.raises(AUSteerError, match="rows vanilla"):
         trace.main(["table1", "no-row", "svamp", "--results", str(tmp_path)])
 

@@ -41,23 +41,23 @@ def asked_of(outcomes, log=None):
     return ask
 
 
-def truth(case: str, chosen) -> float:
-    vanilla, chances = CASES[case]
-    return vanilla if chosen is None else chances[GRID.index(chosen)]
+INSIDE = {"one good region": 56, "good at the end": 55, "no difference": 59, "all harmful": 60}  # of 60
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_racing_chooses_as_the_full_grid_at_a_quarter_of_the_cost(case):
-    inside = 0
+def test_a_raced_setting_tests_inside_the_full_grids_interval_at_a_quarter_of_the_cost(case):
+    """On 500 test items; in at least so many of 60 runs. Where it is outside it is below: a race can choose worse."""
+    inside, above = 0, 0
     for seed in range(60):
         vanilla, outcomes = simulated(case, 200, seed)
         full, raced = (search(asked_of(outcomes), vanilla, GRID) for search in (full_grid, racing))
         assert full.asked == 3000 and raced.asked <= 750
-        shown = sum(vanilla) if full.chosen is None else sum(full.outcomes[key_of(full.chosen)])
-        low, high = wilson(shown, 200)
-        # of many that are equal the luckiest shows best: its interval may miss its own truth
-        inside += low <= truth(case, raced.chosen) <= high or truth(case, raced.chosen) >= truth(case, full.chosen)
-    assert inside >= 54
+        untouched, steered = simulated(case, 500, 1000 + seed)
+        tested = [sum(steered[key_of(one.chosen)] if one.chosen else untouched) for one in (full, raced)]
+        low, high = wilson(tested[0], 500)
+        inside += low <= tested[1] / 500 <= high
+        above += tested[1] / 500 > high
+    assert inside >= INSIDE[case] and above == 0
 
 
 @pytest.mark.parametrize("n", [1, 3, 10, 57, 200])

@@ -9,7 +9,18 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest, norm
 
-from eval.statistics import bootstrap, holm, mcnemar, paired_bootstrap, selection_noise, sign_flip, summary, wilson
+from eval.statistics import (
+    bootstrap,
+    holm,
+    mcnemar,
+    paired_bootstrap,
+    paired_gain,
+    selection_noise,
+    sign_flip,
+    summary,
+    t_interval,
+    wilson,
+)
 
 
 @pytest.mark.parametrize(("right", "n"), [(0, 10), (10, 10), (1, 1), (5, 12), (1676, 2000), (270, 355)])
@@ -88,25 +99,60 @@ def test_selection_noise_of_unlike_settings_is_the_largest_of_normals(k):
     rng, n, share = np.random.default_rng(5), 600, 0.75
     error = (share * (1 - share) / n) ** 0.5
     made = [rng.random((k + 1, n)) < share for _ in range(20)]
-    noise = np.mean([selection_noise({str(i): row for i, row in enumerate(rows)}, v) for v, *rows in made[:4]])
+    found = [selection_noise({str(i): row for i, row in enumerate(rows)}, v) for v, *rows in made[:4]]
+    noise = np.mean([one.mean for one in found])
     assert noise == pytest.approx(expected_largest_of_normals(k) * error, rel=0.1)
-    fresh = rng.binomial(n, share, (4000, k)).max(1) / n - share
-    assert noise == pytest.approx(fresh.mean(), rel=0.1)
+    fresh = rng.binomial(n, share, (4000, k + 1)) / n
+    gains = fresh[:, 1:].max(1) - fresh[:, 0]
+    assert noise == pytest.approx(gains.mean(), rel=0.1)
+    assert np.mean([one.quantile for one in found]) == pytest.approx(np.percentile(gains, 95), rel=0.1)
     # a true gain of a setting is no noise
     better = {"a": np.ones(n, bool), **{str(i): row for i, row in enumerate(made[0][2:])}}
-    assert selection_noise(better, made[0][0]) < 1.2 * expected_largest_of_normals(k) * error
+    assert selection_noise(better, made[0][0]).mean < 1.2 * expected_largest_of_normals(k) * error
 
 
 def test_selection_noise_of_like_settings():
     rng = np.random.default_rng(6)
     vanilla = (rng.random(500) < 0.7).tolist()
-    assert selection_noise({str(i): vanilla for i in range(30)}, vanilla) == 0  # nothing to choose from
+    assert selection_noise({str(i): vanilla for i in range(30)}, vanilla).mean == 0  # nothing to choose from
     other = (rng.random(500) < 0.7).tolist()
-    assert selection_noise({str(i): other for i in range(30)}, vanilla) == pytest.approx(0, abs=2e-3)
+    assert selection_noise({str(i): other for i in range(30)}, vanilla).mean == pytest.approx(0, abs=2e-3)
     unlike = {str(i): rng.random(500) < 0.7 for i in range(30)}
     near = {str(i): np.where(rng.random(500) < 0.02, rng.random(500) < 0.7, vanilla) for i in range(30)}
-    assert 0 < selection_noise(near, vanilla) < 0.35 * selection_noise(unlike, vanilla)
+    assert 0 < selection_noise(near, vanilla).mean < 0.35 * selection_noise(unlike, vanilla).mean
     assert selection_noise(near, vanilla) == selection_noise(near, vanilla)
+
+
+def test_a_ruined_setting_is_no_candidate():
+    """Shifted to zero, what answers nearly everything wrong varies most of all, and would win most draws."""
+    rng = np.random.default_rng(7)
+    vanilla = rng.random(500) < 0.8
+    near = {str(i): np.where(rng.random(500) < 0.05, rng.random(500) < 0.8, vanilla) for i in range(14)}
+    alone = selection_noise(near, vanilla)
+    assert alone.kept == 14 and 0 < alone.mean < alone.quantile
+    assert selection_noise({**near, "ruined": rng.random(500) < 0.02}, vanilla) == alone
+    assert selection_noise({"ruined": ~vanilla}, vanilla).kept == 0
+    better = {**near, "better": np.ones(500, bool)}
+    assert selection_noise(better, vanilla).kept == 15, "only what is worse is left out"
+
+
+def test_paired_gain_is_the_paired_bootstrap_of_right_and_wrong():
+    before, after = [True] * 70 + [False] * 30, [True] * 68 + [False] * 2 + [True] * 12 + [False] * 18
+    gained, lost, _ = mcnemar(before, after)
+    assert paired_gain(gained, lost, 100) == pytest.approx(paired_bootstrap(before, after), abs=0.011)
+    assert paired_gain(0, 0, 50) == (0.0, 0.0, 0.0)
+
+
+def test_t_interval_equals_scipys():
+    from scipy.stats import ttest_1samp
+
+    gains = [12.7, 2.8, 0.5, 0.0, 0.0]
+    wanted = ttest_1samp(gains, 0)
+    interval = wanted.confidence_interval(0.95)
+    assert t_interval(gains) == pytest.approx((3.2, interval.low, interval.high, wanted.pvalue))
+    assert t_interval([0.0, 0.0]) == (0.0, 0.0, 0.0, 1.0) and t_interval([2.0, 2.0]) == (2.0, 2.0, 2.0, 0.0)
+    with pytest.raises(ValueError, match="at least two"):
+        t_interval([1.0])
 
 
 def test_the_document_shows_what_the_code_does():
