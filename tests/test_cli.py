@@ -56,7 +56,8 @@ def rank(checkpoints, workplace, *extra, model=None, pairs=None, out="ffn.safete
 def test_rank_then_plan(checkpoints, workplace):
     done = rank(checkpoints, workplace, "--authors-files", workplace / "theirs")
     assert done.returncode == 0, done.stderr
-    assert "3 x 48 AUs at site ffn, 16 pairs" in done.stdout and "pairs/s" in done.stderr
+    assert "3 x 48 AUs at site ffn, 16 pairs, " in done.stdout and "pairs/s" in done.stdout
+    assert "screening" not in done.stderr, "a bar is for a terminal"
     again = rank(checkpoints, workplace)
     assert again.returncode == 0 and "already there" in again.stdout
     later = rank(checkpoints, workplace, "--authors-files", workplace / "later")

@@ -297,8 +297,9 @@ def _kill_after_records(process, folder, count):
     process.wait()
 
 
+@pytest.mark.slow
 def test_workers_end_when_their_parent_is_killed(tmp_path):
-    command = [sys.executable, "main.py", "--data_name", "svamp", "--limit", "200", "--draws", "9", "--jobs", "2", "--device", "cpu",
+    command = [sys.executable, "main.py", "--data_name", "svamp", "--limit", "200", "--method", "random", "--draws", "9", "--jobs", "2", "--device", "cpu",
                "--results", str(tmp_path)]  # fmt: skip
     process = subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
@@ -315,7 +316,7 @@ def test_workers_end_when_their_parent_is_killed(tmp_path):
 
 
 def test_killed_in_the_middle_goes_on(tmp_path):
-    command = [sys.executable, "main.py", "--data_name", "svamp", "--limit", "60", "--draws", "3", "--jobs", "1", "--device", "cpu",
+    command = [sys.executable, "main.py", "--data_name", "svamp", "--limit", "60", "--method", "random", "--draws", "4", "--jobs", "1", "--device", "cpu",
                "--results", str(tmp_path)]  # fmt: skip
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
