@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -100,6 +101,7 @@ class Checkpoint:
         self.files = self._weight_files()
         self.places = {name: place for file in self.files for name, place in self._places(file)}
         self.shapes = {name: place.shape for name, place in self.places.items()}
+        self._fingerprints: dict[torch.dtype, str] = {}
 
     def dtype(self, name: str) -> torch.dtype:
         stored = self.places[name].dtype
@@ -113,9 +115,12 @@ class Checkpoint:
             raise AUSteerError(
                 f"{self.folder} lacks {name}; get the whole checkpoint (one with renamed weights cannot be exported)"
             )
+        return self.read_bytes(name).view(self.dtype(name)).view(self.shapes[name])
+
+    def read_bytes(self, name: str) -> Tensor:
         place = self.places[name]
         data = np.memmap(self.folder / place.file, np.uint8, "c", place.start, (place.size,))
-        return torch.from_numpy(data).view(self.dtype(name)).view(place.shape)
+        return torch.from_numpy(data)
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Over the old one, of the same shape and dtype."""
@@ -140,19 +145,28 @@ class Checkpoint:
 
     def check_plan(self, plan: Plan) -> None:
         """Refuse a plan made for another model: other shapes, another family, or other weights."""
-        skeleton = without_weights(self.folder)
-        check_made_for(skeleton, {site: plan.shape(site) for site in plan.sites}, plan.header, "this plan was")
+        check_made_for(self.skeleton, {site: plan.shape(site) for site in plan.sites}, plan.header, "this plan was")
         dtype = rmodels.DTYPES.get(plan.header.get("precision"))
         if dtype is None or not plan.header.get("fingerprint"):
             return  # made by hand, or on quantised weights: other bits
-        names = tqdm(skeleton.state_dict(), desc="compare with the plan's model", unit="tensor")
-        if hash_weights((name, self._as_loaded(name).to(dtype)) for name in names) != plan.header["fingerprint"]:
+        if self.fingerprint(dtype) != plan.header["fingerprint"]:
             raise AUSteerError(
                 f"this plan was made on other weights ({plan.header.get('model')}) than those of {self.folder}; "
                 "export that model, or rank this one"
             )
 
-    def _as_loaded(self, name: str) -> Tensor:
+    @cached_property
+    def skeleton(self) -> PreTrainedModel:
+        return without_weights(self.folder)
+
+    def fingerprint(self, dtype: torch.dtype) -> str:
+        """Of its model in this precision; read once, however many plans are compared with it."""
+        if dtype not in self._fingerprints:
+            names = tqdm(self.skeleton.state_dict(), desc="compare with the plan's model", unit="tensor")
+            self._fingerprints[dtype] = hash_weights((name, self.as_loaded(name).to(dtype)) for name in names)
+        return self._fingerprints[dtype]
+
+    def as_loaded(self, name: str) -> Tensor:
         """A tensor as transformers loads it: the head tied to the embedding, separate experts fused."""
         if name == "lm_head.weight" and self.config.get("tie_word_embeddings", name not in self.places):
             name = "model.embed_tokens.weight"
@@ -161,7 +175,7 @@ class Checkpoint:
             return self.read(name)
         halves = ("down_proj",) if fused[2] == "down_proj" else ("gate_proj", "up_proj")
         count = sum(key.startswith(f"{fused[1]}.") and key.endswith("down_proj.weight") for key in self.places)
-        experts = ([self._as_loaded(f"{fused[1]}.{i}.{half}.weight") for half in halves] for i in range(count))
+        experts = ([self.as_loaded(f"{fused[1]}.{i}.{half}.weight") for half in halves] for i in range(count))
         return torch.stack([torch.cat(expert) for expert in experts])
 
     def _json(self, name: str) -> dict:

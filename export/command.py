@@ -66,13 +66,16 @@ def _fold(args: argparse.Namespace, plan: Plan) -> None:
     if parity is None:
         print("not compared with live steering (--no-certificate)")
         return
+    algebra, rounding = parity["algebra"], parity["rounding"]
     print(
-        f"parity with live steering at {parity['positions']} positions ({parity['weights']} weights): "
-        f"logits differ by at most {parity['max_logit_difference']:.2g} (allowed {parity['allowed_difference']:.2g}; "
-        f"the plan moves them by {parity['steering_moves_logits_by']:.2g}), "
-        f"greedy tokens agree on {parity['greedy_agreement']:.1%}; {CERTIFICATE}"
+        f"parity with live steering at {parity['positions']} positions: logits differ by {algebra['max_logit_difference']:.2g} "
+        f"(allowed {algebra['allowed']:.2g}), and every tensor is the steered one in {parity['weights']}, whose rounding moves "
+        f"logits by {rounding['max_logit_difference']:.2g} (the plan by {parity['steering_moves_logits_by']:.2g}); greedy "
+        f"tokens agree on {rounding['greedy_agreement']:.1%}; {CERTIFICATE}"
     )
-    if parity["steering_moves_logits_by"] <= parity["allowed_difference"]:
+    if unchanged := sum(map(len, parity["unchanged_by_rounding"].values())):
+        print(f"note: {unchanged} rows and columns are what they were, rounded; the certificate names them")
+    if parity["steering_moves_logits_by"] <= algebra["allowed"]:
         print("note: the plan moves these prompts' logits by less than what is allowed, so this proves little")
 
 

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+import rmodels
 from errors import AUSteerError
 from export.certificate import certify
 from export.checkpoint import Checkpoint, local_folder, new_folder, sha256, write_one_by_one
-from export.weights import DIMENSIONS, Edit, find_edits
+from export.weights import DIMENSIONS, Edit, Tally, find_edits
 from plan import Plan
 
 FORMAT = "austeer-undo-1"
@@ -36,16 +37,25 @@ def fold(model: str | Path, plan: Plan, out: str | Path, *, certificate: bool = 
     """
     source = Checkpoint(local_folder(model))
     edits = find_edits(plan, source.shapes)
+    tokenizer = rmodels.load_tokenizer(source.folder) if certificate else None
     source.check_plan(plan)
     with new_folder(out) as folder:
         hashes = source.copy_to(folder)
         (folder / "austeer").mkdir()
         plan.save(folder / PLAN)
         metadata = {"format": FORMAT, "sha256": json.dumps(hashes)}
-        write_one_by_one(folder / UNDO, _layout(source, edits), _patch(source, Checkpoint(folder), edits), metadata)
-        if not certificate:
+        result, tally = Checkpoint(folder), Tally()
+        write_one_by_one(folder / UNDO, _layout(source, edits), _patch(source, result, edits, tally), metadata)
+        tally.check()
+        if tokenizer is None:
             return None
-        parity = certify(source.folder, plan, folder, source.dtype(edits[0].weight))
+        parity = certify(source, plan, result, tokenizer)
+        parity["unchanged_by_rounding"] = tally.unchanged
+        parity["sha256"] = {
+            "plan": sha256(folder / PLAN),
+            "original": hashes,
+            "folded": {name: sha256(folder / name) for name in result.files},
+        }
         (folder / CERTIFICATE).write_text(json.dumps(parity, indent=2) + "\n")
     return parity
 
@@ -87,11 +97,12 @@ def _layout(source: Checkpoint, edits: list[Edit]) -> dict[str, tuple[torch.dtyp
     return layout
 
 
-def _patch(source: Checkpoint, target: Checkpoint, edits: list[Edit]) -> Iterator[Tensor]:
+def _patch(source: Checkpoint, target: Checkpoint, edits: list[Edit], tally: Tally) -> Iterator[Tensor]:
     """Fold one tensor after another, handing out where and what was there before."""
     for edit in tqdm(edits, desc="fold", unit="tensor"):
         tensors = {name: source.read(name) for name in (edit.weight, edit.bias) if name is not None}
         changes = edit.changes(tensors[edit.weight], tensors.get(edit.bias))
+        tally.count(changes)
         for change in changes:
             yield change.index.int()
             yield change.old

@@ -1,5 +1,6 @@
 """Folding: the folded checkpoint is the steered model, undoing brings back the very bits, refusals leave nothing."""
 
+import itertools
 import json
 import resource
 import shutil
@@ -16,10 +17,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import rmodels
 from errors import AUSteerError
 from export import command
-from export.checkpoint import Checkpoint
+from export.checkpoint import Checkpoint, sha256
 from export.fold import CERTIFICATE, PLAN, fold, unfold
 from export.hot_patch import folded
-from export.weights import find_edits
+from export.weights import Edit, find_edits
 from plan import Plan
 from ranks import AURanks, model_header
 from set_MFU import steer
@@ -163,10 +164,17 @@ def test_certificate_and_what_lies_in_the_folder(source, plan, tmp_path):
     (source / "modeling.py").write_text("code")
     parity = fold(source, plan, tmp_path / "out")
     assert parity == json.loads((tmp_path / "out" / CERTIFICATE).read_text())
-    assert (
-        parity["max_logit_difference"] <= min(parity["allowed_difference"], 1e-4) < parity["steering_moves_logits_by"]
-    )
-    assert parity["greedy_agreement"] == 1.0 and parity["weights"] == "float32"
+    assert parity["algebra"]["max_logit_difference"] <= 1e-4 < parity["steering_moves_logits_by"]
+    assert parity["rounding"]["max_logit_difference"] <= 1e-4 and parity["rounding"]["greedy_agreement"] == 1.0
+    assert parity["weights"] == "float32" and parity["unchanged_by_rounding"] == {}
+    assert parity["file"]["tensors_compared"] == len(Checkpoint(source).places)
+    assert parity["sha256"] == {
+        "plan": sha256(tmp_path / "out" / PLAN),
+        **{
+            which: {name: sha256(folder / name) for name in Checkpoint(source).files}
+            for which, folder in (("original", source), ("folded", tmp_path / "out"))
+        },
+    }
     assert parity["receipt"]["aus"] == len(plan) and parity["receipt"]["positions"] > parity["positions"]
     assert Plan.load(tmp_path / "out" / PLAN).units() == plan.units()
     theirs, ours = ({path.name for path in folder.iterdir()} for folder in (source, tmp_path / "out"))
@@ -177,9 +185,96 @@ def test_certificate_and_what_lies_in_the_folder(source, plan, tmp_path):
     assert rmodels.load_tokenizer(tmp_path / "out")("a").input_ids == byte_tokenizer()("a").input_ids
 
 
-def test_a_fold_that_did_nothing_has_no_certificate(source, plan, tmp_path, monkeypatch):
-    monkeypatch.setattr(Checkpoint, "write", lambda *_: None)
-    with pytest.raises(AUSteerError, match="is not the steered model: logits differ by"):
+FEW = [
+    ("llama", "float32", 1),
+    ("qwen3_moe", "bfloat16", 20),
+    ("gemma2", "float16", 0.001),
+    ("llama", "bfloat16", 0.001),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "strength"),
+    [
+        pytest.param(*case, marks=[] if case in FEW else pytest.mark.slow)
+        for case in itertools.product(FAMILIES, ("float32", "bfloat16", "float16"), (0.001, 1, 20))
+    ],
+)
+def test_certificates_whatever_the_dtype_and_the_strength(tmp_path, name, dtype, strength):
+    """Refused is only what rounding erases: 1.001 is 1 in bfloat16. With experts, rounding sends tokens elsewhere."""
+    source = make(tmp_path / "source", name, dtype)
+    plan = some_plan(load(source, dtype), "attention", "ffn")
+    for scale in plan.scales.values():
+        scale *= strength
+    if (dtype, strength) == ("bfloat16", 0.001):
+        with pytest.raises(AUSteerError, match="bfloat16 cannot hold this plan"):
+            fold(source, plan, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+        return
+    parity = fold(source, plan, tmp_path / "out")
+    assert parity["algebra"]["max_logit_difference"] < 5e-4
+    assert parity["weights"] == dtype and parity["unchanged_by_rounding"] == {}
+    assert parity["rounding"]["max_logit_difference"] < 0.2 * parity["steering_moves_logits_by"]
+
+
+def test_rounding_that_drowns_the_plan_is_refused(tmp_path):
+    """1.0022 is a step of bfloat16 for some numbers of a column, and none for most."""
+    source = make(tmp_path / "source", "llama", "bfloat16")
+    plan = some_plan(load(source, "bfloat16"), "attention")
+    for values in plan.scales.values():
+        values[values != 0] = 0.0022
+    with pytest.raises(AUSteerError, match="bfloat16 cannot hold this plan: rounding its weights moves logits by"):
+        fold(source, plan, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_what_rounding_erases_is_refused_or_named(tmp_path):
+    source = make(tmp_path / "source", "llama", "bfloat16")
+    model = load(source, "bfloat16")
+    plan = some_plan(model, "attention", "ffn")
+    weak = Plan({site: 0.001 * (scale != 0) for site, scale in plan.scales.items()}, header=plan.header)
+    with pytest.raises(AUSteerError, match="every row and column it scales is what it was"):
+        fold(source, weak, tmp_path / "out", certificate=False)
+    with pytest.raises(AUSteerError, match="cannot hold this plan"), folded(model, weak):
+        pass
+    plan.scales["ffn"][0, 3] = 0.001
+    assert fold(source, plan, tmp_path / "out")["unchanged_by_rounding"] == {
+        "rows of model.layers.0.mlp.down_proj.weight": [3]
+    }
+
+
+def wrong_file(monkeypatch):
+    """One number in one tensor, by one step."""
+    write = Checkpoint.write
+
+    def near(self, name, tensor):
+        tensor = tensor.clone()
+        tensor[0, 0] = torch.nextafter(tensor[0, 0], torch.tensor(9.0))
+        write(self, name, tensor)
+
+    monkeypatch.setattr(Checkpoint, "write", near)
+
+
+def wrong_algebra(monkeypatch):
+    changes = Edit.changes
+    monkeypatch.setattr(Edit, "changes", lambda self, *weights: changes(self, *weights)[:1])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda patch: patch.setattr(Checkpoint, "write", lambda *_: None), "is not the steered model: .* differs"),
+        (wrong_file, "is not the steered model: .* differs"),
+        (wrong_algebra, "is not the plan live: in float32 logits differ by"),
+    ],
+)
+def test_a_wrong_fold_has_no_certificate(tmp_path, monkeypatch, spoil, message):
+    source = make(tmp_path / "source", "llama")
+    plan = some_plan(load(source), "ffn", "neuron")
+    spoil(monkeypatch)
+    monkeypatch.setattr("export.fold._layout", lambda *_: {})
+    monkeypatch.setattr("export.fold.write_one_by_one", lambda path, layout, tensors, metadata: list(tensors))
+    with pytest.raises(AUSteerError, match=message):
         fold(source, plan, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
