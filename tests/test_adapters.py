@@ -3,6 +3,7 @@
 import itertools
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,13 +13,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import rmodels
 from errors import AUSteerError
-from export.adapter import open_model
+from export.adapter import _base, open_model
 from export.checkpoint import Checkpoint
 from export.ia3 import save_ia3
 from export.lora import lora_factors, max_lora_rank, save_lora
 from export.serve import main as serve
 from export.serve import server_command
 from plan import Plan
+from ranks import model_header
 from set_MFU import steer
 
 IDS = torch.tensor([[1, 40, 77, 130, 9, 200, 31, 55, 12, 300, 7, 90, 41, 66, 3, 250]])
@@ -259,3 +261,28 @@ def test_server_command(llama, tmp_path):
         server_command(llama.config.name_or_path, plans[:1] * 2, [], tmp_path / "more")
     with pytest.raises(AUSteerError, match="at least one plan"):
         serve([llama.config.name_or_path, "--port", "1"])
+
+
+def test_the_server_refuses_plans_of_other_weights(llama, tmp_path, monkeypatch):
+    """Of the same shapes: a base model's for its chat model, say. The weights are read once for all plans."""
+    plans, hashed = [tmp_path / "calm.safetensors", tmp_path / "brave.safetensors"], []
+    as_loaded = Checkpoint.as_loaded
+    monkeypatch.setattr(Checkpoint, "as_loaded", lambda self, name: hashed.append(name) or as_loaded(self, name))
+    for seed, path in enumerate(plans):
+        plan = plan_for(llama, ["attention"], seed=seed)
+        plan.header |= model_header(llama)
+        plan.save(path)
+    server_command(llama.config.name_or_path, plans, [], tmp_path / "adapters")
+    assert len(hashed) == len(set(hashed)) == len(llama.state_dict())
+    plan.header["fingerprint"] = "0" * 64
+    plan.save(plans[1])
+    with pytest.raises(AUSteerError, match="this plan was made on other weights"):
+        server_command(llama.config.name_or_path, plans, [], tmp_path / "more")
+    assert not (tmp_path / "more").exists()
+
+
+def test_readers_find_the_base_model(llama, tmp_path):
+    save_lora(llama, plan_for(llama, ["attention"]), tmp_path / "adapter")
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(Path(llama.config.name_or_path).resolve())
+    assert _base("org/model") == "org/model"
