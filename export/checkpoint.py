@@ -11,6 +11,8 @@ import json
 import os
 import re
 import shutil
+import sys
+import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -62,20 +64,43 @@ def without_weights(name_or_path: str | Path) -> PreTrainedModel:
 
 @contextmanager
 def new_folder(out: str | Path) -> Iterator[Path]:
-    """A folder to fill, under a temporary name beside `out`: renamed last, or removed if anything goes wrong."""
+    """A folder to fill, as `new_place`."""
+    with new_place(out) as folder:
+        folder.mkdir()
+        yield folder
+
+
+@contextmanager
+def new_place(out: str | Path) -> Iterator[Path]:
+    """Where to make `out`: in a temporary folder beside it, moved last, or removed if anything goes wrong."""
     out = Path(out)
-    if out.exists():
-        raise AUSteerError(f"{out} exists already; name a new folder")
-    temporary = out.with_name(f".{out.name}.{os.getpid()}")
+    check_new(out)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        temporary.mkdir()
-        yield temporary
-        temporary.rename(out)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    except OSError as error:
+        raise AUSteerError(f"cannot write {out}: {error.strerror}") from error
+    try:
+        yield temporary / out.name
+        (temporary / out.name).rename(out)
     except (OSError, safetensors.SafetensorError) as error:
         raise AUSteerError(f"cannot write {out}: {getattr(error, 'strerror', None) or error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_new(out: str | Path) -> None:
+    """Refuse a place that is taken or cannot be written to, before the work; and say what a killed run left beside it."""
+    out = Path(out)
+    if out.exists():
+        raise AUSteerError(f"{out} exists already; remove it or choose another place")
+    above = next(folder for folder in out.absolute().parents if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        raise AUSteerError(f"cannot write {out}: {above} is no folder that can be written to")
+    left = [path for path in above.glob(".*") if re.fullmatch(rf"\.{re.escape(out.name)}\.\w{{8}}", path.name)]
+    if left and above == out.absolute().parent:
+        names = ", ".join(map(str, sorted(left)))
+        print(f"note: {names}: of a run at work, or one that was killed; then remove it", file=sys.stderr)
 
 
 @dataclass(frozen=True)
@@ -133,8 +158,12 @@ class Checkpoint:
     def copy_to(self, folder: Path) -> dict[str, str]:
         """Weights and what goes with them (not other formats' weights, not code); the SHA-256 of each weight file."""
         kept = {path.name for pattern in BESIDE for path in self.folder.glob(pattern) if path.is_file()}
-        for name in sorted(kept - {path.name for path in self.folder.glob("*.index.json")} | ({INDEX} & kept)):
-            shutil.copyfile(self.folder / name, folder / name)
+        indexes = {path.name for path in self.folder.glob("*.index.json")}
+        if self.files != [SINGLE]:  # a single file is what readers take first, and an index beside it of other files
+            indexes -= {INDEX}
+        for name in sorted(kept - indexes):
+            with open(folder / name, "wb") as copy:
+                sha256(self.folder / name, copy)
         hashes = {}
         total = sum((self.folder / name).stat().st_size for name in self.files)
         with tqdm(total=total, unit="B", unit_scale=True, desc="copy") as bar:
@@ -236,11 +265,19 @@ def as_bytes(tensor: Tensor) -> memoryview:
 def sha256(path: Path, copy=None, bar=None) -> str:
     """Of a file, written to `copy` on the way if there is one."""
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
-            if copy is not None:
-                copy.write(chunk)
-            if bar is not None:
-                bar.update(len(chunk))
+    for chunk in _chunks(path):
+        digest.update(chunk)
+        if copy is not None:
+            copy.write(chunk)
+        if bar is not None:
+            bar.update(len(chunk))
     return digest.hexdigest()
+
+
+def _chunks(path: Path) -> Iterator[bytes]:
+    try:
+        with open(path, "rb") as file:
+            while chunk := file.read(CHUNK):
+                yield chunk
+    except OSError as error:  # of reading alone: what its user does between two chunks is not caught here
+        raise AUSteerError(f"cannot read {path}: {error.strerror}") from error
