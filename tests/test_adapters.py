@@ -216,13 +216,42 @@ def test_refusals_leave_nothing(checkpoints, llama, tmp_path):
 
 def test_a_bias_behind_the_ffn(tmp_path):
     """A LoRA cannot scale it; IA3 can, and a scaled input of the same module is no trouble."""
-    config = AutoConfig.for_model("llama", **{**COMMON, **SPECIAL["llama"]}, mlp_bias=True, attention_bias=True)
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "biased")
-    model = rmodels.load(tmp_path / "biased", dtype="float32", device="cpu")
+    model = biased(tmp_path / "biased")
     with pytest.raises(AUSteerError, match="has a bias"):
         save_lora(model, plan_for(model, ["ffn"]), tmp_path / "ffn")
     save_ia3(model, plan_for(model, ["ffn"]), tmp_path / "ffn")
     save_lora(model, plan_for(model, ["attention", "neuron"]), tmp_path / "others")
+
+
+def biased(folder):
+    """A model whose biases are no zeros, which transformers makes them."""
+    config = AutoConfig.for_model("llama", **{**COMMON, **SPECIAL["llama"]}, mlp_bias=True, attention_bias=True)
+    torch.manual_seed(0)
+    made = AutoModelForCausalLM.from_config(config)
+    for name, weight in made.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(weight, std=0.2)
+    made.save_pretrained(folder)
+    return rmodels.load(folder, dtype="float32", device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("save", "sites"),
+    [(save_ia3, ["ffn"]), (save_ia3, ["attention"]), (save_ia3, ["attention", "ffn"]), (save_lora, ["attention"]),
+     (save_lora, ["attention", "neuron"])],
+)  # fmt: skip
+def test_biases_are_steered_as_live(tmp_path, save, sites):
+    peft = pytest.importorskip("peft", reason="peft is in requirements2.txt")
+    model = biased(tmp_path / "biased")
+    plan = plan_for(model, sites)
+    save(model, plan, tmp_path / "adapter")
+    with steer(model, plan):
+        live = model(IDS).logits
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "biased", dtype=torch.float32, trust_remote_code=False)
+    adapted = peft.PeftModel.from_pretrained(plain, tmp_path / "adapter").eval()
+    with torch.no_grad():
+        assert (live - adapted(IDS).logits).abs().max() < 1e-4 < (live - model(IDS).logits).abs().max()
+        assert (live - adapted.merge_and_unload()(IDS).logits).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("kind", ["lora", "ia3"])
