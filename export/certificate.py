@@ -23,7 +23,7 @@ import rmodels
 from errors import AUSteerError
 from export.checkpoint import Checkpoint
 from export.hot_patch import folded
-from export.weights import find_edits
+from export.weights import Edit, find_edits
 from plan import Plan
 from set_MFU import steer
 
@@ -45,6 +45,7 @@ ROUNDING = 0.5  # of how far steering moves the logits
 @torch.no_grad()
 def certify(original: Checkpoint, plan: Plan, result: Checkpoint, tokenizer: PreTrainedTokenizerBase) -> dict:
     """The certificate, as JSON values; an error if the result is not the original under the plan."""
+    edits = find_edits(plan, original.shapes)
     model = rmodels.load(original.folder, dtype="float32")
     with steer(model, plan, check=False) as steering:  # the checkpoint was compared with the plan before
         texts = [_continued(model, tokenizer(prompt, return_tensors="pt").input_ids) for prompt in PROMPTS]
@@ -60,7 +61,7 @@ def certify(original: Checkpoint, plan: Plan, result: Checkpoint, tokenizer: Pre
                 "the plan in the weights is not the plan live: in float32 logits differ by "
                 f"{algebra:.3g} (allowed {allowed:.3g}); nothing was written"
             )
-        tensors = _check_file(model, plan, original, result)
+        tensors = _check_file(model, edits, original, result)
     device = model.device.type
     del model, steering
     gc.collect()  # two models need not fit
@@ -68,7 +69,8 @@ def certify(original: Checkpoint, plan: Plan, result: Checkpoint, tokenizer: Pre
     ours = [_logits(model, text) for text in texts]
     rounding = _difference(ours, live)
     agree = torch.cat([a.argmax(-1) == b.argmax(-1) for a, b in zip(ours, live, strict=True)]).float().mean().item()
-    weights = " and ".join(sorted({str(result.dtype(name)).removeprefix("torch.") for name in result.shapes}))
+    stored = {str(result.dtype(edit.weight)).removeprefix("torch.") for edit in edits}
+    weights = " and ".join(sorted(stored))
     # below what is allowed to the algebra nothing can be told of rounding
     if not rounding < max(ROUNDING * effect, allowed):
         raise AUSteerError(
@@ -97,9 +99,9 @@ def certify(original: Checkpoint, plan: Plan, result: Checkpoint, tokenizer: Pre
     }
 
 
-def _check_file(patched: PreTrainedModel, plan: Plan, original: Checkpoint, result: Checkpoint) -> int:
+def _check_file(patched: PreTrainedModel, edits: list[Edit], original: Checkpoint, result: Checkpoint) -> int:
     """Stored tensors that the plan names are the patched ones, rounded, and all others the original's, bit for bit."""
-    changed = {name for edit in find_edits(plan, original.shapes) for name in (edit.weight, edit.bias) if name}
+    changed = {name for edit in edits for name in (edit.weight, edit.bias) if name}
     wrong = [] if result.shapes == original.shapes else ["its table of contents"]
     for name in set(original.shapes) - changed:
         wrong += [] if torch.equal(result.read_bytes(name), original.read_bytes(name)) else [name]

@@ -154,7 +154,9 @@ def test_a_family_with_experts_is_refused_on_the_cpu(tmp_path):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_folded_checkpoint_equals_live(tmp_path, name):
-    """Of every family, also of those that take no adapters here: the engine knows of no steering."""
+    """The engine knows of no steering."""
+    if name == "qwen3_moe" and not torch.cuda.is_available():
+        pytest.skip("vLLM's CPU build has no kernel for experts: it raises NotImplementedError at loading")
     from vllm import LLM, SamplingParams
     from vllm.distributed import cleanup_dist_env_and_memory
 
