@@ -128,5 +128,5 @@ def write_adapter(
 
 
 def _base(name_or_path: str) -> str:
-    """Where readers find the model. Of a folder its whole path: a part of it would be a hub id, and perhaps somebody's."""
+    """Where readers find the model. Of a folder its whole path: a part of it would be a hub id, perhaps somebody's."""
     return str(Path(name_or_path).resolve()) if Path(name_or_path).is_dir() else name_or_path

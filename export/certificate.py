@@ -1,13 +1,13 @@
 """The parity certificate: that a folded checkpoint is the steered model, in three parts.
 
     algebra    the original in float32, steered live and with the plan hot-patched into its weights: the same logits.
-    file       every tensor of the folded checkpoint is that patched one, rounded to the dtype it is stored in: the same bits.
+    file       every tensor of the folded checkpoint is that patched one, rounded to the dtype it is stored in, to the bit.
     rounding   what the stored numbers cannot hold: how far the folded checkpoint's logits are from live steering's.
 
 Together the first two prove the fold, whatever the dtype; rounding belongs to it, and is refused only where it would
 drown the plan. All arithmetic is float32: in 16 bits the rounding of every activation would cover a weak plan, and
-send tokens to other experts. Live steering greedily continues each prompt; then logits are compared at every position of
-prompt and continuation, so a difference cannot hide behind an early disagreement.
+send tokens to other experts. Live steering greedily continues each prompt; then logits are compared at every position
+of prompt and continuation, so a difference cannot hide behind an early disagreement.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ PROMPTS = (
     "Once upon a time",
 )
 NEW_TOKENS = 16
-# float32 sums in another order, and strong steering makes that larger. Logits may differ by shares of the largest and of
-# how far steering moves them, or by so much where that is more (measured: 7e-6 at scales of 1, 3e-4 at scales of 90)
+# float32 sums in another order, and strong steering makes that larger. Logits may differ by shares of the largest and
+# of how far steering moves them, or by so much where that is more (measured: 7e-6 at scales of 1, 3e-4 at scales of 90)
 OF_LARGEST, OF_EFFECT, LEAST = 1e-5, 1e-4, 1e-4
 ROUNDING = 0.5  # of how far steering moves the logits
 
@@ -74,12 +74,13 @@ def certify(original: Checkpoint, plan: Plan, result: Checkpoint, tokenizer: Pre
     # below what is allowed to the algebra nothing can be told of rounding
     if not rounding < max(ROUNDING * effect, allowed):
         raise AUSteerError(
-            f"{weights} cannot hold this plan: rounding its weights moves logits by {rounding:.3g}, and steering by {effect:.3g}; "
-            "raise alpha, use a float32 checkpoint, or steer live. Nothing was written"
+            f"{weights} cannot hold this plan: rounding its weights moves logits by {rounding:.3g}, and steering by "
+            f"{effect:.3g}; raise alpha, use a float32 checkpoint, or steer live. Nothing was written"
         )
     return {
         "format": "austeer-certificate-2",
         "model": plan.header.get("model"),
+        "fingerprint": plan.header.get("fingerprint"),  # of the original, which was compared with it
         "weights": weights,
         "arithmetic": "float32",
         "device": device,
@@ -111,7 +112,8 @@ def _check_file(patched: PreTrainedModel, edits: list[Edit], original: Checkpoin
             wrong += [] if torch.equal(stored, weight.to(stored.dtype).cpu()) else [name]
     if wrong:
         raise AUSteerError(
-            f"the folded checkpoint is not the steered model: {min(wrong)} differs ({len(wrong)} in all); nothing was written"
+            f"the folded checkpoint is not the steered model: {min(wrong)} differs ({len(wrong)} in all); "
+            "nothing was written"
         )
     return len(original.shapes)
 

@@ -77,6 +77,7 @@ def new_place(out: str | Path) -> Iterator[Path]:
     check_new(out)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
+        _name_leftovers(out)
         temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     except OSError as error:
         raise AUSteerError(f"cannot write {out}: {error.strerror}") from error
@@ -90,17 +91,21 @@ def new_place(out: str | Path) -> Iterator[Path]:
 
 
 def check_new(out: str | Path) -> None:
-    """Refuse a place that is taken or cannot be written to, before the work; and say what a killed run left beside it."""
+    """Refuse a place that is taken or cannot be written to, before the work."""
     out = Path(out)
     if out.exists():
         raise AUSteerError(f"{out} exists already; remove it or choose another place")
     above = next(folder for folder in out.absolute().parents if folder.exists())
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
         raise AUSteerError(f"cannot write {out}: {above} is no folder that can be written to")
-    left = [path for path in above.glob(".*") if re.fullmatch(rf"\.{re.escape(out.name)}\.\w{{8}}", path.name)]
-    if left and above == out.absolute().parent:
-        names = ", ".join(map(str, sorted(left)))
-        print(f"note: {names}: of a run at work, or one that was killed; then remove it", file=sys.stderr)
+
+
+def _name_leftovers(out: Path) -> None:
+    """What a run that was killed without a chance to clean up (SIGKILL, a power cut) left beside `out`."""
+    ours = re.compile(rf"\.{re.escape(out.name)}\.\w{{8}}")  # as mkdtemp's
+    left = sorted(str(path) for path in out.parent.glob(".*") if ours.fullmatch(path.name))
+    if left:
+        print(f"note: {', '.join(left)}: of a run at work, or one that was killed; then remove it", file=sys.stderr)
 
 
 @dataclass(frozen=True)

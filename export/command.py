@@ -76,10 +76,11 @@ def _fold(args: argparse.Namespace, plan: Plan) -> None:
         return
     algebra, rounding = parity["algebra"], parity["rounding"]
     print(
-        f"parity with live steering at {parity['positions']} positions: logits differ by {algebra['max_logit_difference']:.2g} "
-        f"(allowed {algebra['allowed']:.2g}), and every tensor is the steered one in {parity['weights']}, whose rounding moves "
-        f"logits by {rounding['max_logit_difference']:.2g} (the plan by {parity['steering_moves_logits_by']:.2g}); greedy "
-        f"tokens agree on {rounding['greedy_agreement']:.1%}; {CERTIFICATE}"
+        f"parity with live steering at {parity['positions']} positions: logits differ by "
+        f"{algebra['max_logit_difference']:.2g} (allowed {algebra['allowed']:.2g}), and every tensor is the steered one in "
+        f"{parity['weights']}, whose rounding moves logits by {rounding['max_logit_difference']:.2g} (the plan by "
+        f"{parity['steering_moves_logits_by']:.2g}); greedy tokens agree on {rounding['greedy_agreement']:.1%}; "
+        f"{CERTIFICATE}"
     )
     if unchanged := sum(map(len, parity["unchanged_by_rounding"].values())):
         print(f"note: {unchanged} rows and columns are what they were, rounded; the certificate names them")

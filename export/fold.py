@@ -50,8 +50,8 @@ def fold(model: str | Path, plan: Plan, out: str | Path, *, certificate: bool = 
     source = Checkpoint(local_folder(model))
     if (source.folder / UNDO).exists():
         raise AUSteerError(
-            f"{model} is folded already: --unfold it and fold the sum of the plans (--plan A B), or, if it is the original to "
-            f"you, delete {source.folder / UNDO}"
+            f"{model} is folded already: --unfold it and fold the sum of the plans (--plan A B), or, if it is the "
+            f"original to you, delete {source.folder / UNDO}"
         )
     edits = find_edits(plan, source.shapes)
     for edit in edits:

@@ -38,7 +38,7 @@ class Change:
     new: Tensor
 
     def unchanged(self) -> list[int]:
-        """Those that rounding leaves as they were, bit for bit. A bias is one thing, of which only parts need change."""
+        """Those that rounding leaves as they were, bit for bit. A bias counts as a whole: parts of it may stay."""
         if self.old.dim() == 1:
             return [] if not torch.equal(self.new, self.old) else self.index.tolist()
         same = (self.new == self.old).movedim(DIMENSIONS[self.part], 0).flatten(1).all(1)
@@ -120,8 +120,8 @@ class Tally:
         """Refuse a plan that changes nothing at all."""
         if self.changed == sum(map(len, self.unchanged.values())):
             raise AUSteerError(
-                f"{str(self.dtype).removeprefix('torch.')} cannot hold this plan: rounded, every row and column it scales is "
-                "what it was; raise alpha, use a float32 checkpoint, or steer live"
+                f"{str(self.dtype).removeprefix('torch.')} cannot hold this plan: rounded, every row and column it scales "
+                "is what it was; raise alpha, use a float32 checkpoint, or steer live"
             )
 
 

@@ -81,7 +81,7 @@ def served(request, tmp_path_factory):
 
 
 def test_vllm_equals_live(served):
-    """Base and a plan of each site and of all in one batch: the same greedy text, and log-probabilities of the options."""
+    """Base and a plan of each site and of all in one batch: the same greedy text, log-probabilities of the options."""
     question = Question(12, options=option_tokens(served.tokenizer, ["yes", "no"], "Answer:"))
     plans, folders = [None, *served.plans], [None, *served.adapters]
     grid = [(prompt, folder) for folder in folders for prompt in PROMPTS]
