@@ -50,7 +50,7 @@ def check(engine: str, device: str | None, **asked: object) -> None:
     unfit += [f"--device {device} (but CUDA_VISIBLE_DEVICES)"] if ":" in (device or "") else []
     if unfit:
         raise AUSteerError(
-            f"--engine {engine} answers in words, in batches of its own, from one process: leave out {', '.join(unfit)}"
+            f"leave out {', '.join(unfit)}: --engine {engine} answers in words only, in batches of its own and in one process"
         )
 
 
