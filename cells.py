@@ -178,7 +178,7 @@ def compute(cell: Cell) -> dict:
         validation = _outcomes(_columns(cell, prepared(task.validation), "validation"))
         result: dict = {"validation": records.pack(validation)}
         start = time.perf_counter()
-        columns, extras = _tested(cell, prepared(task.test))
+        columns, extras, _ = _tested(cell, prepared(task.test))
     else:
         result, columns, extras, start = _steered(cell, compute(asked_once(cell.setting, "vanilla")))
     result.setdefault("cost", {})["test_s"] = round(time.perf_counter() - start, 3)
@@ -231,7 +231,10 @@ def _steered(cell: Cell, vanilla: dict) -> tuple[dict, Columns, dict[str, float]
         unchanged = records.unpack_columns(vanilla["columns"])
         return result | {"touched": 0, "gained": 0, "lost": 0, "p": 1.0}, unchanged, vanilla["extras"], start
     plan = method.plan(prepared, chosen, cell.draw)
-    columns, extras = _tested(cell, task.test, plan)
+    columns, extras, receipt = _tested(cell, task.test, plan)
+    if chosen.get("alpha") != 0 and plan.header.get("k") != 0 and 0 in receipt.values():  # k: it may choose no AU
+        raise AUSteerError(f"{cell} at {key_of(chosen)}: the plan steered nothing ({receipt})")
+    result["receipt"] = receipt
     gained, lost, p = mcnemar(records.unpack(vanilla["outcomes"]), next(iter(columns.values())))
     result |= {"touched": len(plan.units()), "gained": gained, "lost": lost, "p": p}
     foretold = ("k", "alpha", "predicted", "measured") if "predicted" in plan.header else ()
@@ -262,23 +265,33 @@ def _together(cell: Cell, items: Sequence, name: str, plans: Sequence[Plan]) -> 
 
 def _columns(cell: Cell, items: Sequence, name: str, plan: Plan | None = None) -> Columns:
     _, _, task = load(cell.setting)
-    answers = _answers(cell, items, name, plan) if items else []
+    answers = _answers(cell, items, name, plan)[0] if items else []
     return shared_work.of_first(lambda: task.columns(items, answers)) if items else {}
 
 
-def _tested(cell: Cell, items: Sequence, plan: Plan | None = None) -> tuple[Columns, dict[str, float]]:
+def _tested(cell: Cell, items: Sequence, plan: Plan | None = None) -> tuple[Columns, dict[str, float], dict[str, int]]:
     model, tokenizer, task = load(cell.setting)
-    answers = _answers(cell, items, "test", plan)
+    answers, receipt = _answers(cell, items, "test", plan)
     columns = shared_work.of_first(lambda: task.columns(items, answers))
-    return columns, task.extras(model, tokenizer, items, answers)
+    return columns, task.extras(model, tokenizer, items, answers), receipt
 
 
-def _answers(cell: Cell, items: Sequence, name: str, plan: Plan | None):
+def _answers(cell: Cell, items: Sequence, name: str, plan: Plan | None) -> tuple[Sequence, dict[str, int]]:
+    """And the receipt of what the plan did: AUs that were set, and token positions that went through them, or the
+    engine's adapter. Not counted again are positions of a run that was killed, whose answers were kept."""
     model, tokenizer, task = load(cell.setting)
     file, progress = _kept(cell, name)
-    speaks = nullcontext(model) if cell.setting.engine == LIVE else served(model, [plan], len(items))
-    with steer(model, _of_first(plan)) if plan is not None else nullcontext(), speaks as speaker:
-        return task.answers(speaker, tokenizer, items, file, progress)
+    kept = shared_work.of_first(lambda: file is not None and file.path.exists())
+    live = cell.setting.engine == LIVE
+    speaks = nullcontext(model) if live else served(model, [plan], len(items))
+    with steer(model, _of_first(plan)) if plan is not None else nullcontext() as steering, speaks as speaker:
+        answers = task.answers(speaker, tokenizer, items, file, progress)
+        if steering is None:
+            return answers, {}
+        receipt = steering.receipt()
+        positions = sum(shared_work.merged([receipt.pop("positions")]))
+        counted = {"positions": positions} if live else speaker.receipt()
+        return answers, receipt | ({} if kept else counted)
 
 
 def _kept(cell: Cell, name: str) -> tuple[AnswerFile | None, str | None]:

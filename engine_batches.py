@@ -20,7 +20,7 @@ from errors import AUSteerError
 from eval.answer_file import Answer
 from eval.answering import Engine, Question
 from eval.engine_vllm import VLLMEngine, installed
-from export.lora import max_lora_rank, save_lora
+from export.lora import Lora, max_lora_rank, save_lora
 from plan import Plan
 
 LIVE = "live"
@@ -50,7 +50,7 @@ def check(engine: str, device: str | None, **asked: object) -> None:
     unfit += [f"--device {device} (but CUDA_VISIBLE_DEVICES)"] if ":" in (device or "") else []
     if unfit:
         raise AUSteerError(
-            f"--engine {engine} answers in words, in batches of its own, from one process: leave out {', '.join(unfit)}"
+            f"leave out {', '.join(unfit)}: --engine {engine} answers in words only, in batches of its own and in one process"
         )
 
 
@@ -74,18 +74,22 @@ class Served(Engine):
         return self.model(*args, **settings)
 
     def speak(self, prompts: Sequence[str], which: Sequence[int], question: Question) -> list[Answer]:
-        adapters, rank = self._adapters
-        named = [adapters[index // self.items] for index in which]
+        rank = max((made.rank for made in self._adapters if made), default=1)
+        named = [one and one.folder for one in (self._adapters[index // self.items] for index in which)]
         return _engine(self.model, rank).answers([prompts[index] for index in which], question, named)
 
+    def receipt(self) -> dict[str, int]:
+        """Of the adapters, once they were used: the largest rank, and how many modules they change."""
+        made = [one for one in self._adapters if one]
+        return {"rank": max((one.rank for one in made), default=0), "modules": sum(len(one.modules) for one in made)}
+
     @cached_property
-    def _adapters(self) -> tuple[list[Path | None], int]:
-        """A folder for each plan, None where nothing is done, and the largest rank."""
-        made = [
+    def _adapters(self) -> list[Lora | None]:
+        """One for each plan, None where nothing is done."""
+        return [
             save_lora(self.model, plan, self.folder / str(number)) if plan is not None and _acts(plan) else None
             for number, plan in enumerate(self.plans)
         ]
-        return [one and one.folder for one in made], max((one.rank for one in made if one), default=1)
 
 
 def _acts(plan: Plan) -> bool:

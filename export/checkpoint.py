@@ -11,9 +11,12 @@ import json
 import os
 import re
 import shutil
+import sys
+import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -61,20 +64,48 @@ def without_weights(name_or_path: str | Path) -> PreTrainedModel:
 
 @contextmanager
 def new_folder(out: str | Path) -> Iterator[Path]:
-    """A folder to fill, under a temporary name beside `out`: renamed last, or removed if anything goes wrong."""
+    """A folder to fill, as `new_place`."""
+    with new_place(out) as folder:
+        folder.mkdir()
+        yield folder
+
+
+@contextmanager
+def new_place(out: str | Path) -> Iterator[Path]:
+    """Where to make `out`: in a temporary folder beside it, moved last, or removed if anything goes wrong."""
     out = Path(out)
-    if out.exists():
-        raise AUSteerError(f"{out} exists already; name a new folder")
-    temporary = out.with_name(f".{out.name}.{os.getpid()}")
+    check_new(out)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        temporary.mkdir()
-        yield temporary
-        temporary.rename(out)
+        _name_leftovers(out)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    except OSError as error:
+        raise AUSteerError(f"cannot write {out}: {error.strerror}") from error
+    try:
+        yield temporary / out.name
+        (temporary / out.name).rename(out)
     except (OSError, safetensors.SafetensorError) as error:
         raise AUSteerError(f"cannot write {out}: {getattr(error, 'strerror', None) or error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_new(out: str | Path) -> None:
+    """Refuse a place that is taken or cannot be written to, before the work."""
+    out = Path(out)
+    if out.exists():
+        raise AUSteerError(f"{out} exists already; remove it or choose another place")
+    above = next(folder for folder in out.absolute().parents if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        raise AUSteerError(f"cannot write {out}: {above} is no folder that can be written to")
+
+
+def _name_leftovers(out: Path) -> None:
+    """What a run that was killed without a chance to clean up (SIGKILL, a power cut) left beside `out`."""
+    ours = re.compile(rf"\.{re.escape(out.name)}\.\w{{8}}")  # as mkdtemp's
+    left = sorted(str(path) for path in out.parent.glob(".*") if ours.fullmatch(path.name))
+    if left:
+        print(f"note: {', '.join(left)}: of a run at work, or one that was killed; then remove it", file=sys.stderr)
 
 
 @dataclass(frozen=True)
@@ -100,6 +131,7 @@ class Checkpoint:
         self.files = self._weight_files()
         self.places = {name: place for file in self.files for name, place in self._places(file)}
         self.shapes = {name: place.shape for name, place in self.places.items()}
+        self._fingerprints: dict[torch.dtype, str] = {}
 
     def dtype(self, name: str) -> torch.dtype:
         stored = self.places[name].dtype
@@ -113,9 +145,12 @@ class Checkpoint:
             raise AUSteerError(
                 f"{self.folder} lacks {name}; get the whole checkpoint (one with renamed weights cannot be exported)"
             )
+        return self.read_bytes(name).view(self.dtype(name)).view(self.shapes[name])
+
+    def read_bytes(self, name: str) -> Tensor:
         place = self.places[name]
         data = np.memmap(self.folder / place.file, np.uint8, "c", place.start, (place.size,))
-        return torch.from_numpy(data).view(self.dtype(name)).view(place.shape)
+        return torch.from_numpy(data)
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Over the old one, of the same shape and dtype."""
@@ -128,8 +163,12 @@ class Checkpoint:
     def copy_to(self, folder: Path) -> dict[str, str]:
         """Weights and what goes with them (not other formats' weights, not code); the SHA-256 of each weight file."""
         kept = {path.name for pattern in BESIDE for path in self.folder.glob(pattern) if path.is_file()}
-        for name in sorted(kept - {path.name for path in self.folder.glob("*.index.json")} | ({INDEX} & kept)):
-            shutil.copyfile(self.folder / name, folder / name)
+        indexes = {path.name for path in self.folder.glob("*.index.json")}
+        if self.files != [SINGLE]:  # a single file is what readers take first, and an index beside it of other files
+            indexes -= {INDEX}
+        for name in sorted(kept - indexes):
+            with open(folder / name, "wb") as copy:
+                sha256(self.folder / name, copy)
         hashes = {}
         total = sum((self.folder / name).stat().st_size for name in self.files)
         with tqdm(total=total, unit="B", unit_scale=True, desc="copy") as bar:
@@ -140,19 +179,28 @@ class Checkpoint:
 
     def check_plan(self, plan: Plan) -> None:
         """Refuse a plan made for another model: other shapes, another family, or other weights."""
-        skeleton = without_weights(self.folder)
-        check_made_for(skeleton, {site: plan.shape(site) for site in plan.sites}, plan.header, "this plan was")
+        check_made_for(self.skeleton, {site: plan.shape(site) for site in plan.sites}, plan.header, "this plan was")
         dtype = rmodels.DTYPES.get(plan.header.get("precision"))
         if dtype is None or not plan.header.get("fingerprint"):
             return  # made by hand, or on quantised weights: other bits
-        names = tqdm(skeleton.state_dict(), desc="compare with the plan's model", unit="tensor")
-        if hash_weights((name, self._as_loaded(name).to(dtype)) for name in names) != plan.header["fingerprint"]:
+        if self.fingerprint(dtype) != plan.header["fingerprint"]:
             raise AUSteerError(
                 f"this plan was made on other weights ({plan.header.get('model')}) than those of {self.folder}; "
                 "export that model, or rank this one"
             )
 
-    def _as_loaded(self, name: str) -> Tensor:
+    @cached_property
+    def skeleton(self) -> PreTrainedModel:
+        return without_weights(self.folder)
+
+    def fingerprint(self, dtype: torch.dtype) -> str:
+        """Of its model in this precision; read once, however many plans are compared with it."""
+        if dtype not in self._fingerprints:
+            names = tqdm(self.skeleton.state_dict(), desc="compare with the plan's model", unit="tensor")
+            self._fingerprints[dtype] = hash_weights((name, self.as_loaded(name).to(dtype)) for name in names)
+        return self._fingerprints[dtype]
+
+    def as_loaded(self, name: str) -> Tensor:
         """A tensor as transformers loads it: the head tied to the embedding, separate experts fused."""
         if name == "lm_head.weight" and self.config.get("tie_word_embeddings", name not in self.places):
             name = "model.embed_tokens.weight"
@@ -161,7 +209,7 @@ class Checkpoint:
             return self.read(name)
         halves = ("down_proj",) if fused[2] == "down_proj" else ("gate_proj", "up_proj")
         count = sum(key.startswith(f"{fused[1]}.") and key.endswith("down_proj.weight") for key in self.places)
-        experts = ([self._as_loaded(f"{fused[1]}.{i}.{half}.weight") for half in halves] for i in range(count))
+        experts = ([self.as_loaded(f"{fused[1]}.{i}.{half}.weight") for half in halves] for i in range(count))
         return torch.stack([torch.cat(expert) for expert in experts])
 
     def _json(self, name: str) -> dict:
@@ -222,11 +270,19 @@ def as_bytes(tensor: Tensor) -> memoryview:
 def sha256(path: Path, copy=None, bar=None) -> str:
     """Of a file, written to `copy` on the way if there is one."""
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
-            if copy is not None:
-                copy.write(chunk)
-            if bar is not None:
-                bar.update(len(chunk))
+    for chunk in _chunks(path):
+        digest.update(chunk)
+        if copy is not None:
+            copy.write(chunk)
+        if bar is not None:
+            bar.update(len(chunk))
     return digest.hexdigest()
+
+
+def _chunks(path: Path) -> Iterator[bytes]:
+    try:
+        with open(path, "rb") as file:
+            while chunk := file.read(CHUNK):
+                yield chunk
+    except OSError as error:  # of reading alone: what its user does between two chunks is not caught here
+        raise AUSteerError(f"cannot read {path}: {error.strerror}") from error

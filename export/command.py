@@ -8,16 +8,17 @@ python main.py export --unfold OUT --out BACK
 from __future__ import annotations
 
 import argparse
-import functools
-import operator
 from collections.abc import Sequence
+from pathlib import Path
 
 from errors import AUSteerError
-from export.checkpoint import Checkpoint, local_folder
+from export.checkpoint import Checkpoint, check_new, local_folder
 from plan import Plan
 from ranks import AURanks
 from rmodels import SITES
 from set_MFU import set_MFU
+
+TARGETS = ("fold", "lora", "ia3", "gguf", "unfold")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -28,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         unfold(args.unfold, args.out)
         print(f"{args.out}: the checkpoint as it was before it was folded, proved by the SHA-256 of its weight files")
         return
-    plan = functools.reduce(operator.add, _plans(args))
+    plan = _plan(args)
     if args.fold:
         _fold(args, plan)
     else:
@@ -52,10 +53,17 @@ def _adapt(args: argparse.Namespace, plan: Plan) -> None:
         print(f"{args.gguf}: llama.cpp's --lora; the scale of a request is how strongly the plan acts, 1 as it is")
 
 
-def _plans(args: argparse.Namespace) -> list[Plan]:
-    if args.plan:
-        return [Plan.load(path) for path in args.plan]
-    return [set_MFU(AURanks.load(args.ranks, args.site), args.k, args.alpha)]
+def _plan(args: argparse.Namespace) -> Plan:
+    if not args.plan:
+        return set_MFU(AURanks.load(args.ranks, args.site), args.k, args.alpha)
+    first, *others = [Plan.load(path) for path in args.plan]
+    shared: set[tuple] = set()
+    for other in others:
+        shared |= {unit[:3] for unit in first.conflicts(other)}
+        first = first + other
+    if shared:
+        print(f"note: {len(shared)} AUs are in several plans; their scales add")
+    return first
 
 
 def _fold(args: argparse.Namespace, plan: Plan) -> None:
@@ -66,13 +74,17 @@ def _fold(args: argparse.Namespace, plan: Plan) -> None:
     if parity is None:
         print("not compared with live steering (--no-certificate)")
         return
+    algebra, rounding = parity["algebra"], parity["rounding"]
     print(
-        f"parity with live steering at {parity['positions']} positions ({parity['weights']} weights): "
-        f"logits differ by at most {parity['max_logit_difference']:.2g} (allowed {parity['allowed_difference']:.2g}; "
-        f"the plan moves them by {parity['steering_moves_logits_by']:.2g}), "
-        f"greedy tokens agree on {parity['greedy_agreement']:.1%}; {CERTIFICATE}"
+        f"parity with live steering at {parity['positions']} positions: logits differ by "
+        f"{algebra['max_logit_difference']:.2g} (allowed {algebra['allowed']:.2g}), and every tensor is the steered one in "
+        f"{parity['weights']}, whose rounding moves logits by {rounding['max_logit_difference']:.2g} (the plan by "
+        f"{parity['steering_moves_logits_by']:.2g}); greedy tokens agree on {rounding['greedy_agreement']:.1%}; "
+        f"{CERTIFICATE}"
     )
-    if parity["steering_moves_logits_by"] <= parity["allowed_difference"]:
+    if unchanged := sum(map(len, parity["unchanged_by_rounding"].values())):
+        print(f"note: {unchanged} rows and columns are what they were, rounded; the certificate names them")
+    if parity["steering_moves_logits_by"] <= algebra["allowed"]:
         print("note: the plan moves these prompts' logits by less than what is allowed, so this proves little")
 
 
@@ -96,13 +108,32 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--out", help="for --unfold: where the checkpoint goes")
     add("--no-certificate", action="store_true", help="fold without loading the model to prove parity")
     args = parser.parse_args(argv)
-    if args.unfold:
-        if not args.out:
-            raise AUSteerError("say where the checkpoint goes: --out BACK")
-    elif not args.model:
-        raise AUSteerError("name the model: --model, a checkpoint folder or hub id")
-    elif bool(args.plan) == bool(args.ranks):
-        raise AUSteerError("give either --plan, or --ranks with --k and --alpha")
-    elif args.ranks and (args.k is None or args.alpha is None):
-        raise AUSteerError("--ranks needs --k and --alpha")
+    _check(args)
     return args
+
+
+def _check(args: argparse.Namespace) -> None:
+    """One line for what is missing, and for what would be ignored."""
+    given = {name for name, value in vars(args).items() if value is not None and value is not False}
+    target = next(name for name in TARGETS if name in given)
+    for name in given & {*TARGETS, "out", "model", "ranks"}:
+        if not getattr(args, name):
+            raise AUSteerError(f"--{name} is empty: give it a name")
+    if target == "unfold":
+        needed, source = {"out"}, set()
+    elif "plan" in given or "ranks" not in given:
+        needed, source = {"model", "plan"}, {"plan"}
+    else:
+        needed, source = {"model", "ranks", "k", "alpha"}, {"site"}
+    missing = [f"--{name}" for name in ("model", "plan", "ranks", "k", "alpha", "out") if name in needed - given]
+    if missing:
+        instead = ", or --ranks with --k and --alpha" if "--plan" in missing else ""
+        raise AUSteerError(f"--{target} needs {' and '.join(missing)}{instead}")
+    also = {"no_certificate"} if target == "fold" else set()
+    beside = sorted(f"--{name.replace('_', '-')}" for name in given - {target} - needed - source - also)
+    if beside:
+        of = f"--{target}" + (" with --plan" if "plan" in needed else "")
+        raise AUSteerError(f"{of} does not take {', '.join(beside)}")
+    if "site" in given and not Path(args.ranks).is_dir():
+        raise AUSteerError(f"{args.ranks} says its site itself: leave out --site, which is for the authors' .pt files")
+    check_new(args.out if target == "unfold" else getattr(args, target))

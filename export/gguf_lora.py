@@ -9,14 +9,15 @@ The adapter of a plan is linear in its strength, so the scale of a request is al
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 from transformers import PreTrainedModel
 
 from errors import AUSteerError
 from export.adapter import compose, open_model
+from export.checkpoint import check_new, new_place
 from export.lora import lora_factors
 from plan import Plan
 
@@ -27,7 +28,7 @@ NAMES = {"o_proj": "attn_output", "down_proj": "ffn_down"}
 def save_gguf_lora(source: str | Path | PreTrainedModel, plans: Plan | Sequence[Plan], out: str | Path) -> int:
     """Write the plans, added up, as one GGUF file; returns how many modules it has."""
     try:
-        from gguf import GGUFWriter
+        from gguf import GGUFReader, GGUFWriter
     except ImportError:
         raise AUSteerError("GGUF files need the package gguf (requirements2.txt)") from None
     plan, model, out = compose(plans), open_model(source), Path(out)
@@ -37,27 +38,34 @@ def save_gguf_lora(source: str | Path | PreTrainedModel, plans: Plan | Sequence[
         raise AUSteerError(
             "the plan scales inputs and outputs of the same matrices, which is not linear in alpha; one GGUF file each"
         )
-    if out.exists():
-        raise AUSteerError(f"{out} exists already; remove it or choose another place")
+    check_new(out)
     made = lora_factors(model, source, plan)
-    temporary = out.with_name(f".{out.name}.{os.getpid()}")
-    writer = GGUFWriter(temporary, ARCHITECTURES[model.config.model_type])
-    writer.add_type("adapter")
-    writer.add_string("adapter.type", "lora")
-    writer.add_float32("adapter.lora.alpha", 0.0)  # 0: the scale is the request's alone, not divided by a rank
+    tensors = {}
     for name, (a, b) in made.items():
         _, _, layer, _, linear = name.split(".")  # model.layers.3.mlp.down_proj
         for side, values in (("a", a), ("b", b)):
-            writer.add_tensor(f"blk.{layer}.{NAMES[linear]}.weight.lora_{side}", values.contiguous().numpy())
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
+            tensors[f"blk.{layer}.{NAMES[linear]}.weight.lora_{side}"] = values.contiguous().numpy()
+    with new_place(out) as temporary:
+        writer = GGUFWriter(temporary, ARCHITECTURES[model.config.model_type])
+        writer.add_type("adapter")
+        writer.add_string("adapter.type", "lora")
+        writer.add_float32("adapter.lora.alpha", 0.0)  # 0: the scale is the request's alone, not divided by a rank
+        for name, values in tensors.items():
+            writer.add_tensor(name, values)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-        temporary.rename(out)
-    except OSError as error:
-        raise AUSteerError(f"cannot write {out}: {error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+        _check(temporary, tensors, GGUFReader)
     return len(made)
+
+
+def _check(path: Path, tensors: dict[str, np.ndarray], reader: type) -> None:
+    """Is there what was written? numpy's tofile, which gguf uses, need not notice that the disk is full."""
+    try:
+        there = {tensor.name: tensor.data for tensor in reader(path).tensors}
+        whole = all(np.array_equal(there[name], values) for name, values in tensors.items())
+    except (ValueError, IndexError, KeyError):
+        whole = False
+    if not whole:
+        raise OSError("it came out incomplete; is the disk full?")

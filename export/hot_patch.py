@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from errors import AUSteerError
-from export.weights import DIMENSIONS, Change, Edit, check_foldable, find_edits
+from export.weights import DIMENSIONS, Change, Edit, Tally, check_foldable, find_edits
 from plan import Plan
 from ranks import check_made_for
 
@@ -55,6 +55,9 @@ def _changes(plan: Plan, weights: dict[str, Tensor]) -> list[Change]:
             found += edit.changes(weight, weights.get(edit.bias))
         else:
             found += _eight_bit_changes(edit, weight, weights[edit.weight + SCALES])
+    tally = Tally()
+    tally.count(found)
+    tally.check()
     return found
 
 

@@ -17,7 +17,8 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from errors import AUSteerError, run_command
+from errors import STOPPING, AUSteerError, run_command
+from export.checkpoint import Checkpoint, local_folder
 from export.lora import max_lora_rank, save_lora
 from plan import Plan
 
@@ -28,8 +29,11 @@ def server_command(model: str, plans: Sequence[Path], flags: Sequence[str], fold
     """Write the adapters into the folder; the command that serves them."""
     names = [plan.stem for plan in plans]
     if len(set(names)) < len(names):
-        raise AUSteerError(f"plans are served under their file names, and these are not unlike: {', '.join(names)}")
-    made = [save_lora(model, Plan.load(plan), folder / name) for name, plan in zip(names, plans, strict=True)]
+        raise AUSteerError(f"plans are served under their file names, and some of these are alike: {', '.join(names)}")
+    loaded, checkpoint = [Plan.load(plan) for plan in plans], Checkpoint(local_folder(model))
+    for plan in loaded:
+        checkpoint.check_plan(plan)
+    made = [save_lora(model, plan, folder / name) for name, plan in zip(names, loaded, strict=True)]
     for adapter in made:
         print(adapter, flush=True)
     # on the CPU vLLM looks up "no adapter" as slot -1, the last one's: it must stay empty, or the plain model is steered
@@ -61,7 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         command = server_command(model[0], plans, flags, Path(folder))
         print(" ".join(command), flush=True)
         server = subprocess.Popen(command)
-        signal.signal(signal.SIGTERM, lambda *_: server.terminate())
+        for number in STOPPING:
+            signal.signal(number, lambda *_: server.terminate())
         while True:
             try:
                 return server.wait()

@@ -14,8 +14,8 @@ in a checkpoint and in a live model, except that a checkpoint may hold experts o
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -36,6 +36,13 @@ class Change:
     index: Tensor
     old: Tensor
     new: Tensor
+
+    def unchanged(self) -> list[int]:
+        """Those that rounding leaves as they were, bit for bit. A bias counts as a whole: parts of it may stay."""
+        if self.old.dim() == 1:
+            return [] if not torch.equal(self.new, self.old) else self.index.tolist()
+        same = (self.new == self.old).movedim(DIMENSIONS[self.part], 0).flatten(1).all(1)
+        return self.index[same].tolist()
 
 
 @dataclass(frozen=True)
@@ -73,9 +80,9 @@ class Edit:
             new = _wide(bias)
             if into.any():
                 at = into.nonzero().flatten()
-                new = new + (
-                    _wide(weight.index_select(-1, at.to(weight.device))).to(bias.device) @ into[at].to(new.dtype)
-                )
+                # on the CPU, where sums have one order
+                columns = _wide(weight.index_select(-1, at.to(weight.device)).cpu())
+                new = new + (columns @ into[at].cpu().to(columns.dtype)).to(bias.device)
             new = new * (1 + side["rows"].to(bias.device)) + out
             everywhere = torch.arange(len(bias), device=bias.device)
             found.append(Change(self.bias, "columns", everywhere, bias.clone(), _rounded(new, bias, self.bias)))
@@ -93,6 +100,29 @@ def _rounded(new: Tensor, old: Tensor, name: str) -> Tensor:
             f"{name} would overflow in {old.dtype}; lower alpha, or use a bfloat16 or float32 checkpoint"
         )
     return rounded
+
+
+@dataclass
+class Tally:
+    """Of the rows and columns that a plan changes, those that rounding leaves as they were."""
+
+    changed: int = 0
+    unchanged: dict[str, list[int]] = field(default_factory=dict)
+
+    def count(self, changes: Iterable[Change]) -> None:
+        for change in changes:
+            self.changed += len(change.index)
+            if same := change.unchanged():
+                self.unchanged[f"{change.part} of {change.tensor}"] = same
+            self.dtype = change.new.dtype
+
+    def check(self) -> None:
+        """Refuse a plan that changes nothing at all."""
+        if self.changed == sum(map(len, self.unchanged.values())):
+            raise AUSteerError(
+                f"{str(self.dtype).removeprefix('torch.')} cannot hold this plan: rounded, every row and column it scales "
+                "is what it was; raise alpha, use a float32 checkpoint, or steer live"
+            )
 
 
 def find_edits(plan: Plan, shapes: Mapping[str, tuple[int, ...]]) -> list[Edit]:

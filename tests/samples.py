@@ -135,5 +135,5 @@ MAKERS = {
 
 
 def without_chance(record: dict) -> dict:
-    """A record without what another run may differ in: where it ran and how long it took."""
-    return {key: value for key, value in record.items() if key not in ("environment", "cost")}
+    """A record without what another run may differ in: where it ran, how long it took, and what it did not do again."""
+    return {key: value for key, value in record.items() if key not in ("environment", "cost", "receipt")}

@@ -3,6 +3,7 @@
 import itertools
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,13 +13,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import rmodels
 from errors import AUSteerError
-from export.adapter import open_model
+from export.adapter import _base, open_model
 from export.checkpoint import Checkpoint
 from export.ia3 import save_ia3
 from export.lora import lora_factors, max_lora_rank, save_lora
 from export.serve import main as serve
 from export.serve import server_command
 from plan import Plan
+from ranks import model_header
 from set_MFU import steer
 
 IDS = torch.tensor([[1, 40, 77, 130, 9, 200, 31, 55, 12, 300, 7, 90, 41, 66, 3, 250]])
@@ -214,13 +216,42 @@ def test_refusals_leave_nothing(checkpoints, llama, tmp_path):
 
 def test_a_bias_behind_the_ffn(tmp_path):
     """A LoRA cannot scale it; IA3 can, and a scaled input of the same module is no trouble."""
-    config = AutoConfig.for_model("llama", **{**COMMON, **SPECIAL["llama"]}, mlp_bias=True, attention_bias=True)
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "biased")
-    model = rmodels.load(tmp_path / "biased", dtype="float32", device="cpu")
+    model = biased(tmp_path / "biased")
     with pytest.raises(AUSteerError, match="has a bias"):
         save_lora(model, plan_for(model, ["ffn"]), tmp_path / "ffn")
     save_ia3(model, plan_for(model, ["ffn"]), tmp_path / "ffn")
     save_lora(model, plan_for(model, ["attention", "neuron"]), tmp_path / "others")
+
+
+def biased(folder):
+    """A model whose biases are no zeros, which transformers makes them."""
+    config = AutoConfig.for_model("llama", **{**COMMON, **SPECIAL["llama"]}, mlp_bias=True, attention_bias=True)
+    torch.manual_seed(0)
+    made = AutoModelForCausalLM.from_config(config)
+    for name, weight in made.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(weight, std=0.2)
+    made.save_pretrained(folder)
+    return rmodels.load(folder, dtype="float32", device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("save", "sites"),
+    [(save_ia3, ["ffn"]), (save_ia3, ["attention"]), (save_ia3, ["attention", "ffn"]), (save_lora, ["attention"]),
+     (save_lora, ["attention", "neuron"])],
+)  # fmt: skip
+def test_biases_are_steered_as_live(tmp_path, save, sites):
+    peft = pytest.importorskip("peft", reason="peft is in requirements2.txt")
+    model = biased(tmp_path / "biased")
+    plan = plan_for(model, sites)
+    save(model, plan, tmp_path / "adapter")
+    with steer(model, plan):
+        live = model(IDS).logits
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "biased", dtype=torch.float32, trust_remote_code=False)
+    adapted = peft.PeftModel.from_pretrained(plain, tmp_path / "adapter").eval()
+    with torch.no_grad():
+        assert (live - adapted(IDS).logits).abs().max() < 1e-4 < (live - model(IDS).logits).abs().max()
+        assert (live - adapted.merge_and_unload()(IDS).logits).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("kind", ["lora", "ia3"])
@@ -259,3 +290,28 @@ def test_server_command(llama, tmp_path):
         server_command(llama.config.name_or_path, plans[:1] * 2, [], tmp_path / "more")
     with pytest.raises(AUSteerError, match="at least one plan"):
         serve([llama.config.name_or_path, "--port", "1"])
+
+
+def test_the_server_refuses_plans_of_other_weights(llama, tmp_path, monkeypatch):
+    """Of the same shapes: a base model's for its chat model, say. The weights are read once for all plans."""
+    plans, hashed = [tmp_path / "calm.safetensors", tmp_path / "brave.safetensors"], []
+    as_loaded = Checkpoint.as_loaded
+    monkeypatch.setattr(Checkpoint, "as_loaded", lambda self, name: hashed.append(name) or as_loaded(self, name))
+    for seed, path in enumerate(plans):
+        plan = plan_for(llama, ["attention"], seed=seed)
+        plan.header |= model_header(llama)
+        plan.save(path)
+    server_command(llama.config.name_or_path, plans, [], tmp_path / "adapters")
+    assert len(hashed) == len(set(hashed)) == len(llama.state_dict())
+    plan.header["fingerprint"] = "0" * 64
+    plan.save(plans[1])
+    with pytest.raises(AUSteerError, match="this plan was made on other weights"):
+        server_command(llama.config.name_or_path, plans, [], tmp_path / "more")
+    assert not (tmp_path / "more").exists()
+
+
+def test_readers_find_the_base_model(llama, tmp_path):
+    save_lora(llama, plan_for(llama, ["attention"]), tmp_path / "adapter")
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(Path(llama.config.name_or_path).resolve())
+    assert _base("org/model") == "org/model"

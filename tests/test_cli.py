@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
@@ -158,3 +159,43 @@ def test_a_real_process_exits_with_one_line_and_no_traceback(workplace):
     done = subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr == f"error: no such file: {workplace / 'none.jsonl'}\n"
+
+
+KILLED = """
+import sys, time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from errors import run_command
+def main():
+    half = Path(sys.argv[1])
+    try:
+        half.touch()
+        with ProcessPoolExecutor(1) as pool:
+            for _ in range(3):
+                pool.submit(time.sleep, 60)
+            print("at work", flush=True)
+            time.sleep(60)
+    finally:
+        half.unlink()
+run_command(main)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_killed_command_cleans_up_at_once(tmp_path, number):
+    started = subprocess.Popen([sys.executable, "-c", KILLED, tmp_path / "half"], cwd=ROOT, stdout=subprocess.PIPE)
+    assert started.stdout.readline() == b"at work\n" and (tmp_path / "half").exists()
+    started.send_signal(number)
+    assert started.wait(20) == 128 + number
+    assert not (tmp_path / "half").exists()
+
+
+def test_nohup_goes_on(tmp_path):
+    code = KILLED.replace("time.sleep(60)\n    finally", "time.sleep(0.2)\n    finally").replace(
+        "time.sleep, 60", "time.sleep, 0"
+    )
+    ignore = f"import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n{code}"
+    started = subprocess.Popen([sys.executable, "-c", ignore, tmp_path / "half"], cwd=ROOT, stdout=subprocess.PIPE)
+    started.stdout.readline()
+    started.send_signal(signal.SIGHUP)
+    assert started.wait(20) == 0

@@ -159,6 +159,8 @@ def test_a_plan_that_is_no_adapter_fails_its_cell_alone(data, folder, engine, tm
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("FAILED")]
     assert code == 1 and set(rows) == {"vanilla", "prompt-only", "random"}
     assert len(said) == 1 and "a LoRA adapter works on all of them. Steer live" in said[0]
+    receipt = rows["random"]["receipt"]
+    assert receipt["aus"] == 4 and 1 <= receipt["rank"] <= 4 and 1 <= receipt["modules"] <= 3
 
 
 def test_a_higher_rank_starts_the_engine_anew(folder, engine, monkeypatch):

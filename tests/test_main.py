@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from baselines import austeer
 from errors import AUSteerError
 from eval import records, report
 from pairs import read_pairs
+from plan import Plan
 from setting import Cell, Setting, forget
 
 ROOT = Path(__file__).parents[1]
@@ -93,6 +95,18 @@ def test_nothing_is_done_where_nothing_beats_vanilla_on_validation(tmp_path, mon
     record = cells.compute(Cell(setting, "causal", "ffn"))
     vanilla = cells.compute(Cell(setting, "vanilla"))
     assert record["settings"] is None and record["outcomes"] == vanilla["outcomes"] and record["p"] == 1.0
+
+
+def test_a_steered_test_has_a_receipt_and_a_silent_no_op_fails(tmp_path, monkeypatch):
+    setting = Setting("embedded", "copa", ranks=str(tmp_path / "r"), records=str(tmp_path / "x"), limit=20,
+                      n_pairs=40, ks=(4,), alphas=(2.0,))  # fmt: skip
+    record = cells.compute(Cell(setting, "causal", "ffn"))
+    assert record["receipt"]["aus"] == record["touched"] == 4 and record["receipt"]["positions"] > 20
+    idle = cells.attempt(Cell(replace(setting, alphas=(0.0,)), "causal", "ffn"))
+    assert idle["receipt"]["aus"] == idle["touched"] == 0
+    monkeypatch.setattr(cells, "_of_first", lambda plan: Plan({"ffn": torch.zeros(plan.shape("ffn"))}))
+    lost = cells.attempt(Cell(replace(setting, ks=(5,)), "causal", "ffn"))
+    assert "the plan steered nothing ({'aus': 0" in lost["failed"]
 
 
 def test_records_are_named_by_their_question(tmp_path, monkeypatch):

@@ -100,12 +100,13 @@ def checkpoint(case):
     ).eval()  # fmt: skip
 
 
-def adapter(save, name):
+def adapter(save, name, merged=False):
     @contextmanager
     def adapted(case):
         peft = pytest.importorskip("peft", reason="peft is in requirements2.txt")
         save(case.ours() if case.quantization else case.source, case.plan, case.folder / name)
-        yield peft.PeftModel.from_pretrained(case.upstream(), case.folder / name).eval()
+        model = peft.PeftModel.from_pretrained(case.upstream(), case.folder / name).eval()
+        yield model.merge_and_unload() if merged else model
 
     return adapted
 
@@ -113,6 +114,7 @@ def adapter(save, name):
 WAYS = {
     "live": live, "hot patch": hot_patch, "folded": checkpoint,
     "LoRA": adapter(save_lora, "lora"), "IA3": adapter(save_ia3, "ia3"),
+    "LoRA merged": adapter(save_lora, "lora-to-merge", True), "IA3 merged": adapter(save_ia3, "ia3-to-merge", True),
 }  # fmt: skip
 
 
@@ -141,6 +143,7 @@ CASES = [
     for sites in [[site] for site in SITES[name] if site != "layer"] + [["attention", "ffn"]]
 ]
 EVERYWHERE = [(name, ["attention"] if name == "qwen3_moe" else ["attention", "ffn"], "float32") for name in FAMILIES]
+EVERYWHERE += [(name, ["attention"], "bfloat16") for name in FAMILIES]
 
 
 @pytest.mark.parametrize(
@@ -177,7 +180,7 @@ def test_every_way_is_the_reference(tmp_path, checkpoints, name, sites, dtype):
         allowed = EXPERTS * float(reference.abs().max())
     assert (logits(vanilla, wanted) - exact).abs().max() > 10 * allowed
     for way, steering in WAYS.items():
-        if with_all_layers and way in ("LoRA", "IA3"):
+        if with_all_layers and way.startswith(("LoRA", "IA3")):
             with pytest.raises(AUSteerError, match="sums many experts"), steering(case):
                 pass
             continue

@@ -1,5 +1,6 @@
 """vLLM under adapters answers as the live model under their plans. Run by tests/run-vllm.sh, not by default."""
 
+import gc
 import json
 import os
 import signal
@@ -26,7 +27,10 @@ from baselines import austeer
 from errors import AUSteerError
 from eval.answering import Question, answers, option_tokens
 from eval.engine_vllm import VLLMEngine
+from export.fold import fold
 from export.lora import save_lora
+from plan import Plan
+from ranks import model_header
 from set_MFU import steer
 from setting import forget
 
@@ -37,7 +41,8 @@ PROMPTS = [
     "gave",
     "One, two, three, four, five, six,",
 ]
-PLANS = 3
+SITES = (["attention"], ["ffn"], ["neuron"], ["attention", "ffn", "neuron"])  # of each plan
+PLANS = len(SITES)
 
 
 def checkpoint(name, folder, **more):
@@ -59,7 +64,7 @@ class Served:
         path = checkpoint(name, folder / "model")
         self.model = rmodels.load(path, dtype=dtype, device="cpu")
         self.tokenizer = rmodels.load_tokenizer(path)
-        self.plans = [plan_for(self.model, ["attention", "ffn", "neuron"], seed=seed) for seed in range(PLANS)]
+        self.plans = [plan_for(self.model, sites, seed=seed) for seed, sites in enumerate(SITES)]
         self.adapters = [save_lora(path, plan, folder / f"plan{i}").folder for i, plan in enumerate(self.plans)]
         self.engine = VLLMEngine(path, max_loras=PLANS, max_lora_rank=16, dtype=dtype, max_model_len=128)
 
@@ -76,7 +81,7 @@ def served(request, tmp_path_factory):
 
 
 def test_vllm_equals_live(served):
-    """Base and three plans in one batch: the same greedy text, and log-probabilities of the options."""
+    """Base and a plan of each site and of all in one batch: the same greedy text, log-probabilities of the options."""
     question = Question(12, options=option_tokens(served.tokenizer, ["yes", "no"], "Answer:"))
     plans, folders = [None, *served.plans], [None, *served.adapters]
     grid = [(prompt, folder) for folder in folders for prompt in PROMPTS]
@@ -145,6 +150,43 @@ def test_a_family_with_experts_is_refused_on_the_cpu(tmp_path):
         pytest.skip("a GPU takes it")
     with pytest.raises(AUSteerError, match="models with experts on the CPU"):
         VLLMEngine(checkpoint("qwen3_moe", tmp_path / "model"), max_loras=1, max_lora_rank=8, max_model_len=64)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_folded_checkpoint_equals_live(tmp_path, name):
+    """The engine knows of no steering."""
+    if name == "qwen3_moe" and not torch.cuda.is_available():
+        pytest.skip("vLLM's CPU build has no kernel for experts: it raises NotImplementedError at loading")
+    from vllm import LLM, SamplingParams
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    path = checkpoint(name, tmp_path / "model")
+    model, tokenizer = rmodels.load(path, dtype="float32", device="cpu"), rmodels.load_tokenizer(path)
+    sites = [site for site in ("attention", "ffn", "neuron") if site in rmodels.sites(model)]
+    plan = Plan({site: torch.zeros(rmodels.site_shape(model, site)) for site in sites}, header=model_header(model))
+    for scale in plan.scales.values():
+        scale[:, 3], scale[1:, -2] = 1.5, -0.6
+    fold(path, plan, tmp_path / "folded", certificate=False)
+    engine = LLM(str(tmp_path / "folded"), dtype="float32", max_model_len=128, trust_remote_code=False)
+    asked = [tokenizer(prompt).input_ids for prompt in PROMPTS]
+    settings = SamplingParams(temperature=0, max_tokens=12, logprobs=0, ignore_eos=True)
+    outputs = engine.generate([{"prompt_token_ids": ids} for ids in asked], settings, use_tqdm=False)
+    moved = 0.0
+    for ids, output in zip(asked, outputs, strict=True):
+        said = list(output.outputs[0].token_ids)
+        text = torch.tensor([ids + said])
+        theirs = torch.tensor([at[token].logprob for token, at in zip(said, output.outputs[0].logprobs, strict=True)])
+        idle = model(text).logits[0].log_softmax(-1)
+        with steer(model, plan):
+            live = model(text).logits[0].log_softmax(-1)
+        places = torch.arange(len(ids) - 1, len(ids) + len(said) - 1)
+        assert live[places].argmax(-1).tolist() == said
+        assert (live[places, said] - theirs).abs().max() < 1e-4
+        moved = max(moved, float((live - idle)[places, said].abs().max()))
+    del engine
+    gc.collect()
+    cleanup_dist_env_and_memory()
+    assert moved > 0.5
 
 
 def ask(port, model, prompt):
