@@ -226,3 +226,22 @@ def test_table_and_picture_of_the_committed_figures(tmp_path):
     command = [sys.executable, "benchmarks/steering_report.py", RESULTS / "steering-cpu.json", tmp_path / "picture.png"]
     said = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
     assert "| hot patch |" in said and (tmp_path / "picture.png").stat().st_size > 10_000
+
+
+def test_the_readme_shows_the_committed_figures():
+    lines = (ROOT / "README.md").read_text().splitlines()
+    figures = json.loads((ROOT / "benchmarks" / "results" / "steering-cpu.json").read_text())
+    added = figures["peers"]["a vector added to every layer"]
+    for label, ways, measured in (
+        ("upstream, against itself", ["upstream again"], figures["decoding"]),
+        ("idle gates", ["idle"], figures["decoding"]),
+        ("folded checkpoint", ["folded checkpoint"], figures["decoding"]),
+        ("hot patch", ["hot patch"], figures["decoding"]),
+        ("live, ffn / attention", ["live, ffn", "live, attention"], figures["decoding"]),
+        ("forward hooks", ["forward hooks"], figures["decoding"]),
+        ("LoRA adapter by PEFT", ["LoRA by PEFT"], figures["decoding"]),
+        ("a vector added to every layer", ["ours, live", "repeng", "steering-vectors"], added),
+    ):
+        row = next(line for line in lines if line.startswith(f"| {label}")).split("|")[2:5]
+        for cell, batch in zip(row, ("1", "8", "32"), strict=True):
+            assert cell.strip() == " / ".join(f"{measured[batch][way]['ratio']:.2f}" for way in ways), label
