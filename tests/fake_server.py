@@ -56,6 +56,7 @@ class FakeServer:
 
 class _Handler(BaseHTTPRequestHandler):
     fake: FakeServer
+    gone = False
 
     def log_message(self, *_):
         pass
@@ -66,8 +67,13 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             self.act(action, body)
         finally:
-            self.fake.leave()
+            self.leave()
             self.close_connection = True
+
+    def leave(self):
+        if not self.gone:
+            self.gone = True
+            self.fake.leave()
 
     def act(self, action, body):
         if action == "drop":
@@ -101,6 +107,7 @@ class _Handler(BaseHTTPRequestHandler):
         }.items():
             self.send_header(name, value)
         self.end_headers()
+        self.leave()  # before the last byte: who has that may come again at once
         self.wfile.write(data)
 
     def caller_is_gone(self):

@@ -245,3 +245,18 @@ def test_the_readme_shows_the_committed_figures():
         row = next(line for line in lines if line.startswith(f"| {label}")).split("|")[2:5]
         for cell, batch in zip(row, ("1", "8", "32"), strict=True):
             assert cell.strip() == " / ".join(f"{measured[batch][way]['ratio']:.2f}" for way in ways), label
+
+
+def test_the_guide_to_serving_shows_the_committed_figures():
+    guide = (ROOT / "docs" / "serving.md").read_text()
+    figures = json.loads((ROOT / "benchmarks" / "results" / "engine-cpu.json").read_text())
+    for label, measured in (
+        ("unsteered, again", "unsteered again"),
+        ("1 plan for all requests", "1 plans"),
+        ("16 distinct plans", "16 plans"),
+        ("64 distinct plans, one each", "64 plans"),
+        ("256 distinct plans over 64 slots", "256 plans over 64 slots"),
+        ("256 distinct plans at once, 256 slots", "256 plans at once"),
+        ("the engine started without adapters", "lora off"),
+    ):
+        assert f"| {label} | {figures[f'{measured} / unsteered']:.2f} |" in guide

@@ -162,7 +162,8 @@ def test_a_real_process_exits_with_one_line_and_no_traceback(workplace):
 
 
 KILLED = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from errors import run_command
@@ -191,11 +192,9 @@ def test_a_killed_command_cleans_up_at_once(tmp_path, number):
 
 
 def test_nohup_goes_on(tmp_path):
-    code = KILLED.replace("time.sleep(60)\n    finally", "time.sleep(0.2)\n    finally").replace(
-        "time.sleep, 60", "time.sleep, 0"
-    )
-    ignore = f"import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n{code}"
-    started = subprocess.Popen([sys.executable, "-c", ignore, tmp_path / "half"], cwd=ROOT, stdout=subprocess.PIPE)
+    code = KILLED.replace("SIG_DFL", "SIG_IGN").replace("time.sleep, 60", "time.sleep, 0")
+    code = code.replace("time.sleep(60)\n    finally", "time.sleep(0.2)\n    finally")
+    started = subprocess.Popen([sys.executable, "-c", code, tmp_path / "half"], cwd=ROOT, stdout=subprocess.PIPE)
     started.stdout.readline()
     started.send_signal(signal.SIGHUP)
     assert started.wait(20) == 0
