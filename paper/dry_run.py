@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -10,8 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 SHAPE = dict(
     hidden_size=64, intermediate_size=192, num_hidden_layers=3, num_attention_heads=16, num_key_value_heads=2, head_dim=8,
-    vocab_size=320, max_position_embeddings=4096, bos_token_id=1, pad_token_id=0, initializer_range=0.2,
-    eos_token_id=[2, *range(3, 320, 4)],  # one token in four: what is random would not end by itself
+    max_position_embeddings=4096, bos_token_id=1, pad_token_id=0, initializer_range=0.2,
+    eos_token_id=[2, *range(3, 259, 4)],  # one token in four: what is random would not end by itself
 )  # fmt: skip
 OF_THE_FAMILY = {
     "gemma2": dict(sliding_window=64, query_pre_attn_scalar=8),
@@ -43,7 +44,12 @@ def fitted(params: dict) -> dict:
 
 
 def _within(dims: list[int]) -> list[int]:
-    return list(dict.fromkeys(dim % SHAPE["head_dim"] for dim in dims))
+    """As many, and different ones."""
+    found: list[int] = []
+    for dim in dims[: SHAPE["head_dim"]]:
+        free = (place % SHAPE["head_dim"] for place in count(dim))
+        found.append(next(place for place in free if place not in found))
+    return found
 
 
 def tiny_checkpoints(known: dict[str, dict], folder: Path) -> dict[str, str]:
@@ -53,9 +59,10 @@ def tiny_checkpoints(known: dict[str, dict], folder: Path) -> dict[str, str]:
         path = folder / name
         if not (path / "config.json").exists():
             torch.manual_seed(0)
-            config = AutoConfig.for_model(model["family"], **{**SHAPE, **OF_THE_FAMILY.get(model["family"], {})})
-            AutoModelForCausalLM.from_config(config).save_pretrained(path)
-            byte_tokenizer().save_pretrained(path)
+            tokenizer = byte_tokenizer()
+            shape = {**SHAPE, "vocab_size": len(tokenizer), **OF_THE_FAMILY.get(model["family"], {})}
+            AutoModelForCausalLM.from_config(AutoConfig.for_model(model["family"], **shape)).save_pretrained(path)
+            tokenizer.save_pretrained(path)
         made[model["hub"]] = str(path)
     return made
 

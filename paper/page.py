@@ -52,14 +52,13 @@ def write(specs: Sequence[Spec], manifest: Manifest) -> Path:
     """report.html, report.md and figures/ in the manifest's folder."""
     folder = manifest.folder
     (folder / "figures").mkdir(parents=True, exist_ok=True)
-    parts = [(spec, _pictures(spec, manifest), blocks(spec, manifest) if spec.kind in TABLES else []) for spec in specs]
+    parts = [
+        (spec, draw(spec, manifest, folder / "figures"), blocks(spec, manifest) if spec.kind in TABLES else [])
+        for spec in specs
+    ]
     (folder / "report.md").write_text(_markdown(parts, manifest))
     (folder / "report.html").write_text(_html(parts, manifest))
     return folder / "report.html"
-
-
-def _pictures(spec: Spec, manifest: Manifest) -> list[Picture]:
-    return draw(spec, manifest, manifest.folder / "figures")
 
 
 def _environment(manifest: Manifest) -> str:
@@ -91,7 +90,7 @@ def _head(manifest: Manifest) -> str:
     return f"{what}{limited} Command: bash reproduce.sh --scale {manifest.scale}."
 
 
-def _missing(spec: Spec, found: Sequence[Block], manifest: Manifest) -> list[str]:
+def _missing(spec: Spec, found: Sequence[Block], pictures: Sequence[Picture], manifest: Manifest) -> list[str]:
     """Every dash with its reason, alike ones together."""
     whys: dict[str, list[str]] = {}
     for block in found:
@@ -99,7 +98,8 @@ def _missing(spec: Spec, found: Sequence[Block], manifest: Manifest) -> list[str
             for column, value in zip(block.columns, values, strict=True):
                 if value.why:
                     whys.setdefault(value.why, []).append(f"{label} / {column}")
-    for what, why in undrawn(spec, manifest):
+    failed = [(picture.caption, picture.note) for picture in pictures if picture.path is None]
+    for what, why in (*undrawn(spec, manifest), *failed):
         whys.setdefault(why, []).append(what)
     return [f"{_briefly(where)}: {why}" for why, where in whys.items() if not why.startswith("a part is missing")]
 
@@ -132,13 +132,13 @@ def _markdown(parts, manifest: Manifest) -> str:
                     "</details>",
                     "",
                 ]
-        for picture in pictures:
+        for picture in (picture for picture in pictures if picture.path):
             lines += [
                 f"![{picture.caption}](figures/{picture.path.name})",
                 "",
                 *([picture.note, ""] if picture.note else []),
             ]
-        missing = _missing(spec, found, manifest)
+        missing = _missing(spec, found, pictures, manifest)
         lines += ["Missing:", "", *[f"- {line}" for line in missing], ""] if missing else []
     lines += ["## Environment", "", _environment(manifest), "", "## How to cite", "", "```bibtex", CITE, "```", ""]
     return "\n".join(lines)
@@ -177,11 +177,11 @@ def _html(parts, manifest: Manifest) -> str:
             if tests := behind(block):
                 lines = "".join(f"<li>{escape(line)}</li>" for line in tests)
                 out.append(f"<details><summary>{BEHIND}</summary><ul>{lines}</ul></details>")
-        for picture in pictures:
+        for picture in (picture for picture in pictures if picture.path):
             data = base64.b64encode(picture.path.read_bytes()).decode()
             out.append(f'<figure><img alt="{escape(picture.caption)}" src="data:image/png;base64,{data}">')
             out.append(f"<figcaption>{escape(picture.caption)}. {_prose(picture.note)}</figcaption></figure>")
-        missing = _missing(spec, found, manifest)
+        missing = _missing(spec, found, pictures, manifest)
         if missing:
             lines = "".join(f"<li>{_prose(line)}</li>" for line in missing)
             out.append(f'<div class="missing">Missing:<ul>{lines}</ul></div>')

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from errors import one_line
 from paper import curves, heat_maps
 from paper.manifest import Manifest
 from paper.specs import Panel, Spec
@@ -17,8 +18,10 @@ OF_CELLS = {"lines": curves, "heatmap": heat_maps}
 @dataclass(frozen=True)
 class Picture:
     caption: str
-    path: Path
-    note: str = ""  # of this picture alone: how it is to be read, and what its record adds
+    path: Path | None  # None: it could not be drawn
+    note: str = (
+        ""  # of this picture alone: how it is to be read, and what its record adds; or why it could not be drawn
+    )
 
 
 def draw(spec: Spec, manifest: Manifest, folder: Path) -> list[Picture]:
@@ -38,10 +41,13 @@ def draw(spec: Spec, manifest: Manifest, folder: Path) -> list[Picture]:
 
 def _study(spec: Spec, panel: Panel, record: dict, folder: Path) -> Picture:
     path = folder / f"{spec.name}-{'-'.join(re.findall('[a-z0-9]+', panel.name.lower()))}.png"
-    study = STUDIES[panel.study]
-    study.draw(record["found"], panel.params, path)
-    note = study.note(record["found"], panel.params) if hasattr(study, "note") else ""
-    return Picture(f"{spec.label}: {spec.title} ({panel.name})", path, note)
+    caption, study = f"{spec.label}: {spec.title} ({panel.name})", STUDIES[panel.study]
+    try:
+        study.draw(record["found"], panel.params, path)
+        note = study.note(record["found"], panel.params) if hasattr(study, "note") else ""
+    except Exception as error:  # one picture that fails must not take the report of days with it
+        return Picture(caption, None, f"measured, but could not be drawn: {one_line(error)}")
+    return Picture(caption, path, note)
 
 
 def undrawn(spec: Spec, manifest: Manifest) -> list[tuple[str, str]]:

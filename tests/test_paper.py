@@ -467,11 +467,13 @@ def test_a_dry_run_draws_none_of_the_papers_numbers():
     params = {
         "head": 7,
         "layer": 27,
+        "dims": [44, 84, 100],
         "paper_dims": {"positive": [28, 82, 36], "mixed": [108]},
         "lines": {"the paper's": 70},
     }
     fitted = dry_run.fitted(params)
-    assert fitted["lines"] == {} and fitted["paper_dims"] == {"positive": [4, 2], "mixed": [4]}
+    assert fitted["lines"] == {} and fitted["paper_dims"] == {"positive": [4, 2, 5], "mixed": [4]}
+    assert fitted["dims"] == [4, 5, 6], "as many, and different ones"
     assert params["lines"], "the spec keeps them"
 
 
@@ -639,6 +641,17 @@ def test_a_figure_that_fails_now_is_not_the_one_of_before(tmp_path):
     assert manifest.panels["figure4"] == {"embedded": "new"} and not manifest.failed
 
 
+def test_a_picture_that_fails_is_missing_with_its_reason(tmp_path, monkeypatch):
+    (spec,) = specs.read("embedded", ["figure4"])
+    (tmp_path / "records").mkdir()
+    (tmp_path / "records" / "x.json").write_text(
+        json.dumps({"id": "x", "found": {}, "device": "cpu", "environment": {"commit": "0123456789ab"}})
+    )
+    page.write([spec], Manifest(tmp_path, "embedded", panels={"figure4": {"embedded": "x"}}))
+    text = (tmp_path / "report.md").read_text()
+    assert "(embedded): measured, but could not be drawn: KeyError: 'columns'" in text and "![" not in text
+
+
 def test_shared_rows_stand_in_every_accuracy_table():
     for scale in specs.SCALES:
         for spec in specs.read(scale, [f"table{n}" for n in (1, 3, 4, 5, 7, 10, 13)]):
@@ -697,10 +710,18 @@ def test_dry_run_of_the_papers_scale(tmp_path):
     from samples import write_datasets
 
     data = write_datasets(tmp_path / "data", train=120)
-    run.main(["--scale", "paper", "--dry-run", "--data-dir", str(data), "--results", str(tmp_path)])
+    run.main(["--scale", "paper", "--dry-run", "--jobs", "2", "--data-dir", str(data), "--results", str(tmp_path)])
     manifest = Manifest.read(tmp_path / "paper-dry-run")
-    # an SAE of the real model fits no tiny one
-    allowed = ("its wrong answers", "the SAE", "cannot load")
     text = (tmp_path / "paper-dry-run" / "report.md").read_text()
     assert "DRY RUN" in text and "difference" not in text
-    assert all(why.startswith(allowed) for why in manifest.failed.values()), manifest.failed
+    # an SAE of the real model is a download, and fits no tiny one
+    assert manifest.failed and all(why.startswith("the SAE") for why in manifest.failed.values()), manifest.failed
+    ran, bits = set(), set()
+    for spec in specs.read("paper"):
+        for entry in spec.entries:
+            made = manifest.records(spec.name, entry.block, entry.row, entry.column)
+            assert len(made) == len(entry.cells) or entry.row == "sta", (spec.name, entry)
+            ran |= {cell.setting.model for cell in entry.cells} if made else set()
+            if entry.block == "llama3.3-70b-instruct-4bit":
+                bits |= {record["quantization"] for record in made}
+    assert ran == {model["hub"] for model in specs.models().values()} and bits == {"4bit"}
