@@ -713,7 +713,7 @@ def test_dry_run_of_the_papers_scale(tmp_path):
     run.main(["--scale", "paper", "--dry-run", "--jobs", "2", "--data-dir", str(data), "--results", str(tmp_path)])
     manifest = Manifest.read(tmp_path / "paper-dry-run")
     text = (tmp_path / "paper-dry-run" / "report.md").read_text()
-    assert "DRY RUN" in text and "difference" not in text
+    assert "DRY RUN" in text and ", difference" not in text
     # an SAE of the real model is a download, and fits no tiny one
     assert manifest.failed and all(why.startswith("the SAE") for why in manifest.failed.values()), manifest.failed
     ran, bits = set(), set()
