@@ -18,10 +18,10 @@ from paper.values import Block, Value
 
 TABLES = ("accuracy", "settings", "counts", "noise", "prediction", "human", "overhead")
 STYLE = """
-body{font:16px/1.5 system-ui,sans-serif;max-width:1180px;margin:2rem auto;padding:0 1rem;color:#1b1b1b;background:#fff}
+body{font:16px/1.5 system-ui,sans-serif;max-width:1480px;margin:2rem auto;padding:0 1rem;color:#1b1b1b;background:#fff}
 h1{font-size:1.7rem}h2{margin-top:2.6rem;border-top:1px solid #ddd;padding-top:1rem}h3{font-size:1rem;margin-bottom:.3rem}
 .scroll{overflow-x:auto}table{border-collapse:collapse;font-size:.86rem;font-variant-numeric:tabular-nums}
-th,td{padding:.3rem .6rem;text-align:right;border-bottom:1px solid #e5e5e5;vertical-align:top}th:first-child,td:first-child{text-align:left;min-width:13rem}
+th,td{padding:.3rem .6rem;text-align:right;white-space:nowrap;border-bottom:1px solid #e5e5e5;vertical-align:top}th:first-child,td:first-child{text-align:left;min-width:13rem;white-space:normal}
 td small{display:block;color:#555;white-space:nowrap;font-weight:400;line-height:1.3}tr.ours td:first-child{font-style:italic}.best{font-weight:700}
 img{max-width:100%;height:auto;border:1px solid #eee}nav a{margin-right:.8rem;white-space:nowrap}.missing{color:#8a3b00}
 code{background:#f4f4f4;padding:.1rem .25rem}pre{background:#f4f4f4;padding:.8rem;overflow-x:auto}
