@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -23,9 +24,20 @@ def one_line(error: Exception) -> str:
 def run_command(command: Callable[[], int | None]) -> None:
     """Run a command line's body; exit 1 with one clear line on an AUSteerError, 130 on Ctrl-C, and let it clean up
     (`finally`) when it is killed by SIGTERM or its terminal is closed."""
+    process = os.getpid()
+
+    def stop(number: int, frame) -> None:
+        if os.getpid() != process:  # a forked worker: its pool would take an exit for the end of a job, and go on
+            os._exit(128 + number)
+        for each in STOPPING:  # a closing terminal sends several: they would end the cleaning up, too
+            signal.signal(each, signal.SIG_IGN)
+        for worker in multiprocessing.active_children():  # a pool would wait for all of its jobs
+            worker.terminate()
+        sys.exit(128 + number)
+
     for number in STOPPING:
         if signal.getsignal(number) is signal.SIG_DFL:  # under nohup a closed terminal stays ignored
-            signal.signal(number, _stop)
+            signal.signal(number, stop)
     try:
         sys.exit(command() or 0)
     except AUSteerError as error:
@@ -33,11 +45,3 @@ def run_command(command: Callable[[], int | None]) -> None:
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         sys.exit(130)
-
-
-def _stop(number: int, frame) -> None:
-    for each in STOPPING:  # a closing terminal sends several: they would end the cleaning up, too
-        signal.signal(each, signal.SIG_IGN)
-    for worker in multiprocessing.active_children():  # a pool would wait for all of its jobs
-        worker.terminate()
-    sys.exit(128 + number)

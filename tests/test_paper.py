@@ -467,13 +467,13 @@ def test_a_dry_run_draws_none_of_the_papers_numbers():
     params = {
         "head": 7,
         "layer": 27,
-        "dims": [44, 84, 100],
-        "paper_dims": {"positive": [28, 82, 36], "mixed": [108]},
+        "dims": [44, 76, 100],
+        "paper_dims": {"positive": [28, 82, 60], "mixed": [108]},
         "lines": {"the paper's": 70},
     }
     fitted = dry_run.fitted(params)
-    assert fitted["lines"] == {} and fitted["paper_dims"] == {"positive": [4, 2, 5], "mixed": [4]}
-    assert fitted["dims"] == [4, 5, 6], "as many, and different ones"
+    assert fitted["lines"] == {} and fitted["paper_dims"] == {"positive": [28, 18, 29], "mixed": [12]}
+    assert fitted["dims"] == [12, 13, 4], "as many, and different ones"
     assert params["lines"], "the spec keeps them"
 
 
