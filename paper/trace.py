@@ -35,8 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         raise AUSteerError(f"{args.table} is not in scale {args.scale}")
     (spec,) = found
     work, records = _panel(spec, manifest, args) if spec.panels else _entry(spec, manifest, args)
-    if args.again and args.table == "table11":
-        raise AUSteerError("table11 is of times, which are never the same twice: --again is for the others")
+    if args.again and any(panel.study == "overhead" for panel in spec.panels):
+        raise AUSteerError(f"{args.table} is of times, which are never the same twice: --again is for the others")
     different = 0
     for one, record in zip(work, records, strict=True):
         shown = {key: value for key, value in record.items() if args.whole or len(json.dumps(value)) < 400}

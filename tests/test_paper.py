@@ -535,6 +535,16 @@ def test_trace_of_a_measured_figure(tmp_path, capsys):
         trace.main(["figure4", "copa", "--results", str(tmp_path)])
 
 
+def test_times_are_not_traced_again(tmp_path):
+    folder = tmp_path / "embedded"
+    (folder / "records").mkdir(parents=True)
+    (folder / "records" / "x.json").write_text(json.dumps({"id": "x", "found": {}}))
+    Manifest(folder, "embedded", panels={"table11": {"embedded": "x"}}).write()
+    assert trace.main(["table11", "embedded", "--results", str(tmp_path)]) is None
+    with pytest.raises(AUSteerError, match="never the same twice"):
+        trace.main(["table11", "embedded", "--results", str(tmp_path), "--again"])
+
+
 def test_the_way_of_a_run_is_in_its_manifest(tmp_path):
     live = {"limit": 20, "batch_size": None, "engine": "live", "toxicity": "local"}
     Manifest(tmp_path, "paper", live, entries={"table1": {"a|b|c": ["x"]}}).write()
