@@ -4,7 +4,7 @@
     accelerate launch MFU_screening.py ...            # the same ranks from several GPUs or nodes
 
 Paper, section 4.1, and, with --momentum causal, docs/sign.md. What is computed per pair is in
-momentum.py, how a pair becomes tokens in encoding.py. MFU is the authors' older word for AU.
+austeer/momentum.py, how a pair becomes tokens in austeer/tokens.py. MFU is the authors' older word for AU.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import rmodels
-import shared_work
-from encoding import PROTOCOLS, EncodedPair, Protocol, encode
-from errors import AUSteerError, run_command
-from momentum import MOMENTA, Momentum
-from pairs import Pair, check_pairs, pairs_hash, read_pairs
-from ranks import AURanks, check_writable, fingerprint, model_header, public_name
+from austeer import processes as shared_work
+from austeer.errors import AUSteerError, run_command
+from austeer.momentum import MOMENTA, Momentum
+from austeer.pairs import Pair, check_pairs, pairs_hash, read_pairs
+from austeer.ranks import AURanks, check_writable, fingerprint, model_header, public_name
+from austeer.tokens import PROTOCOLS, EncodedPair, Protocol, encode
 
 # How many tokens run at once, both texts of a pair counted. On a CPU, one prompt of ordinary length at a time keeps
 # memory small; --batch-size 8 is a fifth faster and takes several times the memory (benchmarks/core.py).

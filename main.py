@@ -1,6 +1,6 @@
 """The command line: the comparison of methods, or one of the commands beside it.
 
-python main.py [options]             rank, choose, steer, test and compare (comparison.py; --help says more)
+python main.py [options]             rank, choose, steer, test and compare (experiments/compare.py; --help says more)
 python main.py COMMAND [options]     each has its own --help:
 """
 
@@ -10,20 +10,26 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from errors import run_command
+from austeer.errors import run_command
 
 COMMANDS = {  # name: module with a main, and what it does
-    "reproduce": ("paper.run", "every table and figure of the paper, and a report (what reproduce.sh runs)"),
+    "reproduce": ("paper.reproduce", "every table and figure of the paper, and a report (what reproduce.sh runs)"),
     "trace": ("paper.trace", "behind a number of the report: its record, and how to compute it again"),
-    "data": ("eval.data_command", "fetch and check the paper's datasets"),
-    "pairs": ("eval.pairs_command", "make, show and save the contrastive pairs of a task or of your data"),
-    "import-authors": ("eval.import_authors", "prompts, data and ranks out of the authors' checkout"),
-    "restore": ("restore", "give a pruned model its lost components back (RestoreLCC): dense, pruned, restored"),
-    "neurosteer": ("neurosteer_tasks", "NeuroSteer's own tasks: sampled texts, steered and not, and their measures"),
-    "export": ("export.command", "a plan into a checkpoint's weights or an adapter, and out again"),
-    "toxicity": ("eval.toxicity", "how far a toxicity scorer agrees with Perspective"),
-    "judge": ("eval.judge", "win rate of one file of answers against another, by a judge model"),
-    "human": ("eval.human", "blind sheets for human raters, and their scores"),
+    "data": ("eval.data.command", "fetch and check the paper's datasets"),
+    "pairs": ("eval.data.pairs_command", "make, show and save the contrastive pairs of a task or of your data"),
+    "import-authors": ("eval.data.import_authors", "prompts, data and ranks out of the authors' checkout"),
+    "restore": (
+        "experiments.restore",
+        "give a pruned model its lost components back (RestoreLCC): dense, pruned, restored",
+    ),
+    "neurosteer": (
+        "experiments.neurosteer",
+        "NeuroSteer's own tasks: sampled texts, steered and not, and their measures",
+    ),
+    "export": ("austeer.export.command", "a plan into a checkpoint's weights or an adapter, and out again"),
+    "toxicity": ("eval.scoring.toxicity", "how far a toxicity scorer agrees with Perspective"),
+    "judge": ("eval.scoring.judge", "win rate of one file of answers against another, by a judge model"),
+    "human": ("eval.scoring.human", "blind sheets for human raters, and their scores"),
 }
 
 
@@ -33,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     if name is None and rest[:1] in (["-h"], ["--help"]):
         print(__doc__.rstrip() + "".join(f"\n        {name:<15} {what}" for name, (_, what) in COMMANDS.items()) + "\n")
     # imported on demand: the comparison needs torch, most commands do not
-    return importlib.import_module(COMMANDS[name][0] if name else "comparison").main(rest)
+    return importlib.import_module(COMMANDS[name][0] if name else "experiments.compare").main(rest)
 
 
 if __name__ == "__main__":

@@ -7,8 +7,8 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 case " $* " in
-*" --scale small "* | *" --scale paper "* | *" --scale="[sp]*) bash setup.sh requirements.txt requirements2.txt ;; # sentence encoder, 4-bit weights
-*) bash setup.sh requirements.txt ;;
+*" --scale small "* | *" --scale paper "* | *" --scale="[sp]*) bash scripts/setup.sh requirements.txt requirements2.txt ;; # sentence encoder, 4-bit weights
+*) bash scripts/setup.sh requirements.txt ;;
 esac
 export PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false HF_HUB_DISABLE_TELEMETRY=1
 exec .venv/bin/python main.py reproduce "$@"

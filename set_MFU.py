@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from errors import AUSteerError, run_command
-from plan import TOKENS, Plan
-from ranks import AURanks, check_made_for
+from austeer.errors import AUSteerError, run_command
+from austeer.plan import TOKENS, Plan
+from austeer.ranks import AURanks, check_made_for
 from rmodels import SITES, gates
 
 LOCATIONS = {

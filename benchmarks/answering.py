@@ -18,7 +18,7 @@ import torch
 from core import VOCABULARY, best_of, build
 from figures import keep, show
 
-from eval.answering import Question, answers
+from eval.answering.answers import Question, answers
 
 PROMPTS, LENGTH, INSTRUCTION, NEW, BATCH = 32, 146, 24, 64, 16
 

@@ -24,10 +24,10 @@ from figures import keep
 from transformers import LlamaConfig
 
 import rmodels
-from encoding import CLEAN, EncodedPair
+from austeer.momentum import MOMENTA
+from austeer.plan import Plan
+from austeer.tokens import CLEAN, EncodedPair
 from MFU_screening import BATCH_TOKENS, batches
-from momentum import MOMENTA
-from plan import Plan
 from set_MFU import steer
 
 PAIRS, PROMPT, VOCABULARY = 64, 144, 32000

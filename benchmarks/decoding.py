@@ -13,7 +13,7 @@ import torch
 from core import VOCABULARY
 from torch import nn
 
-from plan import Plan
+from austeer.plan import Plan
 
 
 @dataclass

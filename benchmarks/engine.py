@@ -35,8 +35,8 @@ from core import VOCABULARY, build
 from figures import keep, show
 
 import rmodels
-from export.lora import max_lora_rank, save_lora
-from plan import Plan
+from austeer.export.lora import max_lora_rank, save_lora
+from austeer.plan import Plan
 
 REQUESTS, MANY = 64, 256
 PROMPT, NEW, UNITS = 32, 32, 25

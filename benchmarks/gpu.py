@@ -28,9 +28,9 @@ from torch._dynamo.utils import counters
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticCache
 
 import rmodels
-from errors import AUSteerError, run_command
-from eval.answering import Question, answers
-from export.hot_patch import folded
+from austeer.errors import AUSteerError, run_command
+from austeer.export.hot_patch import folded
+from eval.answering.answers import Question, answers
 from set_MFU import steer
 
 SHAPES = {  # as in the models' own config.json

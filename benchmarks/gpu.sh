@@ -3,7 +3,7 @@
 #                                      Nothing is downloaded; figures go to benchmarks/results/gpu-SHAPE.json.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-bash setup.sh requirements.txt requirements2.txt
+bash scripts/setup.sh requirements.txt requirements2.txt
 [ $# -gt 0 ] || set -- llama2-7b gemma2-9b qwen3-8b qwen3-30b-a3b
 failed=0
 for shape in "$@"; do

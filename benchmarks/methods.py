@@ -25,14 +25,14 @@ from figures import keep, markdown
 from transformers.utils import logging as transformers_logging
 
 import rmodels
-from baselines.base import Evidence, Method, sites_of
-from baselines.registry import METHODS
-from errors import AUSteerError, run_command
+from austeer.errors import AUSteerError, run_command
+from austeer.methods.base import Evidence, Method, sites_of
+from austeer.methods.registry import METHODS
+from austeer.plan import Plan
 from eval.tasks.embedded import EmbeddedTask
+from experiments.setting import EMBEDDED, Setting
 from MFU_screening import screen
-from plan import Plan
 from set_MFU import apply, clear
-from setting import EMBEDDED, Setting
 
 TOKENS = 300
 

@@ -28,8 +28,8 @@ from repeng import ControlModel, ControlVector, DatasetEntry
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from austeer.plan import Plan
 from MFU_screening import screen
-from plan import Plan
 from set_MFU import apply
 
 BATCHES, PAIRS = (1, 8, 32), 16

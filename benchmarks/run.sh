@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # bash benchmarks/run.sh [DIR]   every benchmark that this machine can run, one after another; figures go to DIR
 #                                (default: benchmarks/results), half an hour on a CPU. vLLM's part runs where
-#                                `bash setup-vllm.sh` was run, the part on a GPU where there is one.
+#                                `bash scripts/setup-vllm.sh` was run, the part on a GPU where there is one.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-bash setup.sh requirements.txt requirements2.txt
+bash scripts/setup.sh requirements.txt requirements2.txt
 bash benchmarks/peers.sh
 out=${1:-benchmarks/results}
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false

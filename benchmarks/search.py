@@ -31,16 +31,16 @@ from figures import keep, markdown
 from transformers.utils import logging as transformers_logging
 
 import rmodels
-from baselines.austeer import AUSteer
-from baselines.registry import METHODS
-from embedded import gate
-from errors import run_command
-from eval.answering import Question, answers
-from eval.search import SEARCHES, key_of, shuffled
+from austeer.errors import run_command
+from austeer.methods.austeer import AUSteer
+from austeer.methods.registry import METHODS
+from austeer.ranks import AURanks
+from embedded import acceptance
+from eval.answering.answers import Question, answers
 from eval.statistics import wilson
 from eval.tasks.embedded import EmbeddedTask
-from grid_batches import FEW, steered_rows
-from ranks import AURanks
+from experiments.engines.grid_batches import FEW, steered_rows
+from experiments.search import SEARCHES, key_of, shuffled
 from set_MFU import steer
 
 TASKS, SITES, NAMES = ("copa", "svamp", "tone"), ("attention", "ffn"), ("causal", "published")
@@ -53,7 +53,7 @@ class Bench:
     """One task with its model, and outcomes of items under a plan."""
 
     def __init__(self, name: str):
-        folder = str(gate.WEIGHTS / name)
+        folder = str(acceptance.WEIGHTS / name)
         self.task = EmbeddedTask(name)
         self.model, self.tokenizer = rmodels.load(folder, device="cpu"), rmodels.load_tokenizer(folder)
         order = shuffled(len(self.task.validation))
@@ -68,7 +68,7 @@ class Bench:
         return self.task.columns(items, answers)["accuracy"]
 
     def under(self, plans, items) -> list[list[bool]]:
-        """Outcomes under each plan, asked as cells.py does: few items with answers of several tokens in one batch."""
+        """Outcomes under each plan, asked as experiments/run_cell.py does: few items with answers of several tokens in one batch."""
         if not (self.task.several_tokens and len(plans) > 1 and 0 < len(items) <= FEW):
             return [self.outcomes(items, plan) for plan in plans]
         with steered_rows(self.model, plans, len(items)) as rows:

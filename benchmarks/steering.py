@@ -5,7 +5,7 @@
 
 A random Llama (hidden 512, 8 layers, as in core.py), one thread, CPU time. Decoding: ways to steer by the same 100 AUs take
 turns token by token with upstream's own unpatched model, on the same weights; "folded checkpoint" is one that
-export/fold.py wrote and upstream's transformers loaded. Growth: screening with the number of layers, width and pairs; live
+austeer/export/fold.py wrote and upstream's transformers loaded. Growth: screening with the number of layers, width and pairs; live
 steering with k. Matrix products: those of screening alone, in its very shapes, as a share of its time. Memory: the peak of
 a process that decodes. Peers: benchmarks/peers.py.
 """
@@ -32,10 +32,10 @@ from torch.nn.functional import linear
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import rmodels
-from errors import run_command
-from export.fold import fold
-from export.hot_patch import folded
-from export.lora import save_lora
+from austeer.errors import run_command
+from austeer.export.fold import fold
+from austeer.export.hot_patch import folded
+from austeer.export.lora import save_lora
 from set_MFU import apply
 
 ROOT = Path(__file__).parents[1]

@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 import rmodels
-from embedded import gate, tasks
+from embedded import acceptance, tasks
 from MFU_screening import screen
 from set_MFU import set_MFU, steer
 
@@ -40,7 +40,7 @@ def rewritten(model, seed: int):
 
 
 def accuracy(model, tokenizer, task: str, items) -> float:
-    replies = gate.answer(model, tokenizer, [item.prompt for item in items], 1)
+    replies = acceptance.answer(model, tokenizer, [item.prompt for item in items], 1)
     return 100 * sum(reply.strip() == item.right for reply, item in zip(replies, items, strict=True)) / len(items)
 
 
@@ -53,7 +53,7 @@ def main() -> None:
     args = parser.parse_args()
 
     torch.set_num_threads(1)
-    folder = gate.WEIGHTS / args.task
+    folder = acceptance.WEIGHTS / args.task
     model, tokenizer = rmodels.load(folder, device="cpu"), rmodels.load_tokenizer(folder)
     pairs = [(item.prompt, item.right, item.wrong) for item in tasks.items(args.task, "pairs", PAIRS)]
     items = tasks.items(args.task, "test", ITEMS)

@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from tqdm import tqdm
 
-from baselines.sae import SAE
-from embedded import gate, tasks
+from austeer.ranks import model_header
+from austeer.sae import SAE
+from embedded import acceptance, tasks
 from embedded.train import as_tensors
-from ranks import model_header
 
 FOLDER = Path(__file__).parent / "sae_weights"
 LAYER, LATENTS = 1, 512  # the second of four layers; four times the width
@@ -78,7 +78,7 @@ def quality(sae: SAE, h: Tensor) -> dict:
 
 
 def make(task: str, seed: int = 0, steps: int = STEPS, documents: int = DOCUMENTS) -> SAE:
-    model, tokenizer = gate.load(gate.WEIGHTS / task)
+    model, tokenizer = acceptance.load(acceptance.WEIGHTS / task)
     ids = tokenizer.get_vocab()
     started = time.process_time()
     h = activations(model, ids, task, Random(f"{task} sae {seed}"), documents)

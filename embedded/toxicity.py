@@ -27,8 +27,8 @@ from scipy.special import expit
 from scipy.stats import rankdata
 from tqdm import tqdm
 
-from errors import AUSteerError, run_command
-from ranks import read_tensors, write_tensors
+from austeer.errors import AUSteerError, run_command
+from austeer.ranks import read_tensors, write_tensors
 
 FORMAT = "austeer-toxicity-1"
 WEIGHTS = Path(__file__).with_name("toxicity.safetensors")

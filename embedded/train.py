@@ -28,7 +28,7 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
-from embedded import gate, tasks
+from embedded import acceptance, tasks
 from embedded import tokenizer as word_level
 from embedded.tasks import Document
 
@@ -130,7 +130,7 @@ def train(
         if step % CHECK_EVERY:
             continue
 
-        skill = gate.measure(model.eval(), tokenizer, task, validation)
+        skill = acceptance.measure(model.eval(), tokenizer, task, validation)
         model.train()
         curve.append(
             {

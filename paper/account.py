@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from time import monotonic
 
-import shared_work
+from austeer import processes as shared_work
+from experiments.setting import Cell
 from paper.manifest import Manifest
 from paper.specs import Panel, Spec
-from setting import Cell
 
 EVERY = 5.0  # seconds
 

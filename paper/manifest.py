@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
-from errors import AUSteerError
+from austeer.errors import AUSteerError
 
 NAME = "manifest.json"
 

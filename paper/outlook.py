@@ -10,11 +10,11 @@ from time import perf_counter
 
 import torch
 
-from cells import grid
-from eval.records import is_current
+from experiments.records import is_current
+from experiments.run_cell import grid
+from experiments.setting import UNSTEERED, Cell
 from paper.manifest import Manifest
 from paper.specs import Panel, Spec, models
-from setting import UNSTEERED, Cell
 
 TEST = {"boolq": 3270, "copa": 500, "winogrande": 1267, "svamp": 300, "mawps": 355, "toxicity": 1199, "bpo": 200}
 PROMPT = {

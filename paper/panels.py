@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-import shared_work
-from errors import one_line
-from eval import records
-from pairs import pairs_hash
+from austeer import processes as shared_work
+from austeer.errors import one_line
+from austeer.pairs import pairs_hash
+from austeer.ranks import fingerprint, public_name
+from experiments import records
+from experiments.setting import load
 from paper.specs import Panel
-from ranks import fingerprint, public_name
-from setting import load
-from studies import STUDIES
+from paper.studies import STUDIES
 
 
 def question(panel: Panel) -> dict:

@@ -15,10 +15,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
-from engine_batches import LIVE
-from errors import AUSteerError
+from austeer.errors import AUSteerError
+from experiments.engines.vllm_batches import LIVE
+from experiments.setting import UNSTEERED, Cell, Setting, asked_once
 from paper.dry_run import TINY_AUS, TINY_PAIRS, fitted
-from setting import UNSTEERED, Cell, Setting, asked_once
 
 FOLDER = Path(__file__).parent / "specs"
 SCALES = ("embedded", "small", "paper")

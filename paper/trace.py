@@ -15,12 +15,12 @@ from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import cells
-from errors import AUSteerError, run_command
+from austeer.errors import AUSteerError, run_command
+from experiments import run_cell as cells
+from experiments.setting import Cell, Setting
 from paper import panels, specs
 from paper.manifest import Manifest
 from paper.specs import Panel, Spec
-from setting import Cell, Setting
 
 RESULT = ("n", "right", "measure", "outcomes", "columns", "measures", "extras", "settings", "grid_scores", "touched", "foretold",
           "found")  # fmt: skip

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from errors import AUSteerError
+from austeer.errors import AUSteerError
 from rmodels.causal_lm import KERNELS, check_gates, gates, sites
 from rmodels.gate import SITES, AUGate
 

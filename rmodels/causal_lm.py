@@ -20,7 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask, flash_attention_mask, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from errors import AUSteerError
+from austeer.errors import AUSteerError
 from rmodels.gate import SITES, AUGate
 
 PREFIX = "au_"

@@ -2,7 +2,7 @@
 # bash tests/run.sh [pytest arguments]   installs what is needed into .venv, then runs the default tests.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-bash setup.sh requirements.txt requirements2.txt
+bash scripts/setup.sh requirements.txt requirements2.txt
 # one thread a process: on a busy machine two threads wait for each other longer than they work
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false HF_HUB_DISABLE_TELEMETRY=1
 exec .venv/bin/python -m pytest "$@"

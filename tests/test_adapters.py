@@ -12,15 +12,15 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import rmodels
-from errors import AUSteerError
-from export.adapter import _base, open_model
-from export.checkpoint import Checkpoint
-from export.ia3 import save_ia3
-from export.lora import lora_factors, max_lora_rank, save_lora
-from export.serve import main as serve
-from export.serve import server_command
-from plan import Plan
-from ranks import model_header
+from austeer.errors import AUSteerError
+from austeer.export.adapter import _base, open_model
+from austeer.export.checkpoint import Checkpoint
+from austeer.export.ia3 import save_ia3
+from austeer.export.lora import lora_factors, max_lora_rank, save_lora
+from austeer.export.serve import main as serve
+from austeer.export.serve import server_command
+from austeer.plan import Plan
+from austeer.ranks import model_header
 from set_MFU import steer
 
 IDS = torch.tensor([[1, 40, 77, 130, 9, 200, 31, 55, 12, 300, 7, 90, 41, 66, 3, 250]])

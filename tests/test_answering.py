@@ -12,11 +12,11 @@ import torch
 from conftest import FAMILIES
 
 import rmodels
-from errors import AUSteerError
-from eval import answering
-from eval.answer_file import Answer, AnswerFile
-from eval.answering import Question, answers, chat_prompts, option_tokens
-from plan import Plan
+from austeer.errors import AUSteerError
+from austeer.plan import Plan
+from eval.answering import answers as answering
+from eval.answering.answer_file import Answer, AnswerFile
+from eval.answering.answers import Question, answers, chat_prompts, option_tokens
 from set_MFU import steer
 
 WORDS = [

@@ -9,25 +9,25 @@ from conftest import PAIRS
 from reference import hook_steering, hooked, log_odds
 from transformers import AutoModelForCausalLM
 
-import baselines.greedy
-import cells
-from baselines.austeer import Causal, CausalLocation, CausalSign, FixedStrength, Suppress
-from baselines.base import BUDGET, Evidence
-from baselines.both_sites import CausalBoth
-from baselines.counted import CausalCounted
-from baselines.greedy import CausalGreedy
-from baselines.mean_difference import FixedVector
-from baselines.predicted import CausalPredicted, mean_log_sigmoid, predict
-from baselines.registry import METHODS
-from baselines.significance import CausalFDR, PublishedFDR, adjusted, sign_test, significant, t_test
-from errors import AUSteerError
-from eval import report
+import austeer.methods.greedy
+from austeer.errors import AUSteerError
+from austeer.methods.austeer import Causal, CausalLocation, CausalSign, FixedStrength, Suppress
+from austeer.methods.base import BUDGET, Evidence
+from austeer.methods.both_sites import CausalBoth
+from austeer.methods.counted import CausalCounted
+from austeer.methods.greedy import CausalGreedy
+from austeer.methods.mean_difference import FixedVector
+from austeer.methods.predicted import CausalPredicted, mean_log_sigmoid, predict
+from austeer.methods.registry import METHODS
+from austeer.methods.significance import CausalFDR, PublishedFDR, adjusted, sign_test, significant, t_test
+from austeer.pairs import Pair
+from austeer.plan import Plan
+from austeer.ranks import AURanks
+from experiments import report
+from experiments import run_cell as cells
+from experiments.setting import Cell, Setting
 from MFU_screening import screen
-from pairs import Pair
-from plan import Plan
-from ranks import AURanks
 from set_MFU import steer
-from setting import Cell, Setting
 
 SEARCHED = [
     CausalBoth(), PublishedFDR(), CausalFDR(), CausalGreedy(), FixedStrength(), FixedVector(), Suppress(),
@@ -152,7 +152,7 @@ def test_both_sites_are_ranked_together(llama, tokenizer):
 
 def test_both_sites_are_one_cell(tmp_path, monkeypatch):
     monkeypatch.setattr("eval.tasks.embedded.PAIRS", 40)
-    monkeypatch.setattr("cells.gate.latent_skill", lambda *args, **kwargs: None)
+    monkeypatch.setattr("experiments.run_cell.acceptance.latent_skill", lambda *args, **kwargs: None)
     setting = Setting(
         "embedded", "svamp", device="cpu", ranks=str(tmp_path / "ranks"), records=str(tmp_path / "records"), limit=10,
         ks=(6,), alphas=(1.0,),
@@ -288,7 +288,9 @@ def test_greedy_ranks_again_after_4_and_16(evidence, llama, tokenizer):
 
 def test_greedy_pays_once_for_an_alpha(evidence, monkeypatch):
     passes = []
-    monkeypatch.setattr(baselines.greedy, "screen", lambda *args, **kwargs: passes.append(1) or screen(*args, **kwargs))
+    monkeypatch.setattr(
+        austeer.methods.greedy, "screen", lambda *args, **kwargs: passes.append(1) or screen(*args, **kwargs)
+    )
     method = CausalGreedy()
     prepared = method.prepare(evidence)
     said, made = {}, {}

@@ -16,10 +16,10 @@ from conftest import PAIRS
 
 import MFU_screening
 import set_MFU
-from errors import run_command
-from pairs import Pair, write_pairs
-from plan import Plan
-from ranks import AURanks
+from austeer.errors import run_command
+from austeer.pairs import Pair, write_pairs
+from austeer.plan import Plan
+from austeer.ranks import AURanks
 
 ROOT = Path(__file__).parents[1]
 MAIN = {"MFU_screening.py": MFU_screening.main, "set_MFU.py": set_MFU.main}

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 from samples import without_chance
 
-import cluster
 import main
-from errors import AUSteerError
-from setting import Cell, Setting
+from austeer.errors import AUSteerError
+from experiments.executors import over_ray as cluster
+from experiments.setting import Cell, Setting
 
 ROOT = Path(__file__).parents[1]
 

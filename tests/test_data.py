@@ -11,11 +11,13 @@ import pytest
 import torch
 from conftest import SHARED, needs_shared
 
-from errors import AUSteerError
-from eval import data, data_command, fetching, import_authors, rows
-from eval.authors_wording import read_wording
-from eval.data import read_rows
-from ranks import AURanks
+from austeer.errors import AUSteerError
+from austeer.ranks import AURanks
+from eval.data import command as data_command
+from eval.data import fetching, import_authors, rows
+from eval.data import read as data
+from eval.data.authors_wording import read_wording
+from eval.data.read import read_rows
 
 CATALOGUE = data.read_catalogue()
 STORY = 'St. Ann bakes.\tShe "burns" it.\tShe cries.\tBen comes.\tThey eat.\tThey fly.'

@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 from transformers import AutoTokenizer
 
-from embedded import gate, tasks, tokenizer
-from errors import AUSteerError
-from eval.answer_file import Answer
-from eval.answering import Question, answers
+from austeer.errors import AUSteerError
+from embedded import acceptance, tasks, tokenizer
+from eval.answering.answer_file import Answer
+from eval.answering.answers import Question, answers
 from eval.tasks.embedded import EmbeddedTask
 
 
@@ -23,7 +23,7 @@ def task(request):
 def shipped(task):
     import rmodels
 
-    folder = gate.WEIGHTS / task
+    folder = acceptance.WEIGHTS / task
     return rmodels.load(folder, dtype="float32", device="cpu"), AutoTokenizer.from_pretrained(folder)
 
 
@@ -50,21 +50,21 @@ def test_prompt_and_answer_join_as_text(task):
 
 
 def test_the_weights_are_those_of_the_record(task):
-    folder = gate.WEIGHTS / task
+    folder = acceptance.WEIGHTS / task
     record = json.loads((folder / "record.json").read_text())
     assert record["sha256"] == hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
     assert record["seed"] == 0 and record["task"] == task
 
 
 def test_all_weights_are_small():
-    shipped = [folder for folder in gate.WEIGHTS.iterdir() if not folder.name.endswith("-wide")]
+    shipped = [folder for folder in acceptance.WEIGHTS.iterdir() if not folder.name.endswith("-wide")]
     assert sum(file.stat().st_size for folder in shipped for file in folder.glob("*.safetensors")) < 24e6
 
 
 def test_skill_is_imperfect_and_latent_skill_passes_the_gate(task, shipped):
-    measured = gate.measure(*shipped, task, tasks.items(task, "validation", 300))
+    measured = acceptance.measure(*shipped, task, tasks.items(task, "validation", 300))
     assert 0.65 < measured.vanilla < 0.92
-    assert measured.tagged >= gate.REQUIRED
+    assert measured.tagged >= acceptance.REQUIRED
 
 
 def test_the_gate_refuses_a_model_without_skill(task, shipped):
@@ -78,7 +78,7 @@ def test_the_gate_refuses_a_model_without_skill(task, shipped):
         for layer in broken.model.layers:  # a model that cannot look back
             layer.self_attn.o_proj.weight.zero_()
     with pytest.raises(AUSteerError, match=r"latent skill .*.* below the required 0.9"):
-        gate.latent_skill(broken, words, task, n=100)
+        acceptance.latent_skill(broken, words, task, n=100)
 
 
 def test_batched_answers_equal_single_ones_and_generate(task, shipped):
@@ -87,13 +87,13 @@ def test_batched_answers_equal_single_ones_and_generate(task, shipped):
     count = tasks.REPLY_WORDS if task == "tone" else 1
     together = [answer.text for answer in answers(model, words, prompts, Question(count))]
     assert together == [answers(model, words, [prompt], Question(count))[0].text for prompt in prompts]
-    assert together == gate.answer(model, words, prompts, count)
+    assert together == acceptance.answer(model, words, prompts, count)
 
 
 def test_recorded_seeds_pass_the_gate():
-    runs = json.loads((gate.WEIGHTS.parent / "seeds.json").read_text())["runs"]
+    runs = json.loads((acceptance.WEIGHTS.parent / "seeds.json").read_text())["runs"]
     assert {run["seed"] for run in runs if run["task"] == "svamp"} == {0, 1, 2}
-    assert all(run["passes_gate"] == (run["tagged"] >= gate.REQUIRED) for run in runs)
+    assert all(run["passes_gate"] == (run["tagged"] >= acceptance.REQUIRED) for run in runs)
     assert all(run["passes_gate"] for run in runs)
 
 

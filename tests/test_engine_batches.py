@@ -10,18 +10,19 @@ import pytest
 import torch
 from samples import without_chance, write_datasets
 
-import cells
-import engine_batches
 import main
 import rmodels
-from baselines import austeer
-from errors import AUSteerError
-from eval import engine_vllm, figures
-from eval.answering import Question, answers
+from austeer.errors import AUSteerError
+from austeer.methods import austeer
+from austeer.plan import Plan
+from eval.answering.answers import Question, answers
 from eval.tasks.open_text import BPO
-from plan import Plan
+from experiments import plots as figures
+from experiments import run_cell as cells
+from experiments.engines import vllm_batches as engine_batches
+from experiments.engines import vllm_engine as engine_vllm
+from experiments.setting import forget
 from set_MFU import steer
-from setting import forget
 
 
 class StandIn:
@@ -192,5 +193,7 @@ def test_without_vllm(data, folder, tmp_path, monkeypatch):
         raise PackageNotFoundError(name)
 
     monkeypatch.setattr(engine_vllm, "version", missing)
-    with pytest.raises(AUSteerError, match=r"^vLLM is not installed here: run bash setup-vllm.sh.*main.py ...$"):
+    with pytest.raises(
+        AUSteerError, match=r"^vLLM is not installed here: run bash scripts/setup-vllm.sh.*main.py ...$"
+    ):
         run(data, folder, tmp_path, "--data_name", "copa", "--engine", "vllm")

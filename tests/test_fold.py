@@ -19,17 +19,17 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import rmodels
-from errors import AUSteerError
-from export import command
-from export.checkpoint import Checkpoint, sha256
-from export.fold import CERTIFICATE, PLAN, UNDO, fold, unfold
-from export.gguf_lora import save_gguf_lora
-from export.hot_patch import folded
-from export.ia3 import save_ia3
-from export.lora import save_lora
-from export.weights import Edit, find_edits
-from plan import Plan
-from ranks import AURanks, model_header
+from austeer.errors import AUSteerError
+from austeer.export import command
+from austeer.export.checkpoint import Checkpoint, sha256
+from austeer.export.fold import CERTIFICATE, PLAN, UNDO, fold, unfold
+from austeer.export.gguf_lora import save_gguf_lora
+from austeer.export.hot_patch import folded
+from austeer.export.ia3 import save_ia3
+from austeer.export.lora import save_lora
+from austeer.export.weights import Edit, find_edits
+from austeer.plan import Plan
+from austeer.ranks import AURanks, model_header
 from set_MFU import steer
 
 ROOT = Path(__file__).parents[1]
@@ -280,8 +280,8 @@ def test_a_wrong_fold_has_no_certificate(tmp_path, monkeypatch, spoil, message):
     source = make(tmp_path / "source", "llama")
     plan = some_plan(load(source), "ffn", "neuron")
     spoil(monkeypatch)
-    monkeypatch.setattr("export.fold._layout", lambda *_: {})
-    monkeypatch.setattr("export.fold.write_one_by_one", lambda path, layout, tensors, metadata: list(tensors))
+    monkeypatch.setattr("austeer.export.fold._layout", lambda *_: {})
+    monkeypatch.setattr("austeer.export.fold.write_one_by_one", lambda path, layout, tensors, metadata: list(tensors))
     with pytest.raises(AUSteerError, match=message):
         fold(source, plan, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["source"]

@@ -7,10 +7,10 @@ import pytest
 import torch
 from test_adapters import plan_for
 
-from errors import AUSteerError
-from export.gguf_lora import save_gguf_lora
-from export.lora import lora_factors
-from plan import Plan
+from austeer.errors import AUSteerError
+from austeer.export.gguf_lora import save_gguf_lora
+from austeer.export.lora import lora_factors
+from austeer.plan import Plan
 from set_MFU import steer
 
 gguf = pytest.importorskip("gguf", reason="gguf is in requirements2.txt")

@@ -9,8 +9,8 @@ import torch
 from transformers import AutoTokenizer
 
 import rmodels
+from austeer.plan import Plan
 from MFU_screening import MFU_screening
-from plan import Plan
 from set_MFU import clear, set_MFU, steer
 
 GOLDEN = Path(__file__).parent / "golden"

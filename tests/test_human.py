@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from scipy.stats import bootstrap
 
-from errors import AUSteerError
-from eval import human
+from austeer.errors import AUSteerError
+from eval.scoring import human
 
 NAN = float("nan")
 SYSTEMS = {"vanilla": 0, "SADI": 1, "AUSteer": 2}

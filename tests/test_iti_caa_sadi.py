@@ -12,22 +12,22 @@ from reference import hooked, last_activations
 from scipy.optimize import minimize
 from transformers import AutoModelForCausalLM
 
-import cells
 import rmodels
-from baselines.austeer import AUSteer
-from baselines.base import BUDGET, Evidence
-from baselines.caa import CAA, Vectors, match_norms, mean_difference
-from baselines.iti import ITI, Heads, logistic, split, spread, unit
-from baselines.registry import METHODS
-from baselines.sadi import SADIHead, SADIHidden, SADINeuron, Scores, clamped, difference
-from baselines.units import by_head, highest
-from errors import AUSteerError
+from austeer.errors import AUSteerError
+from austeer.methods.austeer import AUSteer
+from austeer.methods.base import BUDGET, Evidence
+from austeer.methods.caa import CAA, Vectors, match_norms, mean_difference
+from austeer.methods.iti import ITI, Heads, logistic, split, spread, unit
+from austeer.methods.registry import METHODS
+from austeer.methods.sadi import SADIHead, SADIHidden, SADINeuron, Scores, clamped, difference
+from austeer.methods.units import by_head, highest
+from austeer.pairs import Pair
+from austeer.plan import Plan
 from eval.tasks import embedded
+from experiments import run_cell as cells
+from experiments.setting import Cell, Setting
 from MFU_screening import screen
-from pairs import Pair
-from plan import Plan
 from set_MFU import apply, clear, steer
-from setting import Cell, Setting
 
 ALL = [ITI(), ITI("probe"), CAA(), SADIHead(), SADINeuron(), SADIHidden()]
 IDS = torch.tensor([[1, 40, 77, 130, 9, 200, 31, 55, 88]])

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from fake_server import FakeServer
 
-from errors import AUSteerError
-from eval import judge as judging
-from eval.judge import estimate, judge, length_controlled, verdict, win_rates
-from eval.paid_calls import Limits
+from austeer.errors import AUSteerError
+from eval.scoring import judge as judging
+from eval.scoring.judge import estimate, judge, length_controlled, verdict, win_rates
+from eval.scoring.paid_calls import Limits
 
 ROOT = Path(__file__).parents[1]
 KEY = "sk-a-secret-nobody-may-see"

@@ -16,15 +16,15 @@ import torch
 from conftest import SHARED, needs_shared
 from samples import without_chance
 
-import cells
-import comparison
 import main
-from baselines import austeer
-from errors import AUSteerError
-from eval import records, report
-from pairs import read_pairs
-from plan import Plan
-from setting import Cell, Setting, forget
+from austeer.errors import AUSteerError
+from austeer.methods import austeer
+from austeer.pairs import read_pairs
+from austeer.plan import Plan
+from experiments import compare as comparison
+from experiments import records, report
+from experiments import run_cell as cells
+from experiments.setting import Cell, Setting, forget
 
 ROOT = Path(__file__).parents[1]
 QUICK = ["--limit", "60", "--draws", "2", "--jobs", "1", "--k", "16", "--alpha", "2", "--device", "cpu"]

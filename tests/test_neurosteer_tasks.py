@@ -8,16 +8,17 @@ import pytest
 import torch
 from fake_server import FakeServer
 
-import neurosteer_tasks
-from errors import AUSteerError
-from eval import behaviour_measures, sampling
-from eval.answer_file import AnswerFile
-from eval.behaviour_measures import Raters, measure, verdict
-from eval.behaviours import material
-from eval.paid_calls import Limits
-from eval.sampling import FrequencyPenalty, Sampling, sampled
+from austeer.errors import AUSteerError
+from austeer.plan import Plan
+from eval.answering import sampling
+from eval.answering.answer_file import AnswerFile
+from eval.answering.sampling import FrequencyPenalty, Sampling, sampled
+from eval.data.behaviours import material
+from eval.scoring import behaviour_measures
+from eval.scoring.behaviour_measures import Raters, measure, verdict
+from eval.scoring.paid_calls import Limits
 from eval.tasks.open_text import perplexity
-from plan import Plan
+from experiments import neurosteer as neurosteer_tasks
 from set_MFU import steer
 
 PROMPTS = ["he gave", "a much longer prompt than that one", "so", "the last one of the four"]

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from eval.numbers import authors_number, authors_trim, robust_number, same_number
+from eval.scoring.numbers import authors_number, authors_trim, robust_number, same_number
 
 TABLE = [  # reply, as the authors' code reads it, as a reader does
     ("#### 1,000", 1, 1000),

@@ -6,14 +6,16 @@ from pathlib import Path
 
 import pytest
 
-import cells
+from austeer.errors import AUSteerError
 from embedded.tasks import TASKS
-from errors import AUSteerError
-from eval import records
-from paper import curves, dry_run, outlook, page, pictures, run, specs, tables, trace
+from experiments import records
+from experiments import run_cell as cells
+from experiments.setting import Cell, Setting
+from paper import dry_run, outlook, specs, trace
+from paper import reproduce as run
 from paper.account import Account
 from paper.manifest import Manifest, bundle
-from setting import Cell, Setting
+from paper.render import curves, page, pictures, tables
 
 ROOT = Path(__file__).parents[1]
 PRINTED = ROOT.parent / "shared" / "paper" / "tables.json"
@@ -35,7 +37,7 @@ def test_all_models_of_the_paper_are_in_the_specs():
 
 @pytest.mark.parametrize("scale", specs.SCALES)
 def test_methods_sites_and_tasks_exist(scale):
-    from baselines.registry import METHODS
+    from austeer.methods.registry import METHODS
     from eval.tasks.registry import PAPER_TASKS
 
     for spec in specs.read(scale):
@@ -285,7 +287,7 @@ def test_k_and_alpha_that_a_method_took_by_itself_are_shown(tmp_path):
 
 
 def test_a_record_says_what_was_foretold_and_of_how_many_aus(tmp_path):
-    from cells import compute
+    from experiments.run_cell import compute
 
     setting = Setting("embedded", "copa", limit=10, records=str(tmp_path / "records"))
     record = compute(Cell(setting, "causal-predicted", "attention"))
@@ -448,7 +450,7 @@ def test_grids_stand_beside_the_papers_and_win_rates_need_a_judge(tmp_path, monk
         (tmp_path / "records" / f"{column}.json").write_text(json.dumps(record))
         manifest.entries.setdefault("figure10", {})[f"gemma2-9b-it|austeer-ffn|{column}"] = [column]
     maps = []
-    monkeypatch.setattr("paper.heat_maps.heat_map", lambda axis, ks, alphas, *drawn, **look: maps.append(drawn))
+    monkeypatch.setattr("paper.render.heat_maps.heat_map", lambda axis, ks, alphas, *drawn, **look: maps.append(drawn))
     (made,) = pictures.draw(spec, manifest, tmp_path)
     assert [title for _, title, *_ in maps] == [
         "copa: AUSteer-FFN\ndrawn, vanilla 50.0",

@@ -15,12 +15,12 @@ from test_adapters import plan_for
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 import rmodels
-from errors import AUSteerError
-from export.fold import fold
-from export.hot_patch import folded
-from export.ia3 import save_ia3
-from export.lora import save_lora
-from plan import Plan
+from austeer.errors import AUSteerError
+from austeer.export.fold import fold
+from austeer.export.hot_patch import folded
+from austeer.export.ia3 import save_ia3
+from austeer.export.lora import save_lora
+from austeer.plan import Plan
 from set_MFU import steer
 
 # How far the logits of a way may be from the reference's.
@@ -31,7 +31,7 @@ FLOAT32 = 1e-4
 # further off than so many times what hooks are.
 BFLOAT16 = 2.0
 # With experts such rounding sends a token elsewhere, a jump that no tolerance covers. There arithmetic is float32 on the
-# bfloat16 weights, and what is left, the rounding of folded weights, is a share of the largest logit (export/certificate.py).
+# bfloat16 weights, and what is left, the rounding of folded weights, is a share of the largest logit (austeer/export/certificate.py).
 EXPERTS = 2e-2
 # 4-bit and 8-bit layers, as a share of what the plan moves: matrix products in bfloat16 (4-bit); a hair's difference
 # that falls to the other side in the rounding to int8, and a LoRA, whose own part of the product is not rounded (8-bit).

@@ -12,21 +12,21 @@ from conftest import PAIRS
 from reference import hooked, last_activations, log_odds
 from transformers import AutoModelForCausalLM
 
-import cells
 import rmodels
-from baselines.all_aus import AllAUs
-from baselines.attribution import AttributionAUs, AttributionHeads, best, gradients
-from baselines.base import BUDGET, Evidence
-from baselines.learned_scaling import LearnedScaling, loss
-from baselines.linear_act import ALL, LOWER, UPPER, LinearAcT, Transport, fit
-from baselines.mean_difference import MeanDifference
-from baselines.mediation import Mediation, effects
-from baselines.registry import METHODS
-from errors import AUSteerError
+from austeer.errors import AUSteerError
+from austeer.methods.all_aus import AllAUs
+from austeer.methods.attribution import AttributionAUs, AttributionHeads, best, gradients
+from austeer.methods.base import BUDGET, Evidence
+from austeer.methods.learned_scaling import LearnedScaling, loss
+from austeer.methods.linear_act import ALL, LOWER, UPPER, LinearAcT, Transport, fit
+from austeer.methods.mean_difference import MeanDifference
+from austeer.methods.mediation import Mediation, effects
+from austeer.methods.registry import METHODS
+from austeer.pairs import Pair
+from experiments import run_cell as cells
+from experiments.setting import Cell, Setting, forget
 from MFU_screening import screen
-from pairs import Pair
 from set_MFU import steer
-from setting import Cell, Setting, forget
 
 ROOT = Path(__file__).parents[1]
 OURS = [AllAUs(), MeanDifference(), LinearAcT(), AttributionAUs(), AttributionHeads(), Mediation(), LearnedScaling()]
@@ -240,7 +240,7 @@ def test_a_heads_attribution_is_the_sum_of_its_units(evidence):
 @pytest.mark.parametrize("tokens", [1, 1024])
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
 def test_mediation_patches_one_head_at_a_time(checkpoints, tokenizer, name, tokens, monkeypatch):
-    monkeypatch.setattr("baselines.mediation.ROW_TOKENS", {"cpu": tokens})
+    monkeypatch.setattr("austeer.methods.mediation.ROW_TOKENS", {"cpu": tokens})
     model, upstream = rmodels.load(checkpoints[name], dtype="float32", device="cpu"), upstream_of(checkpoints[name])
     evidence = evidence_of(model, tokenizer, PAIRS[:3])
     for j in (0, 1, 2):  # one of them has a long answer

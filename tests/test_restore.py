@@ -12,13 +12,12 @@ from tokenizers import processors
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-import cells
-import restore
 import rmodels
-from baselines import restore_lcc
-from baselines.base import BUDGET, Evidence
-from baselines.pruning import parse_sparsity, prune, same_length_batches
-from baselines.restore_lcc import (
+from austeer.errors import AUSteerError
+from austeer.methods import restore_lcc
+from austeer.methods.base import BUDGET, Evidence
+from austeer.methods.pruning import parse_sparsity, prune, same_length_batches
+from austeer.methods.restore_lcc import (
     MeanLost,
     RandomHeads,
     RestoreLCC,
@@ -33,14 +32,14 @@ from baselines.restore_lcc import (
     questions_of,
     train,
 )
-from errors import AUSteerError
-from eval import records
-from eval.search import Found
-from pairs import Pair
-from plan import Plan
-from ranks import fingerprint
+from austeer.pairs import Pair
+from austeer.plan import Plan
+from austeer.ranks import fingerprint
+from experiments import records, restore
+from experiments import run_cell as cells
+from experiments.search import Found
+from experiments.setting import Cell, Setting, forget
 from set_MFU import steer
-from setting import Cell, Setting, forget
 
 DENSE_FAMILIES = [name for name in FAMILIES if name != "qwen3_moe"]
 TEXTS = [[1, *(7 * i % 300 + 3 for i in range(start, start + length))] for start, length in ((0, 20), (5, 20), (9, 31))]

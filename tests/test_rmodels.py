@@ -15,8 +15,8 @@ from reference import hook_steering
 from transformers import AutoModelForCausalLM
 
 import rmodels
-from errors import AUSteerError
-from plan import Plan
+from austeer.errors import AUSteerError
+from austeer.plan import Plan
 from set_MFU import steer
 
 IDS = torch.tensor([[1, 40, 77, 130, 9, 200, 31, 55, 88, 12, 254, 17, 99, 43, 66, 71, 20], list(range(30, 47))])

@@ -12,24 +12,24 @@ from conftest import PAIRS
 from reference import hooked
 from transformers import AutoModelForCausalLM
 
-import cells
 import rmodels
-from baselines import sae as sae_file
-from baselines.base import BUDGET, Evidence
-from baselines.neurosteer import PRESETS, Firing, Neurons, NeuroSteer, feature_residual, most_often
-from baselines.sae import SAE, find_sae, token_activations
-from baselines.sta import STA, Atoms, contrast, keep_atoms, scores, target_vector
-from embedded import gate, tasks
+from austeer import sae as sae_file
+from austeer.errors import AUSteerError
+from austeer.methods.base import BUDGET, Evidence
+from austeer.methods.neurosteer import PRESETS, Firing, Neurons, NeuroSteer, feature_residual, most_often
+from austeer.methods.sta import STA, Atoms, contrast, keep_atoms, scores, target_vector
+from austeer.pairs import Pair
+from austeer.plan import Plan
+from austeer.ranks import fingerprint
+from austeer.sae import SAE, find_sae, token_activations
+from austeer.tokens import CLEAN, encode
+from embedded import acceptance, tasks
 from embedded import sae as recipe
-from encoding import CLEAN, encode
-from errors import AUSteerError
-from eval.records import unpack
-from eval.samples import worst_of_samples
-from pairs import Pair
-from plan import Plan
-from ranks import fingerprint
+from eval.answering.samples import worst_of_samples
+from experiments import run_cell as cells
+from experiments.records import unpack
+from experiments.setting import Cell, Setting
 from set_MFU import steer
-from setting import Cell, Setting
 
 LAYER = 1
 METHODS = (STA, NeuroSteer)
@@ -497,7 +497,7 @@ def test_grids_keep_to_the_budget_and_begin_gently(method):
 
 @pytest.fixture(scope="module", params=tasks.TASKS)
 def shipped(request):
-    folder = gate.WEIGHTS / request.param
+    folder = acceptance.WEIGHTS / request.param
     return request.param, rmodels.load(folder, dtype="float32", device="cpu"), rmodels.load_tokenizer(folder)
 
 
@@ -516,7 +516,7 @@ def test_shipped_saes_are_of_the_shipped_models(shipped):
 
 def test_shipped_saes_are_small_and_found_in_other_precision():
     assert sum(file.stat().st_size for file in recipe.FOLDER.glob("*.safetensors")) < 4e6
-    model = rmodels.load(gate.WEIGHTS / "tone", dtype="bfloat16", device="cpu")
+    model = rmodels.load(acceptance.WEIGHTS / "tone", dtype="bfloat16", device="cpu")
     assert find_sae(evidence(model, None)).header["model"] == "weights/tone"
 
 

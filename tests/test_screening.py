@@ -12,12 +12,12 @@ from reference import activation_scores, hooked, log_odds
 from transformers import AutoModelForCausalLM
 
 import rmodels
-from encoding import CLEAN, PAPER, EncodedPair, encode
-from errors import AUSteerError
+from austeer.errors import AUSteerError
+from austeer.momentum import ActivationMomentum, CausalMomentum
+from austeer.pairs import Pair, write_pairs
+from austeer.ranks import AURanks
+from austeer.tokens import CLEAN, PAPER, EncodedPair, encode
 from MFU_screening import MFU_screening, batches, screen
-from momentum import ActivationMomentum, CausalMomentum
-from pairs import Pair, write_pairs
-from ranks import AURanks
 from set_MFU import set_MFU, steer
 
 ROOT = Path(__file__).parents[1]
@@ -161,7 +161,7 @@ def test_paper_protocol_drops_the_prompt_of_a_refusal(tokenizer):
 def test_paper_protocol_uses_the_first_thousand_pairs(llama, tokenizer, monkeypatch):
     import dataclasses
 
-    import encoding
+    from austeer import tokens as encoding
 
     monkeypatch.setitem(encoding.PROTOCOLS, "paper", dataclasses.replace(PAPER, first_pairs=3))
     ranks = MFU_screening(PAIRS, llama, tokenizer, None, "ffn", protocol="paper", progress=False)

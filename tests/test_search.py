@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from eval.answering import Question, answers
-from eval.search import SEARCHES, full_grid, key_of, racing, sample, shuffled, worse
+from austeer.plan import TOKENS, Plan
+from eval.answering.answers import Question, answers
 from eval.statistics import wilson
-from grid_batches import steered_rows
-from plan import TOKENS, Plan
+from experiments.engines.grid_batches import steered_rows
+from experiments.search import SEARCHES, full_grid, key_of, racing, sample, shuffled, worse
 from rmodels import gates
 from set_MFU import steer
 

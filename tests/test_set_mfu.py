@@ -13,10 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.modeling_outputs import BaseModelOutput
 
 import rmodels
-from errors import AUSteerError
+from austeer.errors import AUSteerError
+from austeer.plan import Plan
+from austeer.ranks import AURanks
 from MFU_screening import screen
-from plan import Plan
-from ranks import AURanks
 from set_MFU import LOCATIONS, STRENGTHS, apply, clear, set_MFU, steer
 
 IDS = torch.tensor([[1, 40, 77, 130, 9, 200, 31, 55], [1, 12, 99, 240, 8, 61, 70, 33]])

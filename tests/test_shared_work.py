@@ -15,12 +15,12 @@ import torch
 from accelerate import PartialState
 from samples import without_chance, write_datasets
 
-import cells
-import shared_work
-from baselines import austeer
-from errors import AUSteerError
-from eval import answering
-from setting import Cell, Setting
+from austeer import processes as shared_work
+from austeer.errors import AUSteerError
+from austeer.methods import austeer
+from eval.answering import answers as answering
+from experiments import run_cell as cells
+from experiments.setting import Cell, Setting
 
 ROOT = Path(__file__).parents[1]
 

@@ -7,13 +7,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from embedded import gate
-from errors import AUSteerError
+from austeer.errors import AUSteerError
+from austeer.pairs import Pair
+from embedded import acceptance
+from experiments.setting import Setting, load
 from MFU_screening import screen
-from pairs import Pair
-from setting import Setting, load
-from studies import STUDIES, convergence, dimension_sweep, picture, rank_stability, ranked, top_tokens
-from studies.block import Block, next_token
+from paper.studies import STUDIES, convergence, dimension_sweep, picture, rank_stability, ranked, top_tokens
+from paper.studies.block import Block, next_token
 
 SETTING = Setting("embedded", "svamp", device="cpu", limit=24, n_pairs=12)
 HEAD = {"site": "attention", "layer": 0, "head": 1}
@@ -49,7 +49,7 @@ def folded(strengths, site="attention", layer=0, first=32):
 
 
 def right(strengths, items, **where):
-    said = gate.answer(*folded(strengths, **where), [item.prompt for item in items], 1)
+    said = acceptance.answer(*folded(strengths, **where), [item.prompt for item in items], 1)
     return sum(answer.strip() == item.right for answer, item in zip(said, items, strict=True))
 
 
@@ -237,7 +237,7 @@ def test_stability_is_one_where_all_draws_are_the_same_pairs(found, monkeypatch)
 def test_pictures_come_from_the_stored_record_alone(name, found, tmp_path, monkeypatch):
     stored = json.loads(json.dumps(found[name]))
     assert STUDIES[name].measure(SETTING, SMALL[name], False) == stored
-    monkeypatch.setattr("setting._model", lambda *how: pytest.fail("a picture needs no model"))
+    monkeypatch.setattr("experiments.setting._model", lambda *how: pytest.fail("a picture needs no model"))
     for file in ("a.png", "b.png") if name == "overlap" else ("a.png",):
         STUDIES[name].draw(stored, SMALL[name], tmp_path / "new" / file)
     pictures = [file.read_bytes() for file in sorted((tmp_path / "new").iterdir())]

@@ -11,20 +11,21 @@ from samples import without_chance, write_datasets
 
 import main
 import rmodels
-from baselines import austeer
-from errors import AUSteerError
-from eval import records, similar
-from eval.answer_file import Answer, AnswerFile
-from eval.general_pairs import general_pairs
-from eval.numbers import robust_number
-from eval.rows import KEYS
-from eval.similar import TFIDF, Similarity
+from austeer.errors import AUSteerError
+from austeer.methods import austeer
+from austeer.pairs import Pair
+from eval.answering.answer_file import Answer, AnswerFile
+from eval.data import similar
+from eval.data.general_pairs import general_pairs
+from eval.data.rows import KEYS
+from eval.data.similar import TFIDF, Similarity
+from eval.data.wording import fill, read_wording
+from eval.scoring.numbers import robust_number
 from eval.tasks.open_text import distinct, perplexity
 from eval.tasks.registry import PAPER_TASKS, paper_task
 from eval.tasks.splits import split
-from eval.wording import fill, read_wording
-from pairs import Pair
-from setting import forget
+from experiments import records
+from experiments.setting import forget
 
 
 @pytest.fixture(scope="module")

@@ -17,12 +17,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import BertConfig, BertForSequenceClassification
 
+from austeer.errors import AUSteerError
 from embedded import toxicity as embedded_toxicity
 from embedded.toxicity import EmbeddedScorer, auroc, best_threshold, flat_rows
-from errors import AUSteerError
-from eval import paid_calls, toxicity
-from eval.paid_calls import Again, AnswerCache, Limits, ask_all, key_of, retry_after
-from eval.toxicity import LocalClassifier, Perspective, agreement, detox_score, detoxified, scorer
+from eval.scoring import paid_calls, toxicity
+from eval.scoring.paid_calls import Again, AnswerCache, Limits, ask_all, key_of, retry_after
+from eval.scoring.toxicity import LocalClassifier, Perspective, agreement, detox_score, detoxified, scorer
 
 KEY = "AIza-a-secret-nobody-may-see"
 FAST = Limits(at_once=4, per_second=1000, attempts=6, first_wait=0.01, longest_wait=0.02)

@@ -6,11 +6,11 @@ import pytest
 import torch
 from conftest import PAIRS
 
-from errors import AUSteerError
+from austeer.errors import AUSteerError
+from austeer.pairs import Pair, pairs_hash, read_pairs, write_pairs
+from austeer.plan import Plan
+from austeer.ranks import AURanks, fingerprint
 from MFU_screening import screen
-from pairs import Pair, pairs_hash, read_pairs, write_pairs
-from plan import Plan
-from ranks import AURanks, fingerprint
 from set_MFU import set_MFU
 
 
@@ -176,7 +176,7 @@ def test_unwritable_places_are_one_clear_line(ranks, tmp_path):
 
 
 def test_a_failed_write_leaves_the_old_file_whole(ranks, tmp_path, monkeypatch):
-    import ranks as module
+    from austeer import ranks as module
 
     ranks.save(tmp_path / "ffn.safetensors")
     before = (tmp_path / "ffn.safetensors").read_bytes()

@@ -23,16 +23,16 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import main
 import rmodels
-from baselines import austeer
-from errors import AUSteerError
-from eval.answering import Question, answers, option_tokens
-from eval.engine_vllm import VLLMEngine
-from export.fold import fold
-from export.lora import save_lora
-from plan import Plan
-from ranks import model_header
+from austeer.errors import AUSteerError
+from austeer.export.fold import fold
+from austeer.export.lora import save_lora
+from austeer.methods import austeer
+from austeer.plan import Plan
+from austeer.ranks import model_header
+from eval.answering.answers import Question, answers, option_tokens
+from experiments.engines.vllm_engine import VLLMEngine
+from experiments.setting import forget
 from set_MFU import steer
-from setting import forget
 
 pytestmark = pytest.mark.vllm
 PROMPTS = [

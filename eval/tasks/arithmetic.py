@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import nan
 
-from eval.answer_file import Answer
-from eval.answering import Question, answers, up_to
-from eval.numbers import TOLERANCE, authors_number, authors_trim, robust_number, same_number
+from austeer.pairs import Pair
+from eval.answering.answer_file import Answer
+from eval.answering.answers import Question, answers, up_to
+from eval.data.wording import fill
+from eval.scoring.numbers import TOLERANCE, authors_number, authors_trim, robust_number, same_number
 from eval.tasks.base import Columns
 from eval.tasks.dataset import DatasetTask, Item
-from eval.wording import fill
-from pairs import Pair
 
 
 class NumberTask(DatasetTask):

@@ -15,8 +15,8 @@ from functools import cached_property
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from eval.answer_file import Answer, AnswerFile
-from pairs import Pair
+from austeer.pairs import Pair
+from eval.answering.answer_file import Answer, AnswerFile
 
 Columns = dict[str, list[float]]  # by measure, a value an item; True and False for what is right or wrong
 

@@ -11,15 +11,15 @@ from typing import ClassVar, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from errors import AUSteerError
-from eval.answering import chat_prompts
-from eval.data import read_rows
-from eval.rows import KEYS
-from eval.similar import Similarity
+from austeer.errors import AUSteerError
+from austeer.pairs import Pair
+from eval.answering.answers import chat_prompts
+from eval.data.read import read_rows
+from eval.data.rows import KEYS
+from eval.data.similar import Similarity
+from eval.data.wording import Wording, fill, read_wording
 from eval.tasks.base import Task
 from eval.tasks.splits import split
-from eval.wording import Wording, fill, read_wording
-from pairs import Pair
 
 
 class Item(NamedTuple):

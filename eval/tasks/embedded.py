@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 
+from austeer.errors import AUSteerError
+from austeer.pairs import Pair
 from embedded import tasks as small_world
 from embedded.tasks import Item
-from errors import AUSteerError
-from eval.answering import Question, answers
+from eval.answering.answers import Question, answers
 from eval.tasks.base import Columns, Task
 from eval.tasks.open_text import perplexity
-from pairs import Pair
 
 PAIRS, VALIDATION, TEST = 500, 200, 2000
 _items = cache(small_world.items)  # drawing them takes as long as answering some hundred

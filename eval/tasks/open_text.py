@@ -13,17 +13,17 @@ from collections.abc import Sequence
 
 import torch
 
-import shared_work
-from encoding import CLEAN, encode
-from eval.answer_file import Answer
-from eval.answering import Question, answers
+from austeer import processes as shared_work
+from austeer.forward import PairTexts, input_device
+from austeer.pairs import Pair
+from austeer.tokens import CLEAN, encode
+from eval.answering.answer_file import Answer
+from eval.answering.answers import Question, answers
+from eval.data.wording import fill
+from eval.scoring.toxicity import TOXIC, Scorer, detoxified
 from eval.tasks.base import Columns
 from eval.tasks.dataset import DatasetTask, Item
 from eval.tasks.splits import PAIRS, Split, split
-from eval.toxicity import TOXIC, Scorer, detoxified
-from eval.wording import fill
-from pair_texts import PairTexts, input_device
-from pairs import Pair
 
 VALIDATION = 200
 LOGITS = 2**25  # numbers at once

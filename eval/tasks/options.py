@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from eval.answer_file import Answer
-from eval.answering import Question, answers, option_tokens
+from austeer.pairs import Pair
+from eval.answering.answer_file import Answer
+from eval.answering.answers import Question, answers, option_tokens
+from eval.data.wording import fill
 from eval.tasks.base import Columns
 from eval.tasks.dataset import DatasetTask, Item
-from eval.wording import fill
-from pairs import Pair
 
 
 class OptionTask(DatasetTask):

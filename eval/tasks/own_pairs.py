@@ -8,14 +8,14 @@ from collections.abc import Sequence
 
 import torch
 
-import shared_work
-from encoding import CLEAN, encode
-from errors import AUSteerError
-from eval.answer_file import Answer
-from eval.decoding_cache import DecodingCache
+from austeer import processes as shared_work
+from austeer.errors import AUSteerError
+from austeer.forward import PairTexts, input_device
+from austeer.pairs import Pair
+from austeer.tokens import CLEAN, encode
+from eval.answering.answer_file import Answer
+from eval.answering.decoding_cache import DecodingCache
 from eval.tasks.base import Columns, Task
-from pair_texts import PairTexts, input_device
-from pairs import Pair
 
 
 class PairTask(Task):

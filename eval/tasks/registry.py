@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from eval.scoring.toxicity import scorer
 from eval.tasks.arithmetic import GSM8K, MAWPS, SVAMP
 from eval.tasks.dataset import DatasetTask
 from eval.tasks.open_text import BPO, Toxicity
 from eval.tasks.options import COPA, BoolQ, StoryCloze, WinoGrande
-from eval.toxicity import scorer
 
 PAPER_TASKS = {task.name: task for task in (BoolQ, COPA, WinoGrande, StoryCloze, SVAMP, MAWPS, GSM8K, Toxicity, BPO)}
 

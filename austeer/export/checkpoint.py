@@ -1,0 +1,288 @@
+"""A checkpoint folder as it lies on disk: tensors are found by name, read and overwritten one at a time.
+
+The one reader for folding and for adapters. Nothing is loaded whole. A new checkpoint is a copy of the files in which
+single tensors are then overwritten in place: its layout stays, so undoing restores the very files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import safetensors
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from torch import Tensor
+from tqdm import tqdm
+from transformers import AutoConfig, PreTrainedModel
+
+import rmodels
+from austeer.errors import AUSteerError
+from austeer.plan import Plan
+from austeer.ranks import check_made_for, hash_weights
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"  # in transformers' order of preference
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+BESIDE = ("*.json", "*.txt", "*.jinja", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*")  # what goes with weights
+SECOND_COPY = "consolidated*"  # of all weights, which Mistral's repositories have for other readers
+CHUNK = 1 << 24
+
+
+def local_folder(name_or_path: str | Path) -> Path:
+    """A folder as it is; of a hub id the snapshot, downloaded if it is not there yet."""
+    if Path(name_or_path).is_dir():
+        return Path(name_or_path)
+    try:
+        wanted = ["*.safetensors", *BESIDE]
+        return Path(snapshot_download(str(name_or_path), allow_patterns=wanted, ignore_patterns=SECOND_COPY))
+    except (OSError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise AUSteerError(f"{name_or_path} is no folder, and the hub did not give it ({reason})") from error
+
+
+def without_weights(name_or_path: str | Path) -> PreTrainedModel:
+    """The patched model of a checkpoint, which so takes no memory."""
+    try:
+        config = AutoConfig.from_pretrained(str(name_or_path), trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise AUSteerError(f"cannot read the config of {name_or_path}: {str(error).splitlines()[0]}") from error
+    with torch.device("meta"):
+        return rmodels.family(config.model_type)(config)
+
+
+@contextmanager
+def new_folder(out: str | Path) -> Iterator[Path]:
+    """A folder to fill, as `new_place`."""
+    with new_place(out) as folder:
+        folder.mkdir()
+        yield folder
+
+
+@contextmanager
+def new_place(out: str | Path) -> Iterator[Path]:
+    """Where to make `out`: in a temporary folder beside it, moved last, or removed if anything goes wrong."""
+    out = Path(out)
+    check_new(out)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        _name_leftovers(out)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    except OSError as error:
+        raise AUSteerError(f"cannot write {out}: {error.strerror}") from error
+    try:
+        yield temporary / out.name
+        (temporary / out.name).rename(out)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise AUSteerError(f"cannot write {out}: {getattr(error, 'strerror', None) or error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_new(out: str | Path) -> None:
+    """Refuse a place that is taken or cannot be written to, before the work."""
+    out = Path(out)
+    if out.exists():
+        raise AUSteerError(f"{out} exists already; remove it or choose another place")
+    above = next(folder for folder in out.absolute().parents if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        raise AUSteerError(f"cannot write {out}: {above} is no folder that can be written to")
+
+
+def _name_leftovers(out: Path) -> None:
+    """What a run that was killed without a chance to clean up (SIGKILL, a power cut) left beside `out`."""
+    ours = re.compile(rf"\.{re.escape(out.name)}\.\w{{8}}")  # as mkdtemp's
+    left = sorted(str(path) for path in out.parent.glob(".*") if ours.fullmatch(path.name))
+    if left:
+        print(f"note: {', '.join(left)}: of a run at work, or one that was killed; then remove it", file=sys.stderr)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor's bytes are."""
+
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    size: int
+
+
+class Checkpoint:
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        self.config = self._json("config.json")
+        if "quantization_config" in self.config:
+            raise AUSteerError(
+                f"{folder} is quantised: its numbers are rounded to a grid that a scaled row leaves; "
+                "export the checkpoint it was made from and quantise that, or steer live"
+            )
+        self.files = self._weight_files()
+        self.places = {name: place for file in self.files for name, place in self._places(file)}
+        self.shapes = {name: place.shape for name, place in self.places.items()}
+        self._fingerprints: dict[torch.dtype, str] = {}
+
+    def dtype(self, name: str) -> torch.dtype:
+        stored = self.places[name].dtype
+        if stored not in DTYPES:
+            raise AUSteerError(f"{name} is stored as {stored}: weights in {', '.join(DTYPES)} can be exported")
+        return DTYPES[stored]
+
+    def read(self, name: str) -> Tensor:
+        """A view into the file: what is not looked at is not read, and changes stay in memory (copy on write)."""
+        if name not in self.places:
+            raise AUSteerError(
+                f"{self.folder} lacks {name}; get the whole checkpoint (one with renamed weights cannot be exported)"
+            )
+        return self.read_bytes(name).view(self.dtype(name)).view(self.shapes[name])
+
+    def read_bytes(self, name: str) -> Tensor:
+        place = self.places[name]
+        data = np.memmap(self.folder / place.file, np.uint8, "c", place.start, (place.size,))
+        return torch.from_numpy(data)
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Over the old one, of the same shape and dtype."""
+        place = self.places[name]
+        assert tensor.shape == place.shape and tensor.dtype == self.dtype(name)
+        with open(self.folder / place.file, "r+b") as file:
+            file.seek(place.start)
+            file.write(as_bytes(tensor))
+
+    def copy_to(self, folder: Path) -> dict[str, str]:
+        """Weights and what goes with them (not other formats' weights, not code); the SHA-256 of each weight file."""
+        kept = {path.name for pattern in BESIDE for path in self.folder.glob(pattern) if path.is_file()}
+        indexes = {path.name for path in self.folder.glob("*.index.json")}
+        if self.files != [SINGLE]:  # a single file is what readers take first, and an index beside it of other files
+            indexes -= {INDEX}
+        for name in sorted(kept - indexes):
+            with open(folder / name, "wb") as copy:
+                sha256(self.folder / name, copy)
+        hashes = {}
+        total = sum((self.folder / name).stat().st_size for name in self.files)
+        with tqdm(total=total, unit="B", unit_scale=True, desc="copy") as bar:
+            for name in self.files:
+                with open(folder / name, "wb") as copy:
+                    hashes[name] = sha256(self.folder / name, copy, bar)
+        return hashes
+
+    def check_plan(self, plan: Plan) -> None:
+        """Refuse a plan made for another model: other shapes, another family, or other weights."""
+        check_made_for(self.skeleton, {site: plan.shape(site) for site in plan.sites}, plan.header, "this plan was")
+        dtype = rmodels.DTYPES.get(plan.header.get("precision"))
+        if dtype is None or not plan.header.get("fingerprint"):
+            return  # made by hand, or on quantised weights: other bits
+        if self.fingerprint(dtype) != plan.header["fingerprint"]:
+            raise AUSteerError(
+                f"this plan was made on other weights ({plan.header.get('model')}) than those of {self.folder}; "
+                "export that model, or rank this one"
+            )
+
+    @cached_property
+    def skeleton(self) -> PreTrainedModel:
+        return without_weights(self.folder)
+
+    def fingerprint(self, dtype: torch.dtype) -> str:
+        """Of its model in this precision; read once, however many plans are compared with it."""
+        if dtype not in self._fingerprints:
+            names = tqdm(self.skeleton.state_dict(), desc="compare with the plan's model", unit="tensor")
+            self._fingerprints[dtype] = hash_weights((name, self.as_loaded(name).to(dtype)) for name in names)
+        return self._fingerprints[dtype]
+
+    def as_loaded(self, name: str) -> Tensor:
+        """A tensor as transformers loads it: the head tied to the embedding, separate experts fused."""
+        if name == "lm_head.weight" and self.config.get("tie_word_embeddings", name not in self.places):
+            name = "model.embed_tokens.weight"
+        fused = re.fullmatch(r"(.+\.experts)\.(down_proj|gate_up_proj)", name)
+        if fused is None or name in self.places:
+            return self.read(name)
+        halves = ("down_proj",) if fused[2] == "down_proj" else ("gate_proj", "up_proj")
+        count = sum(key.startswith(f"{fused[1]}.") and key.endswith("down_proj.weight") for key in self.places)
+        experts = ([self.as_loaded(f"{fused[1]}.{i}.{half}.weight") for half in halves] for i in range(count))
+        return torch.stack([torch.cat(expert) for expert in experts])
+
+    def _json(self, name: str) -> dict:
+        try:
+            return json.loads((self.folder / name).read_text())
+        except (OSError, ValueError) as error:
+            raise AUSteerError(f"{self.folder} has no readable {name}: is it a checkpoint folder?") from error
+
+    def _weight_files(self) -> list[str]:
+        if (self.folder / SINGLE).exists():
+            return [SINGLE]
+        if not (self.folder / INDEX).exists():
+            raise AUSteerError(
+                f"{self.folder} has no {SINGLE} and no {INDEX}: only safetensors checkpoints are exported"
+            )
+        files = sorted(set(self._json(INDEX)["weight_map"].values()))
+        if any(Path(file).name != file for file in files):
+            raise AUSteerError(f"{self.folder / INDEX} names files outside its folder")
+        return files
+
+    def _places(self, file: str) -> Iterator[tuple[str, Place]]:
+        try:
+            with safetensors.safe_open(self.folder / file, framework="pt"):
+                pass  # checks header, offsets and length
+        except (OSError, safetensors.SafetensorError) as error:
+            raise AUSteerError(f"{self.folder / file} is missing or damaged ({error}); get it again") from error
+        with open(self.folder / file, "rb") as opened:
+            length = int.from_bytes(opened.read(8), "little")
+            header = json.loads(opened.read(length))
+        for name, entry in header.items():
+            if name != "__metadata__":
+                start, end = entry["data_offsets"]
+                yield name, Place(file, entry["dtype"], tuple(entry["shape"]), 8 + length + start, end - start)
+
+
+def write_one_by_one(
+    path: Path, layout: dict[str, tuple[torch.dtype, tuple[int, ...]]], tensors: Iterable[Tensor], metadata: dict
+) -> None:
+    """A safetensors file of tensors that come in the order of `layout` and are never in memory together."""
+    names = {torch.int32: "I32", **{dtype: name for name, dtype in DTYPES.items()}}
+    header, end = {"__metadata__": metadata}, 0
+    for name, (dtype, shape) in layout.items():
+        start, end = end, end + dtype.itemsize * torch.Size(shape).numel()
+        header[name] = {"dtype": names[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for (dtype, shape), tensor in zip(layout.values(), tensors, strict=True):
+            assert tensor.dtype == dtype and tensor.shape == shape
+            file.write(as_bytes(tensor))
+
+
+def as_bytes(tensor: Tensor) -> memoryview:
+    return memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy())
+
+
+def sha256(path: Path, copy=None, bar=None) -> str:
+    """Of a file, written to `copy` on the way if there is one."""
+    digest = hashlib.sha256()
+    for chunk in _chunks(path):
+        digest.update(chunk)
+        if copy is not None:
+            copy.write(chunk)
+        if bar is not None:
+            bar.update(len(chunk))
+    return digest.hexdigest()
+
+
+def _chunks(path: Path) -> Iterator[bytes]:
+    try:
+        with open(path, "rb") as file:
+            while chunk := file.read(CHUNK):
+                yield chunk
+    except OSError as error:  # of reading alone: what its user does between two chunks is not caught here
+        raise AUSteerError(f"cannot read {path}: {error.strerror}") from error

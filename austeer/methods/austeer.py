@@ -1,0 +1,115 @@
+"""AUSteer (sections 4.1 and 4.2), its repair by sign, causal momentum, and controls with its ranks.
+
+A variant is a momentum to rank by and options of `set_MFU`. Those below the controls take the whole apart: what is
+gained by where (`causal-location`), by which way (`causal-sign`), by how strongly (Table 3).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import product
+from typing import ClassVar
+
+from austeer.methods.base import Evidence, Method, Settings
+from austeer.plan import Plan
+from austeer.ranks import AURanks
+from set_MFU import set_MFU
+
+# k and alpha. The paper steers at most 100 AUs and sweeps alpha to 100; the embedded models have 512 AUs a site
+KS = {"embedded": (4, 16, 32), "real": (8, 32, 100)}
+ALPHAS = {"embedded": (0.5, 1.0, 2.0, 4.0, 8.0), "real": (0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0)}
+# Table 13: up to 99.95 % of the AUs, the least important, times .99 to .05
+SHARES = (0.25, 0.75, 0.9995)
+FACTORS = {"embedded": (0.99, 0.9, 0.75, 0.5, 0.05), "real": (0.99, 0.95, 0.9, 0.75, 0.5, 0.25, 0.05)}
+
+
+class AUSteer(Method):
+    name, label = "published", "AUSteer as published"
+    paper = "AUSteer, ICLR 2026, sections 4.1 and 4.2"
+    edits = "k AUs, scaled"
+    sites = ("attention", "ffn", "layer", "neuron")
+    momentum: ClassVar[str] = "activation"
+    options: ClassVar[dict] = {}
+
+    def grid(self, kind: str) -> list[Settings]:
+        return [{"k": k, "alpha": alpha} for k, alpha in product(KS[kind], ALPHAS[kind])]
+
+    def prepare(self, evidence: Evidence) -> AURanks:
+        return evidence.ranks(self.momentum)
+
+    def plan(self, prepared: AURanks, settings: Settings, draw: int = 0) -> Plan:
+        return set_MFU(prepared, settings["k"], settings["alpha"], **self.options, seed=draw)
+
+
+class SignAware(AUSteer):
+    name, label = "sign-aware", "AUSteer, sign-aware"
+    paper = "ours: the strength follows the sign of the mean activation"
+    options = {"strength": "sign-aware"}
+
+
+class Causal(AUSteer):
+    name, label = "causal", "causal AUSteer"
+    paper = "ours: docs/sign.md"
+    momentum = "causal"
+
+
+class RandomAUs(AUSteer):
+    name, label, draws = "random", "random AUs", True
+    paper = "control"
+    options = {"location": "random"}
+
+
+class FlippedAUs(AUSteer):
+    name, label, draws = "flipped", "sign-flipped AUs", True
+    paper = "control"
+    options = {"strength": "flipped"}
+
+
+class DifferenceAUs(AUSteer):
+    name, label = "difference", "AUs by activation difference"
+    paper = "AUSteer, Table 3: SADI's location with AUSteer's strength"
+    options = {"location": "difference"}
+
+
+class FixedStrength(AUSteer):
+    name, label = "fixed-strength", "AUSteer, fixed strength"
+    paper = "AUSteer, Table 3, Fixed Strength"
+    options = {"strength": "fixed"}
+
+
+class Suppress(AUSteer):
+    """x_i -> factor * x_i at the lowest scores: the rest is what is left to speak."""
+
+    name, label = "suppress", "least important AUs suppressed"
+    paper = "AUSteer, Table 13"
+    edits = "most AUs, damped"
+
+    def grid(self, kind: str) -> list[Settings]:
+        return [{"share": share, "factor": factor} for share, factor in product(SHARES, FACTORS[kind])]
+
+    def plan(self, prepared: AURanks, settings: Settings, draw: int = 0) -> Plan:
+        k = max(1, int(settings["share"] * prepared.score.numel()))
+        return set_MFU(prepared, k, settings["factor"], location="lowest", strength="suppress")
+
+
+class CausalLocation(Causal):
+    name, label = "causal-location", "located causally, published strength"
+    paper = "ablation: where"
+
+    def prepare(self, evidence: Evidence) -> AURanks:
+        return located(evidence, "causal", strength="activation")
+
+
+class CausalSign(Causal):
+    name, label = "causal-sign", "located as published, causal sign"
+    paper = "ablation: which way"
+
+    def prepare(self, evidence: Evidence) -> AURanks:
+        return located(evidence, "activation", strength="causal")
+
+
+def located(evidence: Evidence, location: str, strength: str) -> AURanks:
+    """The AUs and their order by one momentum, what alpha multiplies by the other."""
+    ranks = evidence.ranks(location)
+    header = ranks.header | {"momentum": f"{location}, strength by {strength}"}
+    return replace(ranks, gain=evidence.ranks(strength).gain, header=header)

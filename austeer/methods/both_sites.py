@@ -1,0 +1,36 @@
+"""Causal AUSteer over attention and ffn at once: one ranking, one k, one plan with two sites.
+
+    AUs of both sites by |t_i| of c = d log sigmoid(M) / d g;     the k largest: x_i -> x_i (1 + alpha sign t_i)
+
+t statistics over the same pairs compare across sites, where shares of an activation's sign would not.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from austeer.methods.austeer import Causal
+from austeer.methods.base import TOGETHER, Evidence, Settings
+from austeer.plan import Plan
+from austeer.ranks import AURanks
+from set_MFU import set_MFU
+
+
+class CausalBoth(Causal):
+    name, label = "causal-both", "causal AUSteer, one k for both sites"
+    paper = "ours: causal momentum, two sites"
+    sites = tuple(TOGETHER)
+
+    def prepare(self, evidence: Evidence) -> dict[str, AURanks]:
+        return {site: evidence.ranks(self.momentum, site) for site in TOGETHER[evidence.site]}
+
+    def plan(self, prepared: dict[str, AURanks], settings: Settings, draw: int = 0) -> Plan:
+        found = list(prepared.values())
+        score, gain = (
+            torch.cat([getattr(ranks, name).flatten() for ranks in found])[None] for name in ("score", "gain")
+        )
+        joint = AURanks("both", score, gain, header=found[0].header)  # of equal ones, attention first
+        plan = set_MFU(joint, settings["k"], settings["alpha"])
+        parts = plan.scales["both"].flatten().split([ranks.score.numel() for ranks in found])
+        scales = {ranks.site: part.view(ranks.score.shape) for ranks, part in zip(found, parts, strict=True)}
+        return Plan(scales, header=plan.header)

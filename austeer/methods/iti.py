@@ -1,0 +1,143 @@
+"""ITI: Li et al., Inference-Time Intervention, NeurIPS 2023, section 3 and equation 2.
+
+Every head of every layer gets a logistic probe that tells right from wrong texts by its output at the last token. The
+K heads whose probes are best on held-out pairs are shifted, before o_proj, by alpha standard deviations:
+
+    x -> x + alpha * sigma * theta
+
+theta: unit direction from the mean of wrong to the mean of right texts ("mass-mean", the paper's choice), or the
+probe's weights. sigma: standard deviation of all texts along theta. Shifted are the prompt's last token and every new
+one. Unlike the authors' code, the pairs that directions come from also give sigma, and ties of accuracy go to the
+lower layer, then the lower head (theirs: as a sort that is not stable leaves them).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import product
+
+import torch
+from torch import Tensor
+from torch.nn.functional import softplus
+
+from austeer.errors import AUSteerError
+from austeer.methods.base import Evidence, Method, Settings
+from austeer.methods.units import by_head, highest
+from austeer.plan import Plan
+
+HELD_OUT = 0.2  # of the pairs: the probes are judged on them
+KS = {"embedded": (2, 4, 8), "real": (4, 16, 48)}  # heads; the authors' default is K = 48, alpha = 15
+ALPHAS = {"embedded": (1.0, 3.0, 5.0, 10.0, 15.0), "real": (1.0, 2.0, 3.0, 5.0, 10.0, 15.0, 20.0)}
+DIRECTIONS = ("mass-mean", "probe")
+STDS = {"n-1": 1, "n": 0}  # the authors' scripts differ
+
+
+@dataclass(frozen=True)
+class Heads:
+    accuracy: Tensor  # (layers, heads), of the probes on held-out pairs
+    direction: Tensor  # (layers, heads, head_dim), of length one, or zero where right and wrong do not differ
+    sigma: Tensor  # (layers, heads)
+    header: dict
+
+
+class ITI(Method):
+    name, label = "iti", "ITI"
+    paper = "Li et al., NeurIPS 2023"
+    edits = "k heads, shifted"
+    sites = ("attention",)
+    foldable = False  # new tokens only: a bias of o_proj would shift the prompt too
+
+    def __init__(self, direction: str = "mass-mean", std: str = "n-1"):
+        if direction not in DIRECTIONS or std not in STDS:
+            raise AUSteerError(f"ITI has directions {', '.join(DIRECTIONS)} and std {', '.join(STDS)}")
+        self.direction, self.std = direction, std
+        if direction == "probe":
+            self.name, self.label = "iti-probe", "ITI, probe direction"
+
+    def grid(self, kind: str) -> list[Settings]:
+        return [{"heads": k, "alpha": alpha} for k, alpha in product(KS[kind], ALPHAS[kind])]
+
+    def prepare(self, evidence: Evidence) -> Heads:
+        right, wrong = (by_head(x, evidence.model.config).double() for x in evidence.activations("last"))
+        fitted, held_out = split(len(right), evidence.seed)
+        accuracy, weights = probe(right, wrong, fitted, held_out)
+        direction = unit(weights if self.direction == "probe" else right.mean(0) - wrong.mean(0))
+        sigma = spread(torch.cat([right, wrong]), direction, STDS[self.std])
+        return Heads(accuracy, direction.float(), sigma.float(), {**evidence.header(), "method": self.name})
+
+    def plan(self, prepared: Heads, settings: Settings, draw: int = 0) -> Plan:
+        kept = highest(prepared.accuracy, settings["heads"], "heads")
+        shift = settings["alpha"] * (kept * prepared.sigma)[..., None] * prepared.direction
+        return Plan({}, {"attention": shift.flatten(-2)}, "last", {**prepared.header, **settings})
+
+
+def split(pairs: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Pairs to fit probes on, and pairs to judge them by: both texts of a pair stay on one side."""
+    if pairs < 2:
+        raise AUSteerError("ITI needs at least two pairs: its probes are fitted on some and judged on the others")
+    order = torch.randperm(pairs, generator=torch.Generator().manual_seed(seed))
+    held_out = max(1, round(HELD_OUT * pairs))
+    return order[held_out:], order[:held_out]
+
+
+def probe(right: Tensor, wrong: Tensor, fitted: Tensor, held_out: Tensor) -> tuple[Tensor, Tensor]:
+    """Accuracy (layers, heads) on held-out pairs, and weights (layers, heads, head_dim), of one probe a head."""
+    accuracy, weights = [], []
+    for layer in range(right.shape[1]):  # one at a time: all Hessians of a large model at once would not fit
+        x, y = _texts(right[fitted, layer], wrong[fitted, layer])
+        weight, bias = logistic(x, y)
+        unseen, truth = _texts(right[held_out, layer], wrong[held_out, layer])
+        said = (unseen @ weight[..., None])[..., 0] + bias[:, None] > 0
+        accuracy.append((said == truth.bool()).double().mean(1))
+        weights.append(weight)
+    return torch.stack(accuracy), torch.stack(weights)
+
+
+def _texts(right: Tensor, wrong: Tensor) -> tuple[Tensor, Tensor]:
+    """(heads, texts, head_dim), and 1 for right, 0 for wrong."""
+    labels = torch.cat([torch.ones(len(right)), torch.zeros(len(wrong))]).to(right.dtype)
+    return torch.cat([right, wrong]).transpose(0, 1), labels
+
+
+def logistic(x: Tensor, y: Tensor, steps: int = 100) -> tuple[Tensor, Tensor]:
+    """L2 logistic regression of y (texts) on x (heads, texts, dims), of all heads at once: weights and biases.
+
+    Minimises sum log(1 + exp(-+z)) + |w|^2 / 2, z = w x + b, the bias free: what the authors' library does by default.
+    Newton's method from zero, halving steps that do not lower the loss enough; deterministic.
+    """
+    x = torch.cat([x, torch.ones_like(x[..., :1])], dim=-1)
+    penalty = torch.ones(x.shape[-1], dtype=x.dtype)
+    penalty[-1] = 1e-9  # free, but never a singular Hessian
+    sign = 2 * y - 1
+
+    def loss(w: Tensor) -> Tensor:
+        return softplus(-sign * (x @ w[..., None])[..., 0]).sum(1) + (penalty * w.square()).sum(1) / 2
+
+    w = x.new_zeros(len(x), x.shape[-1])
+    for _ in range(steps):
+        p = torch.sigmoid((x @ w[..., None])[..., 0])
+        gradient = ((p - y)[:, None] @ x)[:, 0] + penalty * w
+        hessian = (x * (p * (1 - p))[..., None]).transpose(1, 2) @ x + torch.diag(penalty)
+        step = torch.linalg.solve(hessian, gradient)
+        decrement = (gradient * step).sum(1)  # twice what the step can win
+        if bool((decrement < 1e-12).all()):
+            break
+        size, before = torch.ones_like(decrement), loss(w)
+        for _ in range(40):
+            enough = loss(w - size[:, None] * step) <= before - 0.25 * size * decrement
+            if bool(enough.all()):
+                break
+            size = torch.where(enough, size, size / 2)
+        w = w - size[:, None] * step
+    return w[:, :-1], w[:, -1]
+
+
+def unit(vectors: Tensor) -> Tensor:
+    """Of length one; zero stays zero."""
+    length = vectors.norm(dim=-1, keepdim=True)
+    return torch.where(length > 0, vectors / length, 0.0)
+
+
+def spread(x: Tensor, direction: Tensor, correction: int) -> Tensor:
+    """Standard deviation of x (texts, layers, heads, head_dim) along the direction, (layers, heads)."""
+    return (x * direction).sum(-1).std(0, correction=correction)

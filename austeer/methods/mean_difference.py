@@ -1,0 +1,29 @@
+"""Controls: k AUs shifted by their mean activation difference (AUSteer, Table 3).
+
+x_i -> x_i + alpha * mean over pairs of (x_i(right) - x_i(wrong)): no scaling; and, where the k AUs are those with the
+largest difference, no sign counts either.
+"""
+
+from __future__ import annotations
+
+from itertools import product
+
+from austeer.methods.attribution import ALPHAS, KS
+from austeer.methods.austeer import AUSteer
+from austeer.methods.base import Settings
+
+
+class MeanDifference(AUSteer):
+    name, label = "mean-difference", "AUs shifted by mean difference"
+    paper = "control: AUSteer, Table 3, Act. Diff. with Fixed Vec."
+    edits = "k AUs, shifted"
+    options = {"location": "difference", "strength": "vector"}
+
+    def grid(self, kind: str) -> list[Settings]:
+        return [{"k": k, "alpha": alpha} for k, alpha in product(KS[kind], ALPHAS[kind])]
+
+
+class FixedVector(MeanDifference):
+    name, label = "fixed-vector", "AUSteer, fixed vector"
+    paper = "AUSteer, Table 3, Fixed Vec."
+    options = {"strength": "vector"}

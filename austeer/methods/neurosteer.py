@@ -1,0 +1,161 @@
+"""NeuroSteer: SAE neurons that fire more often on texts of one kind than on those of the other, as one residual.
+
+Over all tokens of the texts of a kind, the BOS included: n_i, how often neuron i fires, and mu_i, its mean where it
+does. Right texts are the target, wrong ones the source; what both have is taken off ("denoised"):
+
+    dn = relu(n_target - n_source),   dmu = relu(mu_target - mu_source)
+    residual = sum over the K largest dn of w_i W_dec[i],   w = dmu (dif_mean) or mu_target (tar_mean)
+    h <- h + alpha * residual, at the layer that the SAE reads
+
+Several behaviours at once are plans added up. In the authors' code neurons of padding count too, so the kind with
+the shorter texts has more of them; here padding never counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import product
+
+import torch
+from torch import Tensor
+
+from austeer.errors import AUSteerError
+from austeer.methods.base import Evidence, Method, Settings
+from austeer.plan import Plan
+from austeer.ranks import model_header
+from austeer.sae import SITE, find_sae, token_activations
+from rmodels import site_shape
+
+# K and alpha. Texts of a pair share their prompt, so means hardly differ and dmu is small: hence alphas of hundreds
+KS = {"embedded": (4, 16, 64), "real": (100, 150, 600)}
+ALPHAS = {"embedded": (16.0, 64.0, 256.0, 512.0, 1024.0), "real": (10.0, 15.0, 50.0, 100.0, 200.0, 400.0, 700.0)}
+WEIGHTS = ("dif_mean", "tar_mean")
+# last2: their code names it without defining it; this is its natural reading beside last
+MODES = {"all": "every position", "last": "all but the last position", "last2": "all but the last two positions"}
+
+
+@dataclass(frozen=True)
+class Preset:
+    """What the authors' script of a task runs with."""
+
+    alpha: float
+    k: int
+    mode: str
+
+
+PRESETS = {
+    "sentiment": Preset(100.0, 100, "all"),
+    "toxicity": Preset(101.0, 100, "last"),
+    "politeness": Preset(10.0, 150, "all"),
+    "stance": Preset(15.0, 150, "all"),
+}
+
+
+@dataclass(frozen=True)
+class Neurons:
+    counts: tuple[Tensor, Tensor]  # of right and of wrong texts, (latents,)
+    means: tuple[Tensor, Tensor]
+    W_dec: Tensor
+    layer: int
+    shape: tuple[int, int]  # of the site
+    header: dict
+
+
+@dataclass(frozen=True)
+class NeuroSteer(Method):
+    """cache_trap: their hook leaves a pass of one token alone, so that with a key-value cache, which is how models
+    generate, the prompt is steered and the answer is not. True is their code; False steers the answer as well."""
+
+    sae: str | None = None  # for baselines.sae.find_sae
+    weight: str = "dif_mean"
+    normalize: bool = False  # the residual has norm 1
+    mode: str = "all"
+    cache_trap: bool = True
+    preset: str | None = None  # its alpha, k and mode, and no search
+
+    name, label = "neurosteer", "NeuroSteer"
+    paper = "NeuroSteer"
+    edits = "one layer, shifted along K SAE neurons"
+    sites = (SITE,)
+    foldable = False
+
+    def __post_init__(self):
+        if self.preset not in (None, *PRESETS):
+            raise AUSteerError(f"preset {self.preset!r} is unknown; use one of {', '.join(PRESETS)}")
+        if self.weight not in WEIGHTS:
+            raise AUSteerError(f"weight {self.weight!r} is unknown; use one of {', '.join(WEIGHTS)}")
+        if self.mode not in MODES:
+            raise AUSteerError(f"mode {self.mode!r} has no token scope here; use one of {', '.join(MODES)}")
+        _ = self.tokens
+
+    @property
+    def tokens(self) -> str:
+        mode = PRESETS[self.preset].mode if self.preset else self.mode
+        if mode == "all":
+            return "prompt" if self.cache_trap else "all"
+        if not self.cache_trap:
+            raise AUSteerError(f"mode {mode!r} steers {MODES[mode]} of a pass: only prompts have such (cache_trap)")
+        return {"last": "before-last", "last2": "before-last-2"}[mode]
+
+    def grid(self, kind: str) -> list[Settings]:
+        if self.preset:
+            return [{"neurons": PRESETS[self.preset].k, "alpha": PRESETS[self.preset].alpha}]
+        return [{"neurons": k, "alpha": alpha} for alpha, k in product(ALPHAS[kind], KS[kind])]
+
+    def prepare(self, evidence: Evidence) -> Neurons:
+        sae = find_sae(evidence, self.sae)
+        right, wrong = Firing(sae.latents), Firing(sae.latents)
+        for shared, *own in token_activations(evidence, sae.layer):
+            prompt = sae.encode(shared)
+            for firing, answer in zip((right, wrong), own, strict=True):
+                firing.add([prompt, sae.encode(answer)])
+        if torch.equal(right.count, wrong.count) and torch.equal(right.total, wrong.total):
+            raise AUSteerError("no neuron of the SAE fires differently on right and wrong texts; is it of this model?")
+        header = {**model_header(evidence.model), "method": self.name, "sae": sae.header.get("source", self.sae)}
+        shape = site_shape(evidence.model, SITE)
+        counts, means = (right.count, wrong.count), (right.mean, wrong.mean)
+        return Neurons(counts, means, sae.W_dec.cpu(), sae.layer, shape, header)
+
+    def plan(self, prepared: Neurons, settings: Settings, draw: int = 0) -> Plan:
+        chosen = most_often(*prepared.counts, settings["neurons"])
+        residual = feature_residual(*prepared.means, chosen, prepared.W_dec, self.weight, self.normalize)
+        shift = torch.zeros(prepared.shape)
+        shift[prepared.layer] = settings["alpha"] * residual
+        return Plan({}, {SITE: shift}, self.tokens, {**prepared.header, **settings, "weight": self.weight})
+
+
+class Firing:
+    """How often every neuron fires over tokens, and how strongly where it does."""
+
+    def __init__(self, latents: int):
+        self.count = torch.zeros(latents, dtype=torch.int64)
+        self.total = torch.zeros(latents, dtype=torch.float64)
+
+    def add(self, texts: Iterable[Tensor]) -> None:
+        """Each (tokens, latents)."""
+        for z in texts:
+            self.count += (z != 0).sum(0).cpu()
+            self.total += z.sum(0, dtype=torch.float64).cpu()
+
+    @property
+    def mean(self) -> Tensor:
+        return torch.where(self.count > 0, self.total / self.count, 0.0)
+
+
+def most_often(target: Tensor, source: Tensor, k: int) -> Tensor:
+    """The K neurons with the largest relu(n_target - n_source). Where fewer have any, the first ones fill up, as
+    theirs do: with dif_mean those may have a weight."""
+    if isinstance(k, bool) or k != int(k) or not 1 <= k <= len(target):
+        raise AUSteerError(f"k must be a whole number from 1 to {len(target)} (the neurons of the SAE), not {k}")
+    return (target - source).relu().sort(descending=True, stable=True).indices[: int(k)]
+
+
+def feature_residual(
+    target: Tensor, source: Tensor, chosen: Tensor, W_dec: Tensor, weight: str = "dif_mean", normalize: bool = False
+) -> Tensor:
+    """Of the chosen neurons, from the means over texts of both kinds, (width,)."""
+    weights = (target - source).relu() if weight == "dif_mean" else target
+    residual = weights[chosen].to(W_dec) @ W_dec[chosen]
+    length = residual.norm()
+    return residual / length if normalize and length > 0 else residual

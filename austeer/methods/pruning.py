@@ -1,0 +1,192 @@
+"""Pruning, for methods that repair a pruned model: magnitude, and Wanda (Sun et al., ICLR 2024).
+
+Every Linear of the decoder blocks is pruned, in place; embeddings and LM head are not. Sparsity is a share of the
+weights, or n:m, n zeros among every m neighbours of a row (2:4 is what GPUs speed up).
+
+magnitude: the smallest |w| go, compared over the whole matrix.
+wanda:     the smallest |w| * ||x|| go, compared within each row; ||x|| is the L2 norm of the weight's input feature
+           over all calibration tokens. Blocks in order: a block is calibrated on what the pruned blocks before it
+           put out, as its authors do.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from austeer.errors import AUSteerError
+from austeer.forward import input_device
+from rmodels import gates
+
+PRUNINGS = ("wanda", "magnitude")
+TOKENS_AT_ONCE = 8192
+
+Sparsity = float | tuple[int, int]  # a share of the weights, or (n, m): n zeros of every m
+
+
+@dataclass(frozen=True)
+class Achieved:
+    """Exact zeros among the weights that were pruned, all together and by module."""
+
+    by_module: dict[str, tuple[int, int]]  # zeros, weights
+
+    @property
+    def zeros(self) -> int:
+        return sum(zeros for zeros, _ in self.by_module.values())
+
+    @property
+    def weights(self) -> int:
+        return sum(weights for _, weights in self.by_module.values())
+
+    @property
+    def sparsity(self) -> float:
+        return self.zeros / self.weights
+
+
+def parse_sparsity(text: str) -> Sparsity:
+    """ "0.5" or "2:4"."""
+    if pattern := re.fullmatch(r"(\d+):(\d+)", text):
+        zeros, group = int(pattern[1]), int(pattern[2])
+        if 0 < zeros < group:
+            return zeros, group
+    elif re.fullmatch(r"0?\.\d+", text) and float(text) > 0:
+        return float(text)
+    raise AUSteerError(f"sparsity {text!r}: give a share above 0 and below 1, such as 0.5, or zeros:group, such as 2:4")
+
+
+@torch.no_grad()
+def prune(model: PreTrainedModel, how: str, sparsity: Sparsity, calibration: Sequence[Sequence[int]] = ()) -> Achieved:
+    """Prune in place. calibration: texts as token ids, for Wanda."""
+    if how not in PRUNINGS:
+        raise AUSteerError(f"pruning {how!r} is unknown; use one of {', '.join(PRUNINGS)}")
+    blocks = model.base_model.layers
+    linears = [_linears(block, f"layers.{index}") for index, block in enumerate(blocks)]
+    _check(model, linears, sparsity)
+    if how == "magnitude":
+        for linear in (linear for block in linears for linear in block.values()):
+            _zero(linear, linear.weight.abs().float(), sparsity, by_row=False)
+    else:
+        calibration = [ids for ids in calibration if ids]
+        if not calibration:
+            raise AUSteerError("Wanda needs calibration texts; give some, or prune by magnitude")
+        batches = same_length_batches(calibration)
+        texts = [_Inputs.catch(model, [calibration[index] for index in batch]) for batch in batches]
+        for index, block in enumerate(blocks):
+            norms = _input_norms(block, linears[index], texts, index)
+            for name, linear in linears[index].items():
+                _zero(linear, linear.weight.abs().float() * norms[name], sparsity, by_row=True)
+            for text in texts:
+                text.hidden = text.run(block, index)
+    counts = {name: linear for block in linears for name, linear in block.items()}
+    return Achieved({name: (int((one.weight == 0).sum()), one.weight.numel()) for name, one in counts.items()})
+
+
+def same_length_batches(texts: Sequence[Sequence[int]], tokens: int = TOKENS_AT_ONCE) -> list[list[int]]:
+    """Indices of texts of equal length: together they need no padding, which would count in a sum or a norm."""
+    made: list[list[int]] = []
+    for index in sorted(range(len(texts)), key=lambda i: len(texts[i]), reverse=True):
+        length = len(texts[index])
+        if made and len(texts[made[-1][0]]) == length and (len(made[-1]) + 1) * length <= tokens:
+            made[-1].append(index)
+        else:
+            made.append([index])
+    return made
+
+
+def _linears(block: nn.Module, prefix: str) -> dict[str, nn.Linear]:
+    return {f"{prefix}.{name}": part for name, part in block.named_modules() if isinstance(part, nn.Linear)}
+
+
+def _check(model: PreTrainedModel, linears: list[dict[str, nn.Linear]], sparsity: Sparsity) -> None:
+    """Everything that could go wrong, before the first weight is touched."""
+    if any(not gate.idle for gate in gates(model)):
+        raise AUSteerError("the model is steered; clear(model) before pruning it")
+    everything = {name: linear for block in linears for name, linear in block.items()}
+    quantised = [name for name, linear in everything.items() if not linear.weight.is_floating_point()]
+    if quantised or getattr(model, "is_quantized", False):
+        raise AUSteerError("a quantised model cannot be pruned; load it in bfloat16 or float32")
+    if any(linear.weight.is_meta for linear in everything.values()):
+        raise AUSteerError("some weights are not in memory; load the model without offloading to prune it")
+    listed = {id(linear.weight) for linear in everything.values()}
+    fused = [name for name, w in model.base_model.layers.named_parameters() if w.dim() > 2 and id(w) not in listed]
+    if fused:  # most of such a model would stay dense, and the reported share would hide it
+        raise AUSteerError(
+            f"{fused[0]} holds several experts in one tensor, not in Linear layers: cannot be pruned here"
+        )
+    if isinstance(sparsity, tuple):
+        for name, linear in everything.items():
+            if linear.in_features % sparsity[1]:
+                raise AUSteerError(f"{name} has {linear.in_features} inputs, which groups of {sparsity[1]} do not fill")
+
+
+def _zero(linear: nn.Linear, score: Tensor, sparsity: Sparsity, by_row: bool) -> None:
+    """Zero the weights of the lowest scores; of equal ones the first go, so the count is exact."""
+    if isinstance(sparsity, tuple):
+        groups, count = score.view(-1, sparsity[1]), sparsity[0]
+    else:
+        groups = score if by_row else score.view(1, -1)
+        count = int(groups.shape[1] * sparsity)
+    lowest = groups.sort(dim=1, stable=True).indices[:, :count]
+    kept = torch.ones_like(groups, dtype=torch.bool).scatter_(1, lowest, False)
+    linear.weight.masked_fill_(~kept.view_as(score), 0)
+
+
+class _Inputs:
+    """One batch on its way through the blocks: its hidden states, and what each block gets beside them."""
+
+    def __init__(self, hidden: Tensor, beside: list[dict]):
+        self.hidden, self.beside = hidden, beside
+
+    @classmethod
+    def catch(cls, model: PreTrainedModel, batch: Sequence[Sequence[int]]) -> _Inputs:
+        """Run the dense model once, to see how its own forward calls each block (masks differ between them)."""
+        first: list[Tensor] = []
+        beside: list[dict] = []
+
+        def note(block, args, kwargs):
+            first.append(args[0]) if not first else None
+            beside.append(kwargs)
+
+        hooks = [block.register_forward_pre_hook(note, with_kwargs=True) for block in model.base_model.layers]
+        try:
+            model.base_model(input_ids=torch.tensor(batch, device=input_device(model)), use_cache=False)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return cls(first[0], beside)
+
+    def run(self, block: nn.Module, index: int) -> Tensor:
+        out = block(self.hidden, **self.beside[index])
+        return out[0] if isinstance(out, tuple) else out
+
+
+def _input_norms(
+    block: nn.Module, linears: dict[str, nn.Linear], texts: list[_Inputs], index: int
+) -> dict[str, Tensor]:
+    """||x|| of every input feature of every Linear of a block, over all tokens; no activation is kept."""
+    squares = {
+        name: torch.zeros(one.in_features, dtype=torch.float64, device=one.weight.device)
+        for name, one in linears.items()
+    }
+
+    def add(name):
+        def hook(linear, args):
+            squares[name] += args[0].double().square().flatten(0, -2).sum(0)
+
+        return hook
+
+    hooks = [linear.register_forward_pre_hook(add(name)) for name, linear in linears.items()]
+    try:
+        for text in texts:
+            text.run(block, index)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not all(torch.isfinite(total).all() for total in squares.values()):
+        raise AUSteerError("activations are inf or nan on the calibration texts; load the model in bfloat16 or float32")
+    return {name: total.sqrt().float() for name, total in squares.items()}

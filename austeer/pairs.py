@@ -1,0 +1,140 @@
+"""Contrastive pairs: a prompt, a right answer and a wrong one. What everything here starts from.
+
+A file of pairs is JSON Lines of {"prompt", "positive", "negative"} (or the authors' [prompt, right,
+wrong] triples, also as one JSON array), or CSV with those three columns. Prompt and answer are joined as they are: no space is
+added, so an answer that should follow a space begins with one.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from austeer.errors import AUSteerError
+
+FIELDS = ("prompt", "positive", "negative")
+
+
+class Pair(NamedTuple):
+    prompt: str
+    positive: str
+    negative: str
+
+
+def read_pairs(path: str | Path, fields: Sequence[str] = FIELDS, check: bool = True) -> list[Pair]:
+    """Read a file of pairs; `fields` names its columns for prompt, positive and negative.
+
+    check=False lets empty and equal answers pass, as the authors' code does.
+    """
+    rows = _read(Path(path), fields)
+    if not rows:
+        raise AUSteerError(
+            f'{path} holds no pairs; one line a pair: {{"prompt": ..., "positive": ..., "negative": ...}}'
+        )
+    pairs = [Pair(*row) for _, row in rows]
+    if check:
+        check_pairs(pairs, [f"{path}, line {line}" for line, _ in rows])
+    return pairs
+
+
+def read_columns(path: str | Path, fields: Sequence[str]) -> list[tuple[str, ...]]:
+    """These fields of each row of a table of your own, as text."""
+    rows = _read(Path(path), fields)
+    if not rows:
+        raise AUSteerError(f"{path} holds no rows")
+    return [tuple(map(str, row)) for _, row in rows]
+
+
+def _read(path: Path, fields: Sequence[str]) -> list[tuple[int, Sequence]]:
+    try:
+        # utf-8-sig: spreadsheets put a byte-order mark in front
+        text = path.read_bytes().decode("utf-8-sig")
+    except FileNotFoundError:
+        raise AUSteerError(f"no such file: {path}") from None
+    except (IsADirectoryError, PermissionError) as error:
+        raise AUSteerError(f"cannot read {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise AUSteerError(f"{path} is not UTF-8 (byte {error.start}); save it as UTF-8") from None
+    return list(_csv_rows(text, path, fields) if path.suffix.lower() == ".csv" else _json_rows(text, path, fields))
+
+
+def check_pairs(pairs: Sequence[Pair], where: Sequence[str] | None = None) -> None:
+    """Refuse empty answers and equal answers: such a pair says nothing, and usually means a broken file."""
+    if not pairs:
+        raise AUSteerError("no pairs given; ranking needs at least one")
+    for index, pair in enumerate(pairs):
+        place = where[index] if where else f"pair {index}"
+        for field, value in zip(FIELDS, pair, strict=True):
+            if not isinstance(value, str):
+                raise AUSteerError(f"{place}: {field} is {type(value).__name__}, not text")
+            if not value:
+                raise AUSteerError(f"{place}: {field} is empty")
+        if pair.positive == pair.negative:
+            raise AUSteerError(f"{place}: both answers are {pair.positive[:40]!r}; a pair needs two different ones")
+
+
+def write_pairs(path: str | Path, pairs: Iterable[Pair]) -> None:
+    lines = (json.dumps(dict(zip(FIELDS, pair, strict=True)), ensure_ascii=False) for pair in pairs)
+    Path(path).write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+
+
+def pairs_hash(pairs: Iterable[Sequence[str]]) -> str:
+    digest = hashlib.sha256()
+    for pair in pairs:
+        digest.update(json.dumps(list(pair), ensure_ascii=True).encode())
+    return digest.hexdigest()
+
+
+def _json_rows(text: str, path: Path, fields: Sequence[str]) -> Iterable[tuple[int, Sequence]]:
+    if _is_array_of_rows(text):
+        yield from (
+            (number, _row(row, fields, f"{path}, row {number}")) for number, row in enumerate(json.loads(text), 1)
+        )
+        return
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise AUSteerError(f"{path}, line {number}: not JSON ({error.msg}, column {error.colno})") from None
+        yield number, _row(row, fields, f"{path}, line {number}")
+
+
+def _is_array_of_rows(text: str) -> bool:
+    """One JSON array of everything, as the authors write their triples, rather than a row a line."""
+    try:
+        whole = json.loads(text)
+    except json.JSONDecodeError:
+        return False
+    return isinstance(whole, list) and bool(whole) and all(isinstance(row, list | dict) for row in whole)
+
+
+def _row(row: object, fields: Sequence[str], place: str) -> Sequence:
+    if isinstance(row, list) and len(row) == len(fields):
+        return row
+    if isinstance(row, dict):
+        return _pick(row, fields, place)
+    raise AUSteerError(f"{place}: expected an object with {', '.join(fields)}, or a list of {len(fields)}")
+
+
+def _csv_rows(text: str, path: Path, fields: Sequence[str]) -> Iterable[tuple[int, Sequence]]:
+    try:
+        reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+        for row in reader:
+            yield reader.line_num, _pick(row, fields, f"{path}, line {reader.line_num}")
+    except csv.Error as error:
+        raise AUSteerError(f"{path}: not CSV ({error})") from None
+
+
+def _pick(row: dict, fields: Sequence[str], place: str) -> Sequence:
+    missing = [field for field in fields if row.get(field) is None]
+    if missing:
+        have = ", ".join(str(key) for key in row if key is not None)
+        raise AUSteerError(f"{place}: no {', '.join(missing)}, or nothing in it (fields there: {have})")
+    return [row[field] for field in fields]

@@ -1,0 +1,194 @@
+"""A sparse autoencoder (SAE) of the residual stream, as a value: h (width) -> z (latents), mostly zeros, and back.
+
+    z = f((h - c) W_enc + b_enc)        h' = z W_dec + b_dec
+
+f is ReLU, or, where there is a threshold, JumpReLU: pre-activations up to it count as zero (Gemma Scope, Llama Scope).
+c is b_dec for SAEs that take it off their input, else nothing. `layer` is the decoder layer whose output h is.
+
+An SAE is found by its name: a file of this project's format, or RELEASE/ID of sae-lens, such as
+gemma-scope-9b-it-res/layer_20/width_16k/average_l0_91. The embedded models have theirs beside them.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from austeer.errors import AUSteerError
+from austeer.forward import PairTexts
+from austeer.methods.base import Evidence
+from austeer.momentum import tapped
+from austeer.ranks import fingerprint, precision, public_name, read_tensors, write_tensors
+from MFU_screening import BATCH_TOKENS, batches
+from rmodels import site_shape
+
+FORMAT, SITE = "austeer-sae-1", "layer"
+SHIPPED = Path(__file__).parents[1] / "embedded" / "sae_weights"  # made by embedded/sae.py
+TENSORS = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
+
+
+@dataclass(frozen=True)
+class SAE:
+    W_enc: Tensor  # (width, latents)
+    b_enc: Tensor
+    W_dec: Tensor  # (latents, width)
+    b_dec: Tensor
+    layer: int
+    threshold: Tensor | None = None  # (latents,), of JumpReLU
+    centered: bool = False  # b_dec is taken off the input
+    header: dict = field(default_factory=dict)  # JSON values: model, fingerprint, trained on, ...
+
+    def __post_init__(self):
+        width, latents = self.W_enc.shape
+        wanted = {"W_dec": (latents, width), "b_enc": (latents,), "b_dec": (width,), "threshold": (latents,)}
+        for name, tensor in self._tensors().items():
+            if tuple(tensor.shape) != wanted.get(name, (width, latents)):
+                raise AUSteerError(f"{name} of the SAE is {tuple(tensor.shape)}, beside a W_enc of {width} x {latents}")
+            if not torch.isfinite(tensor).all():
+                raise AUSteerError(f"{name} of the SAE holds inf or nan; get or train it again")
+
+    @property
+    def latents(self) -> int:
+        return self.W_enc.shape[1]
+
+    def encode(self, h: Tensor) -> Tensor:
+        h = h.to(self.W_enc)
+        before = (h - self.b_dec if self.centered else h) @ self.W_enc + self.b_enc
+        return before.relu() if self.threshold is None else before.relu() * (before > self.threshold)
+
+    def decode(self, z: Tensor) -> Tensor:
+        return z @ self.W_dec + self.b_dec
+
+    def to(self, where: torch.device | torch.dtype) -> SAE:
+        return replace(self, **{name: tensor.to(where) for name, tensor in self._tensors().items()})
+
+    def save(self, path: str | Path) -> None:
+        header = {**self.header, "site": SITE, "layer": self.layer, "centered": self.centered}
+        write_tensors(Path(path), self._tensors(), {"format": FORMAT, "header": json.dumps(header, sort_keys=True)})
+
+    @classmethod
+    def load(cls, path: str | Path) -> SAE:
+        tensors, metadata = read_tensors(Path(path), FORMAT, "SAE")
+        header = json.loads(metadata["header"])
+        missing = {"W_enc", "b_enc", "W_dec", "b_dec"} - set(tensors)
+        if missing or header.get("site") != SITE or not isinstance(header.get("layer"), int):
+            raise AUSteerError(
+                f"{path} is no SAE of the residual stream: it needs W_enc, b_enc, W_dec, b_dec and a layer"
+            )
+        values = {name: tensor.float() for name, tensor in tensors.items() if name in TENSORS}
+        return cls(**values, layer=header["layer"], centered=bool(header.get("centered")), header=header)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {name: getattr(self, name) for name in TENSORS if getattr(self, name) is not None}
+
+
+def find_sae(evidence: Evidence, name: str | None = None) -> SAE:
+    """The SAE of this name, checked against the model and on its device. Without a name, the one shipped for it."""
+    model = evidence.model
+    if name is None:
+        sae = _shipped(model)
+    elif Path(name).suffix == ".safetensors" or Path(name).exists():
+        sae = SAE.load(name)
+    else:
+        sae = from_sae_lens(name)
+    layers, width = site_shape(model, SITE)
+    if sae.W_enc.shape[0] != width or not 0 <= sae.layer < layers:
+        raise AUSteerError(
+            f"the SAE reads layer {sae.layer} of width {sae.W_enc.shape[0]}; "
+            f"this model has {layers} layers of {width}: give the SAE of this model (--option sta.sae=FILE)"
+        )
+    theirs, ours = sae.header.get("fingerprint"), fingerprint(model)
+    # other precision, other bits: nothing to compare then but the shape
+    if theirs and ours and theirs != ours and sae.header.get("precision") == precision(model):
+        raise AUSteerError(
+            f"the SAE was trained on other weights ({sae.header.get('model')}); give the SAE of this model (--option sta.sae=FILE)"
+        )
+    return sae.to(model.device)
+
+
+def _shipped(model: PreTrainedModel) -> SAE:
+    """By fingerprint; by name where the model was loaded in another precision, which has another fingerprint."""
+    for file in sorted(SHIPPED.glob("*.safetensors")):
+        sae = SAE.load(file)
+        same_name = sae.header["model"] == public_name(model.config.name_or_path)
+        if sae.header["fingerprint"] == fingerprint(model) or (
+            same_name and sae.header["precision"] != precision(model)
+        ):
+            return sae
+    raise AUSteerError(
+        "this method needs a sparse autoencoder of the model: give --option sta.sae=FILE, a file or RELEASE/ID of sae-lens, such as "
+        "gemma-scope-9b-it-res/layer_20/width_16k/average_l0_91"
+    )
+
+
+def from_sae_lens(name: str) -> SAE:
+    """RELEASE/ID of sae-lens; downloads it when it is not there."""
+    release, _, sae_id = name.partition("/")
+    if not sae_id:
+        raise AUSteerError(f"{name} is neither a file nor RELEASE/ID of sae-lens")
+    try:
+        import sae_lens
+    except ImportError:
+        raise AUSteerError(f"the SAE {name} is loaded by sae-lens: pip install sae-lens") from None
+    try:
+        theirs = sae_lens.SAE.from_pretrained(release, sae_id)
+    except (ValueError, OSError, KeyError) as error:
+        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise AUSteerError(f"sae-lens cannot load {name}: {why}") from error
+    return convert(theirs, name)
+
+
+def convert(theirs, name: str) -> SAE:
+    """An SAE object of sae-lens (version 6) as ours. Releases that scale their input come with the scale in the weights."""
+    config = theirs.cfg
+    kind, hook = config.architecture(), config.metadata.hook_name or ""
+    place = re.fullmatch(r"blocks\.(\d+)\.hook_resid_(pre|post)", hook)
+    if kind not in ("standard", "jumprelu") or config.normalize_activations != "none":
+        raise AUSteerError(
+            f"{name} is a {kind} SAE, input scaling {config.normalize_activations}; use a ReLU or JumpReLU one without"
+        )
+    # what goes into a layer came out of the one before
+    layer = int(place[1]) - (place[2] == "pre") if place else -1
+    if layer < 0:
+        raise AUSteerError(
+            f"{name} reads {hook or 'an unnamed place'}; use an SAE of the output of a layer (resid_post)"
+        )
+    values = {key: getattr(theirs, key).detach().float() for key in TENSORS if kind == "jumprelu" or key != "threshold"}
+    header = {"source": name, "model": config.metadata.model_name}
+    return SAE(**values, layer=layer, centered=bool(config.apply_b_dec_to_input), header=header)
+
+
+@torch.inference_mode()
+def token_activations(evidence: Evidence, layer: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Of every pair, the layer's output at all tokens, (tokens, width) each: of what the two texts share, then of
+    the right answer's and the wrong answer's own. No padding."""
+    model = evidence.model
+    seen: list[Tensor] = []
+
+    def keep(gate):
+        def tap(x: Tensor) -> Tensor:
+            seen.append(x)
+            return x
+
+        return tap if gate.layer == layer else None
+
+    for batch in batches(evidence.encoded(), None, BATCH_TOKENS.get(model.device.type, 8192)):
+        seen.clear()
+        tails = [tail for pair in batch for tail in (pair.positive, pair.negative)]
+        with tapped(model, [SITE], keep):
+            texts = PairTexts(model, batch, logits=False)
+            texts.run_tails(tails)
+        if not all(torch.isfinite(x).all() for x in seen):
+            raise AUSteerError(f"activations are inf or nan in {model.dtype}; load the model in bfloat16 or float32")
+        shared = seen.pop(0) if texts.cache is not None else [tail[:0] for tail in seen[0][:1]] * len(batch)
+        # behind shared prompts both tails of all pairs ran at once, padded on the right; else text by text
+        own = [row[: len(tail)] for row, tail in zip((row for x in seen for row in x), tails, strict=True)]
+        for index, pair in enumerate(batch):
+            yield shared[index][len(shared[index]) - len(pair.prefix) :], own[2 * index], own[2 * index + 1]

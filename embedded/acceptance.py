@@ -1,0 +1,118 @@
+"""What an embedded model can do, and the gate: without latent skill, a model must not serve to show steering.
+
+Latent skill is the accuracy (for tone, the share of polite replies) with the careful writer's tag in front of
+the prompt. Below 0.9 on validation steering has nothing to recover, and the gate raises. This file trains and
+steers nothing.
+
+    python -m embedded.acceptance                                         # the shipped models
+    python -m embedded.acceptance RUN ... --write embedded/seeds.json     # several runs of the recipe
+"""
+
+import argparse
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from austeer.errors import AUSteerError
+from embedded import tasks
+from embedded.tasks import Item
+
+WEIGHTS = Path(__file__).parent / "weights"
+REQUIRED = 0.9
+BATCH = 250
+
+
+@dataclass(frozen=True)
+class Skill:
+    vanilla: float  # right without the tag
+    tagged: float  # right with the careful writer's tag: the latent skill
+    hasty: float  # without the tag, as the shallow rule has it
+
+
+def load(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False).eval(), AutoTokenizer.from_pretrained(
+        folder, trust_remote_code=False
+    )
+
+
+@torch.inference_mode()
+def answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str], n_words: int) -> list[str]:
+    """Greedy continuations of `n_words` words."""
+    answers = []
+    for start in range(0, len(prompts), BATCH):
+        batch = tokenizer(prompts[start : start + BATCH], return_tensors="pt", padding=True).to(model.device)
+        output = model.generate(
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            do_sample=False,
+            max_new_tokens=n_words,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        answers += tokenizer.batch_decode(output[:, batch.input_ids.shape[1] :], skip_special_tokens=True)
+    return answers
+
+
+def measure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: str, items: list[Item]) -> Skill:
+    n_words = tasks.REPLY_WORDS if task == "tone" else 1
+    plain = answer(model, tokenizer, [item.prompt for item in items], n_words)
+    tagged = answer(model, tokenizer, [tasks.prompt_with_tag(item.prompt) for item in items], n_words)
+    right, hasty = [item.right for item in items], [item.hasty for item in items]
+    if task == "tone":  # an open reply counts by its kind, not by its words
+        plain, tagged, right, hasty = (
+            [tasks.is_polite(reply) for reply in replies] for replies in (plain, tagged, right, hasty)
+        )
+
+    def agreement(given: list, wanted: list) -> float:
+        return round(sum(a == b for a, b in zip(given, wanted, strict=True)) / len(items), 4)
+
+    return Skill(agreement(plain, right), agreement(tagged, right), agreement(plain, hasty))
+
+
+def latent_skill(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: str, n: int = 1000) -> float:
+    """Accuracy with the tag on `n` validation items; raises where it is too low to show anything."""
+    skill = measure(model, tokenizer, task, tasks.items(task, "validation", n)).tagged
+    if skill < REQUIRED:
+        raise AUSteerError(
+            f"the latent skill of this model on {task} is {skill:.3f}, below the required "
+            f"{REQUIRED}: steering has nothing to recover; train another model"
+        )
+    return skill
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("runs", nargs="*", type=Path, help="folders of embedded.train; default: the shipped")
+    parser.add_argument("--write", type=Path, help="also write the numbers to this JSON file")
+    args = parser.parse_args()
+
+    rows = []
+    print(f"{'task':8}{'seed':>6}{'vanilla':>10}{'tagged':>10}{'hasty':>10}  gate")
+    for folder in args.runs or sorted(path.parent for path in WEIGHTS.glob("*/model.safetensors")):
+        record = json.loads((folder / "record.json").read_text())
+        task, seed = record["task"], record["seed"]
+        skill = measure(*load(folder), task, tasks.items(task, "validation", 1000))
+        passed = skill.tagged >= REQUIRED
+        rows.append(
+            {
+                "task": task,
+                "seed": seed,
+                **asdict(skill),
+                "passes_gate": passed,
+                **{key: record[key] for key in ("steps", "truth_steps", "cpu_seconds", "sha256")},
+            }
+        )
+        print(
+            f"{task:8}{seed:6}{skill.vanilla:10.3f}{skill.tagged:10.3f}{skill.hasty:10.3f}  "
+            f"{'passed' if passed else 'FAILED'}"
+        )
+    if args.write:
+        args.write.write_text(json.dumps({"split": "validation", "n": 1000, "runs": rows}, indent=1) + "\n")
+    if not all(row["passes_gate"] for row in rows):
+        raise SystemExit("at least one model has too little latent skill to show steering")
+
+
+if __name__ == "__main__":
+    main()

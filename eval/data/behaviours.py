@@ -1,0 +1,179 @@
+"""NeuroSteer's tasks: texts of two kinds to learn from, and prompts for a model to go on from.
+
+A file of texts has lines {"text": ..., "label": ...}, labels as in the data sets:
+    sentiment   0 to 4 (SST-5): 3, 4 positive and 0, 1 negative; 2, neutral, is neither
+    toxicity    0 to 1, the share of raters who called it toxic (Jigsaw): 0 not toxic, from 0.5 on toxic
+    politeness  2 polite, 0 impolite; 1, neutral, is neither
+    stance      "support" or "oppose"
+    tone        the embedded model's replies, polite or rude; made, not read
+The first kind is the target, the second the source. (The released loader of SST-5 takes neutral texts for positive.)
+
+A file of prompts has lines {"prompt": "..."} or {"prompt": {"text": "..."}}. Without one, prompts are the first 50
+characters of a quarter of the texts, which then are not learned from; of toxicity they are RealToxicityPrompts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from austeer.errors import AUSteerError
+from embedded.tasks import items
+from eval.data.fetching import hub_name
+from eval.data.read import read_rows
+
+PROMPT_CHARACTERS = 50
+HELD_OUT = 4  # every fourth text, by its hash
+
+
+@dataclass(frozen=True)
+class Behaviour:
+    target: str
+    source: str
+    kind: Callable[[object], bool | None] = lambda label: None  # of a label: target, source, or neither
+    labels: str = ""  # in words
+    hub: dict | None = None
+
+
+def _among(labels: dict) -> Callable[[object], bool | None]:
+    def kind(label: object) -> bool | None:
+        if isinstance(label, bool) or not isinstance(label, (int, str)) or label not in labels:
+            raise ValueError(label)
+        return labels[label]
+
+    return kind
+
+
+def _toxic(label: object) -> bool | None:
+    if isinstance(label, bool) or not isinstance(label, (int, float)) or not 0 <= label <= 1:
+        raise ValueError(label)
+    return True if label == 0 else False if label >= 0.5 else None
+
+
+BEHAVIOURS = {
+    "sentiment": Behaviour(
+        "positive", "negative", _among({0: False, 1: False, 2: None, 3: True, 4: True}), "0, 1, 2, 3 or 4",
+        {"id": "SetFit/sst5", "split": "train", "revision": "e51bdcd8cd3a30da231967c1a249ba59361279a3",
+         "fields": ("text", "label")},
+    ),
+    "toxicity": Behaviour(
+        "not toxic", "toxic", _toxic, "a number from 0 to 1",
+        # a slice: of 1.8 million comments a few thousand of each kind are enough
+        {"id": "google/civil_comments", "split": "train[:50000]", "revision": None, "fields": ("text", "toxicity")},
+    ),
+    "politeness": Behaviour("polite", "impolite", _among({0: False, 1: None, 2: True}), "0, 1 or 2"),
+    "stance": Behaviour("support", "oppose", _among({"oppose": False, "support": True}), '"support" or "oppose"'),
+    "tone": Behaviour("polite", "rude"),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Material:
+    target: list[str]  # as many as of the source
+    source: list[str]
+    prompts: list[str]
+
+
+def material(
+    task: str,
+    texts: Path | None,
+    prompts: Path | None,
+    data_dir: str | None,
+    n_texts: int,
+    n_prompts: int,
+    tone_split: str = "test",
+) -> Material:
+    """At most n_texts texts of each kind and n_prompts prompts, in the order of the files."""
+    if n_texts < 1 or n_prompts < 1:
+        raise AUSteerError("at least one text of each kind and one prompt are needed (--n-texts, --n-prompts)")
+    if task == "tone":
+        if texts or prompts:
+            raise AUSteerError("tone makes its own texts and prompts; leave --texts and --prompts out")
+        learned = items("tone", "pairs", n_texts)
+        asked = [item.prompt for item in items("tone", tone_split, n_prompts)]
+        return Material([i.prompt + i.right for i in learned], [i.prompt + i.wrong for i in learned], asked)
+    behaviour = BEHAVIOURS[task]
+    known = _labelled(task, texts)
+    if prompts is not None:
+        asked = [_prompt(row, place) for place, row in _lines(prompts)]
+    elif task == "toxicity":
+        asked = [row["prompt"] for row in read_rows("toxicity", "test", data_dir)]
+    else:
+        held_out = sorted({text for text, _ in known if _digest(text)[0] % HELD_OUT == 0}, key=_digest)  # neutral too
+        known = [(text, kind) for text, kind in known if _digest(text)[0] % HELD_OUT]
+        asked = [text[:PROMPT_CHARACTERS].rstrip() for text in held_out]
+    target, source = ([text for text, kind in known if kind is wanted] for wanted in (True, False))
+    n = min(len(target), len(source), n_texts)  # the code they released takes equal numbers too
+    if not n or not asked:
+        raise AUSteerError(
+            f"{task} has {len(target)} {behaviour.target} texts, {len(source)} {behaviour.source} ones and {len(asked)} "
+            "prompts: all three are needed"
+        )
+    return Material(target[:n], source[:n], asked[:n_prompts])
+
+
+def _labelled(task: str, path: Path | None) -> list[tuple[str, bool | None]]:
+    behaviour = BEHAVIOURS[task]
+    found = []
+    for place, row in _lines(path) if path is not None else _hub(task):
+        text, label = row.get("text"), row.get("label")
+        if not isinstance(text, str) or not text.strip():
+            raise AUSteerError(f'{place}: "text" must be a text that is not empty')
+        try:
+            found.append((text, behaviour.kind(label)))
+        except ValueError:
+            raise AUSteerError(f'{place}: "label" is {label!r}; for {task} it is {behaviour.labels}') from None
+    return found
+
+
+def _prompt(row: dict, place: str) -> str:
+    prompt = row.get("prompt")
+    text = prompt.get("text") if isinstance(prompt, dict) else prompt
+    if not isinstance(text, str) or not text.strip():
+        raise AUSteerError(f'{place}: "prompt" must be a text, or an object with a "text", that is not empty')
+    return text
+
+
+def _lines(path: Path) -> Iterable[tuple[str, dict]]:
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise AUSteerError(f"cannot read {path}: {getattr(error, 'strerror', None) or 'it is not UTF-8'}") from None
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        place = f"{path}, line {number}"
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if not isinstance(row, dict):
+            raise AUSteerError(f"{place}: not a JSON object")
+        yield place, row
+
+
+def _hub(task: str) -> Iterable[tuple[str, dict]]:
+    source = BEHAVIOURS[task].hub
+    if source is None:
+        raise AUSteerError(f'{task} has no known home on the hub: give --texts, lines {{"text": ..., "label": ...}}')
+    import datasets  # slow to import, and only the hub needs it
+
+    try:
+        table = datasets.load_dataset(source["id"], split=source["split"], revision=source["revision"])
+    except Exception as error:  # no network, gated, ...: the library has a type for each
+        raise AUSteerError(
+            f"the hub gave no {hub_name(source)} ({type(error).__name__}); give --texts, a file, instead"
+        ) from None
+    text, label = source["fields"]
+    return ((f"{source['id']}, row {at}", {"text": row[text], "label": row[label]}) for at, row in enumerate(table, 1))
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.sha256(text.encode()).digest()
+
+
+def texts_hash(texts: Sequence[str]) -> str:
+    return hashlib.sha256(json.dumps(list(texts)).encode()).hexdigest()

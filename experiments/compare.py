@@ -1,0 +1,295 @@
+"""AUSteer end to end: rank, choose k and alpha on validation, steer, test, and compare with the controls.
+
+python main.py                                             the embedded models, every method, a picture
+python main.py --data_name svamp --applied_module ffn      one task, one site
+python main.py --model M --data_name copa                  a task of the paper on a real model
+python main.py --model M --pairs mine.jsonl                your model, your pairs
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from transformers.utils import logging as transformers_logging
+
+import rmodels
+from austeer import processes as shared_work
+from austeer.errors import AUSteerError
+from austeer.methods.registry import DEFAULT, METHODS, OWN_COMMAND, options_of, with_options
+from austeer.ranks import AURanks
+from austeer.tokens import PROTOCOLS
+from embedded.tasks import TASKS
+from eval.tasks.registry import PAPER_TASKS
+from experiments import plots as figures
+from experiments import report
+from experiments import run_cell as cells
+from experiments.engines import vllm_batches as engine_batches
+from experiments.engines.vllm_batches import ENGINES, LIVE
+from experiments.executors.local import compute_all, cores
+from experiments.executors.over_ray import over_ray
+from experiments.search import SEARCHES
+from experiments.setting import EMBEDDED, Cell, Setting
+
+LABELS = {"vanilla": "vanilla", "prompt-only": "prompt only", **{name: m.label for name, m in METHODS.items()}}
+COSTS = Path(__file__).parents[1] / "benchmarks" / "results" / "methods-cpu.json"
+FLIPS = 2  # draws of sign flips for every five of random AUs
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="main.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="Ranking alone: MFU_screening.py. A plan to keep: set_MFU.py. A finished cell is never computed "
+        "again: to resume, run the same command.",
+    )  # fmt: skip
+    add = parser.add_argument
+    add("--model", default=EMBEDDED, help="embedded (default), a hub id, or the folder of a checkpoint")
+    add("--data_name", default="all", choices=["all", *dict.fromkeys((*TASKS, *PAPER_TASKS))], metavar="TASK",
+        help=f"a task: of the embedded models, {', '.join(TASKS)} (default: all of them); of the paper, for other "
+        f"models, {', '.join(PAPER_TASKS)}")  # fmt: skip
+    add("--pairs", help="your own contrastive pairs (.jsonl or .csv), for --model other than embedded")
+    add("--fields", nargs=3, default=["prompt", "positive", "negative"], metavar=("PROMPT", "RIGHT", "WRONG"),
+        help="names of the three fields in the file of pairs")  # fmt: skip
+    add("--applied_module", default="both", choices=["both", *rmodels.SITES],
+        help="where to steer; both: attention and ffn (default)")  # fmt: skip
+    add("--method", nargs="+", default=list(DEFAULT), choices=[*METHODS, "all"],
+        metavar="NAME", help=f"which methods, or all (default: {' '.join(DEFAULT)}); --list-methods says more")  # fmt: skip
+    add("--list-methods", action="store_true", help="all methods: what they edit, where, and what they need")
+    add("--option", nargs="+", default=[], metavar="METHOD.NAME=VALUE", type=_option,
+        help="options of methods, such as caa.readout=answer or sta.sae=FILE; --list-methods names them")  # fmt: skip
+    add("--k", type=int, nargs="+", default=[], help="steer this many AUs; several: choose among them")
+    add("--alpha", type=float, nargs="+", default=[], help="with this strength; several: choose among them")
+    add("--search", default="grid", choices=SEARCHES,
+        help="how settings are chosen: the whole grid on validation (default), racing on growing samples of it, the "
+        "paper's 100 samples, or, as the paper's main numbers were, on the test split itself")  # fmt: skip
+    add("--steer", type=_yes_or_no, default=True, metavar="yes|no", help="no: only vanilla and prompt-only")
+    add("--path", default="AU_ranks", help="folder of ranks, reused if they fit (default: %(default)s)")
+    add("--results", default="results", help="folder for records, table and picture (default: %(default)s)")
+    add("--draws", type=int, default=5, help="draws of the random control (default: %(default)s)")
+    add("--test_split", default="test", choices=["test", "test2"], help="the embedded tasks' test split")
+    add("--limit", type=int, help="at most this many validation and test items: a quick look")
+    add("--data-dir", help="folder of the paper's datasets (default: datasets/, then the hub)")
+    add("--protocol", default="clean", choices=PROTOCOLS, help="clean, or paper: the authors' code, quirk by quirk")
+    add("--toxicity", default="local", metavar="SCORER",
+        help="who scores toxicity: local[:MODEL[:LABEL]] (default), embedded, perspective[:first-span]")  # fmt: skip
+    add("--encoder", help="sentence encoder for similar wrong answers, or tfidf (default: all-MiniLM-L6-v2)")
+    add("--chat", action="store_true", help="ask in the model's chat format")
+    add("--batch-size", type=int, help="prompts at once (default: as many as fit; 1 with --protocol paper)")
+    add("--device", help="cpu, cuda, cuda:1 (default: the first GPU, else the CPU)")
+    add("--dtype", default="auto", help="auto, float32, bfloat16, float16")
+    add("--quantization", choices=["4bit", "8bit"], help="load the weights through bitsandbytes")
+    add("--engine", default=LIVE, choices=ENGINES, help="who answers: the model itself, or vLLM with every plan as an "
+        "adapter, a whole grid in one batch (by .venv-vllm/bin/python; docs/serving.md)")  # fmt: skip
+    add("--jobs", type=int, help="processes for the embedded models (default: one a core, at most 4)")
+    add(
+        "--ray",
+        metavar="ADDRESS",
+        help="compute cells on a Ray cluster: its HOST:PORT, auto or local (docs/scaling.md)",
+    )
+    return parser.parse_args(argv)
+
+
+def _method_table() -> str:
+    yes = {True: "yes", False: "no"}
+    measured = json.loads(COSTS.read_text())["methods"] if COSTS.exists() else {}
+    lines = [
+        "| --method | edits | activations | prepared in, s | memory, MB | time per token | sites | trains | foldable | options "
+        "| from |",
+        "|---|---|--:|--:|--:|--:|---|---|---|---|---|",
+    ]
+    for name, m in {**METHODS, **OWN_COMMAND}.items():
+        cost = measured.get(name, {})
+        shown = " | ".join(str(cost.get(key, "")) for key in ("touched", "prepare_s", "memory_mb", "time_per_token"))
+        fold = "not at layer" if m.foldable and "layer" in m.sites else yes[m.foldable]
+        options = ", ".join(options_of(name)) if name in METHODS else ""
+        where = ", ".join(m.sites)
+        lines.append(f"| {name} | {m.edits} | {shown} | {where} | {yes[m.trains]} | {fold} | {options} | {m.paper} |")
+    lines += ["", "activations, seconds, memory and time per token (idle: 1): on an embedded model with 500 pairs (python "
+              "benchmarks/methods.py). foldable: the plan can go into the weights. options: --option NAME.OPTION=VALUE."]  # fmt: skip
+    return "\n".join(lines)
+
+
+def _yes_or_no(text: str) -> bool:
+    """The authors' --steer was bool(text), for which any text, "False" too, is true."""
+    answers = {"yes": True, "true": True, "1": True, "no": False, "false": False, "0": False}
+    if text.lower() not in answers:
+        raise argparse.ArgumentTypeError(f"yes or no, not {text!r}")
+    return answers[text.lower()]
+
+
+def _option(text: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not equals or "." not in key:
+        raise argparse.ArgumentTypeError(f"METHOD.NAME=VALUE, not {text!r}")
+    return key, value
+
+
+def main(argv: Sequence[str] | None = None) -> int | None:
+    args = _arguments(argv)
+    if args.list_methods:
+        print(_method_table())
+        return None
+    args.device = shared_work.start(args.device)
+    settings = _settings(args)
+    transformers_logging.disable_progress_bar()
+    if args.model == EMBEDDED:
+        torch.set_num_threads(1)  # in so small a model, threads wait for each other longer than they work
+    sites = ("attention", "ffn") if args.applied_module == "both" else (args.applied_module,)
+    for setting in settings if not args.ray else ():
+        made = shared_work.together(lambda setting=setting: cells.prepare(setting, _cells(setting, sites, args)))
+        if made:
+            print(
+                f"{setting.task_name}: ranked {made} sets of AUs into {Path(setting.ranks) / Path(setting.model).name}"
+            )
+    by_task = {setting.task_name: _cells(setting, sites, args) for setting in settings}
+    alone = args.engine == LIVE and shared_work.alone()  # an engine fills the machine by itself
+    jobs = (args.jobs or (cores() if args.model == EMBEDDED else 1)) if alone else 1
+    everything = [cell for todo in by_task.values() for cell in todo]
+    found = dict(over_ray(everything, args.ray, args.jobs)) if args.ray else compute_all(everything, jobs)
+    failed = {cell: record["failed"] for cell, record in found.items() if "failed" in record}
+    for cell, why in failed.items() if shared_work.is_first() else ():
+        print(f"FAILED {cell}: {why}", file=sys.stderr)
+    for setting in [setting for setting in settings if Cell(setting, "vanilla") in failed]:
+        del by_task[setting.task_name]
+    rows = {task: [found[cell] for cell in todo if cell not in failed] for task, todo in by_task.items()}
+    if rows and shared_work.is_first():
+        _report(rows, settings, sites, args)
+    return 1 if failed else None
+
+
+def _settings(args: argparse.Namespace) -> list[Setting]:
+    for name in ("draws", "limit", "jobs", "batch_size"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise AUSteerError(f"--{name} must be at least 1, not {value}")
+    if any(k < 1 for k in args.k):
+        raise AUSteerError(f"--k must be whole numbers of at least 1, not {min(args.k)}")
+    if not all(map(math.isfinite, args.alpha)):
+        raise AUSteerError("--alpha must be finite numbers")
+    if args.model == EMBEDDED and args.pairs:
+        raise AUSteerError("--pairs needs --model: the embedded models have tasks of their own")
+    if args.model == EMBEDDED and args.data_name not in ("all", *TASKS):
+        raise AUSteerError(f"the embedded models do {', '.join(TASKS)}; {args.data_name} needs --model")
+    if args.model != EMBEDDED and not args.pairs and args.data_name not in PAPER_TASKS:
+        raise AUSteerError(
+            f"--model needs --data_name, one of {', '.join(PAPER_TASKS)}, or --pairs, a file of contrastive pairs"
+        )
+    if args.pairs or args.model == EMBEDDED:
+        ignored = [
+            f"--{name.replace('_', '-')}"
+            for name in ("chat", "data_dir", "encoder", "batch_size")
+            if getattr(args, name)
+        ]
+        ignored += ["--protocol paper"] if args.protocol == "paper" else []
+        if ignored:
+            raise AUSteerError(f"{', '.join(ignored)}: for the paper's tasks only (--model and --data_name)")
+    chosen = [METHODS[name] for name in args.method if name != "all"]
+    foreign = [method.name for method in chosen if args.protocol == "paper" and not cells.in_protocol("paper", method)]
+    if foreign and args.method != list(DEFAULT):
+        raise AUSteerError(f"{', '.join(foreign)} is not in the authors' code: use --protocol clean")
+    for key, value in args.option:
+        name, _, option = key.partition(".")
+        if name not in METHODS:
+            raise AUSteerError(f"--option {key}: there is no method {name!r}; --list-methods shows them")
+        with_options(name, {option: value})
+    if args.ray and (args.device not in (None, "cpu") or not shared_work.alone()):
+        raise AUSteerError("--ray gives every cell a device: without --device (other than cpu) and accelerate launch")
+    engine_batches.check(
+        args.engine,
+        args.device,
+        pairs=args.pairs,
+        quantization=args.quantization,
+        batch_size=args.batch_size,
+        ray=args.ray,
+    )
+    rmodels.check_device(args.device)
+    if args.model == EMBEDDED:
+        tasks = [name for name in TASKS if args.data_name in ("all", name)]
+    else:
+        tasks = [args.pairs or args.data_name]
+    shared = {
+        name: getattr(args, name) for name in
+        ("device", "dtype", "quantization", "test_split", "limit", "search", "data_dir", "protocol", "toxicity", "encoder",
+         "chat", "batch_size", "engine")
+    }  # fmt: skip
+    shared |= {"ks": tuple(args.k), "alphas": tuple(args.alpha), "options": tuple(args.option)}
+    return [
+        Setting(
+            args.model, task, tuple(args.fields), ranks=args.path, records=str(Path(args.results) / "records"), **shared
+        )
+        for task in tasks
+    ]
+
+
+def _cells(setting: Setting, sites: Sequence[str], args: argparse.Namespace) -> list[Cell]:
+    todo = [Cell(setting, "vanilla")]
+    if setting.has_instruction:
+        todo.append(Cell(setting, "prompt-only"))
+    chosen = list(METHODS) if "all" in args.method else list(dict.fromkeys(args.method))
+    for name in chosen if args.steer else ():
+        method = METHODS[name]
+        if not cells.in_protocol(setting.protocol, method):
+            continue
+        draws = (args.draws if name == "random" else max(1, args.draws * FLIPS // 5)) if method.draws else 1
+        # a method that acts elsewhere only, such as on the residual stream, acts there
+        where = [site for site in sites if site in method.sites] or method.sites[:1]
+        todo += [Cell(setting, name, site, draw) for site in where for draw in range(draws)]
+    return todo
+
+
+def _report(
+    rows: dict[str, list[dict]], settings: list[Setting], sites: Sequence[str], args: argparse.Namespace
+) -> None:
+    text = []
+    for task, found in rows.items():
+        text += [f"## {task}", "", report.table(found, LABELS), ""]
+        text += [f"- {line}" for line in report.verdict(found, LABELS)] + [""]
+        beside = report.more(found, LABELS)
+        text += [beside, ""] if beside else []
+        how = {"prompts": found[0]["wording"], "pairs": found[-1]["pairs_by"], "protocol": found[0]["protocol"]}
+        how["answers"] = found[0]["engine"] if args.engine != LIVE else None
+        text += ["; ".join(f"{name}: {value}" for name, value in how.items() if value), ""]
+    folder = Path(args.results)
+    name = f"{Path(args.model).name}-{Path(args.pairs).stem if args.pairs else args.data_name}"
+    name += "-paper-protocol" if args.protocol == "paper" else ""
+    name += "-test2" if args.test_split == "test2" else ""
+    name += f"-{args.search}" if args.search != "grid" else ""
+    name += f"-{args.engine}" if args.engine != LIVE else ""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.md").write_text("\n".join(text))
+    print("\n" + "\n".join(text))
+    shown = next((name for name in ("causal", "published") if args.steer and {name, "all"} & {*args.method}), None)
+    if shown and all(any(row["method"] == shown for row in found) for found in rows.values()):
+        scores = {
+            setting.task_name: {
+                site: AURanks.load(setting.ranks_folder(METHODS[shown].momentum) / f"{site}.safetensors").score.numpy()
+                for site in sites
+            }
+            for setting in settings
+        }
+        figures.comparison(rows, scores, LABELS, shown, folder / f"{name}.png")
+        print(f"picture: {folder / name}.png")
+    print(f"table: {folder / name}.md   records: {folder / 'records'}")
+    # times differ from run to run, tables of results must not: a file of its own
+    costs = "\n\n".join(f"## {task}\n\n{report.costs(found, LABELS)}" for task, found in rows.items())
+    (folder / f"{name}-costs.md").write_text(costs + "\n")
+    print(f"costs: {folder / name}-costs.md")
+    if args.model != EMBEDDED and not args.pairs:
+        _say_where_answers_are(settings[0], next(iter(rows.values())))
+
+
+def _say_where_answers_are(setting: Setting, found: list[dict]) -> None:
+    """Open answers are for judges and raters too; a file is there for everything that was asked."""
+    files = {}
+    for record in found:
+        file = cells.answers_of_record(setting, record["id"])
+        if file.exists() and record["draw"] == 0:
+            files[" ".join(filter(None, (record["method"], record["site"])))] = file
+    print("answers:\n" + "\n".join(f"  {name:<20} {file}" for name, file in files.items()))
+    if setting.task == "bpo":
+        print(f"win rate of one of them: python main.py judge --ours FILE --theirs {files['vanilla']} --judge MODEL")

@@ -1,0 +1,116 @@
+"""Records and ranks -> pictures. Colors are the Okabe-Ito set, safe for color-blind readers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+from eval.statistics import wilson
+from experiments.report import CONTROLS, SITES, gain
+
+COLORS = {
+    "vanilla": "#555555", "prompt-only": "#000000", "random": "#999999", "flipped": "#E69F00",
+    "published": "#0072B2", "sign-aware": "#56B4E9", "causal": "#D55E00",
+}  # fmt: skip
+OTHERS = "#009E73"
+
+
+def comparison(
+    by_task: dict[str, Sequence[dict]],
+    scores: dict[str, dict[str, np.ndarray]],
+    labels: dict[str, str],
+    method: str,
+    path: Path,
+) -> None:
+    """One row a task: gains with intervals; one method's scores per layer and dimension, and its grid."""
+    plt.rcParams.update({"font.size": 12, "axes.titlesize": 13, "figure.dpi": 110})
+    lines = max(len({(row["method"], row["site"]) for row in rows}) for rows in by_task.values())
+    size = (19, max(4.6, 0.36 * lines) * len(by_task))
+    figure, axes = plt.subplots(len(by_task), 3, figsize=size, squeeze=False, width_ratios=(1.5, 1, 1))
+    for (left, middle, right), (task, rows) in zip(axes, by_task.items(), strict=True):
+        _gains(left, rows, labels, task)
+        best = max((row for row in rows if row["method"] == method), key=lambda row: row["right"])
+        where = f"{labels[method]}, {SITES[best['site']]}"
+        _score_map(middle, scores[task][best["site"]], f"{task}: scores, {where}")
+        if best["grid_scores"]:
+            ks, alphas, values = grid_of(best["grid_scores"])
+            heat_map(right, ks, alphas, 100 * values, f"{task}: {where}, validation %")
+        else:
+            right.axis("off")
+            right.text(0.5, 0.5, "k and alpha were given:\nno search", ha="center", va="center")
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Software": None})
+    plt.close(figure)
+
+
+def _gains(axis, rows: Sequence[dict], labels: dict[str, str], task: str) -> None:
+    vanilla = next(row for row in rows if row["method"] == "vanilla")
+    shown = list(dict.fromkeys((row["method"], row["site"]) for row in rows if row["method"] != "vanilla"))
+    names = []
+    for y, (method, site) in enumerate(shown):
+        draws = [row for row in rows if (row["method"], row["site"]) == (method, site)]
+        gains = [gain(row, vanilla) for row in draws]
+        names.append(labels.get(method, method) + (f", {SITES[site]}" if site else ""))
+        color = COLORS.get(method, OTHERS)
+        if method in CONTROLS:
+            axis.plot([min(gains), max(gains)], [y, y], color=color, lw=7, alpha=0.35, solid_capstyle="butt")
+            axis.plot(gains, [y] * len(gains), "|", color=color, ms=13, mew=2)
+        else:
+            base = 100 * vanilla["right"] / vanilla["n"]
+            low, high = (100 * edge - base for edge in wilson(draws[0]["right"], draws[0]["n"]))
+            axis.plot([low, high], [y, y], color=color, lw=2.5)
+            axis.plot(gains, [y], "o", color=color, ms=9)
+    axis.axvline(0, color="#555555", lw=1)
+    axis.set_yticks(range(len(names)), names)
+    axis.invert_yaxis()
+    axis.set_xlabel(f"gain over vanilla, points of {vanilla['measure']}")
+    axis.set_title(f"{task}: vanilla {100 * vanilla['right'] / vanilla['n']:.1f} %, n = {vanilla['n']}")
+    axis.grid(axis="x", alpha=0.3)
+
+
+def _score_map(axis, score: np.ndarray, title: str) -> None:
+    limit = float(np.abs(score).max()) or 1.0
+    image = axis.imshow(score, aspect="auto", cmap="PuOr_r", vmin=-limit, vmax=limit, interpolation="nearest")
+    axis.set(xlabel="dimension", ylabel="layer", title=title)
+    axis.set_yticks(range(score.shape[0])) if score.shape[0] <= 12 else None
+    axis.figure.colorbar(image, ax=axis, label="score: scale up (+) or down (-)")
+
+
+def grid_of(grid_scores: dict[str, float]) -> tuple[list[float], list[float], np.ndarray]:
+    """k and alpha, ascending, and a search's scores: a row a k, a column an alpha."""
+    cells = {tuple(map(float, key.split(","))): score for key, score in grid_scores.items()}
+    ks, alphas = (sorted({cell[i] for cell in cells}) for i in (0, 1))
+    return ks, alphas, np.array([[cells[k, alpha] for alpha in alphas] for k in ks])
+
+
+def heat_map(
+    axis,
+    ks: Sequence[float],
+    alphas: Sequence[float],
+    values: np.ndarray,
+    title: str,
+    digits: int = 0,
+    label: str = "",
+    **look,
+) -> None:
+    """Numbers over a grid, k upwards, alpha to the right."""
+    image = axis.imshow(values, aspect="auto", origin="lower", **{"cmap": "cividis", **look})
+    for (i, j), value in np.ndenumerate(values):
+        axis.text(j, i, f"{value:.{digits}f}", ha="center", va="center", color=ink(image, value))
+    axis.set_xticks(range(len(alphas)), [f"{alpha:g}" for alpha in alphas])
+    axis.set_yticks(range(len(ks)), [f"{k:g}" for k in ks])
+    axis.set(xlabel="α", ylabel="k", title=title)
+    axis.figure.colorbar(image, ax=axis, label=label)
+
+
+def ink(image, value: float) -> str:
+    """Black or white, whichever can be read on the color that an image gives a value."""
+    red, green, blue, _ = image.cmap(image.norm(value))
+    return "white" if np.isfinite(value) and 0.299 * red + 0.587 * green + 0.114 * blue < 0.5 else "black"

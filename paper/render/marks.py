@@ -1,0 +1,77 @@
+"""Stars and bold faces of a block: what its tests support, adjusted for all comparisons of their kind in it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from eval.statistics import holm, mcnemar, paired_gain
+from paper.render.values import Block, Value
+
+SURE = 0.05
+Table = dict[str, dict[str, Value]]
+
+
+def mark(table: Table, columns: Sequence[str], vanilla: dict[str, str]) -> None:
+    """vanilla: {"column": name} where it is no row of that name."""
+    columns = [column for column in columns if column != vanilla.get("column")]
+    _stars(table, columns, _vanilla(table, columns, vanilla))
+    _bold(table, columns)
+
+
+def _vanilla(table: Table, columns: Sequence[str], where: dict[str, str]) -> dict[str, Value]:
+    if "column" not in where:
+        return table.get("vanilla", {})
+    asked = [cells[where["column"]] for cells in table.values() if cells[where["column"]].hits]
+    return dict.fromkeys(columns, asked[0]) if asked else {}
+
+
+def _stars(table: Table, columns: Sequence[str], vanilla: dict[str, Value]) -> None:
+    """One run against vanilla. Draws of a control are a band, and have none."""
+    tested, ps = [], []
+    for cells in table.values():
+        for column in columns:
+            value, base = cells[column], vanilla.get(column)
+            if base and base.hits and len(value.hits) == 1 and value.fair and value is not base:
+                gained, lost, p = mcnemar(base.hits[0], value.hits[0])
+                value.gain = tuple(100 * edge for edge in paired_gain(gained, lost, len(base.hits[0])))
+                tested.append(value)
+                ps.append(p)
+    for value, p in zip(tested, holm(ps), strict=True):
+        value.p, value.sure = p, p < SURE
+
+
+def _bold(table: Table, columns: Sequence[str]) -> None:
+    """The best run of a column against every other row of it, and every draw of a control."""
+    tested, ps = [], []
+    for column in columns:
+        rows = [cells[column] for cells in table.values() if cells[column].hits and cells[column].fair]
+        runs = [value for value in rows if len(value.hits) == 1]
+        if runs and len(rows) > 1:
+            best = max(runs, key=lambda value: value.number)
+            others = [value for value in rows if value is not best]
+            tested += [best] * len(others)
+            ps += [max(_p_better(best.hits[0], draw) for draw in value.hits) for value in others]
+    for best, p in zip(tested, holm(ps), strict=True):
+        best.p_best = max(p, best.p_best or 0.0)
+        best.best = best.p_best < SURE
+
+
+def _p_better(best: Sequence[bool], other: Sequence[bool]) -> float:
+    """The test is two-sided: a draw that is the better one must not count as beaten."""
+    return mcnemar(other, best)[2] if sum(best) > sum(other) else 1.0
+
+
+def behind(block: Block) -> list[str]:
+    """A line a row: its gains over vanilla and their adjusted p, and that of a bold face."""
+    lines = []
+    for label, _, values in block.rows:
+        parts = []
+        for column, value in zip(block.columns, values, strict=True):
+            if value.gain is not None:
+                gain, low, high = value.gain
+                parts.append(f"{column} {gain:+.1f} [{low:+.1f}, {high:+.1f}], p {value.p:.2g}")
+            if value.best:
+                parts.append(f"{column} better than every other row, p {value.p_best:.2g}")
+        if parts:
+            lines.append(f"{label}: {'; '.join(parts)}")
+    return lines

@@ -1,0 +1,72 @@
+"""Records -> the pictures of a spec, what stands below each, and what could not be drawn and why."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from austeer.errors import one_line
+from paper.manifest import Manifest
+from paper.render import curves, heat_maps
+from paper.specs import Panel, Spec
+from paper.studies import STUDIES
+
+OF_CELLS = {"lines": curves, "heatmap": heat_maps}
+
+
+@dataclass(frozen=True)
+class Picture:
+    caption: str
+    path: Path | None  # None: it could not be drawn
+    note: str = (
+        ""  # of this picture alone: how it is to be read, and what its record adds; or why it could not be drawn
+    )
+
+
+def draw(spec: Spec, manifest: Manifest, folder: Path) -> list[Picture]:
+    """Every picture that the records allow."""
+    if spec.kind == "study":
+        return [
+            _study(spec, panel, record, folder)
+            for panel in spec.panels
+            if (record := manifest.panel(spec.name, panel.name)) is not None
+        ]
+    if spec.kind in OF_CELLS:
+        path = folder / f"{spec.name}.png"
+        note = OF_CELLS[spec.kind].draw(spec, manifest, path)
+        return [] if note is None else [Picture(f"{spec.label}: {spec.title}", path, note)]
+    return []
+
+
+def _study(spec: Spec, panel: Panel, record: dict, folder: Path) -> Picture:
+    path = folder / f"{spec.name}-{'-'.join(re.findall('[a-z0-9]+', panel.name.lower()))}.png"
+    caption, study = f"{spec.label}: {spec.title} ({panel.name})", STUDIES[panel.study]
+    try:
+        study.draw(record["found"], panel.params, path)
+        note = study.note(record["found"], panel.params) if hasattr(study, "note") else ""
+    except Exception as error:  # one picture that fails must not take the report of days with it
+        return Picture(caption, None, f"measured, but could not be drawn: {one_line(error)}")
+    return Picture(caption, path, note)
+
+
+def undrawn(spec: Spec, manifest: Manifest) -> list[tuple[str, str]]:
+    """(what, why) of all that a picture should show and does not."""
+    if spec.kind == "study":
+        return [
+            (panel.name, manifest.why_missing(spec.name, panel.name, "panel", panel.name))
+            for panel in spec.panels
+            if manifest.panel(spec.name, panel.name) is None
+        ]
+    if spec.kind not in OF_CELLS:
+        return []
+    found = []
+    for entry in spec.entries:
+        place = (entry.block, entry.row, entry.column)
+        of_block = f" ({entry.block})" if len(spec.blocks) > 1 else ""
+        what = f"{spec.rows[entry.row]['label']} / {entry.column}{of_block}"
+        if not manifest.records(spec.name, *place):
+            found.append((what, manifest.why_missing(spec.name, *place)))
+        elif spec.columns[entry.column].get("judge"):
+            found.append((what, heat_maps.NEEDS_A_JUDGE))
+    return found

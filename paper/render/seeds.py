@@ -1,0 +1,53 @@
+"""Columns that are training seeds of one model: they answer the same items, so only seeds say what is by chance.
+
+An average over tasks has the items' error, because each task has its own items. Seeds share theirs, and differ far more
+than items let expect: a gain of one seed is not a gain of the recipe.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from eval.statistics import holm, t_interval
+from paper.render.marks import SURE, Table
+from paper.render.values import Value
+
+GAIN = "gain over vanilla"
+
+
+def over_seeds(table: Table, name: str, parts: Sequence[str]) -> list[str]:
+    """The mean of every row, and its mean paired gain with a t interval; stars by Holm over the rows. -> new columns"""
+    vanilla = _shares([table["vanilla"][part] for part in parts]) if "vanilla" in table else None
+    tested, ps = [], []
+    for row, cells in table.items():
+        values = [cells[part] for part in parts]
+        shares, cells[GAIN] = _shares(values), Value("")
+        if shares is None:
+            whys = [value.why for value in values if value.why]
+            cells[name] = Value(why=f"a part is missing: {whys[0]}" if whys else "a part is missing")
+            continue
+        draws = len(values[0].hits)
+        of = f"mean of {draws} draws a seed" if draws > 1 else ""
+        cells[name] = Value(f"{np.mean(shares):.1f}", of, number=float(np.mean(shares)))
+        if row == "vanilla" or vanilla is None or len(parts) < 2 or not all(value.fair for value in values):
+            continue
+        gains = [after - before for before, after in zip(vanilla, shares, strict=True)]
+        mean, low, high, p = t_interval(gains)
+        by_seed = "by seed " + " ".join(f"{gain:+.1f}" for gain in gains)
+        cells[GAIN] = Value(
+            f"{mean:+.1f}", f"[{low:+.1f}, {high:+.1f}]; {by_seed}", number=mean, gain=(mean, low, high)
+        )
+        tested.append(cells[GAIN])
+        ps.append(p)
+    for value, p in zip(tested, holm(ps), strict=True):
+        value.p, value.sure = p, p < SURE
+    return [name, GAIN]
+
+
+def _shares(values: Sequence[Value]) -> list[float] | None:
+    """In percent, a number a seed; of a control the mean of its draws."""
+    if any(not value.hits for value in values):
+        return None
+    return [float(np.mean([100 * sum(draw) / len(draw) for draw in value.hits])) for value in values]

@@ -1,0 +1,118 @@
+"""Ours: would other pairs of the same kind choose the same AUs? The k best under resampled pairs (bootstrap).
+
+params: ks, draws (resamples), seed.
+
+Every draw takes as many pairs as there are, with replacement: a count for each pair. One pass over the pairs adds each
+pair's momentum to the sums of all draws, times its counts, so memory is that of `draws` ranks whatever the number of
+pairs; then every draw is ranked by the rules of MFU_screening.
+"""
+
+from __future__ import annotations
+
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from austeer.errors import AUSteerError
+from austeer.momentum import MOMENTA
+from austeer.ranks import AURanks
+from austeer.tokens import PROTOCOLS, encode
+from experiments.setting import Setting, load
+from paper.studies import picture
+
+COLORS = {"activation": picture.BLUE, "causal": picture.VERMILLION}
+
+
+def measure(setting: Setting, params: dict, progress: bool) -> dict:
+    momenta = list(MOMENTA) if setting.protocol == "clean" else ["activation"]
+    found: dict = {"task": setting.task_name, "pairs": 0, "sites": {}}
+    for momentum in momenta:
+        scores, n = resampled(setting, momentum, params["draws"], params["seed"], progress)
+        found["pairs"] = n
+        for site, of_draws in scores.items():
+            full, *others = [AURanks(site, score, score).order for score in of_draws]
+            number = len(full)
+            ks = [k for k in params["ks"] if k <= number]
+            kept = {k: [len(set(full[:k].tolist()) & set(order[:k].tolist())) / k for order in others] for k in ks}
+            at = found["sites"].setdefault(site, {"by_chance": [k / number for k in ks], "ks": ks})
+            at[momentum] = {
+                "mean": [float(np.mean(kept[k])) for k in ks],
+                "low": [float(np.percentile(kept[k], 2.5)) for k in ks],
+                "high": [float(np.percentile(kept[k], 97.5)) for k in ks],
+                "ties_at_cut": [AURanks(site, of_draws[0], of_draws[0]).ties(k) for k in ks],
+            }
+    return found
+
+
+def resampled(setting: Setting, momentum: str, draws: int, seed: int, progress: bool) -> tuple[dict[str, Tensor], int]:
+    """By site the scores' magnitudes, (1 + draws, layers, width): of all pairs as they are, then of each draw. And n."""
+    model, tokenizer, task = load(setting)
+    rules, sites = PROTOCOLS[setting.protocol], list(picture.SITES)
+    pairs = task.pairs[: rules.first_pairs]
+    encoded, _ = encode(pairs, tokenizer, rules, rules.cut_at or model.config.max_position_embeddings)
+    counts = _counts(len(pairs), draws, seed)
+    # pairs of equal tokens add nothing, but are drawn like all others: they have the last counts
+    bar = tqdm(encoded, desc=f"{task.name}, {momentum}", unit=" pairs", disable=not progress)
+    sums: dict[tuple[str, str, int], Tensor] = {}
+    for count, pair in zip(counts, bar, strict=False):
+        own = MOMENTA[momentum](model, sites, rules)  # the sums of one pair are its own values
+        own.add([pair])
+        for site, name in product(sites, SUMS[momentum]):
+            for layer, values in enumerate(own.sums[site][name]):
+                values = values.double()
+                total = sums.setdefault((site, name, layer), values.new_zeros(draws + 1, len(values)))
+                total.addr_(count.to(values.device), values)
+    scores = {}
+    for site in sites:
+        both = (torch.stack([s.cpu() for key, s in sums.items() if key[:2] == (site, name)], 1) for name in SUMS[momentum])  # fmt: skip
+        scores[site] = SCORES[momentum](*both, len(pairs)).float()
+        if not torch.isfinite(scores[site]).all():
+            raise AUSteerError(f"momentum is inf or nan in {model.dtype}: load the model in bfloat16 or float32")
+    return scores, len(pairs)
+
+
+def _counts(n: int, draws: int, seed: int) -> Tensor:
+    """How often each pair is in all pairs as they are (once), and in each draw: (n, 1 + draws)."""
+    drawn = torch.randint(n, (draws, n), generator=torch.Generator().manual_seed(seed))
+    return torch.stack([torch.ones(n), *(row.bincount(minlength=n) for row in drawn)], 1).double()
+
+
+def _share(positive: Tensor, negative: Tensor, n: int) -> Tensor:
+    return torch.maximum(positive, negative) / n
+
+
+def _t(total: Tensor, squares: Tensor, n: int) -> Tensor:
+    mean = total / n
+    error = (((squares - n * mean.square()) / (n - 1)).clamp(min=0) / n).sqrt()
+    return torch.where(mean == 0, 0.0, mean / torch.maximum(error, 1e-9 * mean.abs())).abs()
+
+
+SUMS = {"activation": ("positive", "negative"), "causal": ("sum", "sum_squares")}
+SCORES = {"activation": _share, "causal": _t}
+
+
+def draw(found: dict, params: dict, path: Path) -> None:
+    figure, axes = picture.subplots(len(found["sites"]), (12.5, 5.2), sharey=True)
+    for axis, (site, of_site) in zip(axes, found["sites"].items(), strict=True):
+        ks = of_site["ks"]
+        for momentum, color in COLORS.items():
+            if momentum in of_site:
+                of = of_site[momentum]
+                axis.fill_between(ks, of["low"], of["high"], color=color, alpha=0.2, lw=0)
+                axis.plot(ks, of["mean"], "-o", color=color, label=f"{momentum} momentum")
+        axis.plot(ks, of_site["by_chance"], "--", color=picture.GREY, label="by chance")
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(ks, [str(k) for k in ks])
+        axis.minorticks_off()
+        axis.set(xlabel="k", ylim=(0, 1.03), title=f"{found['task']}, {picture.SITES[site]}")
+        axis.grid(alpha=0.25)
+    axes[0].set_ylabel("share of the k best that stays")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    figure.suptitle(
+        f"{params['draws']} resamples of {found['pairs']} pairs: mean, and 95 % of the resamples", fontsize=14
+    )
+    picture.save(figure, path)

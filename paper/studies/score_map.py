@@ -1,0 +1,54 @@
+"""Figure 11: the score of every AU by layer and dimension, at both sites, and where the high ones are.
+
+params: momentum ("activation": the share of pairs, up to 1, as the paper; "causal": |t|), threshold (marked is what
+    scores higher).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from experiments.setting import Setting
+from paper.studies import picture
+from paper.studies.ranked import ranked
+
+SCORE = {"activation": "score: share of pairs", "causal": "score: |t| over pairs"}
+
+
+def measure(setting: Setting, params: dict, progress: bool) -> dict:
+    found = ranked(setting, params["momentum"], list(picture.SITES), progress)
+    scores = {site: ranks.score.abs() for site, ranks in found.items()}
+    return {
+        "task": setting.task_name,
+        "pairs": next(iter(found.values())).header["pairs"],
+        # a line of text a layer: as lists, hundreds of thousands of numbers would have a line each
+        "scores": {
+            site: [" ".join(f"{x:.4g}" for x in row) for row in score.tolist()] for site, score in scores.items()
+        },
+        "marked": {site: (score > params["threshold"]).sum(1).tolist() for site, score in scores.items()},
+    }
+
+
+def draw(found: dict, params: dict, path: Path) -> None:
+    threshold = params["threshold"]
+    figure, axes = picture.subplots(4, (16, 5.2), width_ratios=(4, 1, 4, 1))
+    for (site, rows), axis, beside in zip(found["scores"].items(), axes[::2], axes[1::2], strict=True):
+        scores = np.array([[float(x) for x in row.split()] for row in rows])
+        image = axis.imshow(scores, aspect="auto", cmap="viridis", interpolation="nearest")
+        layer, dim = (scores > threshold).nonzero()
+        size = 22 if scores.shape[1] <= 512 else 5
+        axis.scatter(dim, layer, size, color=picture.VERMILLION, edgecolors="white", linewidths=0.3)
+        axis.set(xlabel="dimension", ylabel="layer")
+        axis.set_title(f"{found['task']}, {picture.SITES[site]}, {params['momentum']} momentum", fontsize=13)
+        figure.colorbar(image, ax=axis, label=SCORE[params["momentum"]], location="bottom", aspect=40)
+        marked = found["marked"][site]
+        beside.barh(range(len(marked)), marked, color=picture.VERMILLION)
+        beside.set(xlabel="AUs of the layer", xlim=(0, max(1, *marked) * 1.05), ylim=(len(marked) - 0.5, -0.5))
+        beside.set_title(f"• > {threshold:g}", color=picture.VERMILLION)
+        beside.xaxis.get_major_locator().set_params(integer=True, nbins=4)
+        for both in (axis, beside):
+            if len(marked) <= 12:
+                both.set_yticks(range(len(marked)))
+    picture.save(figure, path)

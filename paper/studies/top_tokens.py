@@ -1,0 +1,95 @@
+"""Figure 4: the five likeliest tokens behind one prompt, after steering each of three AUs of one block.
+
+params: site, layer, head; dims (three, or None: the best, a neutral and the worst of a sweep on validation, which needs
+    step); alpha; n (items, at most); item (which test item is asked, or None: the first of n that the unsteered model
+    gets wrong and one of the AUs sets right; the first of all if there is none).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from austeer.plan import Plan
+from experiments.setting import Setting, load
+from paper.studies import picture
+from paper.studies.block import Asked, Block, extremes, next_token
+
+TOP = 5
+
+
+def measure(setting: Setting, params: dict, progress: bool) -> dict:
+    model, tokenizer, task = load(setting)
+    block, dims = Block.of(model, params), params["dims"]
+    chosen = extremes(setting, block, params, progress) if dims is None else {f"dim{dim}": dim for dim in dims}
+    plans = {"unsteered": block.plan({}), **{name: block.plan({dim: params["alpha"]}) for name, dim in chosen.items()}}
+    index = params["item"]
+    if index is None:
+        index = _first_set_right(Asked(model, tokenizer, task, task.test[: params["n"]]), list(plans.values()))
+    item = task.test[index]
+    probabilities = next_token(model, tokenizer, item.prompt, list(plans.values())).exp()
+    columns = []
+    for name, row in zip(plans, probabilities, strict=True):
+        best = row.topk(TOP)
+        tokens = tokenizer.convert_ids_to_tokens(best.indices.tolist())
+        top = [[token, round(p, 6)] for token, p in zip(tokens, best.values.tolist(), strict=True)]
+        columns.append({"name": name, "dim": chosen.get(name), "top": top})
+    # an item's right answer goes by the name its task has for it
+    answer = next(getattr(item, name) for name in ("right", "gold", "positive") if hasattr(item, name))
+    return {
+        "task": setting.task_name,
+        "item": index,
+        "where": str(block),
+        "prompt": item.prompt,
+        "answer": answer,
+        "columns": columns,
+    }
+
+
+def _first_set_right(asked: Asked, plans: list[Plan]) -> int:
+    unsteered, *steered = (asked.outcomes(plan) for plan in plans)
+    set_right = (i for i, (before, *after) in enumerate(zip(unsteered, *steered, strict=True)) if any(after) > before)
+    return next(set_right, 0)
+
+
+def draw(found: dict, params: dict, path: Path) -> None:
+    columns = found["columns"]
+    values = np.array([[p for _, p in column["top"]] for column in columns]).T
+    figure, axis = picture.subplots(size=(2.6 * len(columns) + 1.2, 4.6))
+    image = axis.imshow(values, aspect="auto", cmap="cividis", vmin=0, vmax=1)
+    labels = [[f"{_shown(token)}\n{_percent(p)}" for token, p in column["top"]] for column in columns]
+    picture.write_labels(axis, values, image, [list(row) for row in zip(*labels, strict=True)])
+    axis.set_xticks(range(len(columns)), [_heading(column) for column in columns])
+    axis.xaxis.tick_top()
+    axis.set_yticks(range(TOP), [str(rank) for rank in range(1, TOP + 1)])
+    axis.tick_params(length=0)
+    axis.set_ylabel("rank")
+    axis.set_xlabel(
+        f"{found['task']}: {found['where']}, alpha = {params['alpha']:g}; test item {found['item']}, right answer: {found['answer']}"
+    )
+    figure.colorbar(image, ax=axis, label="probability")
+    picture.save(figure, path)
+
+
+def note(found: dict, params: dict) -> str:
+    """The prompt as it was asked; line breaks are shown, and backticks, which would end it, replaced."""
+    prompt = found["prompt"].replace("`", "'").replace("\n", " ⏎ ")
+    return f"The prompt (test item {found['item']}): `{prompt}` The right answer: {found['answer']}."
+
+
+def _heading(column: dict) -> str:
+    if column["dim"] is None:
+        return column["name"]
+    kind = "" if column["name"].startswith("dim") else f"\n({column['name']} of the sweep)"
+    return f"AU {column['dim']}{kind}"
+
+
+def _percent(p: float) -> str:
+    return f"{100 * p:.1f} %" if p >= 0.0005 else "< 0.05 %"
+
+
+def _shown(token: str) -> str:
+    """With the space before a word as the paper prints it, and nothing that a font may lack."""
+    text = token.replace("▁", "_").replace("Ġ", "_")
+    return repr(text) if text.isascii() else ascii(text)
