@@ -7,12 +7,22 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from typing import TypeVar
+
+T = TypeVar("T")
 
 STOPPING = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 class AUSteerError(ValueError):
     """A mistake in the input, not in the program. Command lines print it without a traceback."""
+
+
+def one_of(table: dict[str, T], name: str, what: str) -> T:
+    """Look a name up that a person gave."""
+    if name not in table:
+        raise AUSteerError(f"{what} {name!r} is unknown; use one of {', '.join(table)}")
+    return table[name]
 
 
 def one_line(error: Exception) -> str:

@@ -1,8 +1,10 @@
-"""Run the texts of pairs on a model: what each pair shares once, then the two tails behind it."""
+"""Run the texts of pairs on a model, and read or change activations at the gates while they run."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor
@@ -10,10 +12,72 @@ from transformers import DynamicCache, PreTrainedModel
 
 from austeer.errors import AUSteerError
 from austeer.tokens import EncodedPair
+from rmodels import AUGate, gates
+
+Tap = Callable[[Tensor], Tensor]
+
+
+@contextmanager
+def tapped(model: PreTrainedModel, sites: Sequence[str], make_tap: Callable[[AUGate], Tap | None]) -> Iterator[None]:
+    """Pass the activations at every gate of these sites through `make_tap(gate)` for the length of a `with`."""
+    with ExitStack() as undo:
+        for site in sites:
+            for gate in gates(model, site):
+                gate.tap = make_tap(gate)
+                undo.callback(setattr, gate, "tap", None)
+        yield
+
+
+@contextmanager
+def read_at(
+    model: PreTrainedModel, sites: Sequence[str], read: Callable[[Tensor], Tensor]
+) -> Iterator[dict[tuple[str, int], list[Tensor]]]:
+    """Collect `read(activations)` of every forward inside the `with`, by (site, layer)."""
+    collected: dict[tuple[str, int], list[Tensor]] = defaultdict(list)
+
+    def look(gate: AUGate) -> Tap:
+        def tap(x: Tensor) -> Tensor:
+            collected[gate.site, gate.layer].append(read(x))
+            return x
+
+        return tap
+
+    with tapped(model, sites, look):
+        yield collected
+
+
+@torch.enable_grad()
+def log_odds_and_gradients(
+    model: PreTrainedModel,
+    sites: Sequence[str],
+    batch: Sequence[EncodedPair],
+    change: Callable[[Tensor, Tensor], Tensor],
+) -> tuple[Tensor, dict[tuple[str, int], Tensor]]:
+    """Return every pair's log-odds M, and by (site, layer) dM / dp of every AU, (pairs, width), at p = 0.
+
+    change(x, p) says how p acts on the activations x: x + x * p is a gate, x + p a shift.
+    """
+    probes: dict[tuple[str, int], Tensor] = {}
+
+    def probe(gate: AUGate) -> Tap:
+        def tap(x: Tensor) -> Tensor:
+            place = gate.site, gate.layer
+            if place not in probes:
+                probes[place] = x.new_zeros(len(batch), 1, gate.width, requires_grad=True)
+            rows_per_pair = len(x) // len(batch)  # 1 for the prompts, 2 for right and wrong answers behind them
+            return change(x, probes[place].repeat_interleave(rows_per_pair, 0))
+
+        return tap
+
+    with tapped(model, sites, probe):
+        log_odds = PairTexts(model, batch, logits=True).log_odds()
+    # rows are independent, so one backward pass of the sum gives every pair its own gradient
+    gradients = torch.autograd.grad(log_odds.sum(), list(probes.values()))
+    return log_odds.detach(), {place: gradient[:, 0] for place, gradient in zip(probes, gradients, strict=True)}
 
 
 class PairTexts:
-    """The texts of a batch of pairs: what each pair shares is run once, at once; then the tails on its cache.
+    """Run what each pair of a batch shares once, at once; then the two tails of every pair on that cache.
 
     Rows of tails are right, wrong, right, wrong, ... Pairs that share nothing are run text by text.
     """
@@ -51,12 +115,12 @@ class PairTexts:
         return self._forward(padded, positions, mask, keep)
 
     def log_odds(self) -> Tensor:
-        """log p(right | prompt) - log p(wrong | prompt), (pairs,)."""
+        """Return log p(right | prompt) - log p(wrong | prompt), (pairs,)."""
         log_probability = self.log_probabilities()
         return log_probability[0::2] - log_probability[1::2]
 
     def log_probabilities(self) -> Tensor:
-        """Of the tails behind their prompts: right, wrong, right, wrong, ...
+        """Return those of the tails behind their prompts: right, wrong, right, wrong, ...
 
         The last token of a tail is never run: for one-token answers the prompt is all there is.
         """

@@ -78,6 +78,21 @@ def check_pairs(pairs: Sequence[Pair], where: Sequence[str] | None = None) -> No
             raise AUSteerError(f"{place}: both answers are {pair.positive[:40]!r}; a pair needs two different ones")
 
 
+def as_pairs(rows: Sequence[Sequence[str]], first: int | None = None) -> list[Pair]:
+    """Turn [prompt, right, wrong] rows into pairs. first: take only so many, and empty or equal answers as they come."""
+    try:
+        pairs = [Pair(*row) for row in rows if not isinstance(row, str)]
+    except TypeError:
+        pairs = []
+    if len(pairs) < len(rows):
+        raise AUSteerError("every pair must be [prompt, right answer, wrong answer]")
+    if first is None:
+        check_pairs(pairs)
+    elif not pairs:
+        raise AUSteerError("no pairs given; ranking needs at least one")
+    return pairs[:first]
+
+
 def write_pairs(path: str | Path, pairs: Iterable[Pair]) -> None:
     lines = (json.dumps(dict(zip(FIELDS, pair, strict=True)), ensure_ascii=False) for pair in pairs)
     Path(path).write_text("".join(line + "\n" for line in lines), encoding="utf-8")

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from austeer.errors import AUSteerError
-from austeer.ranks import read_tensors, write_tensors
+from austeer.files import read_tensors, write_tensors
 
 FORMAT = "austeer-plan-1"
 TOKENS = ("all", "prompt", "before-last", "before-last-2", "prompt-end", "generated", "last")

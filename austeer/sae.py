@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -22,11 +22,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from austeer.errors import AUSteerError
-from austeer.forward import PairTexts
-from austeer.methods.base import Evidence
-from austeer.momentum import tapped
-from austeer.ranks import fingerprint, precision, public_name, read_tensors, write_tensors
-from MFU_screening import BATCH_TOKENS, batches
+from austeer.evidence import Evidence
+from austeer.files import read_tensors, write_tensors
+from austeer.forward import PairTexts, tapped
+from austeer.identity import fingerprint, precision, public_name
 from rmodels import site_shape
 
 FORMAT, SITE = "austeer-sae-1", "layer"
@@ -170,19 +169,10 @@ def token_activations(evidence: Evidence, layer: int) -> Iterator[tuple[Tensor, 
     """Of every pair, the layer's output at all tokens, (tokens, width) each: of what the two texts share, then of
     the right answer's and the wrong answer's own. No padding."""
     model = evidence.model
-    seen: list[Tensor] = []
-
-    def keep(gate):
-        def tap(x: Tensor) -> Tensor:
-            seen.append(x)
-            return x
-
-        return tap if gate.layer == layer else None
-
-    for batch in batches(evidence.encoded(), None, BATCH_TOKENS.get(model.device.type, 8192)):
-        seen.clear()
+    for batch in evidence.batches():
+        seen: list[Tensor] = []
         tails = [tail for pair in batch for tail in (pair.positive, pair.negative)]
-        with tapped(model, [SITE], keep):
+        with tapped(model, [SITE], lambda gate, seen=seen: _collect(seen) if gate.layer == layer else None):
             texts = PairTexts(model, batch, logits=False)
             texts.run_tails(tails)
         if not all(torch.isfinite(x).all() for x in seen):
@@ -192,3 +182,11 @@ def token_activations(evidence: Evidence, layer: int) -> Iterator[tuple[Tensor, 
         own = [row[: len(tail)] for row, tail in zip((row for x in seen for row in x), tails, strict=True)]
         for index, pair in enumerate(batch):
             yield shared[index][len(shared[index]) - len(pair.prefix) :], own[2 * index], own[2 * index + 1]
+
+
+def _collect(seen: list[Tensor]) -> Callable[[Tensor], Tensor]:
+    def tap(x: Tensor) -> Tensor:
+        seen.append(x)
+        return x
+
+    return tap

@@ -24,11 +24,11 @@ from figures import keep
 from transformers import LlamaConfig
 
 import rmodels
-from austeer.momentum import MOMENTA
+from austeer.batching import TOKENS_AT_ONCE, pair_batches
 from austeer.plan import Plan
+from austeer.steering import steer
 from austeer.tokens import CLEAN, EncodedPair
-from MFU_screening import BATCH_TOKENS, batches
-from set_MFU import steer
+from MFU_screening import MOMENTA
 
 PAIRS, PROMPT, VOCABULARY = 64, 144, 32000
 
@@ -71,7 +71,7 @@ def screen_plain(model, data) -> None:
 
 def screen_ours(model, data, momentum: str, size: int | None = None) -> None:
     total = MOMENTA[momentum](model, ["ffn"], CLEAN)
-    for batch in batches(data, size, BATCH_TOKENS["cpu"]):
+    for batch in pair_batches(data, size, TOKENS_AT_ONCE["cpu"]):
         total.add(batch)
 
 

@@ -30,8 +30,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticC
 import rmodels
 from austeer.errors import AUSteerError, run_command
 from austeer.export.hot_patch import folded
+from austeer.steering import steer
 from eval.answering.answers import Question, answers
-from set_MFU import steer
 
 SHAPES = {  # as in the models' own config.json
     "tiny": dict(
@@ -137,7 +137,7 @@ class Work:
 def build(shape: str, device: str):
     """Upstream's model with random weights, and the patched one with the same tensors: memory for one."""
     config = AutoConfig.for_model(**SHAPES[shape])
-    kernel = rmodels.DEFAULT_KERNEL.get(config.model_type, "sdpa")
+    kernel = rmodels.family(config.model_type).DEFAULT_KERNEL or "sdpa"
     config._attn_implementation = kernel
     torch.manual_seed(0)
     with torch.device(device):

@@ -26,13 +26,14 @@ from transformers.utils import logging as transformers_logging
 
 import rmodels
 from austeer.errors import AUSteerError, run_command
-from austeer.methods.base import Evidence, Method, sites_of
+from austeer.evidence import Evidence
+from austeer.methods.base import Method, sites_of
 from austeer.methods.registry import METHODS
 from austeer.plan import Plan
+from austeer.steering import apply, clear
 from eval.tasks.embedded import EmbeddedTask
 from experiments.setting import EMBEDDED, Setting
 from MFU_screening import screen
-from set_MFU import apply, clear
 
 TOKENS = 300
 
@@ -49,7 +50,7 @@ def measure(method: Method, task: EmbeddedTask) -> dict:
     Path("/proc/self/clear_refs").write_text("5")  # the peak so far was of loading
     before, start = memory_mb("VmRSS"), time.perf_counter()
     prepared = method.prepare(Evidence(model, tokenizer, task.pairs, site, ranks))
-    plan = method.plan(prepared, method.grid("embedded")[-1])  # timed too: causal-greedy works here
+    plan = method.plan(prepared, method.grid("small")[-1])  # timed too: causal-greedy works here
     seconds, peak = time.perf_counter() - start, memory_mb("VmHWM")
     return {
         "site": site,

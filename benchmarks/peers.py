@@ -29,8 +29,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from austeer.plan import Plan
+from austeer.steering import apply
 from MFU_screening import screen
-from set_MFU import apply
 
 BATCHES, PAIRS = (1, 8, 32), 16
 TURNS = {1: 80, 8: 60, 32: 30}

@@ -35,13 +35,13 @@ from austeer.errors import run_command
 from austeer.methods.austeer import AUSteer
 from austeer.methods.registry import METHODS
 from austeer.ranks import AURanks
+from austeer.steering import steer
 from embedded import acceptance
 from eval.answering.answers import Question, answers
 from eval.statistics import wilson
 from eval.tasks.embedded import EmbeddedTask
 from experiments.engines.grid_batches import FEW, steered_rows
 from experiments.search import SEARCHES, key_of, shuffled
-from set_MFU import steer
 
 TASKS, SITES, NAMES = ("copa", "svamp", "tone"), ("attention", "ffn"), ("causal", "published")
 COMPARED = ("grid", "sample", "racing")
@@ -80,7 +80,7 @@ class Bench:
 def searched(bench: Bench, site: str, name: str) -> dict:
     method: AUSteer = METHODS[name]
     ranks = AURanks.load(RANKS / bench.task.name / method.momentum / f"{site}.safetensors")
-    grid = method.grid("embedded")
+    grid = method.grid("small")
     plans = {key_of(settings): method.plan(ranks, settings) for settings in grid}
     vanilla = bench.outcomes(bench.validation)
     tested = np.array([bench.outcomes(bench.test), *(bench.outcomes(bench.test, plan) for plan in plans.values())])
@@ -209,7 +209,7 @@ def together(model, tokenizer, prompts, question, plans):
 
 def ratios(label: str, model, tokenizer, prompts, new_tokens: int, ranks: AURanks) -> dict[int, float]:
     method = METHODS["causal"]
-    plans = [method.plan(ranks, settings) for settings in method.grid("embedded")]
+    plans = [method.plan(ranks, settings) for settings in method.grid("small")]
     question, found = Question(new_tokens), {}
     for count in SAMPLES:
         seconds = {one_by_one: 0.0, together: 0.0}

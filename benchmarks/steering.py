@@ -36,7 +36,7 @@ from austeer.errors import run_command
 from austeer.export.fold import fold
 from austeer.export.hot_patch import folded
 from austeer.export.lora import save_lora
-from set_MFU import apply
+from austeer.steering import apply
 
 ROOT = Path(__file__).parents[1]
 FOLDED = "folded checkpoint"

@@ -19,9 +19,10 @@ import torch
 from tqdm import tqdm
 
 import rmodels
+from austeer.steering import steer
 from embedded import acceptance, tasks
 from MFU_screening import screen
-from set_MFU import set_MFU, steer
+from set_MFU import set_MFU
 
 BASES, ITEMS, PAIRS = 12, 1000, 500
 COLORS = {"activation": "#0072B2", "causal": "#D55E00"}

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from tqdm import tqdm
 
-from austeer.ranks import model_header
+from austeer.identity import model_header
 from austeer.sae import SAE
 from embedded import acceptance, tasks
 from embedded.train import as_tensors

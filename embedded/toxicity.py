@@ -28,7 +28,7 @@ from scipy.stats import rankdata
 from tqdm import tqdm
 
 from austeer.errors import AUSteerError, run_command
-from austeer.ranks import read_tensors, write_tensors
+from austeer.files import read_tensors, write_tensors
 
 FORMAT = "austeer-toxicity-1"
 WEIGHTS = Path(__file__).with_name("toxicity.safetensors")

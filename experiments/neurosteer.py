@@ -23,11 +23,12 @@ from transformers.utils import logging as transformers_logging
 
 import rmodels
 from austeer.errors import AUSteerError, run_command
-from austeer.methods.base import Evidence
+from austeer.evidence import Evidence
+from austeer.identity import fingerprint, public_name
 from austeer.methods.neurosteer import MODES, PRESETS, NeuroSteer, Preset
 from austeer.pairs import Pair
 from austeer.plan import Plan
-from austeer.ranks import fingerprint, public_name
+from austeer.steering import steer
 from embedded.acceptance import WEIGHTS
 from embedded.tasks import REPLY_WORDS
 from eval.answering.answer_file import AnswerFile
@@ -37,7 +38,6 @@ from eval.scoring.behaviour_measures import JUDGED, Measures, Raters, measure
 from eval.scoring.toxicity import scorer
 from eval.statistics import paired_bootstrap
 from experiments import records
-from set_MFU import steer
 
 EMBEDDED = "embedded"
 # with the answers steered too; chosen with --test_split validation: docs/methods.md has the runs

@@ -27,13 +27,15 @@ from transformers.utils import logging as transformers_logging
 
 import rmodels
 from austeer.errors import AUSteerError, run_command
+from austeer.evidence import Evidence
 from austeer.forward import input_device
-from austeer.methods.base import Evidence, Settings
+from austeer.identity import fingerprint, model_header, public_name
+from austeer.methods.base import Settings
 from austeer.methods.pruning import PRUNINGS, Achieved, parse_sparsity, prune, same_length_batches
 from austeer.methods.restore_lcc import COMPONENTS, MeanLost, Prepared, RandomHeads, RestoreLCC
 from austeer.pairs import pairs_hash
 from austeer.plan import Plan
-from austeer.ranks import fingerprint, model_header, public_name
+from austeer.steering import steer
 from embedded.tasks import TASKS
 from eval.statistics import mcnemar, summary
 from eval.tasks.base import Task
@@ -41,7 +43,6 @@ from eval.tasks.registry import PAPER_TASKS
 from experiments import records
 from experiments.search import full_grid, key_of
 from experiments.setting import EMBEDDED, Setting, load
-from set_MFU import steer
 
 HELD_OUT_TEXTS = 500  # prompts of test items, for perplexity
 TOKENS_AT_ONCE = 1024  # whose logits are in memory together
@@ -122,7 +123,7 @@ def _rows(setting: Setting, pruned: PreTrainedModel, components: str, draws: int
 
     rows = [tested("dense", dense), tested("pruned", pruned)]
     floor = _validated(task, pruned, tokenizer)
-    kind = "embedded" if setting.model == EMBEDDED else "real"
+    kind = "small" if setting.model == EMBEDDED else "full"
 
     def no_ranks(momentum: str):
         raise AssertionError("RestoreLCC looks at no ranks")

@@ -16,12 +16,14 @@ from pathlib import Path
 
 from austeer import processes as shared_work
 from austeer.errors import AUSteerError, one_line
-from austeer.methods.base import BUDGET, Evidence, Method, Settings, sites_of
+from austeer.evidence import Evidence
+from austeer.identity import fingerprint, public_name
+from austeer.methods.base import BUDGET, Method, Settings, sites_of
 from austeer.methods.registry import METHODS, with_options
-from austeer.momentum import MOMENTA
 from austeer.pairs import pairs_hash
 from austeer.plan import Plan
-from austeer.ranks import AURanks, fingerprint, public_name
+from austeer.ranks import AURanks
+from austeer.steering import steer
 from embedded import acceptance
 from eval.answering.answer_file import AnswerFile
 from eval.statistics import mcnemar, summary
@@ -32,9 +34,8 @@ from experiments.engines.grid_batches import FEW, steered_rows
 from experiments.engines.vllm_batches import LIVE, engine_name, served
 from experiments.search import SEARCHES, key_of, shuffled
 from experiments.setting import MADE_OF_MODELS, UNSTEERED, Cell, Setting, asked_once, load
-from MFU_screening import screen
+from MFU_screening import MOMENTA, screen
 from rmodels import gates
-from set_MFU import steer
 
 
 def prepare(setting: Setting, todo: Sequence[Cell]) -> int:
@@ -52,7 +53,7 @@ def prepare(setting: Setting, todo: Sequence[Cell]) -> int:
         )
     made = 0
     for momentum in MOMENTA:
-        ranked = [cell for cell in searched if getattr(METHODS[cell.method], "momentum", None) == momentum]
+        ranked = [cell for cell in searched if momentum in METHODS[cell.method].momenta]
         wanted = {site: None for cell in ranked for site in sites_of(cell.site)}
         missing = [site for site in wanted if stored_ranks(setting, momentum, site) is None]
         if missing:
@@ -72,7 +73,7 @@ def prepare(setting: Setting, todo: Sequence[Cell]) -> int:
 
 def in_protocol(protocol: str, method: Method) -> bool:
     """The paper protocol is the authors' code: it has activation momentum, and nothing else to steer by."""
-    return protocol == "clean" or getattr(method, "momentum", None) == "activation"
+    return protocol == "clean" or method.momenta == ("activation",)
 
 
 def _prepared(setting: Setting, name: str, site: str) -> tuple[object, float | None]:
@@ -339,7 +340,7 @@ def _ranks_here(setting: Setting, momentum: str, site: str) -> AURanks | None:
 
 def grid(cell: Cell) -> list[Settings]:
     """The method's settings, or those of the k and alpha that were given. Its own may be as many as any other's."""
-    kind = "embedded" if cell.setting.embedded else "real"
+    kind = "small" if cell.setting.embedded else "full"
     found = _method(cell.setting, cell.method).grid(kind)
     assert len(found) <= BUDGET[kind], f"{cell.method} tries {len(found)} settings, others {BUDGET[kind]}"
     for key, given in (("k", cell.setting.ks), ("alpha", cell.setting.alphas)):

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from austeer import processes as shared_work
 from austeer.errors import one_line
+from austeer.identity import fingerprint, public_name
 from austeer.pairs import pairs_hash
-from austeer.ranks import fingerprint, public_name
 from experiments import records
 from experiments.setting import load
 from paper.specs import Panel

@@ -3,13 +3,14 @@
     model = rmodels.load("meta-llama/Llama-2-7b-chat-hf")      # upstream's model, plus an AU gate per site
     for gate in rmodels.gates(model, "ffn"): ...
 
-To port a family: one file like `modeling_llama.py`, one line in FAMILIES (docs/porting.md).
+To port a family: one file like modeling_llama.py in this folder, named by its model type (docs/porting.md).
 This package knows no task, no ranks and no metric.
 """
 
 from __future__ import annotations
 
 import importlib
+import pkgutil
 from pathlib import Path
 
 import torch
@@ -24,27 +25,22 @@ __all__ = [
     "FAMILIES", "SITES", "AUGate", "check_gates", "family", "gates", "load", "load_tokenizer", "site_shape", "sites",
 ]  # fmt: skip
 
-FAMILIES = {  # config.model_type -> (module in this package, its ForCausalLM class)
-    "llama": ("modeling_llama", "LlamaForCausalLM"),
-    "gemma2": ("modeling_gemma2", "Gemma2ForCausalLM"),
-    "qwen3": ("modeling_qwen3", "Qwen3ForCausalLM"),
-    "qwen3_moe": ("modeling_qwen3_moe", "Qwen3MoeForCausalLM"),
-    "mistral": ("modeling_mistral", "MistralForCausalLM"),  # the worked example of docs/porting.md
-}
+# every file modeling_<config.model_type>.py of this folder is a family
+FAMILIES = [file.name.removeprefix("modeling_") for file in pkgutil.iter_modules(__path__) if "modeling_" in file.name]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# transformers' sdpa kernel drops the attention soft cap that Gemma-2 was trained with
-DEFAULT_KERNEL = {"gemma2": "eager"}
 
 
 def family(model_type: str) -> type[PreTrainedModel]:
-    """The patched ForCausalLM class for a config's `model_type`."""
+    """Return the patched ForCausalLM class of a config's `model_type`."""
     if model_type not in FAMILIES:
         raise AUSteerError(
             f"no patched family for model type {model_type!r}; there are {', '.join(FAMILIES)}. "
             "docs/porting.md shows how to add one"
         )
-    module, name = FAMILIES[model_type]
-    return getattr(importlib.import_module(f"rmodels.{module}"), name)
+    module = importlib.import_module(f"rmodels.modeling_{model_type}")
+    return next(
+        cls for name, cls in vars(module).items() if name.endswith("ForCausalLM") and cls.__module__ == module.__name__
+    )
 
 
 def load(
@@ -81,7 +77,7 @@ def load(
             dtype=_dtype(dtype),
             device_map=device_map,
             quantization_config=_quantization(quantization),
-            attn_implementation=attn_implementation or DEFAULT_KERNEL.get(config.model_type),
+            attn_implementation=attn_implementation or cls.DEFAULT_KERNEL,
             use_safetensors=True,  # never a pickle
             trust_remote_code=False,
             output_loading_info=True,
@@ -110,13 +106,15 @@ def load_tokenizer(name_or_path: str | Path, *, revision: str | None = None) -> 
 
 
 def check_device(device: str | torch.device | None) -> str:
-    """The device to use: the one asked for, if it is there; by default the first GPU, else the CPU."""
+    """Return the device to use: the one asked for, if it is there; by default the first GPU, else the CPU."""
     if device is None:
         return "cuda:0" if torch.cuda.is_available() else "cpu"
     try:
         kind = torch.device(device).type
     except RuntimeError:
-        raise AUSteerError(f"device {device!r} is unknown; use cpu, cuda, cuda:1, ...") from None
+        raise AUSteerError(f"device {device!r} is unknown; use cpu, cuda, cuda:1, mps, ...") from None
+    if kind == "mps" and not torch.backends.mps.is_available():
+        raise AUSteerError("no Apple GPU here; use --device cpu")
     if kind == "cuda" and not torch.cuda.is_available():
         raise AUSteerError("no CUDA device here; use --device cpu, or install a CUDA build of torch")
     if kind == "cuda" and (torch.device(device).index or 0) >= torch.cuda.device_count():

@@ -85,6 +85,7 @@ class GatedCausalLM:
 
     GATED: dict[type, type]
     SITES: tuple[str, ...] = SITES
+    DEFAULT_KERNEL: str | None = None  # None: upstream's choice
 
     def __init__(self, config):
         super().__init__(config)

@@ -25,6 +25,7 @@ class Gemma2DecoderLayer(upstream.Gemma2DecoderLayer):  # upstream's name: _no_s
 
 
 class Gemma2ForCausalLM(GatedCausalLM, upstream.Gemma2ForCausalLM):
+    DEFAULT_KERNEL = "eager"  # transformers' sdpa kernel drops the attention soft cap that Gemma-2 was trained with
     GATED = {
         upstream.Gemma2Attention: Gemma2Attention,
         upstream.Gemma2MLP: Gemma2MLP,

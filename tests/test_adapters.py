@@ -19,9 +19,9 @@ from austeer.export.ia3 import save_ia3
 from austeer.export.lora import lora_factors, max_lora_rank, save_lora
 from austeer.export.serve import main as serve
 from austeer.export.serve import server_command
+from austeer.identity import model_header
 from austeer.plan import Plan
-from austeer.ranks import model_header
-from set_MFU import steer
+from austeer.steering import steer
 
 IDS = torch.tensor([[1, 40, 77, 130, 9, 200, 31, 55, 12, 300, 7, 90, 41, 66, 3, 250]])
 

@@ -14,10 +14,10 @@ from conftest import FAMILIES
 import rmodels
 from austeer.errors import AUSteerError
 from austeer.plan import Plan
+from austeer.steering import steer
 from eval.answering import answers as answering
 from eval.answering.answer_file import Answer, AnswerFile
 from eval.answering.answers import Question, answers, chat_prompts, option_tokens
-from set_MFU import steer
 
 WORDS = [
     "the",

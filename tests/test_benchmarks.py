@@ -180,7 +180,7 @@ def test_few_items_are_asked_in_one_batch_as_one_by_one(search, items):
     bench = search.Bench("tone")
     ranks = search.AURanks.load(search.RANKS / "tone" / "causal" / "ffn.safetensors")
     method = search.METHODS["causal"]
-    plans = [method.plan(ranks, settings) for settings in method.grid("embedded")[::7]]
+    plans = [method.plan(ranks, settings) for settings in method.grid("small")[::7]]
     asked = bench.validation[:items]
     found = bench.under(plans, asked)
     assert found == [bench.outcomes(asked, plan) for plan in plans] and len(set(map(tuple, found))) > 1

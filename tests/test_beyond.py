@@ -11,8 +11,9 @@ from transformers import AutoModelForCausalLM
 
 import austeer.methods.greedy
 from austeer.errors import AUSteerError
+from austeer.evidence import Evidence
 from austeer.methods.austeer import Causal, CausalLocation, CausalSign, FixedStrength, Suppress
-from austeer.methods.base import BUDGET, Evidence
+from austeer.methods.base import BUDGET
 from austeer.methods.both_sites import CausalBoth
 from austeer.methods.counted import CausalCounted
 from austeer.methods.greedy import CausalGreedy
@@ -23,11 +24,11 @@ from austeer.methods.significance import CausalFDR, PublishedFDR, adjusted, sign
 from austeer.pairs import Pair
 from austeer.plan import Plan
 from austeer.ranks import AURanks
+from austeer.steering import steer
 from experiments import report
 from experiments import run_cell as cells
 from experiments.setting import Cell, Setting
 from MFU_screening import screen
-from set_MFU import steer
 
 SEARCHED = [
     CausalBoth(), PublishedFDR(), CausalFDR(), CausalGreedy(), FixedStrength(), FixedVector(), Suppress(),
@@ -75,7 +76,7 @@ def scales_of(plan, site="attention"):
 
 
 def strongest(method):
-    settings = method.grid("embedded")[-1]
+    settings = method.grid("small")[-1]
     return settings | {"q": 0.9} if "q" in settings else settings
 
 
@@ -124,7 +125,7 @@ def test_one_pair_and_equal_answers(method, llama, tokenizer):
         with pytest.raises(AUSteerError, match="at least two pairs"):
             method.prepare(one)
     else:
-        plan = method.plan(method.prepare(one), method.grid("embedded")[-1])
+        plan = method.plan(method.prepare(one), method.grid("small")[-1])
         assert (len(plan) == 0) == (method.name == "published-fdr")
         assert all(math.isfinite(value) for unit in plan.units() for value in unit[3:])
     with pytest.raises(AUSteerError, match=r"the same tokens|two different ones"):
@@ -339,7 +340,7 @@ def test_prediction_worked_by_hand():
 
 def test_what_was_predicted_and_what_came(mixed, upstream, tokenizer):
     method = CausalPredicted(q=0.9)
-    assert method.grid("real") == [{"q": 0.9}] == method.grid("embedded")
+    assert method.grid("full") == [{"q": 0.9}] == method.grid("small")
     plan = method.prepare(mixed)
     assert method.plan(plan, {"q": 0.9}) is plan
     before = sum(log_sigmoid(log_odds(upstream, tokenizer, *pair)) for pair in MIXED) / len(MIXED)

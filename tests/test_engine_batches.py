@@ -15,6 +15,7 @@ import rmodels
 from austeer.errors import AUSteerError
 from austeer.methods import austeer
 from austeer.plan import Plan
+from austeer.steering import steer
 from eval.answering.answers import Question, answers
 from eval.tasks.open_text import BPO
 from experiments import plots as figures
@@ -22,7 +23,6 @@ from experiments import run_cell as cells
 from experiments.engines import vllm_batches as engine_batches
 from experiments.engines import vllm_engine as engine_vllm
 from experiments.setting import forget
-from set_MFU import steer
 
 
 class StandIn:

@@ -28,9 +28,10 @@ from austeer.export.hot_patch import folded
 from austeer.export.ia3 import save_ia3
 from austeer.export.lora import save_lora
 from austeer.export.weights import Edit, find_edits
+from austeer.identity import model_header
 from austeer.plan import Plan
-from austeer.ranks import AURanks, model_header
-from set_MFU import steer
+from austeer.ranks import AURanks
+from austeer.steering import steer
 
 ROOT = Path(__file__).parents[1]
 IDS = torch.tensor([[1, 40, 77, 130, 9, 200, 31, 55, 88, 12, 254, 17, 99, 43, 66, 71, 20], list(range(30, 47))])

@@ -11,7 +11,7 @@ from austeer.errors import AUSteerError
 from austeer.export.gguf_lora import save_gguf_lora
 from austeer.export.lora import lora_factors
 from austeer.plan import Plan
-from set_MFU import steer
+from austeer.steering import steer
 
 gguf = pytest.importorskip("gguf", reason="gguf is in requirements2.txt")
 IDS = [1, 40, 77, 130, 9, 200, 31, 55, 12, 300, 7, 90]

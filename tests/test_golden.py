@@ -10,8 +10,9 @@ from transformers import AutoTokenizer
 
 import rmodels
 from austeer.plan import Plan
+from austeer.steering import clear, steer
 from MFU_screening import MFU_screening
-from set_MFU import clear, set_MFU, steer
+from set_MFU import set_MFU
 
 GOLDEN = Path(__file__).parent / "golden"
 FAMILIES = ("llama", "gemma2")

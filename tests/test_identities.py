@@ -8,8 +8,9 @@ from conftest import FAMILIES, PAIRS
 from transformers import AutoModelForCausalLM
 
 import rmodels
+from austeer.steering import steer
 from MFU_screening import screen
-from set_MFU import set_MFU, steer
+from set_MFU import set_MFU
 
 IDS = torch.tensor([[1, 40, 77, 130, 9, 200, 31, 55, 99, 240, 8, 61, 70, 33]])
 

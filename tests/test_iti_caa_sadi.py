@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM
 
 import rmodels
 from austeer.errors import AUSteerError
+from austeer.evidence import Evidence
 from austeer.methods.austeer import AUSteer
-from austeer.methods.base import BUDGET, Evidence
+from austeer.methods.base import BUDGET
 from austeer.methods.caa import CAA, Vectors, match_norms, mean_difference
 from austeer.methods.iti import ITI, Heads, logistic, split, spread, unit
 from austeer.methods.registry import METHODS
@@ -23,11 +24,11 @@ from austeer.methods.sadi import SADIHead, SADIHidden, SADINeuron, Scores, clamp
 from austeer.methods.units import by_head, highest
 from austeer.pairs import Pair
 from austeer.plan import Plan
+from austeer.steering import apply, clear, steer
 from eval.tasks import embedded
 from experiments import run_cell as cells
 from experiments.setting import Cell, Setting
 from MFU_screening import screen
-from set_MFU import apply, clear, steer
 
 ALL = [ITI(), ITI("probe"), CAA(), SADIHead(), SADINeuron(), SADIHidden()]
 IDS = torch.tensor([[1, 40, 77, 130, 9, 200, 31, 55, 88]])
@@ -352,7 +353,7 @@ def test_one_pair_and_equal_pairs(llama, tokenizer):
         ITI().prepare(evidence(llama, tokenizer, "attention", one))
     for method in ALL[2:]:
         made = method.prepare(evidence(llama, tokenizer, method.sites[0], one))
-        assert method.plan(made, method.grid("embedded")[0]).units()
+        assert method.plan(made, method.grid("small")[0]).units()
     ITI().prepare(evidence(llama, tokenizer, "attention", PAIRS[:2]))
     equal = [Pair("a", "b", "b")] * 3
     for method in ALL:
@@ -387,9 +388,9 @@ def test_grids_keep_to_the_budget(kind):
         grid = method.grid(kind)
         assert len({tuple(settings.items()) for settings in grid}) == len(grid) <= BUDGET[kind]
         assert grid[0]["alpha"] == min(settings["alpha"] for settings in grid)
-    depths = {round(settings["depth"] * 32) for settings in CAA().grid("real")}
+    depths = {round(settings["depth"] * 32) for settings in CAA().grid("full")}
     assert 13 in depths and min(depths) == 8 and max(depths) == 24  # the authors' layer of Llama-2-7B, L/4 to 3L/4
-    assert {"heads": 48, "alpha": 15.0} in ITI().grid("real")
+    assert {"heads": 48, "alpha": 15.0} in ITI().grid("full")
 
 
 @pytest.mark.parametrize("method", ALL, ids=lambda method: method.name)
@@ -397,7 +398,7 @@ def test_from_pairs_to_a_steered_model(both, tokenizer, method, tmp_path):
     model, _ = both
     for site in set(method.sites) & set(rmodels.sites(model)):
         made = method.prepare(evidence(model, tokenizer, site))
-        plan = method.plan(made, method.grid("embedded")[-1])
+        plan = method.plan(made, method.grid("small")[-1])
         assert plan.sites == [site] and plan.shape(site) == rmodels.site_shape(model, site)
         plan.save(tmp_path / "plan.safetensors")
         with torch.no_grad():
@@ -435,7 +436,7 @@ def test_a_cell_of_each(method, tmp_path, monkeypatch):
     monkeypatch.setattr(embedded, "PAIRS", 60)
     setting = Setting("embedded", "svamp", device="cpu", ranks=str(tmp_path), records=str(tmp_path), limit=8)
     record = cells.compute(Cell(setting, method.name, method.sites[-1]))
-    assert record["n"] == 8 and len(record["grid_scores"]) == BUDGET["embedded"]
+    assert record["n"] == 8 and len(record["grid_scores"]) == BUDGET["small"]
     if record["settings"]:
         assert record["touched"] > 0
 

@@ -76,8 +76,8 @@ def test_the_comparison_and_its_resumption(tmp_path, capsys, monkeypatch):
 
 
 def test_the_search_is_on_validation_and_recorded(tmp_path, monkeypatch):
-    monkeypatch.setitem(austeer.KS, "embedded", (4, 16))
-    monkeypatch.setitem(austeer.ALPHAS, "embedded", (0.5, 4.0))
+    monkeypatch.setitem(austeer.KS, "small", (4, 16))
+    monkeypatch.setitem(austeer.ALPHAS, "small", (0.5, 4.0))
     setting = Setting("embedded", "svamp", ranks=str(tmp_path / "r"), records=str(tmp_path / "x"), limit=50)
     cells.prepare(setting, [Cell(setting, "causal", "attention")])
     record = cells.compute(Cell(setting, "causal", "attention"))
@@ -88,8 +88,8 @@ def test_the_search_is_on_validation_and_recorded(tmp_path, monkeypatch):
 
 
 def test_nothing_is_done_where_nothing_beats_vanilla_on_validation(tmp_path, monkeypatch):
-    monkeypatch.setitem(austeer.KS, "embedded", (1,))
-    monkeypatch.setitem(austeer.ALPHAS, "embedded", (0.0, 0.0001))
+    monkeypatch.setitem(austeer.KS, "small", (1,))
+    monkeypatch.setitem(austeer.ALPHAS, "small", (0.0, 0.0001))
     setting = Setting("embedded", "copa", ranks=str(tmp_path / "r"), records=str(tmp_path / "x"), limit=40)
     cells.prepare(setting, [Cell(setting, "causal", "ffn")])
     record = cells.compute(Cell(setting, "causal", "ffn"))

@@ -10,6 +10,7 @@ from fake_server import FakeServer
 
 from austeer.errors import AUSteerError
 from austeer.plan import Plan
+from austeer.steering import steer
 from eval.answering import sampling
 from eval.answering.answer_file import AnswerFile
 from eval.answering.sampling import FrequencyPenalty, Sampling, sampled
@@ -19,7 +20,6 @@ from eval.scoring.behaviour_measures import Raters, measure, verdict
 from eval.scoring.paid_calls import Limits
 from eval.tasks.open_text import perplexity
 from experiments import neurosteer as neurosteer_tasks
-from set_MFU import steer
 
 PROMPTS = ["he gave", "a much longer prompt than that one", "so", "the last one of the four"]
 SHORT = Sampling(new_tokens=6, samples=2)

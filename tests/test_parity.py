@@ -21,7 +21,7 @@ from austeer.export.hot_patch import folded
 from austeer.export.ia3 import save_ia3
 from austeer.export.lora import save_lora
 from austeer.plan import Plan
-from set_MFU import steer
+from austeer.steering import steer
 
 # How far the logits of a way may be from the reference's.
 # float32: sums in another order, and one rounding where hooks have two. Logits here are up to 20.
@@ -54,7 +54,9 @@ class Case:
         return rmodels.load(self.source, dtype=self.dtype, device="cpu", quantization=self.quantization)
 
     def upstream(self, dtype=None):
-        kernel = rmodels.DEFAULT_KERNEL.get(AutoConfig.from_pretrained(self.source, trust_remote_code=False).model_type)
+        kernel = rmodels.family(
+            AutoConfig.from_pretrained(self.source, trust_remote_code=False).model_type
+        ).DEFAULT_KERNEL
         bits = {"4bit": dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16),
                 "8bit": dict(load_in_8bit=True)}.get(self.quantization)  # fmt: skip
         model = AutoModelForCausalLM.from_pretrained(

@@ -6,8 +6,9 @@ from conftest import COMMON, PAIRS, SPECIAL, byte_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import rmodels
+from austeer.steering import steer
 from MFU_screening import screen
-from set_MFU import set_MFU, steer
+from set_MFU import set_MFU
 
 pytest.importorskip("bitsandbytes", reason="bitsandbytes is in requirements2.txt")
 IDS = torch.tensor([[1, 40, 77, 130, 9, 200, 31, 55]])

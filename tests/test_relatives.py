@@ -14,19 +14,20 @@ from transformers import AutoModelForCausalLM
 
 import rmodels
 from austeer.errors import AUSteerError
+from austeer.evidence import Evidence
 from austeer.methods.all_aus import AllAUs
 from austeer.methods.attribution import AttributionAUs, AttributionHeads, best, gradients
-from austeer.methods.base import BUDGET, Evidence
+from austeer.methods.base import BUDGET
 from austeer.methods.learned_scaling import LearnedScaling, loss
 from austeer.methods.linear_act import ALL, LOWER, UPPER, LinearAcT, Transport, fit
 from austeer.methods.mean_difference import MeanDifference
 from austeer.methods.mediation import Mediation, effects
 from austeer.methods.registry import METHODS
 from austeer.pairs import Pair
+from austeer.steering import steer
 from experiments import run_cell as cells
 from experiments.setting import Cell, Setting, forget
 from MFU_screening import screen
-from set_MFU import steer
 
 ROOT = Path(__file__).parents[1]
 OURS = [AllAUs(), MeanDifference(), LinearAcT(), AttributionAUs(), AttributionHeads(), Mediation(), LearnedScaling()]
@@ -66,7 +67,7 @@ def shift_one(layer, dims, by):
 
 
 def settings_of(method):
-    return method.grid("embedded")[-1]
+    return method.grid("small")[-1]
 
 
 # what every method must do
@@ -392,7 +393,7 @@ def registered(monkeypatch):
 def test_on_an_embedded_task(tmp_path, registered, monkeypatch):
     monkeypatch.setattr("eval.tasks.embedded.PAIRS", 200)
     setting = Setting("embedded", "svamp", device="cpu", records=str(tmp_path), limit=60)
-    gains, grids = {}, {method.name: method.grid("embedded") for method in OURS}
+    gains, grids = {}, {method.name: method.grid("small") for method in OURS}
     for method in OURS:
         few = [grids[method.name][0], grids[method.name][7]]
         monkeypatch.setattr(type(method), "grid", lambda self, kind, few=few: few)
@@ -417,7 +418,7 @@ def test_the_example_of_the_guide_is_a_method(tmp_path, monkeypatch, evidence, l
     from shift_one_layer import ShiftOneLayer
 
     method = ShiftOneLayer()
-    assert code.count("\n") <= 40 and 0 < len(method.grid("embedded")) <= BUDGET["embedded"]
+    assert code.count("\n") <= 40 and 0 < len(method.grid("small")) <= BUDGET["small"]
     prepared, settings = method.prepare(evidence), {"depth": 0.5, "alpha": 2.0}
     plan = method.plan(prepared, settings)
     difference = torch.sub(*evidence.activations()).mean(0)

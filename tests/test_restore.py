@@ -14,8 +14,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import rmodels
 from austeer.errors import AUSteerError
+from austeer.evidence import Evidence
+from austeer.identity import fingerprint
 from austeer.methods import restore_lcc
-from austeer.methods.base import BUDGET, Evidence
+from austeer.methods.base import BUDGET
 from austeer.methods.pruning import parse_sparsity, prune, same_length_batches
 from austeer.methods.restore_lcc import (
     MeanLost,
@@ -34,12 +36,11 @@ from austeer.methods.restore_lcc import (
 )
 from austeer.pairs import Pair
 from austeer.plan import Plan
-from austeer.ranks import fingerprint
+from austeer.steering import steer
 from experiments import records, restore
 from experiments import run_cell as cells
 from experiments.search import Found
 from experiments.setting import Cell, Setting, forget
-from set_MFU import steer
 
 DENSE_FAMILIES = [name for name in FAMILIES if name != "qwen3_moe"]
 TEXTS = [[1, *(7 * i % 300 + 3 for i in range(start, start + length))] for start, length in ((0, 20), (5, 20), (9, 31))]
@@ -517,8 +518,8 @@ def small_grid(monkeypatch):
     forget()
     monkeypatch.setattr("eval.tasks.embedded.PAIRS", 100)
     monkeypatch.setattr(restore_lcc, "SHARES", (0.25,))
-    monkeypatch.setattr(restore_lcc, "RATES", {"embedded": (1e-2, 3e-2), "real": (1e-2,)})
-    monkeypatch.setattr(restore_lcc, "ALPHAS", {"embedded": (1.0, 2.0), "real": (1.0,)})
+    monkeypatch.setattr(restore_lcc, "RATES", {"small": (1e-2, 3e-2), "full": (1e-2,)})
+    monkeypatch.setattr(restore_lcc, "ALPHAS", {"small": (1.0, 2.0), "full": (1.0,)})
     yield
     forget()
 

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 import rmodels
 from austeer.errors import AUSteerError
 from austeer.plan import Plan
-from set_MFU import steer
+from austeer.steering import steer
 
 IDS = torch.tensor([[1, 40, 77, 130, 9, 200, 31, 55, 88, 12, 254, 17, 99, 43, 66, 71, 20], list(range(30, 47))])
 

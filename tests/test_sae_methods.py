@@ -15,13 +15,15 @@ from transformers import AutoModelForCausalLM
 import rmodels
 from austeer import sae as sae_file
 from austeer.errors import AUSteerError
-from austeer.methods.base import BUDGET, Evidence
+from austeer.evidence import Evidence
+from austeer.identity import fingerprint
+from austeer.methods.base import BUDGET
 from austeer.methods.neurosteer import PRESETS, Firing, Neurons, NeuroSteer, feature_residual, most_often
 from austeer.methods.sta import STA, Atoms, contrast, keep_atoms, scores, target_vector
 from austeer.pairs import Pair
 from austeer.plan import Plan
-from austeer.ranks import fingerprint
 from austeer.sae import SAE, find_sae, token_activations
+from austeer.steering import steer
 from austeer.tokens import CLEAN, encode
 from embedded import acceptance, tasks
 from embedded import sae as recipe
@@ -29,7 +31,6 @@ from eval.answering.samples import worst_of_samples
 from experiments import run_cell as cells
 from experiments.records import unpack
 from experiments.setting import Cell, Setting
-from set_MFU import steer
 
 LAYER = 1
 METHODS = (STA, NeuroSteer)
@@ -389,7 +390,7 @@ def test_modes_presets_and_the_cache_trap():
         "politeness": (10, 150, "prompt"),
         "stance": (15, 150, "prompt"),
     }
-    assert NeuroSteer(preset="stance").grid("real") == [{"neurons": 150, "alpha": 15}]
+    assert NeuroSteer(preset="stance").grid("full") == [{"neurons": 150, "alpha": 15}]
     for options, message in (
         ({"mode": "gaussian"}, "mode 'gaussian' has no token scope here; use one of all, last, last2"),
         ({"mode": "last2", "cache_trap": False}, "all but the last two positions of a pass: only prompts have such"),
@@ -463,7 +464,7 @@ def test_degenerate_evidence(llama, tokenizer, tmp_path, stored, method):
     with pytest.raises(AUSteerError, match="both answers of every pair are the same tokens"):
         known.prepare(evidence(llama, tokenizer, [("a", "b", "b")]))
     one = known.prepare(evidence(llama, tokenizer, PAIRS[:1]))
-    for settings in known.grid("embedded"):
+    for settings in known.grid("small"):
         settings = {**settings, **({"neurons": 5} if "neurons" in settings else {})}
         assert known.plan(one, settings).sites == ["layer"]  # finite, which a plan checks
     constant = random_sae(W_enc=torch.zeros(48, 60), b_enc=torch.ones(60))  # always on, always the same
@@ -544,7 +545,7 @@ def test_the_recipe_is_deterministic_and_sees_the_training_split_only(monkeypatc
 @pytest.mark.parametrize("method", METHODS)
 def test_a_cell_of_an_embedded_task(tmp_path, monkeypatch, method):
     monkeypatch.setitem(cells.METHODS, method.name, method())
-    grid = method().grid("embedded")
+    grid = method().grid("small")
     monkeypatch.setattr(method, "grid", lambda self, kind: grid[-3:])
     setting = Setting("embedded", "tone", device="cpu", ranks=str(tmp_path / "ranks"), records=str(tmp_path), limit=40)
     record = cells.compute(Cell(setting, method.name, "layer"))

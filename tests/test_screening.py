@@ -12,13 +12,14 @@ from reference import activation_scores, hooked, log_odds
 from transformers import AutoModelForCausalLM
 
 import rmodels
+from austeer.batching import pair_batches
 from austeer.errors import AUSteerError
-from austeer.momentum import ActivationMomentum, CausalMomentum
 from austeer.pairs import Pair, write_pairs
 from austeer.ranks import AURanks
+from austeer.steering import steer
 from austeer.tokens import CLEAN, PAPER, EncodedPair, encode
-from MFU_screening import MFU_screening, batches, screen
-from set_MFU import set_MFU, steer
+from MFU_screening import ActivationMomentum, CausalMomentum, MFU_screening, screen
+from set_MFU import set_MFU
 
 ROOT = Path(__file__).parents[1]
 STEP = 1e-2  # upstream's norms compute in float32 also in a double model: a smaller step drowns in rounding
@@ -244,7 +245,7 @@ def test_batches_hold_the_token_budget_tails_included():
         for p, a, b in [(20, 1, 1)] * 400 + [(18, 1000, 3), (30, 2, 900), (5, 1, 1)]
     ]
     pairs += [EncodedPair((), (1,) * 40, (2,) * 9)]
-    made = batches(pairs, None, 8192)
+    made = pair_batches(pairs, torch.device("cuda"))
     assert sorted(map(id, (pair for batch in made for pair in batch))) == sorted(map(id, pairs))
     for batch in made:
         padded = max(len(p.prefix) for p in batch) + 2 * max(p.tail for p in batch)

@@ -5,12 +5,12 @@ import pytest
 import torch
 
 from austeer.plan import TOKENS, Plan
+from austeer.steering import steer
 from eval.answering.answers import Question, answers
 from eval.statistics import wilson
 from experiments.engines.grid_batches import steered_rows
 from experiments.search import SEARCHES, full_grid, key_of, racing, sample, shuffled, worse
 from rmodels import gates
-from set_MFU import steer
 
 GRID = [{"k": k, "alpha": alpha} for k in (4, 16, 32) for alpha in (0.5, 1.0, 2.0, 4.0, 8.0)]
 CASES = {  # of doing nothing and of every setting, the chance to be right; the grid of a real method has such regions

@@ -16,8 +16,9 @@ import rmodels
 from austeer.errors import AUSteerError
 from austeer.plan import Plan
 from austeer.ranks import AURanks
+from austeer.steering import apply, clear, steer
 from MFU_screening import screen
-from set_MFU import LOCATIONS, STRENGTHS, apply, clear, set_MFU, steer
+from set_MFU import LOCATIONS, STRENGTHS, set_MFU
 
 IDS = torch.tensor([[1, 40, 77, 130, 9, 200, 31, 55], [1, 12, 99, 240, 8, 61, 70, 33]])
 

@@ -7,9 +7,10 @@ import torch
 from conftest import PAIRS
 
 from austeer.errors import AUSteerError
+from austeer.identity import fingerprint
 from austeer.pairs import Pair, pairs_hash, read_pairs, write_pairs
 from austeer.plan import Plan
-from austeer.ranks import AURanks, fingerprint
+from austeer.ranks import AURanks
 from MFU_screening import screen
 from set_MFU import set_MFU
 
@@ -156,7 +157,7 @@ def test_damaged_and_foreign_files(ranks, tmp_path):
         with pytest.raises(AUSteerError, match="damaged"):
             AURanks.load(file)
     set_MFU(ranks, 3, 1.0).save(file)
-    with pytest.raises(AUSteerError, match="holds no ranks"):
+    with pytest.raises(AUSteerError, match="is not a ranks file"):
         AURanks.load(file)
 
 
@@ -176,7 +177,6 @@ def test_unwritable_places_are_one_clear_line(ranks, tmp_path):
 
 
 def test_a_failed_write_leaves_the_old_file_whole(ranks, tmp_path, monkeypatch):
-    from austeer import ranks as module
 
     ranks.save(tmp_path / "ffn.safetensors")
     before = (tmp_path / "ffn.safetensors").read_bytes()
@@ -185,7 +185,7 @@ def test_a_failed_write_leaves_the_old_file_whole(ranks, tmp_path, monkeypatch):
         path.write_bytes(b"half")
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(module, "save_file", full_disk)
+    monkeypatch.setattr("austeer.files.save_file", full_disk)
     with pytest.raises(AUSteerError, match="No space left"):
         ranks.save(tmp_path / "ffn.safetensors")
     assert [file.name for file in tmp_path.iterdir()] == ["ffn.safetensors"]

@@ -26,13 +26,13 @@ import rmodels
 from austeer.errors import AUSteerError
 from austeer.export.fold import fold
 from austeer.export.lora import save_lora
+from austeer.identity import model_header
 from austeer.methods import austeer
 from austeer.plan import Plan
-from austeer.ranks import model_header
+from austeer.steering import steer
 from eval.answering.answers import Question, answers, option_tokens
 from experiments.engines.vllm_engine import VLLMEngine
 from experiments.setting import forget
-from set_MFU import steer
 
 pytestmark = pytest.mark.vllm
 PROMPTS = [

@@ -21,8 +21,9 @@ from transformers import PreTrainedModel
 
 from austeer.errors import AUSteerError
 from austeer.export.checkpoint import Checkpoint, local_folder, new_folder, without_weights
+from austeer.files import save_readable
+from austeer.identity import check_made_for
 from austeer.plan import Plan
-from austeer.ranks import check_made_for, save_readable
 from rmodels import AUGate
 
 

@@ -25,7 +25,7 @@ from austeer.export.checkpoint import Checkpoint
 from austeer.export.hot_patch import folded
 from austeer.export.weights import Edit, find_edits
 from austeer.plan import Plan
-from set_MFU import steer
+from austeer.steering import steer
 
 PROMPTS = (
     "The capital of France is",

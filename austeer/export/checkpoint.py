@@ -30,8 +30,8 @@ from transformers import AutoConfig, PreTrainedModel
 
 import rmodels
 from austeer.errors import AUSteerError
+from austeer.identity import check_made_for, hash_weights
 from austeer.plan import Plan
-from austeer.ranks import check_made_for, hash_weights
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"  # in transformers' order of preference
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}

@@ -18,8 +18,8 @@ from transformers import PreTrainedModel
 
 from austeer.errors import AUSteerError
 from austeer.export.weights import DIMENSIONS, Change, Edit, Tally, check_foldable, find_edits
+from austeer.identity import check_made_for
 from austeer.plan import Plan
-from austeer.ranks import check_made_for
 
 SCALES = ".scales"
 

@@ -27,3 +27,6 @@ class AllAUs(AUSteer):
 
     def plan(self, prepared: AURanks, settings: Settings, draw: int = 0) -> Plan:
         return set_MFU(prepared, prepared.score.numel(), settings["alpha"])
+
+
+METHODS = (AllAUs(),)

@@ -23,18 +23,17 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from austeer.errors import AUSteerError
-from austeer.forward import PairTexts
-from austeer.methods.base import Evidence, Method, Settings
-from austeer.momentum import tapped
+from austeer.evidence import Evidence
+from austeer.forward import log_odds_and_gradients
+from austeer.identity import model_header
+from austeer.methods.base import Method, Settings
 from austeer.pairs import pairs_hash
 from austeer.plan import Plan
-from austeer.ranks import model_header
 from austeer.tokens import EncodedPair
-from MFU_screening import BATCH_TOKENS, batches
 
-KS = {"embedded": (4, 16, 32), "real": (8, 32, 100)}
-HEADS = {"embedded": (1, 2, 4), "real": (8, 24, 64)}
-ALPHAS = {"embedded": (1.0, 2.0, 4.0, 8.0, 16.0), "real": (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)}
+KS = {"small": (4, 16, 32), "full": (8, 32, 100)}
+HEADS = {"small": (1, 2, 4), "full": (8, 24, 64)}
+ALPHAS = {"small": (1.0, 2.0, 4.0, 8.0, 16.0), "full": (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)}
 
 
 @dataclass
@@ -103,31 +102,12 @@ def best(score: Tensor, k: int, width: int) -> Tensor:
 
 def gradients(evidence: Evidence) -> Tensor:
     """Of every pair's log-odds with respect to a shift of every unit at all positions, (pairs, layers, width)."""
-    found = evidence.encoded()
-    place = {id(pair): index for index, pair in enumerate(found)}
-    rows: dict[int, Tensor] = {}
-    for batch in batches(found, None, BATCH_TOKENS.get(evidence.model.device.type, 8192)):
-        rows |= {place[id(pair)]: row for pair, row in zip(batch, _gradients(evidence, batch), strict=True)}
-    together = torch.stack([rows[index] for index in range(len(found))])
-    if not torch.isfinite(together).all():
-        raise AUSteerError(f"gradients are inf or nan in {evidence.model.dtype}; load the model in bfloat16 or float32")
-    return together
+
+    def measure(batch: Sequence[EncodedPair]) -> Tensor:
+        _, by_place = log_odds_and_gradients(evidence.model, [evidence.site], batch, torch.add)
+        return torch.stack([by_place[place].float().cpu() for place in sorted(by_place)], dim=1)
+
+    return evidence.of_each_pair(measure, "gradients")
 
 
-@torch.enable_grad()
-def _gradients(evidence: Evidence, batch: Sequence[EncodedPair]) -> Tensor:
-    shifts: dict[int, Tensor] = {}
-
-    def probe(gate):
-        def tap(x: Tensor) -> Tensor:
-            if gate.layer not in shifts:
-                shifts[gate.layer] = x.new_zeros(len(batch), 1, gate.width, requires_grad=True)
-            return x + shifts[gate.layer].repeat_interleave(len(x) // len(batch), 0)  # 1 or 2 rows a pair
-
-        return tap
-
-    with tapped(evidence.model, [evidence.site], probe):
-        log_odds = PairTexts(evidence.model, batch, logits=True).log_odds()
-    # rows are independent: the gradient of the sum holds every pair's own
-    found = torch.autograd.grad(log_odds.sum(), [shifts[layer] for layer in sorted(shifts)])
-    return torch.stack([gradient[:, 0].float().cpu() for gradient in found], dim=1)
+METHODS = (AttributionAUs(), AttributionHeads())

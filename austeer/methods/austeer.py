@@ -10,17 +10,18 @@ from dataclasses import replace
 from itertools import product
 from typing import ClassVar
 
-from austeer.methods.base import Evidence, Method, Settings
+from austeer.evidence import Evidence
+from austeer.methods.base import Method, Settings
 from austeer.plan import Plan
 from austeer.ranks import AURanks
 from set_MFU import set_MFU
 
 # k and alpha. The paper steers at most 100 AUs and sweeps alpha to 100; the embedded models have 512 AUs a site
-KS = {"embedded": (4, 16, 32), "real": (8, 32, 100)}
-ALPHAS = {"embedded": (0.5, 1.0, 2.0, 4.0, 8.0), "real": (0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0)}
+KS = {"small": (4, 16, 32), "full": (8, 32, 100)}
+ALPHAS = {"small": (0.5, 1.0, 2.0, 4.0, 8.0), "full": (0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0)}
 # Table 13: up to 99.95 % of the AUs, the least important, times .99 to .05
 SHARES = (0.25, 0.75, 0.9995)
-FACTORS = {"embedded": (0.99, 0.9, 0.75, 0.5, 0.05), "real": (0.99, 0.95, 0.9, 0.75, 0.5, 0.25, 0.05)}
+FACTORS = {"small": (0.99, 0.9, 0.75, 0.5, 0.05), "full": (0.99, 0.95, 0.9, 0.75, 0.5, 0.25, 0.05)}
 
 
 class AUSteer(Method):
@@ -28,7 +29,7 @@ class AUSteer(Method):
     paper = "AUSteer, ICLR 2026, sections 4.1 and 4.2"
     edits = "k AUs, scaled"
     sites = ("attention", "ffn", "layer", "neuron")
-    momentum: ClassVar[str] = "activation"
+    momenta = ("activation",)
     options: ClassVar[dict] = {}
 
     def grid(self, kind: str) -> list[Settings]:
@@ -50,7 +51,7 @@ class SignAware(AUSteer):
 class Causal(AUSteer):
     name, label = "causal", "causal AUSteer"
     paper = "ours: docs/sign.md"
-    momentum = "causal"
+    momenta = ("causal",)
 
 
 class RandomAUs(AUSteer):
@@ -95,6 +96,7 @@ class Suppress(AUSteer):
 class CausalLocation(Causal):
     name, label = "causal-location", "located causally, published strength"
     paper = "ablation: where"
+    momenta = ("causal", "activation")
 
     def prepare(self, evidence: Evidence) -> AURanks:
         return located(evidence, "causal", strength="activation")
@@ -103,6 +105,7 @@ class CausalLocation(Causal):
 class CausalSign(Causal):
     name, label = "causal-sign", "located as published, causal sign"
     paper = "ablation: which way"
+    momenta = ("activation", "causal")
 
     def prepare(self, evidence: Evidence) -> AURanks:
         return located(evidence, "activation", strength="causal")
@@ -113,3 +116,17 @@ def located(evidence: Evidence, location: str, strength: str) -> AURanks:
     ranks = evidence.ranks(location)
     header = ranks.header | {"momentum": f"{location}, strength by {strength}"}
     return replace(ranks, gain=evidence.ranks(strength).gain, header=header)
+
+
+METHODS = (
+    RandomAUs(),
+    FlippedAUs(),
+    AUSteer(),
+    SignAware(),
+    Causal(),
+    DifferenceAUs(),
+    FixedStrength(),
+    Suppress(),
+    CausalLocation(),
+    CausalSign(),
+)

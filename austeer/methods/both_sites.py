@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import torch
 
+from austeer.evidence import Evidence
 from austeer.methods.austeer import Causal
-from austeer.methods.base import TOGETHER, Evidence, Settings
+from austeer.methods.base import TOGETHER, Settings
 from austeer.plan import Plan
 from austeer.ranks import AURanks
 from set_MFU import set_MFU
@@ -34,3 +35,6 @@ class CausalBoth(Causal):
         parts = plan.scales["both"].flatten().split([ranks.score.numel() for ranks in found])
         scales = {ranks.site: part.view(ranks.score.shape) for ranks, part in zip(found, parts, strict=True)}
         return Plan(scales, header=plan.header)
+
+
+METHODS = (CausalBoth(),)

@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 from austeer.errors import AUSteerError
-from austeer.methods.base import READOUTS, Evidence, Method, Settings
+from austeer.evidence import READOUTS, Evidence
+from austeer.methods.base import Method, Settings
 from austeer.plan import Plan
 
 # depth: the layer as a share of all layers; 0.4 is the authors' layer 13 of 32. alpha: their multiplier
-DEPTHS = {"embedded": (0.25, 0.5, 0.75), "real": (0.25, 0.4, 0.5, 0.6, 0.75)}
-ALPHAS = {"embedded": (0.5, 1.0, 3.0, 10.0, 30.0), "real": (0.5, 1.0, 2.0, 3.0)}
+DEPTHS = {"small": (0.25, 0.5, 0.75), "full": (0.25, 0.4, 0.5, 0.6, 0.75)}
+ALPHAS = {"small": (0.5, 1.0, 3.0, 10.0, 30.0), "full": (0.5, 1.0, 2.0, 3.0)}
 NORMS = ("own", "mean")
 
 
@@ -71,3 +72,6 @@ def match_norms(vectors: Tensor) -> Tensor:
     """Every vector as long as they are on average; zero stays zero."""
     length = vectors.norm(dim=-1, keepdim=True)
     return torch.where(length > 0, vectors * (length.mean() / length), 0.0)
+
+
+METHODS = (CAA(),)

@@ -13,12 +13,14 @@ from dataclasses import dataclass, field
 
 import torch
 
+from austeer.evidence import Evidence
 from austeer.methods.austeer import Causal
-from austeer.methods.base import Evidence, Settings
+from austeer.methods.base import Settings
 from austeer.plan import Plan
 from austeer.ranks import AURanks
+from austeer.steering import steer
 from MFU_screening import screen
-from set_MFU import set_MFU, steer
+from set_MFU import set_MFU
 
 GROWTH = 4  # AUs in the first round, and how many times as many after every other
 
@@ -77,3 +79,6 @@ class CausalGreedy(Causal):
         ]
         path.units += others
         path.directions += ranks.gain.flatten()[others].tolist()
+
+
+METHODS = (CausalGreedy(),)

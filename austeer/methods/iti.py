@@ -21,13 +21,14 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from austeer.errors import AUSteerError
-from austeer.methods.base import Evidence, Method, Settings
+from austeer.evidence import Evidence
+from austeer.methods.base import Method, Settings
 from austeer.methods.units import by_head, highest
 from austeer.plan import Plan
 
 HELD_OUT = 0.2  # of the pairs: the probes are judged on them
-KS = {"embedded": (2, 4, 8), "real": (4, 16, 48)}  # heads; the authors' default is K = 48, alpha = 15
-ALPHAS = {"embedded": (1.0, 3.0, 5.0, 10.0, 15.0), "real": (1.0, 2.0, 3.0, 5.0, 10.0, 15.0, 20.0)}
+KS = {"small": (2, 4, 8), "full": (4, 16, 48)}  # heads; the authors' default is K = 48, alpha = 15
+ALPHAS = {"small": (1.0, 3.0, 5.0, 10.0, 15.0), "full": (1.0, 2.0, 3.0, 5.0, 10.0, 15.0, 20.0)}
 DIRECTIONS = ("mass-mean", "probe")
 STDS = {"n-1": 1, "n": 0}  # the authors' scripts differ
 
@@ -141,3 +142,6 @@ def unit(vectors: Tensor) -> Tensor:
 def spread(x: Tensor, direction: Tensor, correction: int) -> Tensor:
     """Standard deviation of x (texts, layers, heads, head_dim) along the direction, (layers, heads)."""
     return (x * direction).sum(-1).std(0, correction=correction)
+
+
+METHODS = (ITI(), ITI("probe"))

@@ -21,18 +21,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from austeer.batching import pair_batches
 from austeer.errors import AUSteerError
-from austeer.forward import PairTexts, input_device
+from austeer.evidence import Evidence
+from austeer.forward import PairTexts, input_device, tapped
 from austeer.methods.attribution import best, made_for
-from austeer.methods.base import Evidence, Method, Settings
-from austeer.momentum import tapped
+from austeer.methods.base import Method, Settings
 from austeer.plan import Plan
 from austeer.tokens import EncodedPair
-from MFU_screening import BATCH_TOKENS, batches
 from rmodels import gates
 
-KS = {"embedded": (4, 16, 32), "real": (8, 32, 100)}
-ALPHAS = {"embedded": (0.5, 1.0, 1.5, 2.0, 3.0), "real": (0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 5.0)}
+KS = {"small": (4, 16, 32), "full": (8, 32, 100)}
+ALPHAS = {"small": (0.5, 1.0, 1.5, 2.0, 3.0), "full": (0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 5.0)}
 PAIRS_A_STEP = 16
 
 
@@ -72,13 +72,12 @@ class LearnedScaling(Method):
             for gate in gates(model, evidence.site)
         }
         steps = torch.optim.Adam(scale.values(), lr=self.rate)
-        room = BATCH_TOKENS.get(model.device.type, 8192)
         for _ in range(self.epochs):
             shuffle.shuffle(found)
             for start in range(0, len(found), PAIRS_A_STEP):
                 step = found[start : start + PAIRS_A_STEP]
                 steps.zero_grad()
-                for batch in batches(step, None, room):  # as many as fit in memory; gradients add up
+                for batch in pair_batches(step, model.device):  # as many as fit in memory; gradients add up
                     loss(evidence, batch, scale).div(len(step)).backward()
                 (self.l1 * sum(g.abs().sum() for g in scale.values())).backward()
                 steps.step()
@@ -96,3 +95,6 @@ def loss(evidence: Evidence, batch: Sequence[EncodedPair], scale: dict[int, Tens
 
     with tapped(evidence.model, [evidence.site], scaled):
         return -functional.logsigmoid(PairTexts(evidence.model, batch, logits=True).log_odds()).sum()
+
+
+METHODS = (LearnedScaling(),)

@@ -21,12 +21,13 @@ import torch
 from torch import Tensor
 
 from austeer.errors import AUSteerError
-from austeer.methods.base import Evidence, Method, Settings
+from austeer.evidence import Evidence
+from austeer.identity import model_header
+from austeer.methods.base import Method, Settings
 from austeer.pairs import pairs_hash
 from austeer.plan import Plan
-from austeer.ranks import model_header
 
-LAMBDAS = {"embedded": (0.25, 0.5, 1.0, 2.0, 4.0), "real": (0.1, 0.25, 0.5, 0.75, 1.0, 2.0, 4.0)}
+LAMBDAS = {"small": (0.25, 0.5, 1.0, 2.0, 4.0), "full": (0.1, 0.25, 0.5, 0.75, 1.0, 2.0, 4.0)}
 ALL, LOWER, UPPER = 0, 1, 2  # which layers: all, the lower half, the upper half
 CONSTANT = 1e-5  # a spread below this share of the unit's size is rounding, and no slope can be fitted to it
 
@@ -84,3 +85,6 @@ def half(layers: int, which: float) -> Tensor:
     if which not in (ALL, LOWER, UPPER):
         raise AUSteerError(f"layers is {ALL} (all), {LOWER} (the lower half) or {UPPER} (the upper half), not {which}")
     return {ALL: torch.ones(layers, dtype=torch.bool), LOWER: ~upper, UPPER: upper}[int(which)]
+
+
+METHODS = (LinearAcT(),)

@@ -27,3 +27,6 @@ class FixedVector(MeanDifference):
     name, label = "fixed-vector", "AUSteer, fixed vector"
     paper = "AUSteer, Table 3, Fixed Vec."
     options = {"strength": "vector"}
+
+
+METHODS = (MeanDifference(), FixedVector())

@@ -18,10 +18,9 @@ import torch
 from torch import Tensor
 
 from austeer.errors import AUSteerError
-from austeer.forward import PairTexts
+from austeer.evidence import Evidence
+from austeer.forward import PairTexts, tapped
 from austeer.methods.attribution import AttributionHeads, by_head
-from austeer.methods.base import Evidence
-from austeer.momentum import tapped
 from austeer.tokens import EncodedPair
 
 ROW_TOKENS = {"cpu": 1024, "cuda": 32768}  # tokens run at once, over all rows
@@ -80,3 +79,6 @@ def _patched(evidence: Evidence, pair: EncodedPair, heads: Tensor, part: Tensor)
 
     with tapped(evidence.model, [evidence.site], patch):
         return PairTexts(evidence.model, [pair] * (len(part) + 1), logits=True).log_odds().float().cpu()
+
+
+METHODS = (Mediation(),)

@@ -21,15 +21,16 @@ import torch
 from torch import Tensor
 
 from austeer.errors import AUSteerError
-from austeer.methods.base import Evidence, Method, Settings
+from austeer.evidence import Evidence
+from austeer.identity import model_header
+from austeer.methods.base import Method, Settings
 from austeer.plan import Plan
-from austeer.ranks import model_header
 from austeer.sae import SITE, find_sae, token_activations
 from rmodels import site_shape
 
 # K and alpha. Texts of a pair share their prompt, so means hardly differ and dmu is small: hence alphas of hundreds
-KS = {"embedded": (4, 16, 64), "real": (100, 150, 600)}
-ALPHAS = {"embedded": (16.0, 64.0, 256.0, 512.0, 1024.0), "real": (10.0, 15.0, 50.0, 100.0, 200.0, 400.0, 700.0)}
+KS = {"small": (4, 16, 64), "full": (100, 150, 600)}
+ALPHAS = {"small": (16.0, 64.0, 256.0, 512.0, 1024.0), "full": (10.0, 15.0, 50.0, 100.0, 200.0, 400.0, 700.0)}
 WEIGHTS = ("dif_mean", "tar_mean")
 # last2: their code names it without defining it; this is its natural reading beside last
 MODES = {"all": "every position", "last": "all but the last position", "last2": "all but the last two positions"}
@@ -159,3 +160,6 @@ def feature_residual(
     residual = weights[chosen].to(W_dec) @ W_dec[chosen]
     length = residual.norm()
     return residual / length if normalize and length > 0 else residual
+
+
+METHODS = (NeuroSteer(),)

@@ -19,14 +19,15 @@ from contextlib import nullcontext
 import torch
 from torch.nn.functional import logsigmoid
 
+from austeer.evidence import Evidence
 from austeer.forward import PairTexts
 from austeer.methods.austeer import Causal
-from austeer.methods.base import Evidence, Settings
+from austeer.methods.base import Settings
 from austeer.methods.significance import adjusted, origin, significant, t_test
 from austeer.plan import Plan
 from austeer.ranks import AURanks
-from MFU_screening import BATCH_TOKENS, batches
-from set_MFU import set_MFU, steer
+from austeer.steering import steer
+from set_MFU import set_MFU
 
 TRUSTED = 1.0
 
@@ -75,7 +76,10 @@ def mean_log_sigmoid(evidence: Evidence, plan: Plan | None = None) -> float:
     """L over all pairs, those with equal answers at 0: steering cannot move them."""
     total = 0.0
     with steer(evidence.model, plan) if plan is not None else nullcontext():
-        for batch in batches(evidence.encoded(), None, BATCH_TOKENS.get(evidence.model.device.type, 8192)):
+        for batch in evidence.batches():
             log_odds = PairTexts(evidence.model, batch, logits=True).log_odds()
             total += float(logsigmoid(log_odds.double()).sum())
     return total / len(evidence.pairs)
+
+
+METHODS = (CausalPredicted(),)

@@ -24,12 +24,12 @@ from transformers import PreTrainedModel
 
 import rmodels
 from austeer.errors import AUSteerError
-from austeer.forward import input_device
-from austeer.methods.base import Evidence, Method, Settings
+from austeer.evidence import Evidence
+from austeer.forward import input_device, read_at, tapped
+from austeer.identity import check_made_for, model_header
+from austeer.methods.base import Method, Settings
 from austeer.methods.pruning import same_length_batches
-from austeer.momentum import tapped
 from austeer.plan import Plan
-from austeer.ranks import check_made_for, model_header
 from austeer.tokens import CLEAN, encode
 
 SITE = "attention"
@@ -37,8 +37,8 @@ COMPONENTS = {"paper": 1, "code": 10}  # K of c_K in the probe's features
 SEED, TRAIN_SHARE, PROBE_EPOCHS, PROBE_RATE = 42, 0.7, 200, 0.01
 EPOCHS, BATCH, INIT = 3, 8, 1e-3
 SHARES = (0.125, 0.25, 0.5)  # of all heads: 128, 256 and 512 of 1024 in the paper
-RATES = {"embedded": (1e-3, 1e-2, 1e-1), "real": (1e-5, 1e-4, 1e-3)}
-ALPHAS = {"embedded": (0.5, 1.0, 2.0), "real": (0.5, 1.0, 2.0)}  # of the control that is not trained
+RATES = {"small": (1e-3, 1e-2, 1e-1), "full": (1e-5, 1e-4, 1e-3)}
+ALPHAS = {"small": (0.5, 1.0, 2.0), "full": (0.5, 1.0, 2.0)}  # of the control that is not trained
 
 
 @dataclass(frozen=True)
@@ -167,20 +167,11 @@ def last_activations(model: PreTrainedModel, texts: Sequence[Sequence[int]]) -> 
     """At the last token of each text, (texts, layers, width) float32 on the CPU."""
     rows: dict[int, Tensor] = {}
     for batch in same_length_batches(texts):
-        seen: dict[int, Tensor] = {}
-
-        def keep(gate, seen=seen):
-            def tap(x: Tensor) -> Tensor:
-                seen[gate.layer] = x[:, -1].float().cpu()
-                return x
-
-            return tap
-
-        with tapped(model, [SITE], keep):
+        with read_at(model, [SITE], lambda x: x[:, -1].float().cpu()) as collected:
             model.base_model(
                 input_ids=torch.tensor([texts[index] for index in batch], device=input_device(model)), use_cache=False
             )
-        together = torch.stack([seen[layer] for layer in sorted(seen)], dim=1)
+        together = torch.stack([collected[place][0] for place in sorted(collected)], dim=1)
         rows.update(zip(batch, together, strict=True))
     return torch.stack([rows[index] for index in range(len(texts))])
 
@@ -340,3 +331,6 @@ def _refuse_to_save(*args, **kwargs) -> None:
         "this model's architecture has no o_proj bias (attention_bias is off), so a checkpoint would lose the folded "
         "plan when it is loaded: save the plan instead, or export it to an architecture that has one"
     )
+
+
+OWN_COMMAND = (RestoreLCC,)  # it repairs a pruned model, which the others do not have: main.py restore

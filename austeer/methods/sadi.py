@@ -24,13 +24,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from austeer.errors import AUSteerError
-from austeer.methods.base import Evidence, Method, Settings
+from austeer.evidence import Evidence
+from austeer.forward import read_at
+from austeer.methods.base import Method, Settings
 from austeer.methods.units import by_head, highest
-from austeer.momentum import tapped
 from austeer.plan import Plan
 
 SELECT = ("signed", "absolute")
-EMBEDDED_ALPHAS = (0.5, 1.0, 2.0, 4.0, 8.0)
+SMALL_ALPHAS = (0.5, 1.0, 2.0, 4.0, 8.0)
 
 
 @dataclass(frozen=True)
@@ -81,8 +82,8 @@ class SADIHead(SADI):
     name, label, unit, count = "sadi-head", "SADI, heads", "head", "heads"
     edits, sites = "k heads, scaled", ("attention",)
     # AUSteer's comparison has 2 to 64 heads; the authors' strengths are 5 to 80, in steps
-    ks = {"embedded": (1, 2, 4), "real": (2, 8, 32)}
-    alphas = {"embedded": EMBEDDED_ALPHAS, "real": (1.0, 4.0, 9.0, 19.0, 29.0, 49.0, 79.0)}
+    ks = {"small": (1, 2, 4), "full": (2, 8, 32)}
+    alphas = {"small": SMALL_ALPHAS, "full": (1.0, 4.0, 9.0, 19.0, 29.0, 49.0, 79.0)}
 
     def read(self, evidence: Evidence) -> tuple[Tensor, Tensor]:
         right, wrong = evidence.activations("last")
@@ -92,8 +93,8 @@ class SADIHead(SADI):
 class SADINeuron(SADI):
     name, label, unit = "sadi-neuron", "SADI, neurons", "neuron"
     edits, sites = "k neurons, scaled", ("neuron",)
-    ks = {"embedded": (4, 16, 64), "real": (10, 100, 500)}
-    alphas = {"embedded": EMBEDDED_ALPHAS, "real": (1.0, 4.0, 9.0, 19.0, 29.0, 49.0, 89.0)}
+    ks = {"small": (4, 16, 64), "full": (10, 100, 500)}
+    alphas = {"small": SMALL_ALPHAS, "full": (1.0, 4.0, 9.0, 19.0, 29.0, 49.0, 89.0)}
 
     def read(self, evidence: Evidence) -> tuple[Tensor, Tensor]:
         right, wrong = evidence.activations("last", nonlinearity=True)
@@ -103,8 +104,8 @@ class SADINeuron(SADI):
 class SADIHidden(SADI):
     name, label, unit = "sadi-hidden", "SADI, hidden", "dimension"
     edits, sites = "k dimensions, scaled", ("ffn", "layer")
-    ks = {"embedded": (4, 16, 32), "real": (2, 8, 20)}
-    alphas = {"embedded": EMBEDDED_ALPHAS, "real": (1.0, 4.0, 9.0, 19.0, 39.0, 59.0, 79.0)}
+    ks = {"small": (4, 16, 32), "full": (2, 8, 20)}
+    alphas = {"small": SMALL_ALPHAS, "full": (1.0, 4.0, 9.0, 19.0, 39.0, 59.0, 79.0)}
 
 
 def difference(right: Tensor, wrong: Tensor) -> Tensor:
@@ -122,17 +123,11 @@ def clamped(model: PreTrainedModel, plan: Plan, prompt: Tensor) -> Plan:
     (site,) = plan.sites
     if prompt.dim() != 2 or len(prompt) != 1:
         raise AUSteerError(f"the authors' SADI is one plan a prompt: give token ids of shape (1, tokens), not {tuple(prompt.shape)}")  # fmt: skip
-    clean: dict[int, Tensor] = {}
-
-    def keep(gate):
-        def tap(x: Tensor) -> Tensor:
-            clean[gate.layer] = x[0, -1].float().cpu()
-            return x
-
-        return tap
-
-    with tapped(model, [site], keep):
+    with read_at(model, [site], lambda x: x[0, -1].float().cpu()) as collected:
         model.base_model(prompt, use_cache=False)
-    frozen = torch.stack([clean[layer] for layer in sorted(clean)])
+    frozen = torch.stack([collected[place][0] for place in sorted(collected)])
     nothing_of_its_own = torch.full_like(frozen, -1.0)
     return Plan({site: nothing_of_its_own}, {site: frozen * (1 + plan.scales[site])}, "prompt-end", plan.header)
+
+
+METHODS = (SADIHead(), SADINeuron(), SADIHidden())

@@ -19,14 +19,15 @@ from scipy.stats import binom, false_discovery_control, t
 from torch import Tensor
 
 from austeer.errors import AUSteerError
+from austeer.evidence import Evidence
 from austeer.methods.austeer import AUSteer, Causal
-from austeer.methods.base import Evidence, Settings
+from austeer.methods.base import Settings
 from austeer.plan import Plan
 from austeer.ranks import AURanks
 
 # q spans more than is usual: with 500 pairs, between 0.001 and 0.05 little changes. Weaker than with few AUs
 QS = (1e-6, 1e-3, 0.05)
-ALPHAS = {"embedded": (0.2, 0.5, 1.0, 2.0, 4.0), "real": (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)}
+ALPHAS = {"small": (0.2, 0.5, 1.0, 2.0, 4.0), "full": (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)}
 
 
 @dataclass
@@ -59,7 +60,7 @@ class PublishedFDR(AUSteer):
 class CausalFDR(PublishedFDR):
     name, label = "causal-fdr", "causal AUSteer, significant AUs"
     paper = "ours: causal momentum, k by Benjamini-Hochberg"
-    momentum = Causal.momentum
+    momenta = Causal.momenta
 
     def p_values(self, ranks: AURanks) -> Tensor:
         return t_test(ranks.score, ranks.header["pairs"])
@@ -91,3 +92,6 @@ def significant(adjusted_p: Tensor, q: float) -> Tensor:
     if not 0 < q < 1:
         raise AUSteerError(f"q, the share of false discoveries allowed, is between 0 and 1, not {q}")
     return adjusted_p <= q
+
+
+METHODS = (PublishedFDR(), CausalFDR())

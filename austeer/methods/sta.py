@@ -20,15 +20,16 @@ import torch
 from torch import Tensor
 
 from austeer.errors import AUSteerError
-from austeer.methods.base import Evidence, Method, Settings
+from austeer.evidence import Evidence
+from austeer.identity import model_header
+from austeer.methods.base import Method, Settings
 from austeer.plan import Plan
-from austeer.ranks import model_header
 from austeer.sae import SITE, find_sae, token_activations
 from rmodels import site_shape
 
-KEEPS = {"embedded": (0.05, 0.2, 0.35), "real": (0.05, 0.1, 0.2, 0.35, 0.5)}  # the paper: 0.35
+KEEPS = {"small": (0.05, 0.2, 0.35), "full": (0.05, 0.1, 0.2, 0.35, 0.5)}  # the paper: 0.35
 # answers that balance out, such as the A and B of copa, have a short mean difference, whose norm is matched: hence 256
-ALPHAS = {"embedded": (1.0, 2.0, 4.0, 32.0, 256.0), "real": (0.5, 1.0, 2.0, 4.0)}  # the paper: 1
+ALPHAS = {"small": (1.0, 2.0, 4.0, 32.0, 256.0), "full": (0.5, 1.0, 2.0, 4.0)}  # the paper: 1
 
 
 @dataclass(frozen=True)
@@ -115,3 +116,6 @@ def target_vector(amplitude: Tensor, kept: Tensor, W_dec: Tensor, norm: float) -
     vector = torch.where(kept, amplitude, 0).to(W_dec) @ W_dec
     length = vector.norm()
     return vector * (norm / length) if length > 0 else vector
+
+
+METHODS = (STA(),)

@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager
 from transformers import PreTrainedModel
 
 from austeer.plan import Plan
-from set_MFU import steer
+from austeer.steering import steer
 
 FEW = 25
 

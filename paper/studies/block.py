@@ -13,10 +13,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from austeer.errors import AUSteerError
 from austeer.forward import input_device
 from austeer.plan import Plan
+from austeer.steering import steer
 from eval.tasks.base import Columns, Task
 from experiments.setting import Setting, load
 from rmodels import site_shape
-from set_MFU import steer
 
 
 @dataclass(frozen=True)

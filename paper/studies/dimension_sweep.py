@@ -16,7 +16,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from austeer.errors import AUSteerError
-from austeer.methods.base import Evidence
+from austeer.evidence import Evidence
 from austeer.methods.iti import ALPHAS as ITI_ALPHAS
 from austeer.methods.iti import ITI
 from austeer.methods.sadi import SADIHead, SADIHidden
@@ -102,14 +102,14 @@ def _combined(block: Block, dims: list[int], alpha: float, tested) -> dict:
 
 def _sadi(block: Block, setting: Setting) -> dict[float, Plan]:
     """SADI scales all of a head, from the prompt's last token on."""
-    kind = "embedded" if setting.embedded else "real"
+    kind = "small" if setting.embedded else "full"
     alphas = (SADIHead if block.head is not None else SADIHidden).alphas[kind]
     return {alpha: block.plan(dict.fromkeys(range(block.width), alpha), "last") for alpha in alphas}
 
 
 def _iti(block: Block, heads, setting: Setting) -> dict[float, Plan]:
     direction = heads.sigma[block.layer, block.head] * heads.direction[block.layer, block.head]
-    return {a: block.shifted(a * direction, "last") for a in ITI_ALPHAS["embedded" if setting.embedded else "real"]}
+    return {a: block.shifted(a * direction, "last") for a in ITI_ALPHAS["small" if setting.embedded else "full"]}
 
 
 def _no_ranks(momentum: str):

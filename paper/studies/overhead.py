@@ -11,13 +11,13 @@ from statistics import mean, stdev
 
 import torch
 
-from austeer.methods.base import Evidence
+from austeer.evidence import Evidence
 from austeer.methods.registry import METHODS
+from austeer.steering import steer
 from embedded.tasks import REPLY_WORDS
 from eval.answering.answers import Question, answers
 from experiments.setting import Setting, load
 from MFU_screening import screen
-from set_MFU import steer
 
 SHOWN = {"iti": "iti", "sadi": "sadi-head", "austeer": "published", "causal": "causal"}
 
@@ -29,7 +29,7 @@ def measure(setting: Setting, params: dict, progress: bool) -> dict:
         question = Question(REPLY_WORDS if task.name == "tone" else 1)
     else:
         question = Question(task.tokens_for(model.config.model_type))
-    kind, site = "embedded" if setting.embedded else "real", "attention"
+    kind, site = "small" if setting.embedded else "full", "attention"
 
     def ranks(momentum: str):
         return screen(task.pairs, model, tokenizer, [site], momentum=momentum, progress=False)[site]

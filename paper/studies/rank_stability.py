@@ -9,7 +9,6 @@ pairs; then every draw is ranked by the rules of MFU_screening.
 
 from __future__ import annotations
 
-from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +17,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from austeer.errors import AUSteerError
-from austeer.momentum import MOMENTA
 from austeer.ranks import AURanks
 from austeer.tokens import PROTOCOLS, encode
 from experiments.setting import Setting, load
+from MFU_screening import MOMENTA
 from paper.studies import picture
 
 COLORS = {"activation": picture.BLUE, "causal": picture.VERMILLION}
@@ -51,6 +50,7 @@ def measure(setting: Setting, params: dict, progress: bool) -> dict:
 def resampled(setting: Setting, momentum: str, draws: int, seed: int, progress: bool) -> tuple[dict[str, Tensor], int]:
     """By site the scores' magnitudes, (1 + draws, layers, width): of all pairs as they are, then of each draw. And n."""
     model, tokenizer, task = load(setting)
+    kind = MOMENTA[momentum]
     rules, sites = PROTOCOLS[setting.protocol], list(picture.SITES)
     pairs = task.pairs[: rules.first_pairs]
     encoded, _ = encode(pairs, tokenizer, rules, rules.cut_at or model.config.max_position_embeddings)
@@ -59,17 +59,19 @@ def resampled(setting: Setting, momentum: str, draws: int, seed: int, progress: 
     bar = tqdm(encoded, desc=f"{task.name}, {momentum}", unit=" pairs", disable=not progress)
     sums: dict[tuple[str, str, int], Tensor] = {}
     for count, pair in zip(counts, bar, strict=False):
-        own = MOMENTA[momentum](model, sites, rules)  # the sums of one pair are its own values
+        own = kind(model, sites, rules)  # the sums of one pair are its own values
         own.add([pair])
-        for site, name in product(sites, SUMS[momentum]):
-            for layer, values in enumerate(own.sums[site][name]):
+        for (site, name), rows in own.sums.items():
+            for layer, values in enumerate(rows):
                 values = values.double()
                 total = sums.setdefault((site, name, layer), values.new_zeros(draws + 1, len(values)))
                 total.addr_(count.to(values.device), values)
     scores = {}
     for site in sites:
-        both = (torch.stack([s.cpu() for key, s in sums.items() if key[:2] == (site, name)], 1) for name in SUMS[momentum])  # fmt: skip
-        scores[site] = SCORES[momentum](*both, len(pairs)).float()
+        stacked = {
+            name: torch.stack([s.cpu() for key, s in sums.items() if key[:2] == (site, name)], 1) for name in kind.SUMS
+        }
+        scores[site] = kind.score(stacked, len(pairs))[0].abs()
         if not torch.isfinite(scores[site]).all():
             raise AUSteerError(f"momentum is inf or nan in {model.dtype}: load the model in bfloat16 or float32")
     return scores, len(pairs)
@@ -79,20 +81,6 @@ def _counts(n: int, draws: int, seed: int) -> Tensor:
     """How often each pair is in all pairs as they are (once), and in each draw: (n, 1 + draws)."""
     drawn = torch.randint(n, (draws, n), generator=torch.Generator().manual_seed(seed))
     return torch.stack([torch.ones(n), *(row.bincount(minlength=n) for row in drawn)], 1).double()
-
-
-def _share(positive: Tensor, negative: Tensor, n: int) -> Tensor:
-    return torch.maximum(positive, negative) / n
-
-
-def _t(total: Tensor, squares: Tensor, n: int) -> Tensor:
-    mean = total / n
-    error = (((squares - n * mean.square()) / (n - 1)).clamp(min=0) / n).sqrt()
-    return torch.where(mean == 0, 0.0, mean / torch.maximum(error, 1e-9 * mean.abs())).abs()
-
-
-SUMS = {"activation": ("positive", "negative"), "causal": ("sum", "sum_squares")}
-SCORES = {"activation": _share, "causal": _t}
 
 
 def draw(found: dict, params: dict, path: Path) -> None:

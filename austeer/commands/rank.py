@@ -1,0 +1,83 @@
+"""The command that ranks: `python MFU_screening.py`, or `austeer rank`."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import rmodels
+from austeer import arguments, processes
+from austeer.errors import AUSteerError
+from austeer.files import check_writable
+from austeer.identity import fingerprint, public_name
+from austeer.pairs import pairs_hash, read_pairs
+from austeer.ranks import AURanks, ranks_file
+from austeer.tokens import PROTOCOLS, longest_text
+from MFU_screening import MOMENTA, screen
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = _arguments(argv)
+    if len(args.site) > 1 and args.out.endswith(".safetensors"):
+        raise AUSteerError("--out must be a folder when several sites are ranked")
+    rules, files = PROTOCOLS[args.protocol], {site: ranks_file(args.out, site) for site in args.site}
+    pairs = read_pairs(args.pairs, args.fields, check=rules.first_pairs is None)[: rules.first_pairs]
+    for file in files.values():
+        check_writable(file)
+    model = rmodels.load(
+        args.model, dtype=args.dtype, device=processes.join(args.device, spread=args.device_map is not None),
+        device_map=args.device_map, quantization=args.quantization, attn_implementation=args.attn, revision=args.revision,
+    )  # fmt: skip
+    tokenizer = rmodels.load_tokenizer(args.model, revision=args.revision)
+    limit = longest_text(rules, model.config.max_position_embeddings, args.max_length, args.batch_size)
+    wanted_header = {
+        "fingerprint": fingerprint(model), "pairs_hash": pairs_hash(pairs), "protocol": args.protocol,
+        "momentum": args.momentum, "tokenizer": public_name(tokenizer.name_or_path), "max_length": limit,
+    }  # fmt: skip
+    is_missing = processes.flags_of_main([args.force or _is_missing(file, wanted_header) for file in files.values()])
+    sites = [site for site, missing in zip(files, is_missing, strict=True) if missing]
+    started = time.monotonic()
+    ranks = screen(
+        pairs, model, tokenizer, sites, protocol=args.protocol, momentum=args.momentum,
+        batch_size=args.batch_size, max_length=args.max_length,
+    ) if sites else {}  # fmt: skip
+    seconds = time.monotonic() - started
+    if not processes.is_main():
+        return
+    for site in sites:
+        ranks[site].save(files[site])
+        print(f"{files[site]}: {ranks[site].summary(seconds)}")
+    for site in args.site if args.authors_files else ():
+        AURanks.load(files[site]).save_authors(Path(args.authors_files) / site)
+
+
+def _is_missing(file: Path, wanted_header: dict) -> bool:
+    if not file.exists():
+        return True
+    header = AURanks.load(file).header
+    differs = ", ".join(key for key, value in wanted_header.items() if header.get(key) != value)
+    if differs:
+        raise AUSteerError(f"{file} exists and differs in {differs}; choose another --out, or --force to replace it")
+    print(f"{file}: already there, same model, pairs and protocol")
+    return False
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Rank every atomic unit of a model by its momentum over contrastive pairs.",
+        epilog="Pairs are JSON Lines of {prompt, positive, negative}, or CSV with those columns. "
+        "For several GPUs: accelerate launch MFU_screening.py ...",
+        parents=[arguments.model_options(), arguments.loading_options(), arguments.pairs_options()],
+    )
+    add = parser.add_argument
+    add("--site", nargs="+", default=["ffn"], choices=rmodels.SITES, help="which activations (default: ffn)")
+    add("--out", required=True, help="ranks file (.safetensors), or a folder that gets <site>.safetensors")
+    add("--momentum", default="activation", choices=MOMENTA, help="the paper's, or ours (default: %(default)s)")
+    add("--protocol", default="clean", choices=PROTOCOLS, help="clean, or the authors' code (default: %(default)s)")
+    add("--batch-size", type=int, help="pairs at once; halved automatically when memory runs out")
+    add("--max-length", type=int, help="longest text in tokens; a longer prompt loses its start")
+    add("--authors-files", metavar="FOLDER", help="also write the authors' three .pt files")
+    add("--force", action="store_true", help="replace ranks that were made for other pairs, models or options")
+    return parser.parse_args(argv)

@@ -1,0 +1,111 @@
+"""Evidence: a model, contrastive pairs, and what can be read off them at one site. Methods make their plans from it."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from austeer.batching import pair_batches
+from austeer.errors import AUSteerError
+from austeer.forward import PairTexts, read_at
+from austeer.identity import model_header
+from austeer.pairs import Pair, pairs_hash
+from austeer.ranks import AURanks
+from austeer.tokens import CLEAN, EncodedPair, encode
+from rmodels import gates
+
+READOUTS = ("last", "before-last", "answer")
+
+
+@dataclass
+class Evidence:
+    """Hold a model, its tokenizer and pairs at one site; `ranks` gives ranks by momentum, of this site or one named."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    pairs: list[Pair]
+    site: str
+    ranks: Callable[..., AURanks]
+    seed: int = 0
+
+    def encoded(self) -> list[EncodedPair]:
+        """Return the pairs that differ in tokens, in order."""
+        encoded, _ = encode(self.pairs, self.tokenizer, CLEAN, self.model.config.max_position_embeddings)
+        if not encoded:
+            raise AUSteerError("both answers of every pair are the same tokens: there is nothing to learn from")
+        return encoded
+
+    def batches(self) -> list[list[EncodedPair]]:
+        return pair_batches(self.encoded(), self.model.device)
+
+    def header(self) -> dict:
+        """Return what a plan says of its origin, so that another model refuses it."""
+        made_on = {key: model_header(self.model)[key] for key in ("model", "family", "fingerprint", "precision")}
+        return {**made_on, "pairs_hash": pairs_hash(self.pairs), "site": self.site}
+
+    @torch.inference_mode()
+    def activations(self, readout: str = "last", nonlinearity: bool = False) -> tuple[Tensor, Tensor]:
+        """Return those of right and of wrong texts, (pairs, layers, width) float32 on the CPU, in the order of pairs.
+
+        readout: the answer's last token, its last but one (the letter of an answer like "(A)"), or the mean over the
+        tokens that tell the two answers apart. nonlinearity: the output of the MLP's act_fn instead of the site's
+        own values, which at site neuron are its product with up_proj.
+        """
+        if readout not in READOUTS:
+            raise AUSteerError(f"readout {readout!r} is unknown; use one of {', '.join(READOUTS)}")
+        if readout == "before-last" and min(min(len(p.positive), len(p.negative)) for p in self.encoded()) < 2:
+            raise AUSteerError(
+                "the last token but one is in the prompt of some pair, where right and wrong texts are equal: "
+                "it is for answers like '(A)'; use readout last or answer"
+            )
+        both = self.of_each_pair(lambda batch: self._read(batch, readout, nonlinearity), "activations")
+        return both[:, 0], both[:, 1]
+
+    def of_each_pair(self, measure: Callable[[list[EncodedPair]], Tensor], what: str) -> Tensor:
+        """Stack `measure(batch)`, whose rows are the batch's pairs, in the order of the pairs; refuse inf and nan."""
+        encoded = self.encoded()
+        place = {id(pair): index for index, pair in enumerate(encoded)}
+        rows: dict[int, Tensor] = {}
+        for batch in pair_batches(encoded, self.model.device):
+            rows |= {place[id(pair)]: row for pair, row in zip(batch, measure(batch), strict=True)}
+        ordered = torch.stack([rows[index] for index in range(len(encoded))])
+        if not torch.isfinite(ordered).all():
+            raise AUSteerError(f"{what} are inf or nan in {self.model.dtype}; load the model in bfloat16 or float32")
+        return ordered
+
+    def _read(self, batch: list[EncodedPair], readout: str, nonlinearity: bool) -> Tensor:
+        """Return (pairs, 2, layers, width): of each pair the right text's activations, then the wrong one's."""
+        texts = PairTexts(self.model, batch, logits=False)
+
+        def read(x: Tensor) -> Tensor:
+            last = texts.last.to(x.device)
+            if readout != "answer":
+                return x[torch.arange(len(last), device=x.device), last - int(readout == "before-last")].float().cpu()
+            own = torch.arange(x.shape[1], device=x.device) <= last[:, None]
+            return ((x.float() * own[..., None]).sum(1) / own.sum(1, keepdim=True)).cpu()
+
+        place = self._nonlinearities(read) if nonlinearity else read_at(self.model, [self.site], read)
+        with place as collected:
+            texts.run_tails([tail for pair in batch for tail in (pair.positive, pair.negative)])
+        layers = torch.stack([torch.cat(collected[place]) for place in sorted(collected)], dim=1)
+        return layers.unflatten(0, (len(batch), 2))
+
+    @contextmanager
+    def _nonlinearities(self, read: Callable[[Tensor], Tensor]) -> Iterator[dict[tuple[str, int], list[Tensor]]]:
+        """Do as `read_at`, at a place that has no gate because nothing steers there."""
+        collected: dict[tuple[str, int], list[Tensor]] = defaultdict(list)
+
+        def look(layer: int) -> Callable:
+            return lambda module, args, out: collected["act_fn", layer].append(read(out))
+
+        with ExitStack() as undo:
+            for gate, layer in zip(gates(self.model, "neuron"), self.model.base_model.layers, strict=True):
+                hook = layer.mlp.act_fn.register_forward_hook(look(gate.layer))
+                undo.callback(hook.remove)
+            yield collected

@@ -1,0 +1,109 @@
+"""Say which model something was made for: a fingerprint of its weights, its precision and its name."""
+
+from __future__ import annotations
+
+import hashlib
+import weakref
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from austeer.errors import AUSteerError
+from rmodels import gates, site_shape
+
+WEIGHTS_AT_ONCE = 1 << 24
+
+
+def model_header(model: nn.Module) -> dict:
+    """Return what ranks and plans say of the model they belong to."""
+    return {
+        "model": public_name(model.config.name_or_path) or type(model).__name__,
+        "revision": getattr(model.config, "_commit_hash", None),
+        "fingerprint": fingerprint(model),
+        "precision": precision(model),
+        "family": model.config.model_type,
+        "gates": len(list(gates(model))),
+    }
+
+
+def public_name(name_or_path: str) -> str:
+    """Return a hub id unchanged and a local folder's last two parts: ranks are given away, home folders are not."""
+    return "/".join(Path(name_or_path).resolve().parts[-2:]) if Path(name_or_path).exists() else name_or_path
+
+
+def precision(model: nn.Module) -> str:
+    name = str(model.dtype).removeprefix("torch.")
+    for bits in ("4bit", "8bit"):
+        if getattr(model, f"is_loaded_in_{bits}", False):
+            name += f"-{bits}"
+    return name
+
+
+def check_made_for(model: nn.Module, shapes: dict[str, tuple[int, int]], header: dict, what: str) -> None:
+    """Refuse a model that ranks or a plan, with these shapes by site and this header, were not made for."""
+    for site, (layers, width) in shapes.items():
+        here = site_shape(model, site)
+        if here != (layers, width):
+            raise AUSteerError(
+                f"{what} made for {header.get('model', 'another model')}, site {site}: "
+                f"{layers} layers of {width} AUs; this model has {here[0]} of {here[1]}"
+            )
+    if not header:
+        return
+    if header.get("family") not in (None, model.config.model_type):
+        raise AUSteerError(
+            f"{what} made for a {header['family']} model ({header.get('model')}); this one is {model.config.model_type}"
+        )
+    theirs, ours = header.get("fingerprint"), fingerprint(model)
+    # weights of another precision have other bits: only shapes and family can be compared then
+    if theirs and ours and precision(model) == header.get("precision") and theirs != ours:
+        raise AUSteerError(
+            f"{what} made on other weights ({header.get('model')}, fingerprint {theirs[:8]}; this model has {ours[:8]}); "
+            "rank this model, or pass check=False to go on all the same"
+        )
+
+
+_fingerprints: weakref.WeakKeyDictionary[nn.Module, tuple[tuple, str | None]] = weakref.WeakKeyDictionary()
+
+
+def fingerprint(model: nn.Module) -> str | None:
+    """Hash every weight's name, shape and bits by exact integer sums: same weights, same fingerprint.
+
+    Sums of integers do not depend on their order, so CPU and GPU agree; sums of rows and of columns show which
+    row or column differs, so reordering is seen too. None for a model whose weights are not all in memory. Kept
+    per model until a weight is written to or replaced, because plans are checked every time they are applied.
+    """
+    state = tuple(
+        (weight.data_ptr(), None if weight.is_inference() else weight._version) for weight in model.parameters()
+    )
+    if model not in _fingerprints or _fingerprints[model][0] != state:
+        _fingerprints[model] = (state, _fingerprint(model))
+    return _fingerprints[model][1]
+
+
+def _fingerprint(model: nn.Module) -> str | None:
+    weights = model.state_dict()
+    return None if any(weight.is_meta for weight in weights.values()) else hash_weights(weights.items())
+
+
+def hash_weights(weights: Iterable[tuple[str, Tensor]]) -> str:
+    """Return the fingerprint of weights that come one by one, in a model's order and dtype."""
+    digest = hashlib.sha256()
+    for name, weight in weights:
+        bits = weight.detach().contiguous()
+        if bits.dtype.is_floating_point:
+            bits = bits.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[bits.element_size()])
+        rows = bits.reshape(len(bits), -1) if bits.dim() else bits.reshape(1, 1)
+        place = [torch.arange(1, size + 1, device=bits.device) for size in rows.shape]
+        blocks = rows.split(
+            max(1, WEIGHTS_AT_ONCE // max(1, rows.shape[1]))
+        )  # torch makes an int64 copy of what it sums
+        sums = (
+            torch.cat([block.sum(1, dtype=torch.int64) for block in blocks]),
+            sum(block.sum(0, dtype=torch.int64) for block in blocks),
+        )
+        totals = [int((total * at).sum()) for total, at in zip(sums, place, strict=True)]  # wraps around, exactly
+        digest.update(f"{name} {tuple(weight.shape)} {totals};".encode())
+    return digest.hexdigest()

@@ -1,0 +1,206 @@
+"""Set a plan on a model, for the length of a `with` or by hand, and say what it did."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from austeer.errors import AUSteerError
+from austeer.identity import check_made_for
+from austeer.plan import Plan
+from rmodels import gates
+
+
+class Steering:
+    """A plan that is set on a model. `clear` removes it; `check` says whether it overflowed, `receipt` what was done."""
+
+    def __init__(
+        self, model: PreTrainedModel, plans: list[Plan | None], rowwise: bool, prompt_end: int | Tensor | None
+    ):
+        self.model, self.prompt_end = model, prompt_end
+        self._end: Tensor | None = None  # where the prompt of the generation under way ends
+        real = [plan for plan in plans if plan is not None]
+        scopes = {plan.tokens for plan in real}
+        if len(scopes) > 1:
+            raise AUSteerError(f"plans of one batch must steer the same tokens, not {' and '.join(sorted(scopes))}")
+        self.tokens = scopes.pop() if scopes else "all"
+        self.rows = len(plans) if rowwise else None
+        self.sites = sorted({site for plan in real for site in plan.sites})
+        device = model.get_input_embeddings().weight.device
+        self._not_finite, self._steered = _state(torch.bool, device), _state(torch.int64, device)
+        self._planned = [row for row, plan in enumerate(plans) if plan is not None]
+        self._scope: Tensor | None = None  # which positions of the forward under way are steered; None: all
+        self._aus = 0
+        self._gates = [gate for site in self.sites for gate in gates(model, site)]
+        like = {gate: _float_weight(layer) for layer in model.base_model.layers for gate in gates(layer)}
+        for gate in self._gates:
+            gate.clear()
+            scale, shift = (_gate_rows(plans, kind, gate, rowwise) for kind in ("scales", "shifts"))
+            if scale is not None or shift is not None:
+                gate.set(scale, shift, like=like[gate])
+                self._aus += _count_aus(scale, shift)
+        base = model.base_model
+        self._hooks = [base.register_forward_hook(self._note)]
+        if rowwise or self.tokens != "all":
+            self._hooks.append(base.register_forward_pre_hook(self._place, with_kwargs=True))
+
+    def clear(self) -> None:
+        self.release(set(self.sites))
+
+    def release(self, sites: set[str]) -> None:
+        """Clear these sites only; of a steering that was replaced, nothing is left to clear."""
+        for gate in self._gates:
+            if gate.site in sites:
+                gate.clear()
+        self._gates = [gate for gate in self._gates if gate.site not in sites]
+        if not self._gates:
+            for hook in self._hooks:
+                hook.remove()
+            self._hooks = []
+
+    def receipt(self) -> dict[str, int]:
+        """How many AUs are set (none: this steers nothing), and how many token positions went through them so far."""
+        return {"aus": self._aus, "positions": int(self._steered)}
+
+    def check(self) -> None:
+        """Raise if a forward under this plan ended in inf or nan: its answers must not be scored."""
+        if bool(self._not_finite):
+            raise AUSteerError(
+                f"steering overflowed: hidden states became inf or nan in {self.model.dtype}; "
+                "lower alpha, or load the model in bfloat16 or float32"
+            )
+
+    def _place(self, base, args, kwargs) -> None:
+        """Before a forward: which of its positions are steered, and does every row have its plan?"""
+        inputs = kwargs.get("input_ids", args[0] if args else None)
+        inputs = kwargs["inputs_embeds"] if inputs is None else inputs
+        batch, new = inputs.shape[:2]
+        if self.rows not in (None, batch):
+            raise AUSteerError(f"{self.rows} plans were set, one a row, but the batch has {batch} rows")
+        if self.tokens == "all":
+            return
+        cache = kwargs.get("past_key_values")
+        start = 0 if cache is None else int(cache.get_seq_length())
+        told = self.prompt_end if self.prompt_end is not None else getattr(cache, "prompt_end", None)
+        if told is not None:
+            end = torch.as_tensor(told).cpu().reshape(-1, 1)
+        elif start == 0 and (cache is not None or kwargs.get("use_cache")):  # on an empty cache: the prompt
+            end = self._end = torch.tensor([[new]])
+        elif cache is not None and self._end is not None:
+            end = self._end
+        else:
+            raise AUSteerError(
+                f"tokens={self.tokens!r} needs to know where the answers begin, and there is no generation cache that "
+                "began under this plan to tell; pass prompt_end=..."
+            )
+        column = torch.arange(start, start + new)
+        steered = {
+            "prompt": column < end,
+            "before-last": column < end - 1,
+            "before-last-2": column < end - 2,
+            "prompt-end": column == end - 1,
+            "generated": column >= end,
+            "last": column >= end - 1,
+        }[self.tokens]
+        self._scope = steered
+        for gate in self._gates:
+            gate.positions = steered[..., None]
+
+    def _note(self, base, args, output) -> None:
+        states = output.last_hidden_state
+        bad = ~torch.isfinite(states).all()
+        self._not_finite.logical_or_(bad.to(self._not_finite.device))  # the last layer may be on another GPU
+        batch, new = states.shape[:2]
+        if self._scope is None:  # counted by shapes: no value is read back in a forward
+            self._steered.add_((batch if self.rows is None else len(self._planned)) * new)
+        else:
+            scope = self._scope.expand(batch, new)
+            self._steered.add_((scope if self.rows is None else scope[self._planned]).sum())
+
+
+def apply(
+    model: PreTrainedModel,
+    plan: Plan | Sequence[Plan | None],
+    *,
+    prompt_end: int | Tensor | None = None,
+    check: bool = True,
+) -> Steering:
+    """Set a plan by hand, replacing what is set at its sites; undo with `.clear()`, or `clear(model)`.
+
+    A list of plans steers each row of a batch by its own (None: not at all). prompt_end: the column where
+    the answers begin, for token scopes other than all when there is no generation cache to tell.
+    """
+    rowwise = not isinstance(plan, Plan)
+    plans = list(plan) if rowwise else [plan]
+    for one in {id(p): p for p in plans if p is not None}.values():
+        shapes = {site: one.shape(site) for site in one.sites}
+        check_made_for(model, shapes, one.header if check else {"model": one.header.get("model")}, "this plan was")
+    for earlier in getattr(model, "_au_steering", []):
+        earlier.release({site for one in plans if one is not None for site in one.sites})
+    steering = Steering(model, plans, rowwise, prompt_end)
+    model._au_steering = [s for s in getattr(model, "_au_steering", []) if s._hooks] + [steering]
+    return steering
+
+
+def clear(model: PreTrainedModel) -> None:
+    """Remove whatever is set: the model is upstream's again, bit for bit."""
+    for steering in getattr(model, "_au_steering", []):
+        steering.clear()
+    model._au_steering = []
+    for gate in gates(model):
+        gate.clear()
+
+
+@contextmanager
+def steer(
+    model: PreTrainedModel,
+    plan: Plan | Sequence[Plan | None],
+    *,
+    prompt_end: int | Tensor | None = None,
+    check: bool = True,
+) -> Iterator[Steering]:
+    """Steer inside a `with`; cleared on the way out, and inf or nan inside is an error, not a score."""
+    if any(gate.scale is not None or gate.shift is not None for gate in gates(model)):
+        raise AUSteerError("the model is steered already; add the plans (plan + plan), or clear(model) first")
+    steering = apply(model, plan, prompt_end=prompt_end, check=check)
+    try:
+        yield steering
+    finally:
+        steering.clear()
+    steering.check()
+
+
+def _state(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A number that forwards change in place: a tensor, so that what is compiled or captured does it, too."""
+    with torch.inference_mode(False):  # a later forward may run in another mode
+        state = torch.zeros((), dtype=dtype, device=device)
+    # otherwise CUDA graphs of torch.compile are skipped where the hook is compiled by itself (a compiled base model)
+    torch._dynamo.mark_static_address(state)
+    return state
+
+
+def _gate_rows(plans: list[Plan | None], kind: str, gate, rowwise: bool) -> Tensor | None:
+    """What one gate gets: (width,), or (rows, 1, width) when every row has its own; None if all zero."""
+    rows = []
+    for plan in plans:
+        values = getattr(plan, kind).get(gate.site) if plan is not None else None
+        rows.append(torch.zeros(gate.width) if values is None else values[gate.layer])
+    if not any(row.any() for row in rows):
+        return None
+    return torch.stack(rows)[:, None] if rowwise else rows[0]
+
+
+def _count_aus(scale: Tensor | None, shift: Tensor | None) -> int:
+    """How many AUs of one gate are changed, in any row."""
+    changed = [values != 0 for values in (scale, shift) if values is not None]
+    return int(functools.reduce(torch.logical_or, changed).reshape(-1, changed[0].shape[-1]).any(0).sum())
+
+
+def _float_weight(layer: nn.Module) -> Tensor:
+    """A tensor with the layer's device and the dtype of its activations: a norm, which is never quantised."""
+    return next(weight for weight in layer.parameters() if weight.dim() == 1 and weight.is_floating_point())
