@@ -7,10 +7,11 @@ python main.py COMMAND [options]     each has its own --help:
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
-from austeer.errors import run_command
+from austeer.errors import AUSteerError, run_command
 
 COMMANDS = {  # name: module with a main, and what it does
     "reproduce": ("paper.reproduce", "every table and figure of the paper, and a report (what reproduce.sh runs)"),
@@ -35,6 +36,10 @@ COMMANDS = {  # name: module with a main, and what it does
 
 def main(argv: Sequence[str] | None = None) -> int | None:
     argv = sys.argv[1:] if argv is None else list(argv)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise AUSteerError(
+            "main.py does not run under accelerate launch: use --jobs or --ray (docs/scaling.md); MFU_screening.py does"
+        )
     name, rest = (argv[0], argv[1:]) if argv and argv[0] in COMMANDS else (None, argv)
     if name is None and rest[:1] in (["-h"], ["--help"]):
         print(__doc__.rstrip() + "".join(f"\n        {name:<15} {what}" for name, (_, what) in COMMANDS.items()) + "\n")

@@ -32,7 +32,8 @@ from austeer.methods.registry import METHODS
 from austeer.plan import Plan
 from austeer.steering import apply, clear
 from eval.tasks.embedded import EmbeddedTask
-from experiments.setting import EMBEDDED, Setting
+from experiments.bench import checkpoint
+from experiments.cell import EMBEDDED, bench_of
 from MFU_screening import screen
 
 TOKENS = 300
@@ -40,8 +41,8 @@ TOKENS = 300
 
 def measure(method: Method, task: EmbeddedTask) -> dict:
     """In a process of its own. Of the method's sites, the first."""
-    setting, site = Setting(EMBEDDED, task.name), method.sites[0]
-    model, tokenizer = rmodels.load(setting.checkpoint, device="cpu"), rmodels.load_tokenizer(setting.checkpoint)
+    folder, site = checkpoint(*bench_of(model=EMBEDDED, task=task.name)), method.sites[0]
+    model, tokenizer = rmodels.load(folder, device="cpu"), rmodels.load_tokenizer(folder)
 
     def ranks(momentum: str, at: str = site, pairs=task.pairs):
         return screen(pairs, model, tokenizer, [at], momentum=momentum, progress=False)[at]

@@ -19,22 +19,20 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 import rmodels
-from austeer import processes as shared_work
 from austeer.errors import AUSteerError
+from austeer.methods.base import Method
 from austeer.methods.registry import DEFAULT, METHODS, OWN_COMMAND, options_of, with_options
 from austeer.ranks import AURanks
 from austeer.tokens import PROTOCOLS
-from embedded.tasks import TASKS
-from eval.tasks.registry import PAPER_TASKS
-from experiments import plots as figures
-from experiments import report
-from experiments import run_cell as cells
-from experiments.engines import vllm_batches as engine_batches
-from experiments.engines.vllm_batches import ENGINES, LIVE
-from experiments.executors.local import compute_all, cores
-from experiments.executors.over_ray import over_ray
+from experiments import plots, report
+from experiments.arguments import check, parents, task_names
+from experiments.bench import has_instruction
+from experiments.cell import EMBEDDED, FIELD_NAMES, LIVE, Cell, TaskSpec, bench_of, cell_of
+from experiments.engines.answering import ENGINES, check_engine
+from experiments.executors.base import run_cells
+from experiments.executors.choose import executor_for
 from experiments.search import SEARCHES
-from experiments.setting import EMBEDDED, Cell, Setting
+from experiments.store import Store
 
 LABELS = {"vanilla": "vanilla", "prompt-only": "prompt only", **{name: m.label for name, m in METHODS.items()}}
 COSTS = Path(__file__).parents[1] / "benchmarks" / "results" / "methods-cpu.json"
@@ -45,16 +43,9 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="main.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="Ranking alone: MFU_screening.py. A plan to keep: set_MFU.py. A finished cell is never computed "
-        "again: to resume, run the same command.",
+        "again: to resume, run the same command.", parents=parents(),
     )  # fmt: skip
     add = parser.add_argument
-    add("--model", default=EMBEDDED, help="embedded (default), a hub id, or the folder of a checkpoint")
-    add("--data_name", default="all", choices=["all", *dict.fromkeys((*TASKS, *PAPER_TASKS))], metavar="TASK",
-        help=f"a task: of the embedded models, {', '.join(TASKS)} (default: all of them); of the paper, for other "
-        f"models, {', '.join(PAPER_TASKS)}")  # fmt: skip
-    add("--pairs", help="your own contrastive pairs (.jsonl or .csv), for --model other than embedded")
-    add("--fields", nargs=3, default=["prompt", "positive", "negative"], metavar=("PROMPT", "RIGHT", "WRONG"),
-        help="names of the three fields in the file of pairs")  # fmt: skip
     add("--applied_module", default="both", choices=["both", *rmodels.SITES],
         help="where to steer; both: attention and ffn (default)")  # fmt: skip
     add("--method", nargs="+", default=list(DEFAULT), choices=[*METHODS, "all"],
@@ -69,19 +60,10 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "paper's 100 samples, or, as the paper's main numbers were, on the test split itself")  # fmt: skip
     add("--steer", type=_yes_or_no, default=True, metavar="yes|no", help="no: only vanilla and prompt-only")
     add("--path", default="AU_ranks", help="folder of ranks, reused if they fit (default: %(default)s)")
-    add("--results", default="results", help="folder for records, table and picture (default: %(default)s)")
     add("--draws", type=int, default=5, help="draws of the random control (default: %(default)s)")
-    add("--test_split", default="test", choices=["test", "test2"], help="the embedded tasks' test split")
-    add("--limit", type=int, help="at most this many validation and test items: a quick look")
-    add("--data-dir", help="folder of the paper's datasets (default: datasets/, then the hub)")
     add("--protocol", default="clean", choices=PROTOCOLS, help="clean, or paper: the authors' code, quirk by quirk")
-    add("--toxicity", default="local", metavar="SCORER",
-        help="who scores toxicity: local[:MODEL[:LABEL]] (default), embedded, perspective[:first-span]")  # fmt: skip
     add("--encoder", help="sentence encoder for similar wrong answers, or tfidf (default: all-MiniLM-L6-v2)")
-    add("--chat", action="store_true", help="ask in the model's chat format")
     add("--batch-size", type=int, help="prompts at once (default: as many as fit; 1 with --protocol paper)")
-    add("--device", help="cpu, cuda, cuda:1 (default: the first GPU, else the CPU)")
-    add("--dtype", default="auto", help="auto, float32, bfloat16, float16")
     add("--quantization", choices=["4bit", "8bit"], help="load the weights through bitsandbytes")
     add("--engine", default=LIVE, choices=ENGINES, help="who answers: the model itself, or vLLM with every plan as an "
         "adapter, a whole grid in one batch (by .venv-vllm/bin/python; docs/serving.md)")  # fmt: skip
@@ -134,51 +116,37 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     if args.list_methods:
         print(_method_table())
         return None
-    args.device = shared_work.start(args.device)
-    settings = _settings(args)
+    _check(args)
     transformers_logging.disable_progress_bar()
     if args.model == EMBEDDED:
         torch.set_num_threads(1)  # in so small a model, threads wait for each other longer than they work
     sites = ("attention", "ffn") if args.applied_module == "both" else (args.applied_module,)
-    for setting in settings if not args.ray else ():
-        made = shared_work.together(lambda setting=setting: cells.prepare(setting, _cells(setting, sites, args)))
-        if made:
-            print(
-                f"{setting.task_name}: ranked {made} sets of AUs into {Path(setting.ranks) / Path(setting.model).name}"
-            )
-    by_task = {setting.task_name: _cells(setting, sites, args) for setting in settings}
-    alone = args.engine == LIVE and shared_work.alone()  # an engine fills the machine by itself
-    jobs = (args.jobs or (cores() if args.model == EMBEDDED else 1)) if alone else 1
-    everything = [cell for todo in by_task.values() for cell in todo]
-    found = dict(over_ray(everything, args.ray, args.jobs)) if args.ray else compute_all(everything, jobs)
-    failed = {cell: record["failed"] for cell, record in found.items() if "failed" in record}
-    for cell, why in failed.items() if shared_work.is_first() else ():
+    store = Store(args.path, str(Path(args.results) / "records"))
+    cells = {task.label: _cells(task, sites, args) for task in _tasks(args)}
+    executor = executor_for(args.jobs, args.ray, args.device, args.engine, tiny=args.model == EMBEDDED)
+    try:
+        records = dict(run_cells([cell for of_task in cells.values() for cell in of_task], store, executor))
+    finally:
+        executor.close()
+    failed = {cell: record["failed"] for cell, record in records.items() if "failed" in record}
+    for cell, why in failed.items():
         print(f"FAILED {cell}: {why}", file=sys.stderr)
-    for setting in [setting for setting in settings if Cell(setting, "vanilla") in failed]:
-        del by_task[setting.task_name]
-    rows = {task: [found[cell] for cell in todo if cell not in failed] for task, todo in by_task.items()}
-    if rows and shared_work.is_first():
-        _report(rows, settings, sites, args)
+    rows = {
+        task: [records[cell] for cell in of_task if cell not in failed]
+        for task, of_task in cells.items()
+        if of_task[0] not in failed  # without vanilla there is nothing to compare with
+    }
+    if rows:
+        _report(rows, store, sites, args)
     return 1 if failed else None
 
 
-def _settings(args: argparse.Namespace) -> list[Setting]:
-    for name in ("draws", "limit", "jobs", "batch_size"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise AUSteerError(f"--{name} must be at least 1, not {value}")
+def _check(args: argparse.Namespace) -> None:
+    check(args, "draws", "jobs", "batch_size")
     if any(k < 1 for k in args.k):
         raise AUSteerError(f"--k must be whole numbers of at least 1, not {min(args.k)}")
     if not all(map(math.isfinite, args.alpha)):
         raise AUSteerError("--alpha must be finite numbers")
-    if args.model == EMBEDDED and args.pairs:
-        raise AUSteerError("--pairs needs --model: the embedded models have tasks of their own")
-    if args.model == EMBEDDED and args.data_name not in ("all", *TASKS):
-        raise AUSteerError(f"the embedded models do {', '.join(TASKS)}; {args.data_name} needs --model")
-    if args.model != EMBEDDED and not args.pairs and args.data_name not in PAPER_TASKS:
-        raise AUSteerError(
-            f"--model needs --data_name, one of {', '.join(PAPER_TASKS)}, or --pairs, a file of contrastive pairs"
-        )
     if args.pairs or args.model == EMBEDDED:
         ignored = [
             f"--{name.replace('_', '-')}"
@@ -189,7 +157,7 @@ def _settings(args: argparse.Namespace) -> list[Setting]:
         if ignored:
             raise AUSteerError(f"{', '.join(ignored)}: for the paper's tasks only (--model and --data_name)")
     chosen = [METHODS[name] for name in args.method if name != "all"]
-    foreign = [method.name for method in chosen if args.protocol == "paper" and not cells.in_protocol("paper", method)]
+    foreign = [method.name for method in chosen if args.protocol == "paper" and not in_protocol("paper", method)]
     if foreign and args.method != list(DEFAULT):
         raise AUSteerError(f"{', '.join(foreign)} is not in the authors' code: use --protocol clean")
     for key, value in args.option:
@@ -197,9 +165,9 @@ def _settings(args: argparse.Namespace) -> list[Setting]:
         if name not in METHODS:
             raise AUSteerError(f"--option {key}: there is no method {name!r}; --list-methods shows them")
         with_options(name, {option: value})
-    if args.ray and (args.device not in (None, "cpu") or not shared_work.alone()):
-        raise AUSteerError("--ray gives every cell a device: without --device (other than cpu) and accelerate launch")
-    engine_batches.check(
+    if args.ray and args.device not in (None, "cpu"):
+        raise AUSteerError("--ray assigns devices itself: drop --device (except cpu)")
+    check_engine(
         args.engine,
         args.device,
         pairs=args.pairs,
@@ -207,44 +175,45 @@ def _settings(args: argparse.Namespace) -> list[Setting]:
         batch_size=args.batch_size,
         ray=args.ray,
     )
-    rmodels.check_device(args.device)
-    if args.model == EMBEDDED:
-        tasks = [name for name in TASKS if args.data_name in ("all", name)]
-    else:
-        tasks = [args.pairs or args.data_name]
-    shared = {
-        name: getattr(args, name) for name in
-        ("device", "dtype", "quantization", "test_split", "limit", "search", "data_dir", "protocol", "toxicity", "encoder",
-         "chat", "batch_size", "engine")
-    }  # fmt: skip
-    shared |= {"ks": tuple(args.k), "alphas": tuple(args.alpha), "options": tuple(args.option)}
-    return [
-        Setting(
-            args.model, task, tuple(args.fields), ranks=args.path, records=str(Path(args.results) / "records"), **shared
-        )
-        for task in tasks
-    ]
 
 
-def _cells(setting: Setting, sites: Sequence[str], args: argparse.Namespace) -> list[Cell]:
-    todo = [Cell(setting, "vanilla")]
-    if setting.has_instruction:
-        todo.append(Cell(setting, "prompt-only"))
-    chosen = list(METHODS) if "all" in args.method else list(dict.fromkeys(args.method))
-    for name in chosen if args.steer else ():
+def _tasks(args: argparse.Namespace) -> list[TaskSpec]:
+    return [bench_of(**_flat(name, args))[1] for name in task_names(args)]
+
+
+def _flat(task: str, args: argparse.Namespace) -> dict:
+    """Return the fields that all cells of a task share."""
+    flat = {name: value for name, value in vars(args).items() if name in FIELD_NAMES and name != "method"}
+    return flat | {"task": task, "ks": args.k, "alphas": args.alpha, "options": args.option}
+
+
+def in_protocol(protocol: str, method: Method) -> bool:
+    """Say whether a protocol has the method: the authors' code has activation momentum, and nothing else to steer by."""
+    return protocol == "clean" or method.momenta == ("activation",)
+
+
+def _cells(task: TaskSpec, sites: Sequence[str], args: argparse.Namespace) -> list[Cell]:
+    vanilla = cell_of(**_flat(task.name, args), method="vanilla")
+    cells = [vanilla]
+    if has_instruction(vanilla.model, vanilla.task):
+        cells.append(vanilla.unsteered("prompt-only"))
+    names = list(METHODS) if "all" in args.method else list(dict.fromkeys(args.method))
+    for name in names if args.steer else ():
         method = METHODS[name]
-        if not cells.in_protocol(setting.protocol, method):
+        if not in_protocol(task.protocol, method):
             continue
         draws = (args.draws if name == "random" else max(1, args.draws * FLIPS // 5)) if method.draws else 1
         # a method that acts elsewhere only, such as on the residual stream, acts there
-        where = [site for site in sites if site in method.sites] or method.sites[:1]
-        todo += [Cell(setting, name, site, draw) for site in where for draw in range(draws)]
-    return todo
+        places = [site for site in sites if site in method.sites] or method.sites[:1]
+        cells += [
+            cell_of(**_flat(task.name, args), method=name, site=site, draw=draw)
+            for site in places
+            for draw in range(draws)
+        ]
+    return cells
 
 
-def _report(
-    rows: dict[str, list[dict]], settings: list[Setting], sites: Sequence[str], args: argparse.Namespace
-) -> None:
+def _report(rows: dict[str, list[dict]], store: Store, sites: Sequence[str], args: argparse.Namespace) -> None:
     text = []
     for task, found in rows.items():
         text += [f"## {task}", "", report.table(found, LABELS), ""]
@@ -265,14 +234,14 @@ def _report(
     print("\n" + "\n".join(text))
     shown = next((name for name in ("causal", "published") if args.steer and {name, "all"} & {*args.method}), None)
     if shown and all(any(row["method"] == shown for row in found) for found in rows.values()):
+        model, momentum = cell_of(**_flat("", args), method=shown).model, METHODS[shown].momentum
         scores = {
-            setting.task_name: {
-                site: AURanks.load(setting.ranks_folder(METHODS[shown].momentum) / f"{site}.safetensors").score.numpy()
-                for site in sites
+            task.label: {
+                site: AURanks.load(store.ranks_file(model, task, momentum, site)).score.numpy() for site in sites
             }
-            for setting in settings
+            for task in _tasks(args)
         }
-        figures.comparison(rows, scores, LABELS, shown, folder / f"{name}.png")
+        plots.comparison(rows, scores, LABELS, shown, folder / f"{name}.png")
         print(f"picture: {folder / name}.png")
     print(f"table: {folder / name}.md   records: {folder / 'records'}")
     # times differ from run to run, tables of results must not: a file of its own
@@ -280,16 +249,16 @@ def _report(
     (folder / f"{name}-costs.md").write_text(costs + "\n")
     print(f"costs: {folder / name}-costs.md")
     if args.model != EMBEDDED and not args.pairs:
-        _say_where_answers_are(settings[0], next(iter(rows.values())))
+        _print_answer_files(store, args.data_name, next(iter(rows.values())))
 
 
-def _say_where_answers_are(setting: Setting, found: list[dict]) -> None:
-    """Open answers are for judges and raters too; a file is there for everything that was asked."""
+def _print_answer_files(store: Store, task: str, found: list[dict]) -> None:
+    """Name the file of every answered row: open answers are for judges and raters too."""
     files = {}
     for record in found:
-        file = cells.answers_of_record(setting, record["id"])
+        file = store.answers_file(record["id"])
         if file.exists() and record["draw"] == 0:
             files[" ".join(filter(None, (record["method"], record["site"])))] = file
     print("answers:\n" + "\n".join(f"  {name:<20} {file}" for name, file in files.items()))
-    if setting.task == "bpo":
+    if task == "bpo":
         print(f"win rate of one of them: python main.py judge --ours FILE --theirs {files['vanilla']} --judge MODEL")

@@ -18,6 +18,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from austeer.code_identity import code_hash
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
@@ -38,18 +39,11 @@ from eval.scoring.behaviour_measures import JUDGED, Measures, Raters, measure
 from eval.scoring.toxicity import scorer
 from eval.statistics import paired_bootstrap
 from experiments import records
+from experiments.cell import EMBEDDED
 
-EMBEDDED = "embedded"
 # with the answers steered too; chosen with --test_split validation: docs/methods.md has the runs
 TONE = Preset(128.0, 16, "all")
 SENTIMENT = "siebert/sentiment-roberta-large-english:POSITIVE"
-CODE = (
-    "experiments/neurosteer.py",
-    "eval/answering/sampling.py",
-    "eval/data/behaviours.py",
-    "eval/scoring/behaviour_measures.py",
-    "eval/answering/samples.py",
-)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -86,7 +80,7 @@ def run(args: argparse.Namespace) -> dict:
         "device": model.device.type,
         "prompts_hash": texts_hash(found.prompts),
         "sampling": asdict(how),
-        "command": hashlib.sha256(b"".join((records.ROOT / name).read_bytes() for name in CODE)).hexdigest(),
+        "code": code_hash(_continued, NeuroSteer, measure, type(model)),
     }
     steered = unsteered | {
         "texts_hash": texts_hash(found.target + found.source),

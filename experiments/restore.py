@@ -13,36 +13,37 @@ from __future__ import annotations
 
 import argparse
 import copy
-import hashlib
 import math
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
+from austeer.code_identity import code_hash
+from eval.answering.answerer import LiveAnswerer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-import rmodels
 from austeer.errors import AUSteerError, run_command
 from austeer.evidence import Evidence
 from austeer.forward import input_device
 from austeer.identity import fingerprint, model_header, public_name
 from austeer.methods.base import Settings
-from austeer.methods.pruning import PRUNINGS, Achieved, parse_sparsity, prune, same_length_batches
+from austeer.methods.pruning import PRUNINGS, parse_sparsity, prune, same_length_batches
 from austeer.methods.restore_lcc import COMPONENTS, MeanLost, Prepared, RandomHeads, RestoreLCC
 from austeer.pairs import pairs_hash
 from austeer.plan import Plan
 from austeer.steering import steer
-from embedded.tasks import TASKS
 from eval.statistics import mcnemar, summary
 from eval.tasks.base import Task
-from eval.tasks.registry import PAPER_TASKS
 from experiments import records
+from experiments.arguments import check, parents, task_names
+from experiments.bench import BENCHES, Bench
+from experiments.cell import EMBEDDED, FIELD_NAMES, bench_of
 from experiments.search import full_grid, key_of
-from experiments.setting import EMBEDDED, Setting, load
+from experiments.store import Store
 
 HELD_OUT_TEXTS = 500  # prompts of test items, for perplexity
 TOKENS_AT_ONCE = 1024  # whose logits are in memory together
@@ -53,11 +54,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     transformers_logging.disable_progress_bar()
     if args.model == EMBEDDED:
         torch.set_num_threads(1)  # in so small a model, threads wait for each other longer than they work
-    settings, folder = _settings(args), Path(args.results)
-    text = []
-    for setting in settings:
-        record = restore(setting, args.pruning, args.sparsity, args.components, args.draws, folder / "restore")
-        text += [f"## {setting.task_name}", "", table(record), ""]
+    _check(args)
+    folder, text = Path(args.results), []
+    store = Store(records=str(folder / "restore"))
+    flat = {name: value for name, value in vars(args).items() if name in FIELD_NAMES}
+    for name in task_names(args):
+        model, task = bench_of(**flat, task=name)
+        bench = BENCHES.open(model, task, store)
+        record = restore(bench, args.pruning, args.sparsity, args.components, args.draws)
+        text += [f"## {task.label}", "", table(record), ""]
         print("\n".join(text[-4:]), flush=True)
     name = "-".join(
         [Path(args.model).name, Path(args.pairs).stem if args.pairs else args.data_name, "restore", args.pruning,
@@ -67,15 +72,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"table: {folder / name}.md   records: {folder / 'restore'}")
 
 
-def restore(setting: Setting, pruning: str, sparsity: str, components: str, draws: int, folder: Path) -> dict:
-    """The record of one task: found, or made and written."""
+def restore(bench: Bench, pruning: str, sparsity: str, components: str, draws: int) -> dict:
+    """Return the record of one task: the stored one, or a new one that is written."""
     wanted = parse_sparsity(sparsity)
-    dense, tokenizer, task = load(setting)
+    dense, tokenizer, task = bench.model, bench.tokenizer, bench.task
     if not task.validation:
-        raise AUSteerError(f"{setting.task_name} has no validation items to choose settings on")
-    question = {
-        "model": EMBEDDED if setting.model == EMBEDDED else public_name(setting.model),
-        "task": setting.task_name,
+        raise AUSteerError(f"{bench.task_spec.label} has no validation items to choose settings on")
+    key = {
+        "model": EMBEDDED if bench.model_spec.embedded else public_name(bench.model_spec.name),
+        "task": bench.task_spec.label,
         "method": "restore",
         "fingerprint": fingerprint(dense),
         "dtype": str(dense.dtype),
@@ -90,40 +95,37 @@ def restore(setting: Setting, pruning: str, sparsity: str, components: str, draw
         "sparsity": sparsity,
         "components": components,
         "draws": draws,
-        "command": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),  # its code decides too
+        "code": code_hash(_rows, prune, type(task), type(dense)),
     }
-    found = records.find(folder, question)
-    if found is not None:
-        return found
+    record = bench.store.find(key)
+    if record is not None:
+        return record
     start = time.perf_counter()
     pruned = copy.deepcopy(dense)
     prompts = [tokenizer(pair.prompt, verbose=False)["input_ids"] for pair in task.pairs]
     longest = dense.config.max_position_embeddings
     achieved = prune(pruned, pruning, wanted, [ids[-longest:] for ids in prompts])
     seconds = time.perf_counter() - start
-    rows = _rows(setting, pruned, components, draws)
-    result = {"achieved": _told(achieved), "pruning_s": seconds, "rows": rows}
-    return records.write(folder, question, result)
+    rows = _rows(bench, pruned, components, draws)
+    return bench.store.write(key, {"achieved": asdict(achieved), "pruning_s": seconds, "rows": rows})
 
 
-def _rows(setting: Setting, pruned: PreTrainedModel, components: str, draws: int) -> list[dict]:
-    dense, tokenizer, task = load(setting)
+def _rows(bench: Bench, pruned: PreTrainedModel, components: str, draws: int) -> list[dict]:
+    dense, tokenizer, task = bench.model, bench.tokenizer, bench.task
     texts = [tokenizer(text, verbose=False)["input_ids"] for text in dict.fromkeys(item.prompt for item in task.test)]
     texts = [ids[: dense.config.max_position_embeddings] for ids in texts[:HELD_OUT_TEXTS]]
 
     def tested(label: str, model: PreTrainedModel, plan: Plan | None = None, **more) -> dict:
         with steer(model, plan) if plan is not None else nullcontext():
-            columns = task.columns(task.test, task.answers(model, tokenizer, task.test))
+            scores = task.columns(task.test, task.answers(LiveAnswerer(model, tokenizer), task.test))
             surprise = perplexity(model, texts)
         touched = 0 if plan is None else len(plan)
-        measures = summary(columns)
-        measure = next(iter(columns))
-        return {"label": label, "measure": measure, **measures[measure], "perplexity": surprise, "touched": touched, **more,
-                "columns": records.pack_columns(columns)}  # fmt: skip
+        measures = summary(scores.columns)
+        return {"label": label, "measure": scores.main, **measures[scores.main], "perplexity": surprise, "touched": touched,
+                **more, "columns": records.pack_columns(scores.columns)}  # fmt: skip
 
     rows = [tested("dense", dense), tested("pruned", pruned)]
     floor = _validated(task, pruned, tokenizer)
-    kind = "small" if setting.model == EMBEDDED else "full"
 
     def no_ranks(momentum: str):
         raise AssertionError("RestoreLCC looks at no ranks")
@@ -139,7 +141,7 @@ def _rows(setting: Setting, pruned: PreTrainedModel, components: str, draws: int
     ]
     for tried, draw in tries:
         label = tried.label + (f", draw {draw + 1}" if tried.draws else "")
-        chosen, scores, plan = _searched(tried, prepared, draw, kind, task, tokenizer, floor)
+        chosen, scores, plan = _searched(tried, prepared, draw, bench.grid_kind, task, tokenizer, floor)
         more = {"settings": chosen, "grid_scores": scores, **cost}
         # where nothing beats the pruned model on validation, nothing is done
         rows.append(tested(label, pruned, plan, **more) if plan else {**rows[1], "label": label, **more})
@@ -165,8 +167,8 @@ def _validated(
     task: Task, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, plan: Plan | None = None
 ) -> list[float]:
     with steer(model, plan) if plan is not None else nullcontext():
-        columns = task.columns(task.validation, task.answers(model, tokenizer, task.validation))
-    return next(iter(columns.values()))
+        answers = task.answers(LiveAnswerer(model, tokenizer), task.validation)
+    return task.columns(task.validation, answers).outcomes
 
 
 @torch.inference_mode()
@@ -210,57 +212,26 @@ def table(record: dict) -> str:
     return "\n".join(lines)
 
 
-def _told(achieved: Achieved) -> dict:
-    return {"zeros": achieved.zeros, "weights": achieved.weights, "by_module": achieved.by_module}
-
-
-def _settings(args: argparse.Namespace) -> list[Setting]:
+def _check(args: argparse.Namespace) -> None:
     parse_sparsity(args.sparsity)  # before a model is loaded
-    for name in ("draws", "limit"):
-        value = getattr(args, name)
-        if value is not None and value < (name == "limit"):
-            raise AUSteerError(f"--{name} is {value}; it must be at least {int(name == 'limit')}")
-    if args.model == EMBEDDED and args.pairs:
-        raise AUSteerError("--pairs needs --model: the embedded models have tasks of their own")
-    if args.model == EMBEDDED and args.data_name not in ("all", *TASKS):
-        raise AUSteerError(f"the embedded models do {', '.join(TASKS)}; {args.data_name} needs --model")
-    if args.model != EMBEDDED and not args.pairs and args.data_name not in PAPER_TASKS:
-        raise AUSteerError(f"--model needs --data_name, one of {', '.join(PAPER_TASKS)}, or --pairs")
-    rmodels.check_device(args.device)
-    tasks = (
-        [name for name in TASKS if args.data_name in ("all", name)]
-        if args.model == EMBEDDED
-        else [args.pairs or args.data_name]
-    )
-    shared = {
-        name: getattr(args, name) for name in ("device", "dtype", "test_split", "limit", "data_dir", "chat", "toxicity")
-    }
-    return [Setting(args.model, task, tuple(args.fields), **shared) for task in tasks]
+    if args.draws < 0:
+        raise AUSteerError(f"--draws is {args.draws}; it must be at least 0")
+    check(args)
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="main.py restore", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="main.py restore",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        parents=parents(),
     )
     add = parser.add_argument
-    add("--model", default=EMBEDDED, help="embedded (default), a hub id, or the folder of a checkpoint")
-    add("--data_name", default="all", help="a task, as in main.py; all: those of the embedded models (default)")
-    add("--pairs", help="your own contrastive pairs (.jsonl or .csv), for --model other than embedded")
-    add("--fields", nargs=3, default=["prompt", "positive", "negative"], metavar=("PROMPT", "RIGHT", "WRONG"),
-        help="names of the three fields in the file of pairs")  # fmt: skip
     add("--pruning", default="wanda", choices=PRUNINGS, help="how to prune (default: %(default)s)")
     add("--sparsity", default="0.5", help="share of zeros, or zeros:group such as 2:4 (default: %(default)s)")
-    add("--components", default="paper", choices=COMPONENTS, help="lost components the probes see: "
+    add("--components", default="paper", choices=COMPONENTS, help="lost components that the probes see: "
         + ", ".join(f"{name} {k}" for name, k in COMPONENTS.items()))  # fmt: skip
     add("--draws", type=int, default=3, help="draws of the control with random heads (default: %(default)s)")
-    add("--results", default="results", help="folder for records and table (default: %(default)s)")
-    add("--test_split", default="test", choices=["test", "test2"], help="the embedded tasks' test split")
-    add("--limit", type=int, help="at most this many validation and test items: a quick look")
-    add("--data-dir", help="folder of the paper's datasets (default: datasets/, then the hub)")
-    add("--toxicity", default="local", metavar="SCORER", help="who scores toxicity, as in main.py")
-    add("--chat", action="store_true", help="ask in the model's chat format")
-    add("--device", help="cpu, cuda, cuda:1 (default: the first GPU, else the CPU)")
-    add("--dtype", default="auto", help="auto, float32, bfloat16, float16")
     return parser.parse_args(argv)
 
 

@@ -7,12 +7,12 @@ model is loaded, so a committed folder says the same on any machine.
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
 from austeer.errors import AUSteerError
+from austeer.files import read_json_lines, write_json, write_json_lines
 
 NAME = "manifest.json"
 
@@ -44,11 +44,8 @@ class Manifest:
         return before if (before.how, before.dry_run) == (how, dry_run) else fresh
 
     def write(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
         known = {key: getattr(self, key) for key in ("scale", "how", "dry_run", "entries", "panels", "failed")}
-        temporary = self.folder / f".{NAME}.{os.getpid()}"
-        temporary.write_text(json.dumps(known, indent=1) + "\n")
-        os.replace(temporary, self.folder / NAME)
+        write_json(self.folder / NAME, known)
 
     def records(self, spec: str, block: str, row: str, column: str) -> list[dict]:
         ids = self.entries.get(spec, {}).get(f"{block}|{row}|{column}", [])
@@ -60,6 +57,10 @@ class Manifest:
     @staticmethod
     def load(path: Path) -> dict:
         return json.loads(path.read_text())
+
+    def orphans(self) -> list[str]:
+        """Return the ids of records in the folder that no table names: made by other code, or for other tables."""
+        return sorted({path.stem for path in (self.folder / "records").glob("*.json")} - set(self.ids))
 
     def why_missing(self, spec: str, block: str, row: str, column: str) -> str:
         return self.failed.get(f"{spec}|{block}|{row}|{column}", "not run")
@@ -74,8 +75,7 @@ class Manifest:
     def _bundle(self) -> dict[str, dict]:
         """All records as lines of one file: how they are committed."""
         path = self.folder / "records.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
-        return {record["id"]: record for record in map(json.loads, lines)}
+        return {record["id"]: record for _, record in read_json_lines(path)} if path.exists() else {}
 
     @property
     def ids(self) -> list[str]:
@@ -86,7 +86,5 @@ class Manifest:
 
 def bundle(manifest: Manifest, out: Path) -> None:
     """The manifest and its records in a folder to be committed."""
-    out.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps(manifest.record(id)) for id in manifest.ids]
-    (out / "records.jsonl").write_text("".join(line + "\n" for line in lines))
+    write_json_lines(out / "records.jsonl", [manifest.record(id) for id in manifest.ids])
     replace(manifest, folder=out).write()

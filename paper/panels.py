@@ -1,57 +1,44 @@
-"""A panel of a figure: a measurement of `studies/`, found or computed, recorded like a cell."""
+"""A panel of a figure: a measurement of paper/studies/, found or computed, recorded like a cell."""
 
 from __future__ import annotations
 
-from dataclasses import replace
-from pathlib import Path
+from austeer.code_identity import code_hash
 
-from austeer import processes as shared_work
 from austeer.errors import one_line
 from austeer.identity import fingerprint, public_name
 from austeer.pairs import pairs_hash
-from experiments import records
-from experiments.setting import load
+from experiments.bench import BENCHES, Bench
+from experiments.store import Store
 from paper.specs import Panel
 from paper.studies import STUDIES
 
 
-def question(panel: Panel) -> dict:
-    setting = panel.setting
-    model, _, task = load(setting)
-    tasks = [task, *(load(replace(setting, task=name))[2] for name in panel.params.get("tasks", ()))]
+def attempt(panel: Panel, store: Store) -> dict:
+    """Return the panel's record, or {"failed": why}: one picture that fails does not end the others."""
+    try:
+        bench = BENCHES.open(panel.model, panel.task, store)
+        key = panel_key(panel, bench)
+        return store.find(key) or store.write(key, {"found": STUDIES[panel.study].measure(bench, panel.params, False)})
+    except Exception as error:
+        return {"failed": one_line(error)}
+
+
+def panel_key(panel: Panel, bench: Bench) -> dict:
+    model, task = bench.model, bench.task
+    pairs = [task.pairs, *map(bench.pairs_of, panel.params.get("tasks", ()))]
     return {
-        "model": setting.model if setting.embedded else public_name(setting.model),
-        "task": setting.task_name,
+        "model": panel.model.name if panel.model.embedded else public_name(panel.model.name),
+        "task": panel.task.label,
         "method": panel.study,
         "params": panel.params,
         "fingerprint": fingerprint(model),
         "dtype": str(model.dtype),
-        "quantization": setting.quantization,
+        "quantization": panel.model.quantization,
         "device": model.device.type,
         "items_hash": task.fingerprint,
-        "pairs_hashes": [pairs_hash(one.pairs) for one in tasks],
+        "pairs_hashes": [pairs_hash(one) for one in pairs],
         "pairs_by": task.pairs_by,
-        "batch_size": setting.batch_size,
-        "protocol": setting.protocol,
+        "batch_size": panel.task.batch_size,
+        "protocol": panel.task.protocol,
+        "code": code_hash(STUDIES[panel.study].measure, type(task), type(model)),
     }
-
-
-def stored(panel: Panel) -> dict | None:
-    return shared_work.of_first(lambda: records.find(Path(panel.setting.records), question(panel)))
-
-
-def attempt(panel: Panel) -> dict:
-    """The panel's record, or {"failed": why}."""
-    try:
-        return shared_work.together(lambda: compute(panel))
-    except Exception as error:  # one picture that fails does not end the others
-        return {"failed": one_line(error)}
-
-
-def compute(panel: Panel) -> dict:
-    found = stored(panel)
-    if found is not None:
-        return found
-    measured = STUDIES[panel.study].measure(panel.setting, panel.params, progress=False)
-    folder = Path(panel.setting.records)
-    return shared_work.of_first(lambda: records.write(folder, question(panel), {"found": measured}))

@@ -1,10 +1,10 @@
-"""The tables and figures as data: specs/*.json -> what has to be computed at a scale.
+"""The tables and figures as data: specs/*.json -> the cells and panels of a scale.
 
 A spec of kind `accuracy`, `lines` or `heatmap` has blocks x rows x columns; its rows are its own and, by `with`, groups
-that many tables have (rows.json). Each entry is a cell, or several (draws of a control; sites of which the better on
-validation is shown). What a scale, a block, a row and a column say is laid over one another in this order and becomes a
-`setting.Setting` and a method. A spec of kind `study` has panels, each a measurement of `studies/`. Other kinds are read
-off the records of another spec. `printed` is what the paper prints.
+that many tables share (rows.json). Each entry is a cell, or several (draws of a control, or sites of which the better
+on validation is shown). Fields of a cell are merged in the order scale, block, row, column (experiments/cell.py has
+them all). A spec of kind `study` has panels, each a measurement of paper/studies/. Other kinds read the records of
+another spec, their `source`. `printed` is what the paper prints. docs/tables.md says how to add one.
 """
 
 from __future__ import annotations
@@ -12,20 +12,18 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from austeer.errors import AUSteerError
-from experiments.engines.vllm_batches import LIVE
-from experiments.setting import UNSTEERED, Cell, Setting, asked_once
+from experiments.cell import FIELD_NAMES, LIVE, Cell, ModelSpec, TaskSpec, bench_of, cell_of
 from paper.dry_run import TINY_AUS, TINY_PAIRS, fitted
 
 FOLDER = Path(__file__).parent / "specs"
 SCALES = ("embedded", "small", "paper")
 COMPUTED = ("accuracy", "lines", "heatmap")  # kinds whose entries are cells of their own
-SHARED = {one.name for one in fields(Setting)}
-OF_THE_CELL = {"method", "site", "draws"}
-OF_THE_TABLE = {"label", "ours", "sites", "blocks", "columns", "only", "at", "judge", "x", "test_chosen"}
+OF_THE_TABLE = {"label", "ours", "sites", "blocks", "columns", "only", "at", "judge", "x", "test_chosen", "draws"}
+OF_THE_SPEC = {"title", "kind", "says", "rows", "with", "scales", "printed", "show", "source"}
 
 
 @dataclass(frozen=True)
@@ -45,7 +43,8 @@ class Panel:
 
     name: str
     study: str
-    setting: Setting
+    model: ModelSpec
+    task: TaskSpec
     params: dict = field(hash=False)
 
     def __str__(self) -> str:
@@ -70,6 +69,17 @@ class Spec:
     printed: dict = field(default_factory=dict)  # block -> row -> column
 
     @property
+    def reads(self) -> set[str]:
+        """Return the rows of the source that this spec is made of."""
+        by_kind = {
+            "settings": lambda: {row for rows in self.show["rows"].values() for row in rows},
+            "counts": lambda: {row for _, row in self.show["counts"].values()},
+            "noise": lambda: set(self.rows),
+            "prediction": lambda: {*self.rows, *self.show["searched"].values()},
+        }
+        return by_kind[self.kind]() if self.kind in by_kind else set()
+
+    @property
     def panels_by_name(self) -> dict[str, Panel]:
         return {panel.name: panel for panel in self.panels}
 
@@ -80,7 +90,7 @@ class Spec:
 
 
 def names() -> list[str]:
-    """Tables first, then figures, each by number; then what is ours."""
+    """Return all names: tables first, then figures, each by number; then our own."""
 
     def order(name: str) -> tuple:
         kind, number = re.fullmatch(r"(table|figure|)(.*)", name).groups()
@@ -96,7 +106,7 @@ def models() -> dict[str, dict]:
 def read(
     scale: str, only: Sequence[str] = (), of_models: Sequence[str] = (), instead: dict[str, str] | None = None, **shared
 ) -> list[Spec]:
-    """The specs of a scale. shared: of all settings. instead: checkpoints to use, by hub id."""
+    """Read the specs of a scale. shared: fields of all its cells. instead: checkpoints to use, by hub id."""
     known = names()
     for name in only:
         if name not in known:
@@ -110,6 +120,9 @@ def read(
 
 def _read(name: str, scale: str, of_models: Sequence[str], instead: dict[str, str], shared: dict) -> Spec | None:
     data = json.loads((FOLDER / f"{name}.json").read_text())
+    unknown = sorted(set(data) - OF_THE_SPEC)
+    if unknown:
+        raise AUSteerError(f"{name}.json: a spec has no {', '.join(unknown)}; it has {', '.join(sorted(OF_THE_SPEC))}")
     here = data["scales"].get(scale)
     if here is None:
         return None
@@ -128,12 +141,7 @@ def _read(name: str, scale: str, of_models: Sequence[str], instead: dict[str, st
                         at = says.get("at", {}).get(block, {}).get(column, {})
                         entries.append(_entry(block, row, column, [base, its, says, asks, at], instead))
     panels = tuple(
-        Panel(
-            key,
-            panel["study"],
-            _setting([base, panel, {"engine": LIVE}], instead),
-            fitted(panel["params"]) if instead else panel["params"],
-        )
+        _panel(key, panel, [base, panel, {"engine": LIVE}], instead)
         for key, panel in here.get("panels", {}).items()
         if _wanted(key, panel, of_models)
     )
@@ -163,29 +171,41 @@ def _wanted(name: str, block: dict, of_models: Sequence[str]) -> bool:
 
 def _entry(block: str, row: str, column: str, layers: list[dict], instead: dict[str, str]) -> Entry:
     merged = {key: value for layer in layers for key, value in layer.items()}
-    unknown = set(merged) - SHARED - OF_THE_CELL - OF_THE_TABLE
+    unknown = sorted(set(merged) - FIELD_NAMES - OF_THE_TABLE)
     if unknown:
-        raise AUSteerError(f"{', '.join(sorted(unknown))}: no such setting, in row {row}, column {column} of a spec")
-    setting, method = _setting(layers, instead), merged["method"]
-    if method in UNSTEERED:  # whatever a row says of steering: asked once for all tables
-        setting = replace(asked_once(setting, method).setting, encoder=None)
-    draws = merged.get("draws", 1)
+        raise AUSteerError(f"{', '.join(unknown)}: no such field, in row {row}, column {column} of a spec")
+    flat, draws = _flat(layers, instead), merged.get("draws", 1)
     sites = merged.get("sites") or [merged.get("site")]
-    made = tuple(Cell(setting, method, site, draw) for site in sites for draw in range(draws))
-    return Entry(block, row, column, made, draws > 1)
+    cells = tuple(cell_of(**flat | {"site": site, "draw": draw}) for site in sites for draw in range(draws))
+    return Entry(block, row, column, cells, draws > 1)
 
 
-def _setting(layers: list[dict], instead: dict[str, str]) -> Setting:
-    merged = {key: value for layer in layers for key, value in layer.items() if key in SHARED}
-    known = models().get(merged["model"])
+def _panel(name: str, says: dict, layers: list[dict], instead: dict[str, str]) -> Panel:
+    model, task = bench_of(**_flat(layers, instead))
+    return Panel(name, says["study"], model, task, fitted(says["params"]) if instead else says["params"])
+
+
+def _flat(layers: list[dict], instead: dict[str, str]) -> dict:
+    """Merge the fields of a cell, with the checkpoint and the precision of a model that models.json names."""
+    flat = {key: value for layer in layers for key, value in layer.items() if key in FIELD_NAMES}
+    known = models().get(flat["model"])
     if known is not None:
-        merged["model"] = instead.get(known["hub"], known["hub"])
-        merged.setdefault("quantization", known.get("quantization"))
-        merged["engine"] = known.get("engine", merged.get("engine", LIVE))
-    for key in ("ks", "alphas"):
-        merged[key] = tuple(merged.get(key, ()))
+        flat["model"] = instead.get(known["hub"], known["hub"])
+        flat.setdefault("quantization", known.get("quantization"))
+        flat["engine"] = known.get("engine", flat.get("engine", LIVE))
     if instead:
-        merged["ks"] = tuple(dict.fromkeys(min(k, TINY_AUS) for k in merged["ks"]))
-        merged["n_pairs"] = TINY_PAIRS
-    merged["options"] = tuple(tuple(option) for option in merged.get("options", ()))
-    return Setting(**merged)
+        flat["ks"] = tuple(dict.fromkeys(min(k, TINY_AUS) for k in flat.get("ks", ())))
+        flat["n_pairs"] = TINY_PAIRS
+    return flat
+
+
+def with_sources(found: Sequence[Spec], sources: Sequence[Spec]) -> list[Spec]:
+    """Add to these specs, of the sources that they read, the entries that they read."""
+    wanted: dict[str, set[str]] = {}
+    for spec in found:
+        wanted.setdefault(spec.source, set()).update(spec.reads)
+    narrowed = [
+        replace(source, entries=tuple(entry for entry in source.entries if entry.row in wanted[source.name]))
+        for source in sources
+    ]
+    return [*found, *narrowed]

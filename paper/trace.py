@@ -11,13 +11,13 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from austeer.errors import AUSteerError, run_command
-from experiments import run_cell as cells
-from experiments.setting import Cell, Setting
+from experiments import run_cell
+from experiments.cell import Cell
+from experiments.store import Store
 from paper import panels, specs
 from paper.manifest import Manifest
 from paper.specs import Panel, Spec
@@ -29,8 +29,7 @@ RESULT = ("n", "right", "measure", "outcomes", "columns", "measures", "extras", 
 def main(argv: Sequence[str] | None = None) -> int | None:
     args = _arguments(argv)
     manifest = Manifest.read(Path(args.results) / args.scale)
-    shared = {"records": str(Path(args.results) / args.scale / "records"), **manifest.how}
-    found = specs.read(args.scale, [args.table], **shared, data_dir=args.data_dir, device=args.device)
+    found = specs.read(args.scale, [args.table], **manifest.how, data_dir=args.data_dir, device=args.device)
     if not found:
         raise AUSteerError(f"{args.table} is not in scale {args.scale}")
     (spec,) = found
@@ -84,11 +83,12 @@ def _panel(spec: Spec, manifest: Manifest, args: argparse.Namespace) -> tuple[Se
 
 
 def _same(one: Cell | Panel, record: dict) -> bool:
-    """Computes it in an empty folder: nothing is found, everything is done anew, ranks too."""
+    """Compute it in an empty folder, where nothing is found and everything is done anew, ranks too, and compare."""
     with TemporaryDirectory() as folder:
-        setting: Setting = replace(one.setting, records=f"{folder}/records", ranks=f"{folder}/AU_ranks")
-        compute = panels.compute if isinstance(one, Panel) else cells.compute
-        fresh = compute(replace(one, setting=setting))
+        store = Store(ranks=f"{folder}/AU_ranks", records=f"{folder}/records")
+        fresh = (panels.attempt if isinstance(one, Panel) else run_cell.attempt)(one, store)
+    if "failed" in fresh:
+        raise AUSteerError(f"it could not be computed again: {fresh['failed']}")
     fresh = json.loads(json.dumps(fresh))
     differing = [key for key in RESULT if fresh.get(key) != record.get(key)]
     code = "the same code" if fresh["id"] == record["id"] else "other code or data than the record's"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from experiments.setting import UNSTEERED
+from experiments.cell import UNSTEERED
 from paper.render.values import Value
 
 AUS = "AUs"

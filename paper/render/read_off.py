@@ -33,7 +33,7 @@ def settings(spec: Spec, manifest: Manifest, block: str) -> Block:
 
 def counts(spec: Spec, manifest: Manifest, block: str) -> Block:
     rows = []
-    for row, key, source in (("pairs", "n_pairs", "austeer-head"), ("test", "n", "vanilla")):
+    for row, (key, source) in spec.show["counts"].items():
         values = []
         for column in spec.columns:
             found = manifest.records(spec.source, block, source, column)

@@ -2,7 +2,7 @@
 
 Each file says what it is asked and offers
 
-    measure(setting, params, progress) -> dict     all that the picture needs, as JSON; the same every time
+    measure(bench, params, progress) -> dict       all that the picture needs, as JSON; the same every time
     draw(found, params, path)                      the picture, from that dict alone
     note(found, params) -> str                     if there is something to say below it, from that dict too
 """

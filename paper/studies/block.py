@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from eval.answering.answerer import LiveAnswerer
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -14,8 +15,8 @@ from austeer.errors import AUSteerError
 from austeer.forward import input_device
 from austeer.plan import Plan
 from austeer.steering import steer
-from eval.tasks.base import Columns, Task
-from experiments.setting import Setting, load
+from eval.tasks.base import Scores
+from experiments.bench import Bench
 from rmodels import site_shape
 
 
@@ -66,34 +67,33 @@ class Block:
 class Asked:
     """Some items of a task, and which of them a model steered by a plan gets right."""
 
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    task: Task
+    bench: Bench
     items: Sequence
 
-    def columns(self, plan: Plan) -> Columns:
-        with steer(self.model, plan):
-            answers = self.task.answers(self.model, self.tokenizer, self.items)
-        return self.task.columns(self.items, answers)
+    def scores(self, plan: Plan) -> Scores:
+        bench = self.bench
+        with steer(bench.model, plan):
+            answers = bench.task.answers(LiveAnswerer(bench.model, bench.tokenizer), self.items)
+        return bench.task.columns(self.items, answers)
 
     def outcomes(self, plan: Plan) -> list[bool]:
-        """Of the task's main measure."""
-        return list(next(iter(self.columns(plan).values())))
+        """Return those of the task's main measure."""
+        return list(self.scores(plan).outcomes)
 
     def sweep(self, block: Block, dims: Sequence[int], alpha: float, progress: bool, part: str) -> list[list[bool]]:
         """Outcomes with each dimension steered alone."""
-        bar = tqdm(dims, desc=f"{self.task.name}, {block}, {part}", unit=" dims", disable=not progress)
+        bar = tqdm(dims, desc=f"{self.bench.task.name}, {block}, {part}", unit=" dims", disable=not progress)
         return [self.outcomes(block.plan({dim: alpha})) for dim in bar]
 
 
-def extremes(setting: Setting, block: Block, params: dict, progress: bool) -> dict[str, int]:
+def extremes(bench: Bench, block: Block, params: dict, progress: bool) -> dict[str, int]:
     """The best, a neutral and the worst dimension of a sweep on validation items, where params do not name them."""
-    model, tokenizer, task = load(setting)
+    task = bench.task
     if not task.validation:
         raise AUSteerError(
             f"{task.name} has no validation items to choose dimensions on: name them in the study's dims"
         )
-    asked = Asked(model, tokenizer, task, task.validation[: params["n"]])
+    asked = Asked(bench, task.validation[: params["n"]])
     dims = range(0, block.width, params["step"])
     if len(dims) < 3:
         raise AUSteerError(f"a sweep needs at least three dimensions; a step of {params['step']} leaves {len(dims)}")

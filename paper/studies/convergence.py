@@ -19,16 +19,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from austeer.errors import AUSteerError
-from experiments.setting import Setting, load
+from experiments.bench import Bench
 from paper.studies import picture
 from paper.studies.block import Block, extremes, next_token
 
 
-def measure(setting: Setting, params: dict, progress: bool) -> dict:
-    model, tokenizer, task = load(setting)
+def measure(bench: Bench, params: dict, progress: bool) -> dict:
+    model, tokenizer, task = bench.model, bench.tokenizer, bench.task
     block, strengths, dims = Block.of(model, params), params["strengths"], params["dims"]
     if dims is None:
-        found = extremes(setting, block, params, progress)
+        found = extremes(bench, block, params, progress)
         dims = [found["worst"], found["best"]]
     if len(dims) != 2 or len(strengths) < 2 or sorted(strengths) != list(strengths):
         raise AUSteerError("convergence is of two dims, over two or more ascending strengths")
@@ -39,7 +39,7 @@ def measure(setting: Setting, params: dict, progress: bool) -> dict:
         one, other = next_token(model, tokenizer, prompt, plans).chunk(2)
         total += torch.stack([kl(one, one[-1:]), kl(other, other[-1:]), kl(one, other)], 1)
     return {
-        "task": setting.task_name,
+        "task": bench.task_spec.label,
         "where": str(block),
         "dims": dims,
         "strengths": list(strengths),

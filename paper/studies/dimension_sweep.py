@@ -22,7 +22,7 @@ from austeer.methods.iti import ITI
 from austeer.methods.sadi import SADIHead, SADIHidden
 from austeer.plan import Plan
 from eval.statistics import holm, mcnemar, wilson
-from experiments.setting import Setting, load
+from experiments.bench import Bench
 from paper.studies import picture
 from paper.studies.block import Asked, Block
 
@@ -33,14 +33,14 @@ CHOSEN = {  # who chose a combination: its lines, and what they are called
 }
 
 
-def measure(setting: Setting, params: dict, progress: bool) -> dict:
-    model, tokenizer, task = load(setting)
+def measure(bench: Bench, params: dict, progress: bool) -> dict:
+    model, tokenizer, task = bench.model, bench.tokenizer, bench.task
     block, alpha = Block.of(model, params), params["alpha"]
     dims = list(range(0, block.width, params["step"]))
     splits = {"validation": task.validation[: params["n"]], "test": task.test[: params["n"]]}
-    asked = {part: Asked(model, tokenizer, task, items) for part, items in splits.items() if items}
-    unsteered = {part: asking.columns(block.plan({})) for part, asking in asked.items()}
-    vanilla = {part: next(iter(columns.values())) for part, columns in unsteered.items()}
+    asked = {part: Asked(bench, items) for part, items in splits.items() if items}
+    unsteered = {part: asking.scores(block.plan({})) for part, asking in asked.items()}
+    vanilla = {part: scores.outcomes for part, scores in unsteered.items()}
     swept = {part: asking.sweep(block, dims, alpha, progress, part) for part, asking in asked.items()}
 
     def tested(plan: Plan) -> dict:
@@ -54,10 +54,10 @@ def measure(setting: Setting, params: dict, progress: bool) -> dict:
         return {"alpha": strength, "chosen_on": choose, **tested(plans[strength])}
 
     whole = {"block": {"alpha": alpha, **tested(block.plan(dict.fromkeys(range(block.width), alpha)))}}
-    whole["sadi"] = best_of(_sadi(block, setting))
+    whole["sadi"] = best_of(_sadi(block, bench.grid_kind))
     if block.head is not None:
         iti = ITI().prepare(Evidence(model, tokenizer, task.pairs, block.site, _no_ranks))
-        whole["iti"] = best_of(_iti(block, iti, setting))
+        whole["iti"] = best_of(_iti(block, iti, bench.grid_kind))
 
     combinations = {}
     for part in asked:
@@ -74,9 +74,9 @@ def measure(setting: Setting, params: dict, progress: bool) -> dict:
         }
     ps = holm([mcnemar(vanilla["test"], outcomes)[2] for outcomes in swept["test"]])
     return {
-        "task": setting.task_name,
+        "task": bench.task_spec.label,
         "where": str(block),
-        "measure": next(iter(unsteered["test"])),
+        "measure": unsteered["test"].main,
         "n": {part: len(outcomes) for part, outcomes in vanilla.items()},
         "vanilla": {part: sum(outcomes) for part, outcomes in vanilla.items()},
         "dims": dims,
@@ -100,16 +100,15 @@ def _combined(block: Block, dims: list[int], alpha: float, tested) -> dict:
     return {"dims": dims, **tested(block.plan(dict.fromkeys(dims, alpha)))}
 
 
-def _sadi(block: Block, setting: Setting) -> dict[float, Plan]:
+def _sadi(block: Block, kind: str) -> dict[float, Plan]:
     """SADI scales all of a head, from the prompt's last token on."""
-    kind = "small" if setting.embedded else "full"
     alphas = (SADIHead if block.head is not None else SADIHidden).alphas[kind]
     return {alpha: block.plan(dict.fromkeys(range(block.width), alpha), "last") for alpha in alphas}
 
 
-def _iti(block: Block, heads, setting: Setting) -> dict[float, Plan]:
+def _iti(block: Block, heads, kind: str) -> dict[float, Plan]:
     direction = heads.sigma[block.layer, block.head] * heads.direction[block.layer, block.head]
-    return {a: block.shifted(a * direction, "last") for a in ITI_ALPHAS["small" if setting.embedded else "full"]}
+    return {a: block.shifted(a * direction, "last") for a in ITI_ALPHAS[kind]}
 
 
 def _no_ranks(momentum: str):

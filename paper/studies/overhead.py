@@ -16,20 +16,20 @@ from austeer.methods.registry import METHODS
 from austeer.steering import steer
 from embedded.tasks import REPLY_WORDS
 from eval.answering.answers import Question, answers
-from experiments.setting import Setting, load
+from experiments.bench import Bench
 from MFU_screening import screen
 
 SHOWN = {"iti": "iti", "sadi": "sadi-head", "austeer": "published", "causal": "causal"}
 
 
-def measure(setting: Setting, params: dict, progress: bool) -> dict:
-    model, tokenizer, task = load(setting)
+def measure(bench: Bench, params: dict, progress: bool) -> dict:
+    model, tokenizer, task = bench.model, bench.tokenizer, bench.task
     items, trials = task.test[: params["items"]], params["trials"]
-    if setting.embedded:
+    if bench.model_spec.embedded:
         question = Question(REPLY_WORDS if task.name == "tone" else 1)
     else:
         question = Question(task.tokens_for(model.config.model_type))
-    kind, site = "small" if setting.embedded else "full", "attention"
+    kind, site = bench.grid_kind, "attention"
 
     def ranks(momentum: str):
         return screen(task.pairs, model, tokenizer, [site], momentum=momentum, progress=False)[site]

@@ -1,7 +1,7 @@
 """Figure 12: how many of the k best AUs two tasks have in common, on one model.
 
-params: momentum, k, tasks. The model is the setting's; of embedded ones every task has its own, so there all tasks'
-pairs are ranked on the model of the setting's task, and the picture says so.
+params: momentum, k, tasks. The model is the bench's. Every embedded task has a model of its own, so there
+the pairs of all tasks are ranked on the model of the bench's task, and the picture says so.
 
 Two random choices of k among N AUs share k / N of each on average. Many AUs can tie at the cut, where the rule of ties
 (the lower layer first) lets all tasks choose alike: how many do is in the record and below the picture.
@@ -13,17 +13,17 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments.setting import Setting
+from experiments.bench import Bench
 from paper.studies import picture
 from paper.studies.ranked import ranked
 
 
-def measure(setting: Setting, params: dict, progress: bool) -> dict:
+def measure(bench: Bench, params: dict, progress: bool) -> dict:
     k, tasks, sites = params["k"], params["tasks"], list(picture.SITES)
-    by_task = [ranked(setting, params["momentum"], sites, progress, task) for task in tasks]
+    by_task = [ranked(bench, params["momentum"], sites, progress, task) for task in tasks]
     found: dict = {
         "tasks": tasks,
-        "on": f"the embedded {setting.task} model" if setting.embedded else None,
+        "on": f"the embedded {bench.task_spec.name} model" if bench.model_spec.embedded else None,
         "sites": {},
     }
     for site in sites:

@@ -19,18 +19,18 @@ from tqdm import tqdm
 from austeer.errors import AUSteerError
 from austeer.ranks import AURanks
 from austeer.tokens import PROTOCOLS, encode
-from experiments.setting import Setting, load
+from experiments.bench import Bench
 from MFU_screening import MOMENTA
 from paper.studies import picture
 
 COLORS = {"activation": picture.BLUE, "causal": picture.VERMILLION}
 
 
-def measure(setting: Setting, params: dict, progress: bool) -> dict:
-    momenta = list(MOMENTA) if setting.protocol == "clean" else ["activation"]
-    found: dict = {"task": setting.task_name, "pairs": 0, "sites": {}}
+def measure(bench: Bench, params: dict, progress: bool) -> dict:
+    momenta = list(MOMENTA) if bench.task_spec.protocol == "clean" else ["activation"]
+    found: dict = {"task": bench.task_spec.label, "pairs": 0, "sites": {}}
     for momentum in momenta:
-        scores, n = resampled(setting, momentum, params["draws"], params["seed"], progress)
+        scores, n = resampled(bench, momentum, params["draws"], params["seed"], progress)
         found["pairs"] = n
         for site, of_draws in scores.items():
             full, *others = [AURanks(site, score, score).order for score in of_draws]
@@ -47,11 +47,11 @@ def measure(setting: Setting, params: dict, progress: bool) -> dict:
     return found
 
 
-def resampled(setting: Setting, momentum: str, draws: int, seed: int, progress: bool) -> tuple[dict[str, Tensor], int]:
+def resampled(bench: Bench, momentum: str, draws: int, seed: int, progress: bool) -> tuple[dict[str, Tensor], int]:
     """By site the scores' magnitudes, (1 + draws, layers, width): of all pairs as they are, then of each draw. And n."""
-    model, tokenizer, task = load(setting)
+    model, tokenizer, task = bench.model, bench.tokenizer, bench.task
     kind = MOMENTA[momentum]
-    rules, sites = PROTOCOLS[setting.protocol], list(picture.SITES)
+    rules, sites = PROTOCOLS[bench.task_spec.protocol], list(picture.SITES)
     pairs = task.pairs[: rules.first_pairs]
     encoded, _ = encode(pairs, tokenizer, rules, rules.cut_at or model.config.max_position_embeddings)
     counts = _counts(len(pairs), draws, seed)

@@ -10,18 +10,18 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments.setting import Setting
+from experiments.bench import Bench
 from paper.studies import picture
 from paper.studies.ranked import ranked
 
 SCORE = {"activation": "score: share of pairs", "causal": "score: |t| over pairs"}
 
 
-def measure(setting: Setting, params: dict, progress: bool) -> dict:
-    found = ranked(setting, params["momentum"], list(picture.SITES), progress)
+def measure(bench: Bench, params: dict, progress: bool) -> dict:
+    found = ranked(bench, params["momentum"], list(picture.SITES), progress)
     scores = {site: ranks.score.abs() for site, ranks in found.items()}
     return {
-        "task": setting.task_name,
+        "task": bench.task_spec.label,
         "pairs": next(iter(found.values())).header["pairs"],
         # a line of text a layer: as lists, hundreds of thousands of numbers would have a line each
         "scores": {

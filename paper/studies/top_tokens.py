@@ -12,21 +12,21 @@ from pathlib import Path
 import numpy as np
 
 from austeer.plan import Plan
-from experiments.setting import Setting, load
+from experiments.bench import Bench
 from paper.studies import picture
 from paper.studies.block import Asked, Block, extremes, next_token
 
 TOP = 5
 
 
-def measure(setting: Setting, params: dict, progress: bool) -> dict:
-    model, tokenizer, task = load(setting)
+def measure(bench: Bench, params: dict, progress: bool) -> dict:
+    model, tokenizer, task = bench.model, bench.tokenizer, bench.task
     block, dims = Block.of(model, params), params["dims"]
-    chosen = extremes(setting, block, params, progress) if dims is None else {f"dim{dim}": dim for dim in dims}
+    chosen = extremes(bench, block, params, progress) if dims is None else {f"dim{dim}": dim for dim in dims}
     plans = {"unsteered": block.plan({}), **{name: block.plan({dim: params["alpha"]}) for name, dim in chosen.items()}}
     index = params["item"]
     if index is None:
-        index = _first_set_right(Asked(model, tokenizer, task, task.test[: params["n"]]), list(plans.values()))
+        index = _first_set_right(Asked(bench, task.test[: params["n"]]), list(plans.values()))
     item = task.test[index]
     probabilities = next_token(model, tokenizer, item.prompt, list(plans.values())).exp()
     columns = []
@@ -38,7 +38,7 @@ def measure(setting: Setting, params: dict, progress: bool) -> dict:
     # an item's right answer goes by the name its task has for it
     answer = next(getattr(item, name) for name in ("right", "gold", "positive") if hasattr(item, name))
     return {
-        "task": setting.task_name,
+        "task": bench.task_spec.label,
         "item": index,
         "where": str(block),
         "prompt": item.prompt,

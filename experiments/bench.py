@@ -1,0 +1,112 @@
+"""A bench: a loaded model, its tokenizer and a task, once for all cells that share them."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+import rmodels
+from austeer.pairs import Pair, read_pairs
+from embedded import acceptance
+from eval.tasks.base import Task
+from eval.tasks.embedded import EmbeddedTask
+from eval.tasks.own_pairs import PairTask
+from eval.tasks.registry import PAPER_TASKS, paper_task
+from experiments.cell import ModelSpec, TaskSpec
+from experiments.store import Store
+
+TINY = 50_000_000  # parameters
+
+
+@dataclass
+class Bench:
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    task: Task
+    model_spec: ModelSpec
+    task_spec: TaskSpec
+    store: Store
+    learned: dict[tuple, Any] = field(default_factory=dict)  # by methods, from the pairs
+
+    @property
+    def grid_kind(self) -> str:
+        return "small" if self.model_spec.embedded else "full"
+
+    @property
+    def has_instruction(self) -> bool:
+        return has_instruction(self.model_spec, self.task_spec)
+
+    def pairs_of(self, task: str) -> list[Pair]:
+        """Return the pairs of a task, this one or another, to rank this bench's model on."""
+        if task == self.task_spec.name:
+            return self.task.pairs
+        return _task(self.model_spec, TaskSpec(task, data_dir=self.task_spec.data_dir), self.store).pairs
+
+
+def is_paper_task(model: ModelSpec, task: TaskSpec) -> bool:
+    return not model.embedded and task.name in PAPER_TASKS
+
+
+def has_instruction(model: ModelSpec, task: TaskSpec) -> bool:
+    """Say whether there is a prompt-only control: the authors' code has none, and own pairs do not say what they are for."""
+    return model.embedded or (is_paper_task(model, task) and task.protocol == "clean")
+
+
+def checkpoint(model: ModelSpec, task: TaskSpec) -> str:
+    return str(acceptance.WEIGHTS / f"{task.name}{model.variant}") if model.embedded else model.name
+
+
+def task_class(model: ModelSpec, task: TaskSpec) -> type[Task]:
+    return EmbeddedTask if model.embedded else PAPER_TASKS.get(task.name, PairTask)
+
+
+class Benches:
+    """Open benches and keep them: of large models one, of tiny ones all."""
+
+    def __init__(self):
+        self._benches: dict[tuple[ModelSpec, TaskSpec, Store], Bench] = {}
+        self._models: dict[tuple, tuple[PreTrainedModel, PreTrainedTokenizerBase]] = {}
+        self.on_close: list[Callable[[], None]] = []  # an engine that holds a model is stopped here
+
+    def open(self, model: ModelSpec, task: TaskSpec, store: Store) -> Bench:
+        key = model, task, store
+        if key not in self._benches:
+            loaded_task = _task(model, task, store)  # before the model: a mistake in the data should not wait for it
+            self._benches[key] = Bench(*self._load(model, checkpoint(model, task)), loaded_task, model, task, store)
+        return self._benches[key]
+
+    def _load(self, spec: ModelSpec, folder: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        key = folder, spec.dtype, spec.device, spec.quantization
+        if key not in self._models:
+            if any(model.num_parameters() > TINY for model, _ in self._models.values()):
+                self.close()
+            model = rmodels.load(folder, dtype=spec.dtype, device=spec.device, quantization=spec.quantization)
+            self._models[key] = model, rmodels.load_tokenizer(folder)
+        return self._models[key]
+
+    def close(self) -> None:
+        self._benches.clear()
+        self._models.clear()
+        for close in self.on_close:
+            close()
+        gc.collect()
+
+
+BENCHES = Benches()  # of this process
+
+
+def _task(model: ModelSpec, task: TaskSpec, store: Store) -> Task:
+    pairs = {"n_pairs": task.pairs.n_pairs, "general_pairs": task.pairs.general_pairs, "encoder": task.pairs.encoder}
+    if model.embedded:
+        return EmbeddedTask(task.name, task.test_split, limit=task.limit, **pairs)
+    if not is_paper_task(model, task):
+        return PairTask(task.label, read_pairs(task.name, task.fields), task.limit, **pairs)
+    chat = rmodels.load_tokenizer(model.name) if task.chat else None
+    return paper_task(
+        task.name, toxicity=task.toxicity, cache=store.paid_scores, device=model.device, data_dir=task.data_dir,
+        protocol=task.protocol, chat=chat, limit=task.limit, batch_size=task.batch_size, **pairs,
+    )  # fmt: skip

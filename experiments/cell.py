@@ -1,0 +1,143 @@
+"""What a cell is: a model, a task, a method and a search. Nothing else decides its number.
+
+Tables (paper/specs) and command lines name the fields flat, such as {"model": ..., "task": ..., "ks": ...}; `cell_of`
+sorts them into the four parts and refuses a field that none of them has.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+
+from austeer.errors import AUSteerError
+from austeer.pairs import FIELDS
+
+EMBEDDED = "embedded"  # also embedded-VARIANT: another model of the same task, such as embedded-seed1
+UNSTEERED = ("vanilla", "prompt-only")
+LIVE = "live"
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    name: str  # "embedded" or one of its variants, a hub id, or the folder of a checkpoint
+    device: str | None = None
+    dtype: str = "auto"
+    quantization: str | None = None
+    engine: str = LIVE  # who answers: the model itself, or vLLM
+
+    @property
+    def embedded(self) -> bool:
+        return self.name.partition("-")[0] == EMBEDDED
+
+    @property
+    def variant(self) -> str:
+        """Return "-seed1" for embedded-seed1, and "" for the embedded model of a task."""
+        return self.name.removeprefix(EMBEDDED)
+
+
+@dataclass(frozen=True)
+class PairsSpec:
+    """Which contrastive pairs methods learn from. Unsteered cells do not depend on it."""
+
+    n_pairs: int | None = None  # use the first so many
+    general_pairs: bool = False  # wrong answers by the paper's general recipe
+    encoder: str | None = None  # finds similar wrong answers
+
+
+@dataclass(frozen=True)
+class TaskSpec:
+    name: str  # a task of the embedded models, one of the paper, or the file of a user's pairs
+    fields: tuple[str, str, str] = FIELDS  # of that file
+    test_split: str = "test"
+    limit: int | None = None  # items a split, at most
+    data_dir: str | None = None
+    protocol: str = "clean"
+    toxicity: str = "local"
+    chat: bool = False
+    batch_size: int | None = None
+    pairs: PairsSpec = field(default_factory=PairsSpec)
+
+    @property
+    def label(self) -> str:
+        return Path(self.name).stem
+
+
+@dataclass(frozen=True)
+class MethodSpec:
+    name: str
+    site: str | None = None  # None: nothing is steered
+    draw: int = 0
+    options: tuple[tuple[str, str], ...] = ()  # (("readout", "answer"), ...)
+
+
+@dataclass(frozen=True)
+class SearchSpec:
+    kind: str = "grid"  # of experiments.search.SEARCHES
+    ks: tuple[int, ...] = ()  # to try instead of the method's own; one k and one alpha: no search
+    alphas: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Cell:
+    model: ModelSpec
+    task: TaskSpec
+    method: MethodSpec
+    search: SearchSpec = field(default_factory=SearchSpec)
+
+    @property
+    def steered(self) -> bool:
+        return self.method.name not in UNSTEERED
+
+    def unsteered(self, name: str = "vanilla") -> Cell:
+        """Return the cell that asks the same items without steering: one for all methods, pairs and searches."""
+        return Cell(self.model, replace(self.task, pairs=PairsSpec()), MethodSpec(name))
+
+    def __str__(self) -> str:
+        return " ".join(filter(None, (self.task.label, self.method.site, self.method.name)))
+
+
+_PARTS = {ModelSpec: "model", TaskSpec: "task", PairsSpec: "", MethodSpec: "method", SearchSpec: "search"}
+_FLAT = {  # the flat name of a field -> the part it belongs to, and its name there
+    (_PARTS[part] if one.name in ("name", "kind") else one.name): (part, one.name)
+    for part in _PARTS
+    for one in fields(part)
+    if one.name != "pairs"
+}
+FIELD_NAMES = frozenset(_FLAT)
+
+
+def cell_of(**flat) -> Cell:
+    """Build a cell from flat fields. Options of other methods than its own are left out."""
+    parts = _parts(flat)
+    method = parts[MethodSpec]
+    method["options"] = tuple(
+        (key.partition(".")[2], value)
+        for key, value in method.get("options", ())
+        if key.partition(".")[0] == method["name"]
+    )
+    cell = Cell(*_bench_specs(parts), MethodSpec(**method), SearchSpec(**parts[SearchSpec]))
+    return cell if cell.steered else cell.unsteered(cell.method.name)
+
+
+def bench_of(**flat) -> tuple[ModelSpec, TaskSpec]:
+    """Return what a bench is opened with, from flat fields."""
+    return _bench_specs(_parts(flat))
+
+
+def _parts(flat: dict) -> dict[type, dict]:
+    unknown = sorted(set(flat) - FIELD_NAMES)
+    if unknown:
+        raise AUSteerError(f"a cell has no field {', '.join(unknown)}; its fields: {', '.join(sorted(FIELD_NAMES))}")
+    parts: dict[type, dict] = {part: {} for part in _PARTS}
+    for name, value in flat.items():
+        part, own_name = _FLAT[name]
+        parts[part][own_name] = _frozen(value)
+    return parts
+
+
+def _bench_specs(parts: dict[type, dict]) -> tuple[ModelSpec, TaskSpec]:
+    return ModelSpec(**parts[ModelSpec]), TaskSpec(**parts[TaskSpec], pairs=PairsSpec(**parts[PairsSpec]))
+
+
+def _frozen(value):
+    return tuple(map(_frozen, value)) if isinstance(value, list | tuple) else value

@@ -1,0 +1,80 @@
+"""Who answers for a bench, under which plans: the loaded model itself, or vLLM with every plan as an adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+
+from eval.answering.answerer import Answerer, LiveAnswerer
+
+from austeer.errors import AUSteerError
+from austeer.plan import Plan
+from austeer.steering import steer
+from eval.tasks.base import Task
+from experiments.bench import Bench
+from experiments.cell import LIVE
+from experiments.engines.vllm_batches import adapters_code, vllm_answerer
+from experiments.engines.vllm_engine import installed
+
+ENGINES = (LIVE, "vllm")
+# Token by token, a small batch costs nearly as much as a large one, and a search asks for the same few items again and
+# again: for answers of several tokens one batch of all plans pays up to so many items, for answers of one token it does
+# not (benchmarks/search.py measures both).
+FEW = 25
+
+
+def engine_name(engine: str) -> str:
+    return LIVE if engine == LIVE else installed()
+
+
+def engine_code(engine: str) -> tuple:
+    """Return the roots of the code that answers."""
+    return (live_answering,) if engine == LIVE else (vllm_answering, *adapters_code())
+
+
+def check_engine(engine: str, device: str | None, **options: object) -> None:
+    """Refuse options that an engine cannot serve; options: by name, as given."""
+    if engine == LIVE:
+        return
+    installed()
+    unfit = [f"--{name.replace('_', '-')}" for name, value in options.items() if value]
+    unfit += [f"--device {device} (use CUDA_VISIBLE_DEVICES)"] if ":" in (device or "") else []
+    if unfit:
+        raise AUSteerError(
+            f"leave out {', '.join(unfit)}: --engine {engine} answers in words only, in batches of its own and in one process"
+        )
+
+
+def pays_together(engine: str, task: Task, n_items: int) -> bool:
+    """Say whether many plans are cheaper asked in one batch."""
+    if engine != LIVE:
+        return task.generates_on_validation
+    return task.multi_token and n_items <= FEW
+
+
+def answering(bench: Bench, plans: Sequence[Plan | None], n_items: int):
+    """Open what answers `n_items` items under the first plan, then the same items under the second, ..."""
+    return (live_answering if bench.model_spec.engine == LIVE else vllm_answering)(bench, plans, n_items)
+
+
+@contextmanager
+def live_answering(bench: Bench, plans: Sequence[Plan | None], n_items: int) -> Iterator[Answerer]:
+    if len(plans) > 1:
+        yield LiveAnswerer(bench.model, bench.tokenizer, [plan for plan in plans for _ in range(n_items)])
+        return
+    (plan,) = plans
+    with steer(bench.model, plan) if plan is not None else nullcontext() as steering:
+        answerer = LiveAnswerer(bench.model, bench.tokenizer)
+        answerer.receipt = lambda: {} if steering is None else steering.receipt()
+        yield answerer
+
+
+@contextmanager
+def vllm_answering(bench: Bench, plans: Sequence[Plan | None], n_items: int) -> Iterator[Answerer]:
+    """Steer the loaded model too where there is one plan: likelihoods are its own."""
+    plan = plans[0] if len(plans) == 1 else None
+    with (
+        steer(bench.model, plan) if plan is not None else nullcontext(),
+        vllm_answerer(bench, plans, n_items) as answerer,
+    ):
+        yield answerer

@@ -1,0 +1,37 @@
+"""Where a comparison keeps what it makes: a folder of ranks, a folder of records, and the answers beside the records."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from experiments import records
+from experiments.cell import ModelSpec, TaskSpec
+
+
+@dataclass(frozen=True)
+class Store:
+    ranks: str = "AU_ranks"
+    records: str = "results/records"
+
+    def find(self, key: dict) -> dict | None:
+        return records.find(Path(self.records), key)
+
+    def write(self, key: dict, result: dict) -> dict:
+        return records.write(Path(self.records), key, result)
+
+    def ranks_file(self, model: ModelSpec, task: TaskSpec, momentum: str, site: str) -> Path:
+        by = momentum if task.protocol == "clean" else f"{momentum}-{task.protocol}"
+        by += f"-{task.pairs.n_pairs}-pairs" if task.pairs.n_pairs else ""
+        by += "-general" if task.pairs.general_pairs else ""
+        return Path(self.ranks) / Path(model.name).name / task.label / by / f"{site}.safetensors"
+
+    def answers_file(self, record: str, part: str = "test") -> Path:
+        """Return where the answers behind a record are kept as they come, so that a killed run goes on."""
+        name = part.replace(" ", "-").replace("=", "")
+        return Path(self.records).parent / "answers" / f"{record}-{name}.jsonl"
+
+    @property
+    def paid_scores(self) -> Path:
+        """Return the file that keeps scores of a paid service."""
+        return Path(self.records).parent / "perspective.jsonl"
