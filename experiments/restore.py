@@ -21,11 +21,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from austeer.code_identity import code_hash
 from eval.answering.answerer import LiveAnswerer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from austeer.code_identity import code_hash
 from austeer.errors import AUSteerError, run_command
 from austeer.evidence import Evidence
 from austeer.forward import input_device

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from conftest import PAIRS
+from one_cell import computed, embedded_cell, store_in
 from reference import hook_steering, hooked, log_odds
 from transformers import AutoModelForCausalLM
 
@@ -26,8 +27,8 @@ from austeer.plan import Plan
 from austeer.ranks import AURanks
 from austeer.steering import steer
 from experiments import report
-from experiments import run_cell as cells
-from experiments.setting import Cell, Setting
+from experiments.compare import in_protocol
+from experiments.executors import base
 from MFU_screening import screen
 
 SEARCHED = [
@@ -114,7 +115,7 @@ def test_plans_steer_their_model_and_say_what_they_were_made_for(method, llama, 
 def test_every_one_is_registered_and_the_authors_code_has_none_of_the_causal_ones():
     for method in OURS:
         assert type(METHODS[method.name]) is type(method)
-        assert cells.in_protocol("paper", method) == (not method.name.startswith("causal"))
+        assert in_protocol("paper", method) == (not method.name.startswith("causal"))
 
 
 @pytest.mark.parametrize("method", OURS, ids=lambda method: method.name)
@@ -153,19 +154,17 @@ def test_both_sites_are_ranked_together(llama, tokenizer):
 
 def test_both_sites_are_one_cell(tmp_path, monkeypatch):
     monkeypatch.setattr("eval.tasks.embedded.PAIRS", 40)
-    monkeypatch.setattr("experiments.run_cell.acceptance.latent_skill", lambda *args, **kwargs: None)
-    setting = Setting(
-        "embedded", "svamp", device="cpu", ranks=str(tmp_path / "ranks"), records=str(tmp_path / "records"), limit=10,
-        ks=(6,), alphas=(1.0,),
-    )  # fmt: skip
-    cell = Cell(setting, "causal-both", "both")
-    assert cells.prepare(setting, [cell]) == 2
+    monkeypatch.setattr("experiments.executors.base.acceptance.latent_skill", lambda *args, **kwargs: None)
+    few = {"task": "svamp", "limit": 10, "ks": [6], "alphas": [1.0]}
+    cell = embedded_cell(**few, method="causal-both", site="both")
+    ranking = base.Ranking(cell.model, cell.task, (cell,))
+    assert base.rank(ranking, store_in(tmp_path)) == {"made": 2}
     made = {file.stem: AURanks.load(file) for file in (tmp_path / "ranks").rglob("*.safetensors")}
-    assert set(made) == {"attention", "ffn"} and cells.prepare(setting, [cell]) == 0
-    record = cells.compute(cell)
+    assert set(made) == {"attention", "ffn"} and base.rank(ranking, store_in(tmp_path)) == {"made": 0}
+    record = computed(tmp_path, **few, method="causal-both", site="both")
     assert record["site"] == "both" and record["touched"] == 6
     assert record["cost"]["prepare_s"] >= sum(ranks.header["seconds"] for ranks in made.values())
-    lines = report.table([cells.compute(Cell(setting, "vanilla")), record], {"causal-both": "together"})
+    lines = report.table([computed(tmp_path, **few, method="vanilla"), record], {"causal-both": "together"})
     assert "| together, Head+FFN | k=6, alpha=1 | 6 |" in lines
 
 

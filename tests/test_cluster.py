@@ -6,16 +6,16 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from one_cell import embedded_cell, store_in
 from samples import without_chance
 
 import main
 from austeer.errors import AUSteerError
-from experiments.executors import over_ray as cluster
-from experiments.setting import Cell, Setting
+from experiments.executors.base import run_cells
+from experiments.executors.over_ray import RayExecutor
 
 ROOT = Path(__file__).parents[1]
 
@@ -32,7 +32,7 @@ def working(parent):
     while more:
         under |= more
         more = {pid for pid, above, *_ in rows if above in more}
-    return [int(pid) for pid, _, name in rows if pid in under and name.startswith("ray::_attempt")]
+    return [int(pid) for pid, _, name in rows if pid in under and name.startswith("ray::_in_folder")]
 
 
 @pytest.mark.slow
@@ -60,28 +60,30 @@ def test_a_worker_killed_in_mid_run(tmp_path):
 @pytest.mark.slow
 def test_what_fails_is_said_and_the_rest_goes_on(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    (tmp_path / "file").touch()
-    good = Setting("embedded", "svamp", device="cpu", limit=20, records=str(tmp_path / "records"), ks=(4,), alphas=(1.0,),
-                   ranks=str(tmp_path / "ranks"), options=(("sta.sae", "nowhere"),))  # fmt: skip
-    bad = replace(good, records=str(tmp_path / "file" / "records"))
-    todo = [Cell(setting, name, site) for setting in (good, bad)
+    few = {"task": "svamp", "limit": 20, "ks": [4], "alphas": [1.0], "options": [["sta.sae", "nowhere"]]}
+    todo = [embedded_cell(**few, method=name, site=site)
             for name, site in (("vanilla", None), ("published", "ffn"), ("sta", "layer"))]  # fmt: skip
-    records = dict(cluster.over_ray(todo, "local", 2))
+    todo += [
+        embedded_cell(**few | {"task": "nothing"}, method="vanilla"),
+        embedded_cell(**few | {"task": "nothing"}, method="published", site="ffn"),
+    ]
+    executor = RayExecutor("local", 2)
+    records = dict(run_cells(todo, store_in(tmp_path), executor))
+    executor.close()
     assert set(records) == set(todo)
     vanilla, published, sta, *others = (records[cell] for cell in todo)
     assert vanilla["n"] == published["n"] == 20 and "failed" not in {**vanilla, **published}
     assert sta == {"failed": "nowhere is neither a file nor RELEASE/ID of sae-lens"}
-    assert "NotADirectoryError" in others[0]["failed"]
-    assert [record["failed"] for record in others[1:]] == [f"not begun: {others[0]['failed']}"] * 2
+    assert all("unknown task 'nothing'" in record["failed"] for record in others)
     assert len(found(tmp_path)) == 2  # what failed is no record: it is tried again
 
 
 def test_wrong_calls(monkeypatch, tmp_path):
-    with pytest.raises(AUSteerError, match="--ray gives every cell a device"):
+    with pytest.raises(AUSteerError, match="--ray assigns devices itself"):
         main.main(["--ray", "local", "--device", "cuda:1", "--results", str(tmp_path)])
     monkeypatch.setitem(sys.modules, "ray", None)
     for name in ("RAY_USAGE_STATS_ENABLED", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):
         monkeypatch.setenv(name, "")  # put back afterwards
     with pytest.raises(AUSteerError, match=r"--ray needs Ray: pip install -r requirements2\.txt"):
-        list(cluster.over_ray([], "local"))
+        RayExecutor("local")
     assert os.environ["RAY_USAGE_STATS_ENABLED"] == "0" and len(os.environ["RAY_AUTH_TOKEN"]) == 64

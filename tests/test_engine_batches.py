@@ -19,10 +19,11 @@ from austeer.steering import steer
 from eval.answering.answers import Question, answers
 from eval.tasks.open_text import BPO
 from experiments import plots as figures
-from experiments import run_cell as cells
+from experiments import records
+from experiments.bench import BENCHES
+from experiments.engines import answering
 from experiments.engines import vllm_batches as engine_batches
 from experiments.engines import vllm_engine as engine_vllm
-from experiments.setting import forget
 
 
 class StandIn:
@@ -53,12 +54,12 @@ class StandIn:
 @pytest.fixture
 def engine(monkeypatch):
     monkeypatch.setattr(engine_batches, "VLLMEngine", StandIn)
-    monkeypatch.setattr(engine_batches, "installed", lambda: "stand-in 1")
+    monkeypatch.setattr(answering, "installed", lambda: "stand-in 1")
     monkeypatch.setattr(StandIn, "started", [])
     monkeypatch.setattr(StandIn, "asked", [])
     monkeypatch.setattr(figures, "comparison", lambda *of: None)  # a second each
     yield StandIn
-    forget()
+    BENCHES.close()
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +69,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture
 def folder(checkpoints, tmp_path):
-    forget()
+    BENCHES.close()
     (tmp_path / "model").mkdir()
     for file in checkpoints["llama"].iterdir():
         (tmp_path / "model" / file.name).write_bytes(file.read_bytes())
@@ -118,20 +119,20 @@ def equal(one, other):
 
 
 def test_a_comparison_by_an_engine_is_the_live_one(data, folder, engine, tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(austeer.KS, "real", (4,))
-    monkeypatch.setitem(austeer.ALPHAS, "real", (0.0, 1.0, 4.0))
+    monkeypatch.setitem(austeer.KS, "full", (4,))
+    monkeypatch.setitem(austeer.ALPHAS, "full", (0.0, 1.0, 4.0))
     command = ["--data_name", "copa", "--method", "causal", "--limit", "6"]
     _, live = run(data, folder, tmp_path / "live", *command)
     _, found = run(data, folder, tmp_path / "engine", *command, "--engine", "vllm")
     equal(live, found)
     same_words(words(tmp_path / "live"), words(tmp_path / "engine"))
-    held_out = len(cells.records.unpack(live["vanilla"]["validation"]))
+    held_out = len(records.unpack(live["vanilla"]["validation"]))
     assert (3 * held_out, 3) in engine.asked  # the whole grid at once; alpha 0 is the model as it is
     assert engine.started == [16]
     assert "answers: stand-in 1" in capsys.readouterr().out and list((tmp_path / "engine").glob("*-vllm.md"))
 
     # resumed: what was answered is not asked again, and without anything to ask no engine starts
-    forget()
+    BENCHES.close()
     files = {file: file.read_bytes() for file in (tmp_path / "engine" / "answers").rglob("*.jsonl")}
     (tmp_path / "engine" / "records" / f"{found['causal']['id']}.json").unlink()
     _, again = run(data, folder, tmp_path / "engine", *command, "--engine", "vllm")

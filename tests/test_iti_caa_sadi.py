@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import FAMILIES, PAIRS
+from one_cell import computed
 from reference import hooked, last_activations
 from scipy.optimize import minimize
 from transformers import AutoModelForCausalLM
@@ -26,8 +27,6 @@ from austeer.pairs import Pair
 from austeer.plan import Plan
 from austeer.steering import apply, clear, steer
 from eval.tasks import embedded
-from experiments import run_cell as cells
-from experiments.setting import Cell, Setting
 from MFU_screening import screen
 
 ALL = [ITI(), ITI("probe"), CAA(), SADIHead(), SADINeuron(), SADIHidden()]
@@ -434,8 +433,7 @@ def test_neurons_are_atomic_units_too(llama, tokenizer):
 def test_a_cell_of_each(method, tmp_path, monkeypatch):
     monkeypatch.setitem(METHODS, method.name, method)
     monkeypatch.setattr(embedded, "PAIRS", 60)
-    setting = Setting("embedded", "svamp", device="cpu", ranks=str(tmp_path), records=str(tmp_path), limit=8)
-    record = cells.compute(Cell(setting, method.name, method.sites[-1]))
+    record = computed(tmp_path, task="svamp", limit=8, method=method.name, site=method.sites[-1])
     assert record["n"] == 8 and len(record["grid_scores"]) == BUDGET["small"]
     if record["settings"]:
         assert record["touched"] > 0
@@ -445,6 +443,5 @@ def test_a_cell_of_each(method, tmp_path, monkeypatch):
 @pytest.mark.parametrize(("method", "site"), [(ITI(), "attention"), (CAA(), "layer"), (SADIHead(), "attention")])
 def test_they_find_the_polite_tone(method, site, tmp_path, monkeypatch):
     monkeypatch.setitem(METHODS, method.name, method)
-    setting = Setting("embedded", "tone", device="cpu", ranks=str(tmp_path), records=str(tmp_path))
-    record = cells.compute(Cell(setting, method.name, site))
+    record = computed(tmp_path, task="tone", method=method.name, site=site)
     assert record["right"] / record["n"] > 0.95  # 0.75 without

@@ -8,12 +8,12 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import SHARED, needs_shared
+from one_cell import attempted, bench_for, computed, embedded_cell
 from samples import without_chance
 
 import main
@@ -22,9 +22,8 @@ from austeer.methods import austeer
 from austeer.pairs import read_pairs
 from austeer.plan import Plan
 from experiments import compare as comparison
-from experiments import records, report
-from experiments import run_cell as cells
-from experiments.setting import Cell, Setting, forget
+from experiments import records, report, run_cell
+from experiments.bench import BENCHES
 
 ROOT = Path(__file__).parents[1]
 QUICK = ["--limit", "60", "--draws", "2", "--jobs", "1", "--k", "16", "--alpha", "2", "--device", "cpu"]
@@ -32,9 +31,9 @@ QUICK = ["--limit", "60", "--draws", "2", "--jobs", "1", "--k", "16", "--alpha",
 
 @pytest.fixture(autouse=True)
 def fresh_cells():
-    forget()
+    BENCHES.close()
     yield
-    forget()
+    BENCHES.close()
 
 
 def rows_of(folder):
@@ -64,8 +63,8 @@ def test_the_comparison_and_its_resumption(tmp_path, capsys, monkeypatch):
     assert causal["right"] - vanilla["right"] == causal["gained"] - causal["lost"]
     assert by_method["prompt-only"]["right"] >= 54
 
-    monkeypatch.setattr(cells, "_steered", None)  # a finished cell must not be computed again
-    forget()
+    monkeypatch.setattr(run_cell, "_Run", None)  # a finished cell must not be computed again
+    BENCHES.close()
     main.main(command)
     assert capsys.readouterr().out.split("| vanilla |")[1] == shown.split("| vanilla |")[1]
     monkeypatch.undo()
@@ -78,9 +77,7 @@ def test_the_comparison_and_its_resumption(tmp_path, capsys, monkeypatch):
 def test_the_search_is_on_validation_and_recorded(tmp_path, monkeypatch):
     monkeypatch.setitem(austeer.KS, "small", (4, 16))
     monkeypatch.setitem(austeer.ALPHAS, "small", (0.5, 4.0))
-    setting = Setting("embedded", "svamp", ranks=str(tmp_path / "r"), records=str(tmp_path / "x"), limit=50)
-    cells.prepare(setting, [Cell(setting, "causal", "attention")])
-    record = cells.compute(Cell(setting, "causal", "attention"))
+    record = computed(tmp_path, task="svamp", method="causal", site="attention", limit=50)
     assert set(record["grid_scores"]) == {"4,0.5", "4,4", "16,0.5", "16,4"}
     best = max(record["grid_scores"].values())
     assert record["grid_scores"][record["chosen"]] == best
@@ -90,33 +87,32 @@ def test_the_search_is_on_validation_and_recorded(tmp_path, monkeypatch):
 def test_nothing_is_done_where_nothing_beats_vanilla_on_validation(tmp_path, monkeypatch):
     monkeypatch.setitem(austeer.KS, "small", (1,))
     monkeypatch.setitem(austeer.ALPHAS, "small", (0.0, 0.0001))
-    setting = Setting("embedded", "copa", ranks=str(tmp_path / "r"), records=str(tmp_path / "x"), limit=40)
-    cells.prepare(setting, [Cell(setting, "causal", "ffn")])
-    record = cells.compute(Cell(setting, "causal", "ffn"))
-    vanilla = cells.compute(Cell(setting, "vanilla"))
+    record = computed(tmp_path, task="copa", method="causal", site="ffn", limit=40)
+    vanilla = computed(tmp_path, task="copa", method="vanilla", limit=40)
     assert record["settings"] is None and record["outcomes"] == vanilla["outcomes"] and record["p"] == 1.0
 
 
 def test_a_steered_test_has_a_receipt_and_a_silent_no_op_fails(tmp_path, monkeypatch):
-    setting = Setting("embedded", "copa", ranks=str(tmp_path / "r"), records=str(tmp_path / "x"), limit=20,
-                      n_pairs=40, ks=(4,), alphas=(2.0,))  # fmt: skip
-    record = cells.compute(Cell(setting, "causal", "ffn"))
+    few = {"task": "copa", "method": "causal", "site": "ffn", "limit": 20, "n_pairs": 40}
+    record = computed(tmp_path, **few, ks=[4], alphas=[2.0])
     assert record["receipt"]["aus"] == record["touched"] == 4 and record["receipt"]["positions"] > 20
-    idle = cells.attempt(Cell(replace(setting, alphas=(0.0,)), "causal", "ffn"))
+    idle = attempted(tmp_path, **few, ks=[4], alphas=[0.0])
     assert idle["receipt"]["aus"] == idle["touched"] == 0
-    monkeypatch.setattr(cells, "_of_first", lambda plan: Plan({"ffn": torch.zeros(plan.shape("ffn"))}))
-    lost = cells.attempt(Cell(replace(setting, ks=(5,)), "causal", "ffn"))
+    monkeypatch.setattr(
+        austeer.Causal, "plan", lambda self, ranks, point, draw=0: Plan({"ffn": torch.zeros(ranks.score.shape)})
+    )
+    lost = attempted(tmp_path, **few, ks=[5], alphas=[2.0])
     assert "the plan steered nothing ({'aus': 0" in lost["failed"]
 
 
-def test_records_are_named_by_their_question(tmp_path, monkeypatch):
-    setting = Setting("embedded", "svamp", records=str(tmp_path), limit=30)
-    one = cells.question(Cell(setting, "causal", "ffn", 0))
+def test_records_are_named_by_their_key(tmp_path, monkeypatch):
+    cell = embedded_cell(task="svamp", method="causal", site="ffn", limit=30)
+    one = run_cell.cell_key(cell, bench_for(tmp_path, task="svamp", limit=30))
     names = {records.record_id(one)}
     for change in ({"draw": 1}, {"site": "attention"}, {"fingerprint": "x"}, {"grid": [[1], [1]]}, {"items_hash": "y"}):
         names.add(records.record_id({**one, **change}))
-    monkeypatch.setattr(records, "code_hash", lambda: "other code")
-    names.add(records.record_id(one))
+    monkeypatch.setattr(run_cell, "code_hash", lambda *roots, cut: "other code")
+    names.add(records.record_id(run_cell.cell_key(cell, bench_for(tmp_path, task="svamp", limit=30))))
     assert len(names) == 7
 
 

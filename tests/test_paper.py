@@ -5,15 +5,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from one_cell import computed, embedded_cell
 
 from austeer.errors import AUSteerError
 from embedded.tasks import TASKS
-from experiments import records
-from experiments import run_cell as cells
-from experiments.setting import Cell, Setting
-from paper import dry_run, outlook, specs, trace
+from experiments import records, run_cell
+from paper import dry_run, estimate, progress, specs, trace
 from paper import reproduce as run
-from paper.account import Account
 from paper.manifest import Manifest, bundle
 from paper.render import curves, page, pictures, tables
 
@@ -27,11 +25,11 @@ def test_every_table_and_figure_of_the_paper_has_a_spec():
     assert specs.names()[:13] == OF_THE_PAPER[:13], "in the paper's order, 10 behind 9"
     at_paper = {spec.name for spec in specs.read("paper")}
     assert set(OF_THE_PAPER) <= at_paper
-    assert set(OF_THE_PAPER) | {"ablation", "wide", "noise", "prediction"} <= {s.name for s in specs.read("embedded")}
+    assert set(OF_THE_PAPER) | {"ablation", "noise", "prediction"} <= {s.name for s in specs.read("embedded")}
 
 
 def test_all_models_of_the_paper_are_in_the_specs():
-    used = {cell.setting.model for spec in specs.read("paper") for entry in spec.entries for cell in entry.cells}
+    used = {cell.model.name for spec in specs.read("paper") for entry in spec.entries for cell in entry.cells}
     assert used == {model["hub"] for model in specs.models().values()}
 
 
@@ -43,13 +41,13 @@ def test_methods_sites_and_tasks_exist(scale):
     for spec in specs.read(scale):
         for entry in spec.entries:
             for cell in entry.cells:
-                assert cell.method in ("vanilla", "prompt-only") or cell.site in METHODS[cell.method].sites, entry
-                assert cell.setting.task in (TASKS if scale == "embedded" else PAPER_TASKS), entry
+                assert not cell.steered or cell.method.site in METHODS[cell.method.name].sites, entry
+                assert cell.task.name in (TASKS if scale == "embedded" else PAPER_TASKS), entry
 
 
 def test_the_embedded_scale_never_stands_beside_the_papers_numbers():
     assert all(not spec.printed for spec in specs.read("embedded"))
-    assert all("embedded" in cell.setting.model for s in specs.read("embedded") for e in s.entries for cell in e.cells)
+    assert all("embedded" in cell.model.name for s in specs.read("embedded") for e in s.entries for cell in e.cells)
 
 
 @pytest.mark.skipif(not PRINTED.exists(), reason="needs ../shared, which users do not have")
@@ -111,7 +109,7 @@ def made_up(
             (folder / "records" / f"{id}.json").write_text(json.dumps(record))
             ids.append(id)
         manifest.entries.setdefault("made", {})[f"b|{row}|{column}"] = ids
-        cells = tuple(Cell(Setting("embedded", column), row, None, draw) for draw in range(len(draws)))
+        cells = tuple(embedded_cell(task=column, method=row, draw=draw) for draw in range(len(draws)))
         entries.append(specs.Entry("b", row, column, cells))
     manifest.write()
     rows = {row: {"label": row, "draws": max(len(d) for (r, _), d in outcomes.items() if r == row)} for row in names}
@@ -287,13 +285,11 @@ def test_k_and_alpha_that_a_method_took_by_itself_are_shown(tmp_path):
 
 
 def test_a_record_says_what_was_foretold_and_of_how_many_aus(tmp_path):
-    from experiments.run_cell import compute
-
-    setting = Setting("embedded", "copa", limit=10, records=str(tmp_path / "records"))
-    record = compute(Cell(setting, "causal-predicted", "attention"))
+    few = {"task": "copa", "limit": 10}
+    record = computed(tmp_path, **few, method="causal-predicted", site="attention")
     assert set(record["foretold"]) == {"k", "alpha", "predicted", "measured"} and record["aus"] == 4 * 128
     assert record["foretold"]["k"] == record["touched"] > 0 and 0 < record["foretold"]["alpha"] <= 1
-    assert compute(Cell(replace(setting, ks=(4,), alphas=(1.0,)), "published", "ffn"))["foretold"] == {}
+    assert computed(tmp_path, **few, ks=[4], alphas=[1.0], method="published", site="ffn")["foretold"] == {}
 
 
 def test_cheaper_searches_are_compared_site_by_site(tmp_path):
@@ -558,15 +554,17 @@ def test_the_way_of_a_run_is_in_its_manifest(tmp_path):
 def test_what_engines_cannot_serve_answers_itself():
     """Mixtures of experts and 4-bit weights, and all that is measured inside of the model."""
     found = specs.read("paper", engine="vllm")
-    settings = {cell.setting.model: cell.setting for spec in found for entry in spec.entries for cell in entry.cells}
-    own = {model for model, setting in settings.items() if setting.engine == "live"}
+    engines = {cell.model.name: cell.model.engine for spec in found for entry in spec.entries for cell in entry.cells}
+    own = {model for model, engine in engines.items() if engine == "live"}
     assert own == {"Qwen/Qwen3-30B-A3B", "meta-llama/Llama-3.3-70B-Instruct"}
-    assert {panel.setting.engine for spec in found for panel in spec.panels} == {"live"}
+    assert {panel.model.engine for spec in found for panel in spec.panels} == {"live"}
 
 
 def test_a_failed_cell_is_said_and_the_rest_goes_on(tmp_path, capsys, monkeypatch):
-    real = cells.compute
-    monkeypatch.setattr(cells, "compute", lambda cell: 1 / 0 if cell.method == "published" else real(cell))
+    real = run_cell.run_cell
+    monkeypatch.setattr(
+        run_cell, "run_cell", lambda cell, bench: 1 / 0 if cell.method.name == "published" else real(cell, bench)
+    )
     read = specs.read
     monkeypatch.setattr(
         specs, "read",
@@ -595,61 +593,59 @@ def test_runs_of_other_tables_add_to_the_report(tmp_path, monkeypatch):
         assert run.main(["--only", name, "--limit", "20", "--results", str(tmp_path), "--jobs", "1"]) is None
     text = (tmp_path / "embedded" / "report.md").read_text()
     assert "## Table 3" in text and "## Table 13" in text
-    assert f"{'table3':<12}{1:>7}{1:>7}" in outlook.text(
+    assert f"{'table3':<12}{1:>7}{1:>7}" in estimate.text(
         specs.read("embedded", limit=20), Manifest.read(tmp_path / "embedded")
     )
     assert run.main(["--only", "table13", "--limit", "10", "--results", str(tmp_path), "--jobs", "1"]) is None
     assert "## Table 3" not in (tmp_path / "embedded" / "report.md").read_text(), "of another number of items"
 
 
-def test_plan_loads_nothing_and_lists_every_cell(tmp_path):
-    text = outlook.text(specs.read("paper"), Manifest(tmp_path, "paper"))
+def test_the_estimate_loads_nothing_and_lists_every_cell(tmp_path):
+    text = estimate.text(specs.read("paper"), Manifest(tmp_path, "paper"))
     assert "table10 | qwen3-30b-a3b | austeer | boolq copa winogrande | 6 cells" in text
     assert "llama3.3-70b-instruct-4bit" in text and "42 GB" in text
 
 
-def test_plan_counts_what_is_there_and_current(tmp_path, monkeypatch, capsys):
+def test_the_estimate_counts_what_is_there_and_current(tmp_path, monkeypatch, capsys):
     """Records of another way to ask, or of other code, are not done."""
-    from paper import account
-
-    into = {"records": str(tmp_path / "embedded" / "records"), "ranks": str(tmp_path / "ranks"), "limit": 20}
-    fewer = [replace(spec, entries=spec.entries[:2]) for spec in specs.read("embedded", ["table3"], **into)]
+    fewer = [replace(spec, entries=spec.entries[:2]) for spec in specs.read("embedded", ["table3"], limit=20)]
     monkeypatch.setattr(specs, "read", lambda *args, **shared: fewer)
-    monkeypatch.setattr(account, "EVERY", 0.0)
-    computed, real = [], cells.compute
+    monkeypatch.setattr(progress, "EVERY", 0.0)
+    started, real = [], run_cell.run_cell
 
-    def killed_at_the_second(cell):
-        computed.append(cell)
-        if len(computed) == 2:
+    def killed_at_the_second(cell, bench):
+        started.append(cell)
+        if len(started) == 2:
             raise KeyboardInterrupt
-        return real(cell)
+        return real(cell, bench)
 
-    monkeypatch.setattr(cells, "compute", killed_at_the_second)
+    monkeypatch.setattr(run_cell, "run_cell", killed_at_the_second)
     small = ["--only", "table3", "--results", str(tmp_path), "--jobs", "1", "--limit", "20"]
     with pytest.raises(KeyboardInterrupt):
         run.main(small)
 
     def planned(*arguments):
         capsys.readouterr()
-        run.main([*arguments, "--plan"])
+        run.main([*arguments, "--estimate"])
         return next(line for line in capsys.readouterr().out.splitlines() if line.startswith("table3")).split()[1:3]
 
     assert planned(*small) == ["2", "1"], "noted as it went"
     assert planned(*small[:-2]) == ["2", "0"], "of all items, not of 20"
-    monkeypatch.setattr(records, "code_hash", lambda: "other code")
+    monkeypatch.setattr(run_cell, "code_hash", lambda *roots, cut: "other code")
+    estimate._code.cache_clear()
     assert planned(*small) == ["2", "0"]
 
 
 def test_a_figure_that_fails_now_is_not_the_one_of_before(tmp_path):
     (spec,) = specs.read("embedded", ["figure4"])
     manifest = Manifest(tmp_path, "embedded", panels={"figure4": {"embedded": "old"}})
-    account = Account([spec], manifest)
-    account.panel(spec.panels[0], {"failed": "no room"})
-    account.write()
+    notes = progress.Progress([spec], manifest)
+    notes.add(spec.panels[0], {"failed": "no room"})
+    notes.write()
     assert manifest.panel("figure4", "embedded") is None
     assert manifest.why_missing("figure4", "embedded", "panel", "embedded") == "no room"
-    account.panel(spec.panels[0], {"id": "new"})
-    account.write()
+    notes.add(spec.panels[0], {"id": "new"})
+    notes.write()
     assert manifest.panels["figure4"] == {"embedded": "new"} and not manifest.failed
 
 
@@ -667,7 +663,7 @@ def test_a_picture_that_fails_is_missing_with_its_reason(tmp_path, monkeypatch):
 def test_shared_rows_stand_in_every_accuracy_table():
     for scale in specs.SCALES:
         for spec in specs.read(scale, [f"table{n}" for n in (1, 3, 4, 5, 7, 10, 13)]):
-            methods = {cell.method for entry in spec.entries for cell in entry.cells}
+            methods = {cell.method.name for entry in spec.entries for cell in entry.cells}
             assert {"causal", "causal-both", "sign-aware", "causal-fdr", "causal-greedy", "causal-predicted"} <= methods
             assert {"random", "flipped", "prompt-only"} <= methods, spec.name
             asked = [json.dumps(specs._asked(row), sort_keys=True) for row in spec.rows.values()]
@@ -682,7 +678,7 @@ def test_shared_rows_stand_in_every_accuracy_table():
         (["--jobs", "-1"], "--jobs must be at least 1"),
         (["--device", "gpu"], "device 'gpu' is unknown"),
         (["--engine", "vllm"], "vLLM"),
-        (["--scale", "paper", "--models", "gpt", "--plan"], "there is no model 'gpt'"),
+        (["--scale", "paper", "--models", "gpt", "--estimate"], "there is no model 'gpt'"),
         (["--scale", "paper", "--only", "ablation"], "nothing of that is in scale paper"),
     ],
 )
@@ -733,7 +729,7 @@ def test_dry_run_of_the_papers_scale(tmp_path):
         for entry in spec.entries:
             made = manifest.records(spec.name, entry.block, entry.row, entry.column)
             assert len(made) == len(entry.cells) or entry.row == "sta", (spec.name, entry)
-            ran |= {cell.setting.model for cell in entry.cells} if made else set()
+            ran |= {cell.model.name for cell in entry.cells} if made else set()
             if entry.block == "llama3.3-70b-instruct-4bit":
                 bits |= {record["quantization"] for record in made}
     assert ran == {model["hub"] for model in specs.models().values()} and bits == {"4bit"}

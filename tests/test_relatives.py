@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import PAIRS
+from one_cell import computed
 from reference import hooked, last_activations, log_odds
 from transformers import AutoModelForCausalLM
 
@@ -25,8 +26,7 @@ from austeer.methods.mediation import Mediation, effects
 from austeer.methods.registry import METHODS
 from austeer.pairs import Pair
 from austeer.steering import steer
-from experiments import run_cell as cells
-from experiments.setting import Cell, Setting, forget
+from experiments.bench import BENCHES
 from MFU_screening import screen
 
 ROOT = Path(__file__).parents[1]
@@ -385,21 +385,21 @@ def test_nothing_is_left_on_the_model(evidence, llama):
 def registered(monkeypatch):
     for method in OURS:
         monkeypatch.setitem(METHODS, method.name, method)
-    forget()
+    BENCHES.close()
     yield
-    forget()
+    BENCHES.close()
 
 
 def test_on_an_embedded_task(tmp_path, registered, monkeypatch):
     monkeypatch.setattr("eval.tasks.embedded.PAIRS", 200)
-    setting = Setting("embedded", "svamp", device="cpu", records=str(tmp_path), limit=60)
+    few = {"task": "svamp", "limit": 60}
     gains, grids = {}, {method.name: method.grid("small") for method in OURS}
     for method in OURS:
         few = [grids[method.name][0], grids[method.name][7]]
         monkeypatch.setattr(type(method), "grid", lambda self, kind, few=few: few)
-        record = cells.compute(Cell(setting, method.name, "attention"))
+        record = computed(tmp_path, **few, method=method.name, site="attention")
         assert record["n"] == 60 and len(record["grid_scores"]) == 2
-        gains[method.name] = record["right"] - cells.compute(Cell(setting, "vanilla"))["right"]
+        gains[method.name] = record["right"] - computed(tmp_path, **few, method="vanilla")["right"]
     assert gains["learned-scaling"] >= 4
 
 

@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 from conftest import COMMON, FAMILIES, PAIRS, SPECIAL, byte_tokenizer
+from one_cell import bench_for, computed
 from reference import hook_steering, hooked
 from reference import last_activations as activations_of
 from tokenizers import processors
@@ -38,9 +39,8 @@ from austeer.pairs import Pair
 from austeer.plan import Plan
 from austeer.steering import steer
 from experiments import records, restore
-from experiments import run_cell as cells
+from experiments.bench import BENCHES
 from experiments.search import Found
-from experiments.setting import Cell, Setting, forget
 
 DENSE_FAMILIES = [name for name in FAMILIES if name != "qwen3_moe"]
 TEXTS = [[1, *(7 * i % 300 + 3 for i in range(start, start + length))] for start, length in ((0, 20), (5, 20), (9, 31))]
@@ -515,13 +515,13 @@ def test_perplexity_equals_loops(checkpoints, llama):
 @pytest.fixture
 def small_grid(monkeypatch):
     """A few pairs and settings, so that nothing takes long."""
-    forget()
+    BENCHES.close()
     monkeypatch.setattr("eval.tasks.embedded.PAIRS", 100)
     monkeypatch.setattr(restore_lcc, "SHARES", (0.25,))
     monkeypatch.setattr(restore_lcc, "RATES", {"small": (1e-2, 3e-2), "full": (1e-2,)})
     monkeypatch.setattr(restore_lcc, "ALPHAS", {"small": (1.0, 2.0), "full": (1.0,)})
     yield
-    forget()
+    BENCHES.close()
 
 
 def test_the_command_on_an_embedded_task(tmp_path, capsys, monkeypatch, small_grid):
@@ -534,8 +534,7 @@ def test_the_command_on_an_embedded_task(tmp_path, capsys, monkeypatch, small_gr
     record = json.loads(file.read_text())
     rows = {row["label"]: row for row in record["rows"]}
     assert list(rows) == ["dense", "pruned", "RestoreLCC", "dense, trained alike", "random heads, trained alike, draw 1", "mean lost activation, untrained"]  # fmt: skip
-    setting = Setting("embedded", "svamp", device="cpu", limit=100, records=str(tmp_path / "cells"))
-    vanilla = cells.compute(Cell(setting, "vanilla"))
+    vanilla = computed(tmp_path / "cells", task="svamp", limit=100, method="vanilla")
     assert rows["dense"]["columns"] == vanilla["columns"]  # the dense model was left as it is
     ours = rows["RestoreLCC"]
     assert set(ours["grid_scores"]) == {"0.25,0.01", "0.25,0.03"} and ours["touched"] == 128
@@ -553,8 +552,7 @@ def test_the_command_on_an_embedded_task(tmp_path, capsys, monkeypatch, small_gr
 
 def test_nothing_is_done_where_nothing_beats_the_pruned_model(tmp_path, monkeypatch, small_grid):
     monkeypatch.setattr(restore, "full_grid", lambda ask, floor, grid: Found(None, {}, {}, 0, len(floor)))
-    setting = Setting("embedded", "copa", device="cpu", limit=20)
-    record = restore.restore(setting, "magnitude", "0.5", "paper", 1, tmp_path)
+    record = restore.restore(bench_for(tmp_path, task="copa", limit=20), "magnitude", "0.5", "paper", 1)
     pruned, *others = [row for row in record["rows"] if row["label"] != "dense"]
     assert len(others) == 3 and all(row["columns"] == pruned["columns"] and not row["touched"] for row in others)
 
@@ -577,7 +575,7 @@ def test_the_command_on_a_checkpoint_and_ones_own_pairs(checkpoints, tmp_path, c
         (["--pairs", "x.jsonl"], "--pairs needs --model"),
         (["--model", "some/model"], "--model needs --data_name"),
         (["--draws", "-1"], "--draws is -1"),
-        (["--limit", "0"], "--limit is 0"),
+        (["--limit", "0"], "--limit must be at least 1"),
     ],
 )
 def test_wrong_inputs(tmp_path, command, message):

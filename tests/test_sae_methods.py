@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import PAIRS
+from one_cell import computed
 from reference import hooked
 from transformers import AutoModelForCausalLM
 
@@ -28,9 +29,8 @@ from austeer.tokens import CLEAN, encode
 from embedded import acceptance, tasks
 from embedded import sae as recipe
 from eval.answering.samples import worst_of_samples
-from experiments import run_cell as cells
+from experiments import run_cell
 from experiments.records import unpack
-from experiments.setting import Cell, Setting
 
 LAYER = 1
 METHODS = (STA, NeuroSteer)
@@ -544,12 +544,11 @@ def test_the_recipe_is_deterministic_and_sees_the_training_split_only(monkeypatc
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_cell_of_an_embedded_task(tmp_path, monkeypatch, method):
-    monkeypatch.setitem(cells.METHODS, method.name, method())
+    monkeypatch.setitem(run_cell.METHODS, method.name, method())
     grid = method().grid("small")
     monkeypatch.setattr(method, "grid", lambda self, kind: grid[-3:])
-    setting = Setting("embedded", "tone", device="cpu", ranks=str(tmp_path / "ranks"), records=str(tmp_path), limit=40)
-    record = cells.compute(Cell(setting, method.name, "layer"))
-    vanilla = cells.compute(Cell(setting, "vanilla"))
+    record = computed(tmp_path, task="tone", limit=40, method=method.name, site="layer")
+    vanilla = computed(tmp_path, task="tone", limit=40, method="vanilla")
     assert record["n"] == 40 and record["chosen"] and record["touched"] == 128
     before = unpack(vanilla["validation"])
     assert record["right"] > vanilla["right"] and max(record["grid_scores"].values()) > sum(before) / len(before)

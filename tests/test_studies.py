@@ -2,20 +2,20 @@
 
 import copy
 import json
-from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from one_cell import bench_for
 
 from austeer.errors import AUSteerError
 from austeer.pairs import Pair
 from embedded import acceptance
-from experiments.setting import Setting, load
 from MFU_screening import screen
-from paper.studies import STUDIES, convergence, dimension_sweep, picture, rank_stability, ranked, top_tokens
+from paper.studies import STUDIES, convergence, dimension_sweep, picture, rank_stability, top_tokens
 from paper.studies.block import Block, next_token
 
-SETTING = Setting("embedded", "svamp", device="cpu", limit=24, n_pairs=12)
+BENCH = bench_for(Path("nowhere"), task="svamp", limit=24, n_pairs=12)
 HEAD = {"site": "attention", "layer": 0, "head": 1}
 SMALL = {
     "dimension_sweep": {
@@ -32,12 +32,12 @@ SMALL = {
 
 @pytest.fixture(scope="module")
 def found():
-    return {name: STUDIES[name].measure(SETTING, params, False) for name, params in SMALL.items()}
+    return {name: STUDIES[name].measure(BENCH, params, False) for name, params in SMALL.items()}
 
 
 def folded(strengths, site="attention", layer=0, first=32):
     """The model with these dimensions scaled in the weights that read them: no gate, no plan. Head 1 begins at 32."""
-    model, tokenizer, _ = load(SETTING)
+    model, tokenizer = BENCH.model, BENCH.tokenizer
     twin = copy.deepcopy(model)
     block = twin.model.layers[layer]
     for dim, strength in strengths.items():
@@ -58,7 +58,7 @@ def test_every_study_is_measured_in_small():
 
 
 def test_sweep_counts_what_a_plain_loop_counts(found):
-    swept, task = found["dimension_sweep"], load(SETTING)[2]
+    swept, task = found["dimension_sweep"], BENCH.task
     assert swept["dims"] == [0, 6, 12, 18, 24, 30] and swept["n"] == {"validation": 24, "test": 24}
     for part, items in (("validation", task.validation), ("test", task.test)):
         assert swept["vanilla"][part] == right({}, items)
@@ -122,7 +122,7 @@ def test_what_is_zero_by_construction_is_no_convergence():
 
 
 def test_next_token_is_that_of_folded_weights():
-    model, tokenizer, task = load(SETTING)
+    model, tokenizer, task = BENCH.model, BENCH.tokenizer, BENCH.task
     prompt = task.test[0].prompt
     for where, first in ((HEAD, 32), ({"site": "ffn", "layer": 2}, 0)):
         block = Block.of(model, where)
@@ -136,7 +136,7 @@ def test_next_token_is_that_of_folded_weights():
 
 
 def test_convergence_is_the_mean_divergence(found):
-    _, tokenizer, task = load(SETTING)
+    tokenizer, task = BENCH.tokenizer, BENCH.task
     prompts = [item.prompt for item in task.test[:3]]
 
     def output(dim, strength, prompt):
@@ -154,11 +154,11 @@ def test_convergence_is_the_mean_divergence(found):
     assert nats[0] == pytest.approx(expected, rel=1e-3)
     assert nats[-1][:2] == [0, 0] and nats[-1][2] > 0
     with pytest.raises(AUSteerError, match="ascending"):
-        convergence.measure(SETTING, {**SMALL["convergence"], "strengths": [100, 10]}, False)
+        convergence.measure(BENCH, {**SMALL["convergence"], "strengths": [100, 10]}, False)
 
 
 def test_top_tokens_are_the_likeliest(found):
-    top, (_, tokenizer, task) = found["top_tokens"], load(SETTING)
+    top, tokenizer, task = found["top_tokens"], BENCH.tokenizer, BENCH.task
     strengths = {column["dim"]: {} if column["dim"] is None else {column["dim"]: 20.0} for column in top["columns"]}
     assert [column["name"] for column in top["columns"]] == ["unsteered", "best", "neutral", "worst"]
     for column in top["columns"]:
@@ -175,8 +175,8 @@ def test_top_tokens_are_the_likeliest(found):
 
 
 def test_extremes_are_best_neutral_and_worst(found):
-    block = Block.of(load(SETTING)[0], HEAD)
-    items = load(SETTING)[2].validation
+    block = Block.of(BENCH.model, HEAD)
+    items = BENCH.task.validation
     gains = {dim: right({dim: 20.0}, items) - right({}, items) for dim in (0, 8, 16, 24)}
     best, neutral, worst = (column["dim"] for column in found["top_tokens"]["columns"][1:])
     assert gains[best] == max(gains.values()) and gains[worst] == min(gains.values())
@@ -185,7 +185,7 @@ def test_extremes_are_best_neutral_and_worst(found):
 
 
 def test_score_map_holds_the_scores(found):
-    model, tokenizer, task = load(SETTING)
+    model, tokenizer, task = BENCH.model, BENCH.tokenizer, BENCH.task
     ranks = screen(task.pairs, model, tokenizer, ["attention", "ffn"], momentum="causal", progress=False)
     for site, rows in found["score_map"]["scores"].items():
         scores = torch.tensor([[float(x) for x in row.split()] for row in rows])
@@ -194,11 +194,11 @@ def test_score_map_holds_the_scores(found):
 
 
 def test_overlap_is_of_one_model_and_all_tasks_pairs(found):
-    model, tokenizer, _ = load(SETTING)
+    model, tokenizer = BENCH.model, BENCH.tokenizer
     overlap, best = found["overlap"], {}
     assert overlap["on"] == "the embedded svamp model"
     for task in overlap["tasks"]:
-        pairs = load(replace(SETTING, task=task))[2].pairs
+        pairs = BENCH.pairs_of(task)
         ranks = screen(pairs, model, tokenizer, ["attention", "ffn"], progress=False)
         best[task] = {site: {(layer, dim) for layer, dim, _ in ranks[site].top(8)} for site in ranks}
     for site, of_site in overlap["sites"].items():
@@ -211,11 +211,11 @@ def test_overlap_is_of_one_model_and_all_tasks_pairs(found):
 
 @pytest.mark.parametrize("momentum", ["activation", "causal"])
 def test_resamples_rank_as_if_pairs_were_repeated(momentum, monkeypatch):
-    model, tokenizer, task = load(SETTING)
+    model, tokenizer, task = BENCH.model, BENCH.tokenizer, BENCH.task
     equal = Pair(task.pairs[0].prompt, "zzz", "qqq")  # unknown words: the same token
     pairs = [*task.pairs[:9], equal]
     monkeypatch.setattr(task, "pairs", pairs)
-    scores, n = rank_stability.resampled(SETTING, momentum, 3, 1, False)
+    scores, n = rank_stability.resampled(BENCH, momentum, 3, 1, False)
     assert n == 10
     for draw, counts in enumerate(rank_stability._counts(10, 3, 1).T.int().tolist()):
         assert sum(counts) == 10 and (draw or counts == [1] * 10)
@@ -229,15 +229,15 @@ def test_stability_is_one_where_all_draws_are_the_same_pairs(found, monkeypatch)
     shares = found["rank_stability"]["sites"]["attention"]["causal"]
     assert all(0 <= low <= mean <= high <= 1 for low, mean, high in zip(*(shares[key] for key in ("low", "mean", "high")), strict=True))  # fmt: skip
     monkeypatch.setattr(rank_stability, "_counts", lambda n, draws, seed: torch.ones(n, draws + 1).double())
-    same = rank_stability.measure(SETTING, SMALL["rank_stability"], False)
+    same = rank_stability.measure(BENCH, SMALL["rank_stability"], False)
     assert same["sites"]["ffn"]["activation"]["mean"] == [1.0, 1.0]
 
 
 @pytest.mark.parametrize("name", list(SMALL))
 def test_pictures_come_from_the_stored_record_alone(name, found, tmp_path, monkeypatch):
     stored = json.loads(json.dumps(found[name]))
-    assert STUDIES[name].measure(SETTING, SMALL[name], False) == stored
-    monkeypatch.setattr("experiments.setting._model", lambda *how: pytest.fail("a picture needs no model"))
+    assert STUDIES[name].measure(BENCH, SMALL[name], False) == stored
+    monkeypatch.setattr("rmodels.load", lambda *how: pytest.fail("a picture needs no model"))
     for file in ("a.png", "b.png") if name == "overlap" else ("a.png",):
         STUDIES[name].draw(stored, SMALL[name], tmp_path / "new" / file)
     pictures = [file.read_bytes() for file in sorted((tmp_path / "new").iterdir())]
@@ -245,20 +245,20 @@ def test_pictures_come_from_the_stored_record_alone(name, found, tmp_path, monke
 
 
 def test_a_place_that_is_not_there_is_named():
-    model, _, _ = load(SETTING)
+    model = BENCH.model
     for wrong, said in (({"layer": 4}, "no layer 4"), ({"head": 4}, "no head 4"), ({"site": "ffn"}, "no head 1")):
         with pytest.raises(AUSteerError, match=said):
             Block.of(model, {**HEAD, **wrong})
     with pytest.raises(AUSteerError, match="no dimension 32: layer 0, head 1 has 32"):
         Block.of(model, HEAD).plan({32: 1.0})
     with pytest.raises(AUSteerError, match="at least three dimensions"):
-        STUDIES["top_tokens"].measure(SETTING, {**SMALL["top_tokens"], "step": 16}, False)
-    assert ranked.pairs_of(SETTING, "copa")[0].positive in ("A", "B")
+        STUDIES["top_tokens"].measure(BENCH, {**SMALL["top_tokens"], "step": 16}, False)
+    assert BENCH.pairs_of("copa")[0].positive in ("A", "B")
 
 
 @pytest.mark.slow
 def test_overhead_times_every_method():
-    found = STUDIES["overhead"].measure(SETTING, {"items": 5, "trials": 2}, False)
+    found = STUDIES["overhead"].measure(BENCH, {"items": 5, "trials": 2}, False)
     assert list(found) == ["vanilla", "iti", "sadi", "austeer", "causal"]
     assert all(row["s_per_sample"] > 0 and row["std"] >= 0 for row in found.values())
     assert all(row["prepare_s"] > 0 for name, row in found.items() if name != "vanilla")

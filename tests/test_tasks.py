@@ -25,7 +25,7 @@ from eval.tasks.open_text import distinct, perplexity
 from eval.tasks.registry import PAPER_TASKS, paper_task
 from eval.tasks.splits import split
 from experiments import records
-from experiments.setting import forget
+from experiments.bench import BENCHES
 
 
 @pytest.fixture(scope="module")
@@ -316,7 +316,7 @@ def workplace(checkpoints, tmp_path):
         if file.name == "config.json":
             text = json.dumps({**json.loads(text), "max_position_embeddings": 512}).encode()
         (folder / "model" / file.name).write_bytes(text)
-    forget()
+    BENCHES.close()
     return folder
 
 

@@ -31,8 +31,8 @@ from austeer.methods import austeer
 from austeer.plan import Plan
 from austeer.steering import steer
 from eval.answering.answers import Question, answers, option_tokens
+from experiments.bench import BENCHES
 from experiments.engines.vllm_engine import VLLMEngine
-from experiments.setting import forget
 
 pytestmark = pytest.mark.vllm
 PROMPTS = [
@@ -250,7 +250,7 @@ def test_a_comparison_by_vllm_is_the_live_one(tmp_path, monkeypatch):
              "--path", str(tmp_path / "ranks"), "--method", "causal", "random", "--draws", "1", "--dtype", "float32",
              "--engine", engine]
         )  # fmt: skip
-        forget()
+        BENCHES.close()
         rows = [json.loads(file.read_text()) for file in (results / "records").glob("*.json")]
         assert all(row["engine"].startswith(engine) for row in rows)
         found[engine] = {

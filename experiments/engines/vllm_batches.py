@@ -5,7 +5,7 @@ Only answers come from vLLM. Ranks, likelihoods and perplexities are the loaded 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +22,7 @@ from eval.answering.answers import Generation
 from experiments.bench import BENCHES, Bench
 from experiments.engines.vllm_engine import VLLMEngine
 
+PROMPTS_AT_ONCE = 1024  # what a killed run loses
 SLOTS = 16  # adapters that run at once; more take turns
 LEAST_RANK = 16  # so that the unsteered cells' engine takes most grids, too
 
@@ -44,13 +45,21 @@ class VLLMAnswerer(Answerer):
     """
 
     def __init__(self, bench: Bench, plans: Sequence[Plan | None], n_items: int, folder: Path):
-        self.model, self.tokenizer = bench.model, bench.tokenizer
+        super().__init__(bench.model, bench.tokenizer)
         self.plans, self.n_items, self.folder = plans, n_items, folder
 
-    def speak(self, prompts: Sequence[str], which: Sequence[int], generation: Generation) -> list[Answer]:
+    def batches(
+        self, prompts: Sequence[str], generation: Generation, batch_size: int | None
+    ) -> tuple[list[list[int]], Callable[[list[int]], list[Answer]]]:
+        order = list(range(len(prompts)))
+        batches = [order[start : start + PROMPTS_AT_ONCE] for start in range(0, len(order), PROMPTS_AT_ONCE)]
+        return batches, lambda batch: self._answers(prompts, batch, generation)
+
+    def _answers(self, prompts: Sequence[str], batch: list[int], generation: Generation) -> list[Answer]:
         rank = max((adapter.rank for adapter in self._adapters if adapter), default=1)
-        folders = [adapter and adapter.folder for adapter in (self._adapters[index // self.n_items] for index in which)]
-        return _engine(self.model, rank).answers([prompts[index] for index in which], generation, folders)
+        adapters = [self._adapters[index // self.n_items] for index in batch]
+        folders = [adapter and adapter.folder for adapter in adapters]
+        return _engine(self.model, rank).answers([prompts[index] for index in batch], generation, folders)
 
     def receipt(self) -> dict[str, int]:
         """Say, of the adapters that were used, the largest rank and how many modules they change."""
