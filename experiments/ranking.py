@@ -44,7 +44,11 @@ def stored_ranks(bench: Bench, momentum: str, site: str) -> AURanks | None:
 
 
 def screening_code(bench: Bench, momentum: str) -> str:
-    return code_hash(screen, MOMENTA[momentum], type(bench.model), cut={"MFU_screening:MOMENTA"})
+    return code_hash(*screening_roots(momentum, type(bench.model)), cut={"MFU_screening:MOMENTA"})
+
+
+def screening_roots(momentum: str, family: type) -> tuple:
+    return screen, MOMENTA[momentum], family
 
 
 def _screen(bench: Bench, momentum: str, sites: list[str]) -> dict[str, AURanks]:

@@ -1,0 +1,142 @@
+"""Which cells an edit of the code renames: the ones that the edited lines compute, and no others.
+
+A copy of the repository is edited and hashed in one process of its own: hashes are taken from sources, not from what was
+imported.
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+OWN = ("austeer", "rmodels", "eval", "experiments", "embedded", "paper", "MFU_screening.py", "set_MFU.py")
+DRIVER = """
+import json, sys
+from pathlib import Path
+import rmodels
+from austeer.code_identity import code_hash
+from austeer.methods.registry import METHODS
+from eval.tasks.embedded import EmbeddedTask
+from eval.tasks.registry import PAPER_TASKS
+from experiments.cell import cell_of
+from experiments.ranking import screening_roots
+from experiments.run_cell import cell_code
+
+def codes():
+    llama = rmodels.family("llama")
+    cells = {name: (name, method.sites[0], EmbeddedTask, llama) for name, method in METHODS.items()}
+    cells |= {"vanilla": ("vanilla", None, EmbeddedTask, llama), "gemma2": ("published", "ffn", EmbeddedTask, rmodels.family("gemma2"))}
+    cells |= {task: ("vanilla", None, PAPER_TASKS[task], llama) for task in ("boolq", "mawps")}
+    return {
+        name: cell_code(cell_of(model="embedded", task="svamp", method=method, site=site), task, family)
+        for name, (method, site, task, family) in cells.items()
+    } | {f"ranks {momentum}": code_hash(*screening_roots(momentum, llama), cut={"MFU_screening:MOMENTA"}) for momentum in ("activation", "causal")}
+
+results = [codes()]
+for edit in json.loads(sys.stdin.read()):
+    before = {}
+    for name, text in edit.items():
+        file = Path(name)
+        before[file] = file.read_text() if file.exists() else None
+        file.write_text(text)
+    results.append(codes())
+    for file, text in before.items():
+        file.unlink() if text is None else file.write_text(text)
+print(json.dumps(results))
+"""
+
+
+def edited(file, old, new):
+    text = (ROOT / file).read_text()
+    assert text.count(old) >= 1, f"{file} no longer holds {old!r}"
+    return {file: text.replace(old, new, 1)}
+
+
+def moved():
+    """`key_of` of experiments/search.py moves into a file of its own."""
+    search = (ROOT / "experiments" / "search.py").read_text()
+    start = search.index("def key_of(")
+    end = search.index("\n\n\n", start)
+    away = "from __future__ import annotations\n\n\n" + search[start:end] + "\n"
+    return {
+        "experiments/naming.py": away,
+        "experiments/search.py": search.replace(search[start:end], "from experiments.naming import key_of"),
+    }
+
+
+EDITS = {
+    "a comment": edited("austeer/methods/caa.py", "class CAA", "# a comment\nclass CAA"),
+    "a docstring": edited("austeer/methods/iti.py", '"""', '"""Say more. '),
+    "a family file": {"rmodels/modeling_other.py": (ROOT / "rmodels" / "modeling_llama.py").read_text()},
+    "a method file": {"austeer/methods/other.py": (ROOT / "austeer" / "methods" / "all_aus.py").read_text()},
+    "a moved definition": moved(),
+    "caa": edited("austeer/methods/caa.py", "DEPTHS[kind]", "DEPTHS[kind][::-1]"),
+    "sae": edited("austeer/sae.py", "torch.isfinite(tensor).all()", "torch.isfinite(tensor).any()"),
+    "screening": edited("MFU_screening.py", "encoded, n_equal = encode(", "n_equal = 0\n    encoded, n_equal = encode("),
+    "causal momentum": edited("MFU_screening.py", "1e-9 * mean.abs()", "1e-8 * mean.abs()"),
+    "numbers": edited("eval/scoring/numbers.py", "def robust_number(", "ODD = 1\n\n\ndef robust_number("),
+    "reading of numbers": edited("eval/scoring/numbers.py", "TOLERANCE = ", "TOLERANCE = 2 * "),
+    "the family": edited("rmodels/modeling_gemma2.py", 'DEFAULT_KERNEL = "eager"', 'DEFAULT_KERNEL = "sdpa"'),
+    "all that is steered": edited("austeer/steering.py", "self._end = torch.tensor([[new]])", "self._end = torch.tensor([[new + 0]])"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def renamed(tmp_path_factory):
+    """By edit, the names whose code changed."""
+    folder = tmp_path_factory.mktemp("copy")
+    for name in OWN:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("*.safetensors", "__pycache__"))
+        else:
+            shutil.copy(ROOT / name, folder / name)
+    shutil.copytree(ROOT / "datasets", folder / "datasets", ignore=lambda at, names: [n for n in names if "." not in n])
+    run = subprocess.run(
+        [sys.executable, "-c", DRIVER],
+        cwd=folder,
+        input=json.dumps(list(EDITS.values())),
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    before, *after = json.loads(run.stdout)
+    changed = [{name for name in before if before[name] != codes[name]} for codes in after]
+    return {"all": set(before), **dict(zip(EDITS, changed, strict=True))}
+
+
+@pytest.mark.parametrize("edit", ["a comment", "a docstring", "a family file", "a method file", "a moved definition"])
+def test_growth_renames_nothing(renamed, edit):
+    assert renamed[edit] == set()
+
+
+def test_a_line_of_a_method_renames_its_cells_alone(renamed):
+    assert renamed["caa"] == {"caa"}
+    assert renamed["sae"] == {"sta", "neurosteer"}
+
+
+def test_a_line_of_screening_renames_all_that_screened(renamed):
+    from austeer.methods.registry import METHODS
+
+    screened = {name for name, method in METHODS.items() if method.momenta}
+    ranks = {"ranks activation", "ranks causal"}
+    assert renamed["screening"] == screened | ranks | {"gemma2"}
+    causal = {name for name, method in METHODS.items() if "causal" in method.momenta}
+    assert renamed["causal momentum"] == causal | {"ranks causal"}
+
+
+def test_scoring_renames_the_tasks_that_use_it(renamed):
+    assert renamed["numbers"] == set(), "a definition that nothing names is no part of any cell"
+    assert renamed["reading of numbers"] == {"mawps"}
+
+
+def test_a_family_renames_its_own_cells(renamed):
+    assert renamed["the family"] == {"gemma2"}
+
+
+def test_what_all_steered_cells_use_renames_them_all(renamed):
+    unsteered = {"vanilla", "boolq", "mawps", "ranks activation", "ranks causal"}
+    assert renamed["all that is steered"] == renamed["all"] - unsteered
