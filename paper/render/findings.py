@@ -6,19 +6,20 @@ missing is left out, and the next one takes its place. A place is one task at on
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
 from eval.statistics import holm, mcnemar
 from paper.render.marks import SURE, p_better
+from paper.render.places import by_method, main_table, places
+from paper.render.searches import span
 from paper.render.sections import Section
 from paper.render.seeds import GAIN
-from paper.render.values import Row, Value
+from paper.render.values import Value
 
 METHODS = {"causal": "causal momentum", "published": "the published rule"}
 CONTROLS = {"random": "random AUs", "flipped": "sign-flipped AUs"}
-SITES = ("attention", "ffn")
 SHOWN = 3
 
 
@@ -35,24 +36,6 @@ def findings(sections: Sequence[Section]) -> list[Finding]:
     made = [_over_seeds(sections) or _over_vanilla(main), _over_controls(main), _without_search(main), _over_prompt(main),
             _cheaper_search(sections)]  # fmt: skip
     return [finding for finding in made if finding][:SHOWN]
-
-
-def main_table(sections: Sequence[Section]) -> Section | None:
-    """Return the first table that averages tasks: of seeds nothing can be said item by item."""
-    return next((s for s in sections if s.blocks and s.spec.averages and s.spec.show.get("over") != "seeds"), None)
-
-
-def by_method(made: Section, rows: Sequence[Row]) -> dict[tuple[str, str | None], Row]:
-    """Return the rows of one site each, by method and site; none that was chosen on test or is the better of two."""
-    found: dict[tuple[str, str | None], Row] = {}
-    for row in rows:
-        says = made.spec.rows[row.key]
-        if "sites" not in says and not says.get("test_chosen"):
-            found.setdefault((says["method"], says.get("site")), row)
-    return found
-
-
-# ---- sentences --------------------------------------------------------------------------------------------------
 
 
 def _over_seeds(sections: Sequence[Section]) -> Finding | None:
@@ -90,7 +73,7 @@ def _where_sure(values: dict[str, Value]) -> str:
 def _over_vanilla(main: Section | None) -> Finding | None:
     """Say in how many places a method is significantly better than vanilla; its table's own stars."""
     counts: dict[str, list[bool]] = {}
-    for _, site, cells in _places(main):
+    for _, site, cells in places(main):
         for method, name in METHODS.items():
             if (value := cells.get((method, site))) and value.gain:
                 counts.setdefault(name, []).append(value.sure and value.gain[0] > 0)
@@ -103,7 +86,7 @@ def _over_controls(main: Section | None) -> Finding | None:
     """Say in how many places a method beats every draw of its controls, and which tasks tell no method apart."""
     tested: list[tuple[str, str]] = []  # task, method
     ps, gains, draws = [], {}, set()
-    for task, site, cells in _places(main):
+    for task, site, cells in places(main):
         drawn = [hits for control in CONTROLS if (value := cells.get((control, site))) for hits in value.hits]
         for method in METHODS:
             value = cells.get((method, site))
@@ -121,9 +104,12 @@ def _over_controls(main: Section | None) -> Finding | None:
         separated |= {task} if p < SURE else set()
     verdict = f"Significantly better than every draw of its controls: {_counted(counts)} places."
     numbers = f"Controls: {' and '.join(CONTROLS.values())} with the same search, {' or '.join(map(str, sorted(draws)))} draws per site."
-    alike = [f"{task} ({max(parts)[1]})" for task, parts in gains.items() if task not in separated]
+    alike = {task: max(parts) for task, parts in gains.items() if task not in separated}
     if alike:
-        numbers += f" No method is at any site on {', '.join(alike)}: a gain there does not show that a method works."
+        which = ", ".join(alike) if len(alike) <= 2 else f"{len(alike)} of {len(gains)} tasks"
+        shares = [share for gain, share in alike.values() if gain > 0]
+        recovered = f", where random AUs recover {span(shares)} of the largest gain" if shares else ""
+        numbers += f" No method is at any site on {which}{recovered}: a gain there does not show that a method works."
     return Finding(verdict, numbers, main)
 
 
@@ -131,7 +117,7 @@ def _without_search(main: Section | None) -> Finding | None:
     """Say what predicting k and alpha keeps of the searched accuracy."""
     pairs = [
         (cells[("causal-predicted", site)], cells[("causal", site)])
-        for _, site, cells in _places(main)
+        for _, site, cells in places(main)
         if ("causal-predicted", site) in cells and ("causal", site) in cells
     ]
     pairs = [(one, other) for one, other in pairs if len(one.hits) == len(other.hits) == 1]
@@ -148,7 +134,7 @@ def _over_prompt(main: Section | None) -> Finding | None:
     """Say how steering compares with asking in words."""
     pairs = [
         (cells[("causal", site)], prompt)
-        for _, site, cells in _places(main)
+        for _, site, cells in places(main)
         if (prompt := cells.get(("prompt-only", None))) and ("causal", site) in cells
     ]
     pairs = [(one, other) for one, other in pairs if len(one.hits) == len(other.hits) == 1]
@@ -164,21 +150,6 @@ def _cheaper_search(sections: Sequence[Section]) -> Finding | None:
 # ---- what they count ----------------------------------------------------------------------------------------------
 
 
-def _places(main: Section | None) -> Iterator[tuple[str, str, dict[tuple[str, str | None], Value]]]:
-    """Yield (task, site, the column's cells by method and site) of every model of the main table."""
-    if main is None:
-        return
-    for block in main.blocks:
-        if block.name not in main.spec.blocks:
-            continue
-        rows = by_method(main, block.rows)
-        for column in next(iter(main.spec.averages.values())):
-            cells = {key: row.values[block.columns.index(column)] for key, row in rows.items()}
-            of_block = f" of {block.name}" if len(main.spec.blocks) > 1 else ""
-            for site in SITES:
-                yield f"{column}{of_block}", site, {key: value for key, value in cells.items() if value.hits}
-
-
 def _counted(counts: dict[str, list[bool]]) -> str:
     return ", ".join(f"{name} in {sum(beaten)} of {len(beaten)}" for name, beaten in counts.items())
 
@@ -192,11 +163,10 @@ def _compared(pairs: Sequence[tuple[Value, Value]]) -> str:
     return f"significantly better in {better} and worse in {sum(sure) - better} of {len(pairs)} places"
 
 
-def _recovered(value: Value, cells: dict[tuple[str, str | None], Value], site: str) -> tuple[float, str]:
-    """Return a method's gain over vanilla, and how much of it the median draw of random AUs has too."""
+def _recovered(value: Value, cells: dict[tuple[str, str | None], Value], site: str) -> tuple[float, float]:
+    """Return a method's gain over vanilla, and the share of it that the median draw of random AUs has too."""
     vanilla, random = cells.get(("vanilla", None)), cells.get(("random", site))
     if not vanilla or not random or value.number <= vanilla.number:
-        return 0.0, "no gain"
+        return 0.0, 0.0
     gain = value.number - vanilla.number
-    share = (median(100 * sum(hits) / len(hits) for hits in random.hits) - vanilla.number) / gain
-    return gain, f"random AUs recover {100 * share:.0f} % of the largest gain"
+    return gain, (median(100 * sum(hits) / len(hits) for hits in random.hits) - vanilla.number) / gain

@@ -9,8 +9,8 @@ import numpy as np
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from paper.render.findings import by_method
 from paper.render.pictures import Picture
+from paper.render.places import by_method
 from paper.render.sections import Section
 from paper.render.values import Block, Value
 from paper.studies import picture
@@ -24,7 +24,8 @@ def draw(main: Section, folder: Path) -> Picture | None:
     """Draw the main table's gains; None where it has no gain yet."""
     path, columns = folder / NAME, next(iter(main.spec.averages.values()))
     by_block = {block.name: _gains(main, block, columns) for block in main.blocks if block.name in main.spec.blocks}
-    labels = list(dict.fromkeys(label for gains in by_block.values() for label in gains))
+    drawn = {label for gains in by_block.values() for label in gains}
+    labels = [says["label"] for says in main.spec.rows.values() if says["label"] in drawn]
     if not labels:
         return None
     if _DRAWN.get(path) is not main or not path.exists():

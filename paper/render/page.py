@@ -12,7 +12,8 @@ from markupsafe import Markup, escape
 
 from paper.manifest import Manifest
 from paper.render import gains, words
-from paper.render.findings import findings, main_table
+from paper.render.findings import findings
+from paper.render.places import main_table
 from paper.render.record_list import listed
 from paper.render.sections import section
 from paper.specs import Spec

@@ -31,10 +31,10 @@ def searches(spec: Spec, manifest: Manifest, block: str) -> Block:
             costs.setdefault(kind, []).extend(shares)
             label = spec.rows[cheap]["label"].replace(" (better of two sites)", "")
             ours = spec.rows[cheap].get("ours", False)
-            rows.append(Row(f"{cheap} {site}", f"{label}, {site}", ours, [Value(_span(shares)), *values]))
+            rows.append(Row(f"{cheap} {site}", f"{label}, {site}", ours, [Value(span(shares)), *values]))
     notes = [
         f"Search {kind}: {sum(found)} of {len(found)} test results (methods, tasks and sites) lie inside the 95 % interval "
-        f"of the full grid, at {_span(costs[kind])} of its cost."
+        f"of the full grid, at {span(costs[kind])} of its cost."
         for kind, found in inside.items()
     ]
     return Block(f"{block}: against the full grid, site by site", [COST, *columns], [COST, *columns], rows, notes)
@@ -54,7 +54,7 @@ def _against(mine: dict, whole: dict) -> tuple[Value, bool]:
     return Value(f"{100 * share:.1f}", small, facts, number=100 * share, ids=ids), inside
 
 
-def _span(shares: list[float]) -> str:
+def span(shares: list[float]) -> str:
     if not shares:
         return ""
     low, high = round(100 * min(shares)), round(100 * max(shares))

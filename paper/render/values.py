@@ -34,7 +34,7 @@ class Value:
         if self.printed is None:
             return ""
         printed = f"paper {self.printed}" if isinstance(self.printed, str) else f"paper {self.printed:g}"
-        return printed if self.difference is None else f"{printed}, difference {self.difference:+.1f}"
+        return printed if self.difference is None else f"{printed} ({self.difference:+.1f})"
 
     @property
     def alone(self) -> list[str]:
