@@ -1,6 +1,7 @@
 """The paper's tables and figures: specs, runner, report, trace."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from experiments import records, run_cell
 from paper import dry_run, estimate, progress, specs, trace
 from paper import reproduce as run
 from paper.manifest import Manifest, bundle
-from paper.render import curves, page, pictures, tables
+from paper.render import curves, findings, page, pictures, sections, tables
 
 ROOT = Path(__file__).parents[1]
 PRINTED = ROOT.parent / "shared" / "paper" / "tables.json"
@@ -112,7 +113,13 @@ def made_up(
         cells = tuple(embedded_cell(task=column, method=row, draw=draw) for draw in range(len(draws)))
         entries.append(specs.Entry("b", row, column, cells))
     manifest.write()
-    rows = {row: {"label": row, "draws": max(len(d) for (r, _), d in outcomes.items() if r == row)} for row in names}
+    rows = {
+        row: {
+            "label": row, "method": row, "site": None if row == "vanilla" else "ffn",
+            "draws": max(len(draws) for (of, _), draws in outcomes.items() if of == row),
+        }
+        for row in names
+    }  # fmt: skip
     spec = specs.Spec("made", "embedded", "Made", "accuracy", "Up.", {"b": {}}, rows, {c: {} for c in columns},
                       {"avg": list(columns)}, tuple(entries), **more)  # fmt: skip
     return spec, manifest
@@ -130,12 +137,12 @@ def test_values_intervals_bands_and_averages(tmp_path):
     )  # fmt: skip
     (block,) = tables.blocks(spec, manifest)
     assert block.heads == ["a (n = 100)", "b (n = 100)", "avg"]
-    rows = {label: values for label, _, values in block.rows}
+    rows = {row.label: row.values for row in block.rows}
     assert [value.text for value in rows["vanilla"]] == ["50.0", "80.0", "65.0"]
-    assert rows["vanilla"][0].detail == "[40.4, 59.6]"
+    assert rows["vanilla"][0].small == "[40.4, 59.6]"
     assert rows["x"][0].text == "100.0" and rows["x"][0].difference == 10.0 and rows["x"][2].difference == 10.0
-    assert rows["random"][0].text == "80.0" and rows["random"][0].detail == "50.0 to 100.0 in 3 draws"
-    assert rows["random"][2].detail == "50.0 to 75.0 in 3 draws", "draw by draw, not the extremes of each column"
+    assert rows["random"][0].text == "80.0" and rows["random"][0].small == "50.0 to 100.0"
+    assert rows["random"][2].small == "50.0 to 75.0", "draw by draw, not the extremes of each column"
 
 
 def test_stars_and_bold_need_the_adjusted_test(tmp_path):
@@ -146,7 +153,7 @@ def test_stars_and_bold_need_the_adjusted_test(tmp_path):
          ("vanilla", "b"): [HALF], ("x", "b"): [ALL], ("y", "b"): [ALL]},
     )  # fmt: skip
     (block,) = tables.blocks(spec, manifest)
-    rows = {label: values for label, _, values in block.rows}
+    rows = {row.label: row.values for row in block.rows}
     assert rows["x"][0].sure and not rows["y"][0].sure and not rows["vanilla"][0].sure
     assert rows["x"][0].best, "better than every other"
     assert not rows["x"][1].best and not rows["y"][1].best, "two alike: neither is the best"
@@ -158,12 +165,12 @@ def ahead(n: int) -> list[bool]:
 
 
 def starred(block) -> list[str]:
-    return [label for label, _, values in block.rows if values[0].sure]
+    return [row.label for row in block.rows if row.values[0].sure]
 
 
 def bold(block) -> list[tuple[str, str]]:
     columns = range(len(block.columns))
-    return [(label, block.columns[i]) for label, _, values in block.rows for i in columns if values[i].best]
+    return [(row.label, block.columns[i]) for row in block.rows for i in columns if row.values[i].best]
 
 
 def test_a_small_p_has_a_star_alone_and_none_in_company(tmp_path):
@@ -172,7 +179,7 @@ def test_a_small_p_has_a_star_alone_and_none_in_company(tmp_path):
     four = {("vanilla", "a"): [HALF]} | {(row, "a"): [ahead(6)] for row in "xyzw"}
     (company,) = tables.blocks(*made_up(tmp_path / "b", four))
     assert starred(company) == [], "four times 0.03"
-    assert {values[0].p for label, _, values in company.rows if label != "vanilla"} == {0.125}
+    assert {row.values[0].p for row in company.rows if row.label != "vanilla"} == {0.125}
 
 
 def test_bold_is_adjusted_for_all_rows_and_all_columns(tmp_path):
@@ -198,10 +205,10 @@ def test_vanilla_may_be_a_column(tmp_path):
     outcomes |= {("random", "4"): [HALF, HALF]}
     spec, manifest = made_up(tmp_path, outcomes, show={"vanilla": {"column": "0"}})
     (block,) = tables.blocks(spec, manifest)
-    assert {label: [v.sure for v in values[:2]] for label, _, values in block.rows[:2]} == {
+    assert {row.label: [value.sure for value in row.values[:2]] for row in block.rows[:2]} == {
         "x": [False, True], "y": [False, False],
     }  # fmt: skip
-    assert [values[1].p is not None for _, _, values in block.rows] == [True, True, False]
+    assert [row.values[1].p is not None for row in block.rows] == [True, True, False]
     (spec,) = specs.read("embedded", ["table12"])
     assert spec.show["vanilla"]["column"] in spec.columns
 
@@ -211,7 +218,8 @@ def test_exact_adjusted_p_and_paired_intervals_are_in_the_report(tmp_path):
     page.write([spec], manifest)
     for name in ("report.md", "report.html"):
         text = (tmp_path / name).read_text()
-        assert "x: a +6.0 [+2.0, +11.0], p 0.062" in text and "y: a +0.0 [+0.0, +0.0], p 1" in text, name
+        assert "gain over vanilla +6.0 [+2.0, +11.0], p 0.062" in text, name
+        assert "gain over vanilla +0.0 [+0.0, +0.0], p 1" in text, name
 
 
 def test_seeds_are_not_pooled_as_if_their_items_were_independent(tmp_path):
@@ -223,10 +231,14 @@ def test_seeds_are_not_pooled_as_if_their_items_were_independent(tmp_path):
     spec, manifest = made_up(tmp_path, outcomes, show={"over": "seeds"})
     (block,) = tables.blocks(spec, manifest)
     assert block.columns[-2:] == ["avg", "gain over vanilla"]
-    rows = {label: values[-2:] for label, _, values in block.rows}
+    rows = {row.label: row.values[-2:] for row in block.rows}
     mean, gain = rows["lucky"]
-    assert mean.text == "53.2" and not mean.detail, "no interval over items"
-    assert gain.text == "+3.2" and gain.detail == "[-3.8, +10.2]; by seed +13.0 +3.0 +0.0 +0.0 +0.0" and not gain.sure
+    assert mean.text == "53.2" and not mean.small, "no interval over items"
+    assert (
+        gain.text == "+3.2"
+        and (gain.small, gain.facts) == ("[-3.8, +10.2]", ["by seed +13.0 +3.0 +0.0 +0.0 +0.0"])
+        and not gain.sure
+    )
     assert rows["steady"][1].sure and rows["random"][0].text == "52.0" and rows["random"][1].text == "+2.0"
     assert rows["vanilla"][1].text == "" and not rows["vanilla"][1].why
     assert specs.read("embedded", ["ablation"])[0].show["over"] == "seeds"
@@ -239,7 +251,7 @@ def test_gains_over_seeds_are_adjusted_for_the_rows(tmp_path):
         outcomes = {("vanilla", f"seed {i}"): [HALF] for i in range(5)}
         outcomes |= {(row, f"seed {i}"): [ahead(gain)] for row in rows for i, gain in enumerate(gains)}
         (block,) = tables.blocks(*made_up(tmp_path / name, outcomes, show={"over": "seeds"}))
-        return [values[-1].sure for label, _, values in block.rows if label != "vanilla"]
+        return [row.values[-1].sure for row in block.rows if row.label != "vanilla"]
 
     assert sure("a", "x") == [True] and sure("b", "xy") == [False, False]
 
@@ -253,10 +265,10 @@ def test_how_many_aus_a_row_changes(tmp_path):
     spec, manifest = made_up(tmp_path, outcomes, said, printed=printed)
     (block,) = tables.blocks(spec, manifest)
     assert block.heads[0] == "AUs"
-    rows = {label: values for label, _, values in block.rows}
-    assert [rows[row][0].text for row in rows] == ["0", "4", "371", "32"] and rows["x"][0].detail == "of 512"
-    assert rows["fdr"][1].detail.endswith("ffn, q 0.05, 371 AUs") and rows["x"][1].detail.endswith("ffn, k 4, alpha 2")
-    assert block.notes == ["Not sparse, more than a quarter of the site's AUs: fdr (a 72 %, b 72 %)."]
+    rows = {row.label: row.values for row in block.rows}
+    assert [rows[row][0].text for row in rows] == ["0", "4", "371", "32"] and rows["x"][0].small == "of 512"
+    assert rows["fdr"][1].facts == ["ffn, q 0.05, 371 AUs"] and rows["x"][1].facts == ["ffn, k 4, alpha 2"]
+    assert block.notes == ["Not sparse (more than a quarter of the site's AUs): fdr (a 72 %, b 72 %)."]
     page.write([spec], manifest)
     text = (tmp_path / "report.md").read_text()
     assert "| x | 4 of 512 paper <=100 |" in text and block.notes[0] in text
@@ -267,18 +279,18 @@ def test_k_and_alpha_that_a_method_took_by_itself_are_shown(tmp_path):
     outcomes = {(row, "copa"): [HALF] for row in ("vanilla", "causal-predicted", "causal-head")}
     table1, manifest = made_up(tmp_path, outcomes, {"causal-predicted": taken | {"touched": 64, "aus": 512}})
     (block,) = tables.blocks(table1, manifest)
-    assert block.rows[1][2][1].detail.endswith("ffn, q 0.05, k 64, alpha 0.793")
+    assert block.rows[1].values[1].facts == ["ffn, q 0.05, k 64, alpha 0.793"]
     (spec,) = specs.read("embedded", ["prediction"])
     manifest.entries["table1"] = {
         key.replace("b|", "embedded|", 1): ids for key, ids in manifest.entries["made"].items()
     }
     (block,) = tables.blocks(replace(spec, columns={"copa": {}}), manifest)
-    rows = {label: values[0].text for label, _, values in block.rows}
+    rows = {row.label: row.values[0].text for row in block.rows}
     assert rows == {
-        "k and alpha predicted: gain foretold, nats": "+0.200",
-        "k and alpha predicted: gain on the pairs, nats": "+0.100",
-        "k and alpha predicted: gain on the pairs / foretold": "0.50",
-        "k and alpha predicted: taken": "q 0.05, k 64, alpha 0.793",
+        "k and alpha predicted: predicted gain, nats": "+0.200",
+        "k and alpha predicted: measured gain on the pairs, nats": "+0.100",
+        "k and alpha predicted: measured / predicted": "0.50",
+        "k and alpha predicted: k and alpha used": "q 0.05, k 64, alpha 0.793",
         "k and alpha predicted: accuracy on test, %": "50.0",
         "causal, Head, searched: accuracy on test, %": "50.0",
     }
@@ -303,11 +315,11 @@ def test_cheaper_searches_are_compared_site_by_site(tmp_path):
             path = tmp_path / "records" / f"{row}-a-{index}.json"
             path.write_text(json.dumps({**json.loads(path.read_text()), "site": site, "asked": asked}))
     _, block = tables.blocks(spec, manifest)
-    rows = {label: [(value.text, value.detail) for value in values] for label, _, values in block.rows}
-    assert rows["cheap, attention"] == [("25 %", ""), ("50.0", "✓ inside 50.0 [40.4, 59.6]")]
-    assert rows["bad, ffn"] == [("20 %", ""), ("50.0", "✗ below 80.0 [71.1, 86.7]")]
-    assert block.notes == ["Search racing: 3 of 4 test results (methods, tasks and sites) lie inside the full grid's "
-                           "95 % interval, for 20 to 25 % of its cost."]  # fmt: skip
+    rows = {row.label: [(value.text, value.small, value.facts) for value in row.values] for row in block.rows}
+    assert rows["cheap, attention"] == [("25 %", "", []), ("50.0", "✓ inside", ["full grid 50.0 [40.4, 59.6]"])]
+    assert rows["bad, ffn"] == [("20 %", "", []), ("50.0", "✗ below", ["full grid 80.0 [71.1, 86.7]"])]
+    assert block.notes == ["Search racing: 3 of 4 test results (methods, tasks and sites) lie inside the 95 % "
+                           "interval of the full grid, at 20 to 25 % of its cost."]  # fmt: skip
 
 
 def test_table_7_compares_all_its_cheaper_searches():
@@ -323,10 +335,12 @@ def test_where_nothing_was_better_all_sites_are_named(tmp_path):
     path = tmp_path / "records" / "x-a-0.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "site": "attention"}))
     (block,) = tables.blocks(spec, manifest)
-    assert block.rows[0][2][0].detail.endswith("attention and ffn: nothing beat vanilla")
+    assert block.rows[0].values[0].facts == ["attention and ffn: nothing beat vanilla"]
     chosen = replace(spec, kind="settings", source="made", show={"key": "k", "rows": {"x": ["x"]}})
     (block,) = tables.blocks(chosen, manifest)
-    assert block.rows[0][2][0].why == "attention and ffn: nothing beat vanilla" and not block.rows[0][2][0].detail
+    assert (
+        block.rows[0].values[0].why == "attention and ffn: nothing beat vanilla" and not block.rows[0].values[0].small
+    )
 
 
 def test_overhead_is_differenced_only_where_the_same_was_measured(tmp_path):
@@ -339,13 +353,13 @@ def test_overhead_is_differenced_only_where_the_same_was_measured(tmp_path):
         record = {"id": name, "params": {"items": 500}, "found": {"vanilla": times, "austeer": times}}
         (tmp_path / "records" / f"{name}.json").write_text(json.dumps(record))
     gemma, llama = tables.blocks(spec, manifest)
-    of_gemma = dict(zip(gemma.columns, gemma.rows[0][2], strict=True))
+    of_gemma = dict(zip(gemma.columns, gemma.rows[0].values, strict=True))
     assert of_gemma["s_per_sample"].difference is None
-    assert of_gemma["s_per_sample"].detail == "paper, over seven tasks: 0.45"
-    of_llama = dict(zip(llama.columns, llama.rows[0][2], strict=True))
+    assert of_gemma["s_per_sample"].small == "paper, over seven tasks: 0.45"
+    of_llama = dict(zip(llama.columns, llama.rows[0].values, strict=True))
     assert of_llama["inference_s"].difference == 200 - 226 and "seven" not in str(llama)
     assert llama.name == "llama3.3-70b-instruct-4bit (n = 500); the paper's numbers: COPA"
-    assert [label for label, _, _ in llama.rows][3] == "AUSteer as published"
+    assert [row.label for row in llama.rows][3] == "AUSteer as published"
 
 
 def test_a_missing_cell_is_a_dash_with_its_reason(tmp_path):
@@ -380,10 +394,8 @@ def test_what_was_chosen_on_test_is_not_tested_on_it(tmp_path):
     path = tmp_path / "records" / "y-a-0.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "search": "test"}))
     (block,) = tables.blocks(spec, manifest)
-    rows = {label: values[0] for label, _, values in block.rows}
-    assert (
-        rows["y"].text == "100.0" and "chosen on test" in rows["y"].detail and not rows["y"].sure and not rows["y"].best
-    )
+    rows = {row.label: row.values[0] for row in block.rows}
+    assert rows["y"].text == "100.0" and rows["y"].marks == "†" and not rows["y"].sure and not rows["y"].best
     assert rows["x"].sure and rows["x"].best, "nor does it keep others from being best"
 
 
@@ -392,8 +404,138 @@ def test_the_report_of_a_bundle_is_the_same(tmp_path):
     page.write([spec], manifest)
     bundle(manifest, tmp_path / "kept")
     page.write([spec], Manifest.read(tmp_path / "kept"))
-    for name in ("report.md", "report.html"):
-        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "kept" / name).read_bytes()
+    run, kept = ((tmp_path / folder / "report.html").read_text() for folder in ("run", "kept"))
+    assert re.sub(r'href="records/[^"]*"', 'href="records.jsonl"', run) == kept, "only the files it links to differ"
+    assert (tmp_path / "run" / "report.md").read_bytes() == (tmp_path / "kept" / "report.md").read_bytes()
+
+
+# ---- the page, from made-up records ---------------------------------------------------------------------------------
+
+
+def sectioned(folder: Path, outcomes: dict, **more) -> tuple[sections.Section, Manifest]:
+    spec, manifest = made_up(folder, outcomes, **more)
+    return sections.section(spec, manifest), manifest
+
+
+def verdicts(*made: sections.Section) -> list[str]:
+    return [finding.verdict for finding in findings.findings(made)]
+
+
+def test_findings_are_read_off_the_records(tmp_path):
+    good, bad = [ALL], [ahead(2)]
+    outcomes = {("vanilla", c): [HALF] for c in "ab"} | {("flipped", c): [HALF, HALF] for c in "ab"}
+    outcomes |= {("causal", c): good for c in "ab"} | {("random", c): bad * 3 for c in "ab"}
+    outcomes |= {("published", c): bad for c in "ab"} | {("causal-predicted", c): good for c in "ab"}
+    made, _ = sectioned(tmp_path / "a", outcomes)
+    assert verdicts(made) == [
+        "Significantly better than vanilla: causal momentum in 2 of 2, the published rule in 0 of 2 places.",
+        "Significantly better than every draw of its controls: causal momentum in 2 of 2, the published rule in 0 of 2 places.",
+        "Causal momentum with k and alpha predicted, not searched, is significantly different in none of 2 places.",
+    ]
+    swapped = outcomes | {("causal", c): bad for c in "ab"} | {("random", c): good * 3 for c in "ab"}
+    made, _ = sectioned(tmp_path / "b", swapped)
+    assert verdicts(made) == [
+        "Significantly better than vanilla: causal momentum in 0 of 2, the published rule in 0 of 2 places.",
+        "Significantly better than every draw of its controls: causal momentum in 0 of 2, the published rule in 0 of 2 places.",
+        "Causal momentum with k and alpha predicted, not searched, is significantly better in 2 and worse in 0 of 2 places.",
+    ]
+    alike = "No method is at any site on a, b, where random AUs recover 2500 % of the largest gain"
+    assert alike in findings.findings([made])[1].numbers
+    one_draw_as_good, _ = sectioned(tmp_path / "c", outcomes | {("random", "a"): [HALF, ALL, HALF]})
+    assert "causal momentum in 1 of 2" in verdicts(one_draw_as_good)[1]
+
+
+def test_findings_over_seeds_need_the_adjusted_test(tmp_path):
+    def said(name, **gains):
+        outcomes = {("vanilla", f"seed {i}"): [HALF] for i in range(5)}
+        for row, of_seeds in gains.items():
+            outcomes |= {(row, f"seed {i}"): [ahead(gain)] for i, gain in enumerate(of_seeds)}
+        made, _ = sectioned(tmp_path / name, outcomes, show={"over": "seeds"})
+        return verdicts(made)[0]
+
+    steady, lucky = (10, 11, 9, 10, 11), (13, 3, 0, 0, 0)
+    over = "Significant gain over vanilla over 5 training seeds: "
+    assert said("a", causal=steady, published=lucky) == over + "causal momentum at b, the published rule nowhere."
+    assert said("b", causal=lucky, published=steady) == over + "causal momentum nowhere, the published rule at b."
+
+
+def test_findings_without_records_are_left_out_and_a_dry_run_has_none(tmp_path):
+    made, manifest = sectioned(
+        tmp_path, {("vanilla", "a"): [HALF], ("causal", "a"): [ALL], ("prompt-only", "a"): [MOST]}
+    )
+    assert verdicts(made) == ["Significantly better than vanilla: causal momentum in 1 of 1 places."]
+    page.write([made.spec], replace(manifest, dry_run=True))
+    text = (tmp_path / "report.md").read_text()
+    assert "Nothing yet" in text and "ignificantly better" not in text.replace("Bold: significantly better", "")
+
+
+def test_every_number_links_to_its_records(tmp_path):
+    outcomes = {("vanilla", "a"): [HALF], ("causal", "a"): [ALL], ("random", "a"): [HALF, MOST]}
+    made, manifest = sectioned(tmp_path, outcomes)
+    page.write([made.spec], manifest)
+    text = (tmp_path / "report.html").read_text()
+    links = set(re.findall('href="#r-([^"]+)"', text))
+    assert links == set(manifest.ids) == set(re.findall('<li id="r-([^"]+)"', text))
+    assert all((tmp_path / file).exists() for file in re.findall('href="(records/[^"]+)"', text))
+    assert "python main.py trace made causal a" in text
+    cells = re.findall("<td.*?</td>", text, re.DOTALL)
+    numbers = [cell for cell in cells if re.search(r'class="number">\d', cell)]
+    assert len(numbers) == 6 and all('tabindex="0"' in cell and 'href="#r-' in cell for cell in numbers)
+    ids = {id for row in made.blocks[0].rows for value in row.values for id in value.ids}
+    assert ids == set(manifest.ids)
+
+
+def test_a_cell_shows_number_and_interval_and_the_rest_on_demand(tmp_path):
+    made, manifest = sectioned(
+        tmp_path, {("vanilla", "a"): [HALF], ("causal", "a"): [ALL], ("random", "a"): [HALF, MOST]}
+    )
+    page.write([made.spec], manifest)
+    cell = next(c for c in re.findall("<td.*?</td>", (tmp_path / "report.html").read_text(), re.DOTALL) if "100.0" in c)
+    shown, _, on_demand = cell.partition('<div class="more">')
+    assert "100.0" in shown and "[96.3, 100.0]" in shown and "alpha" not in shown
+    assert "ffn, k 4, alpha 2" in on_demand and "gain over vanilla +50.0" in on_demand
+    markdown = (tmp_path / "report.md").read_text()
+    assert "| **100.0**\\* [96.3, 100.0] |" in markdown and "| random (control) |" in markdown
+    assert "ffn, k 4, alpha 2; gain over vanilla" in markdown.partition("<details>")[2]
+
+
+def test_the_page_needs_nothing_beside_it_and_no_script(tmp_path):
+    made, manifest = sectioned(tmp_path, {("vanilla", "a"): [HALF], ("causal", "a"): [ALL]})
+    page.write([made.spec], manifest)
+    text = (tmp_path / "report.html").read_text()
+    assert 'src="data:image/png' in text
+    assert not re.search(r"<script|<link|https?://|url\(|@import", text)
+
+
+def test_a_table_of_mixed_library_versions_says_so(tmp_path):
+    made, manifest = sectioned(
+        tmp_path, {("vanilla", "a"): [HALF], ("causal", "a"): [ALL], ("random", "a"): [HALF, MOST]}
+    )
+    assert not any("library versions" in note for note in made.blocks[0].notes)
+    spec, manifest = made_up(
+        tmp_path / "b", {("vanilla", "a"): [HALF], ("x", "a"): [ALL], ("random", "a"): [HALF, MOST]},
+        {"x": {"environment": {"torch": "2.14", "commit": "0123456789ab"}}},
+    )  # fmt: skip
+    page.write([spec], manifest)
+    line = "Records of this table come from different library versions: torch 2 (3), torch 2.14 (1)."
+    assert all(line in (tmp_path / "b" / name).read_text() for name in ("report.md", "report.html"))
+
+
+def test_a_page_is_rewritten_without_making_again_what_did_not_change(tmp_path, monkeypatch):
+    made, manifest = sectioned(tmp_path, {("vanilla", "a"): [HALF], ("causal", "a"): [ALL]})
+    made_anew, make = [], sections._make
+    monkeypatch.setattr(sections, "_make", lambda *of: made_anew.append(of) or make(*of))
+    page.write([made.spec], manifest)
+    before = (tmp_path / "report.html").read_bytes(), (tmp_path / "figures" / "findings.png").stat().st_mtime_ns
+    page.write([made.spec], manifest)
+    assert not made_anew
+    assert before == (
+        (tmp_path / "report.html").read_bytes(),
+        (tmp_path / "figures" / "findings.png").stat().st_mtime_ns,
+    )
+    manifest.entries["made"]["b|causal|a"] = []
+    page.write([made.spec], manifest)
+    assert len(made_anew) == 1 and "causal / a" in (tmp_path / "report.md").read_text()
 
 
 # ---- pictures, from made-up records -------------------------------------------------------------------------------
@@ -721,7 +863,7 @@ def test_dry_run_of_the_papers_scale(tmp_path):
     run.main(["--scale", "paper", "--dry-run", "--jobs", "2", "--data-dir", str(data), "--results", str(tmp_path)])
     manifest = Manifest.read(tmp_path / "paper-dry-run")
     text = (tmp_path / "paper-dry-run" / "report.md").read_text()
-    assert "DRY RUN" in text and ", difference" not in text
+    assert "DRY RUN" in text and not re.search(r"paper [\d.]+ \(", text)
     # an SAE of the real model is a download, and fits no tiny one
     assert manifest.failed and all(why.startswith("the SAE") for why in manifest.failed.values()), manifest.failed
     ran, bits = set(), set()

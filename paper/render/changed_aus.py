@@ -19,7 +19,7 @@ def changed(records: Sequence[dict]) -> Value:
         return Value("")
     there = {record["aus"] for record in records if "aus" in record}
     of = f"of {_span(there)}" if there else ""
-    return Value(_span(touched), of)
+    return Value(_span(touched), of, ids=[record["id"] for record in records])
 
 
 def dense(records: dict[str, dict[str, list[dict]]], labels: dict[str, str]) -> list[str]:
@@ -33,7 +33,7 @@ def dense(records: dict[str, dict[str, list[dict]]], labels: dict[str, str]) -> 
                 parts.append(f"{column} {100 * share:.0f} %")
         if parts:
             said.append(f"{labels[row]} ({', '.join(parts)})")
-    return [f"Not sparse, more than a quarter of the site's AUs: {'; '.join(said)}."] if said else []
+    return [f"Not sparse (more than a quarter of the site's AUs): {'; '.join(said)}."] if said else []
 
 
 def _touched(record: dict) -> int | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from eval.statistics import holm, mcnemar, paired_gain
-from paper.render.values import Block, Value
+from paper.render.values import Value
 
 SURE = 0.05
 Table = dict[str, dict[str, Value]]
@@ -50,28 +50,12 @@ def _bold(table: Table, columns: Sequence[str]) -> None:
             best = max(runs, key=lambda value: value.number)
             others = [value for value in rows if value is not best]
             tested += [best] * len(others)
-            ps += [max(_p_better(best.hits[0], draw) for draw in value.hits) for value in others]
+            ps += [max(p_better(best.hits[0], draw) for draw in value.hits) for value in others]
     for best, p in zip(tested, holm(ps), strict=True):
         best.p_best = max(p, best.p_best or 0.0)
         best.best = best.p_best < SURE
 
 
-def _p_better(best: Sequence[bool], other: Sequence[bool]) -> float:
+def p_better(best: Sequence[bool], other: Sequence[bool]) -> float:
     """The test is two-sided: a draw that is the better one must not count as beaten."""
     return mcnemar(other, best)[2] if sum(best) > sum(other) else 1.0
-
-
-def behind(block: Block) -> list[str]:
-    """A line a row: its gains over vanilla and their adjusted p, and that of a bold face."""
-    lines = []
-    for label, _, values in block.rows:
-        parts = []
-        for column, value in zip(block.columns, values, strict=True):
-            if value.gain is not None:
-                gain, low, high = value.gain
-                parts.append(f"{column} {gain:+.1f} [{low:+.1f}, {high:+.1f}], p {value.p:.2g}")
-            if value.best:
-                parts.append(f"{column} better than every other row, p {value.p_best:.2g}")
-        if parts:
-            lines.append(f"{label}: {'; '.join(parts)}")
-    return lines

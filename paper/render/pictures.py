@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from austeer.errors import one_line
@@ -19,9 +19,8 @@ OF_CELLS = {"lines": curves, "heatmap": heat_maps}
 class Picture:
     caption: str
     path: Path | None  # None: it could not be drawn
-    note: str = (
-        ""  # of this picture alone: how it is to be read, and what its record adds; or why it could not be drawn
-    )
+    note: str = ""  # how to read this picture, and what its record adds; or why it could not be drawn
+    ids: list[str] = field(default_factory=list)  # of the records it is drawn from
 
 
 def draw(spec: Spec, manifest: Manifest, folder: Path) -> list[Picture]:
@@ -35,7 +34,8 @@ def draw(spec: Spec, manifest: Manifest, folder: Path) -> list[Picture]:
     if spec.kind in OF_CELLS:
         path = folder / f"{spec.name}.png"
         note = OF_CELLS[spec.kind].draw(spec, manifest, path)
-        return [] if note is None else [Picture(f"{spec.label}: {spec.title}", path, note)]
+        ids = [id for entry in manifest.entries.get(spec.name, {}).values() for id in entry]
+        return [] if note is None else [Picture(f"{spec.label}: {spec.title}", path, note, ids)]
     return []
 
 
@@ -47,7 +47,7 @@ def _study(spec: Spec, panel: Panel, record: dict, folder: Path) -> Picture:
         note = study.note(record["found"], panel.params) if hasattr(study, "note") else ""
     except Exception as error:  # one picture that fails must not take the report of days with it
         return Picture(caption, None, f"measured, but could not be drawn: {one_line(error)}")
-    return Picture(caption, path, note)
+    return Picture(caption, path, note, [record["id"]])
 
 
 def undrawn(spec: Spec, manifest: Manifest) -> list[tuple[str, str]]:

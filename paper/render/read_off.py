@@ -6,7 +6,7 @@ from eval.statistics import selection_noise, wilson
 from experiments.records import unpack
 from paper.manifest import Manifest
 from paper.render.shown import better, chosen_text, nothing_beat_vanilla
-from paper.render.values import Block, Value
+from paper.render.values import Block, Row, Value
 from paper.specs import Spec
 
 
@@ -25,9 +25,10 @@ def settings(spec: Spec, manifest: Manifest, block: str) -> Block:
                     value = Value(why=nothing_beat_vanilla(found))
                 else:
                     value = Value(f"{chosen:g}", best["site"], number=chosen)
+                value.ids = [best["id"]]
             value.printed = spec.printed.get(block, {}).get(row, {}).get(column)
             values.append(value)
-        rows.append((spec.rows[row]["label"], spec.rows[row].get("ours", False), values))
+        rows.append(Row(row, spec.rows[row]["label"], spec.rows[row].get("ours", False), values))
     return Block(block, list(spec.columns), list(spec.columns), rows)
 
 
@@ -38,10 +39,11 @@ def counts(spec: Spec, manifest: Manifest, block: str) -> Block:
         for column in spec.columns:
             found = manifest.records(spec.source, block, source, column)
             value = Value(f"{found[0][key]}", number=found[0][key]) if found else Value()
+            value.ids = [record["id"] for record in found[:1]]
             value.why = "" if found else manifest.why_missing(spec.source, block, source, column)
             value.printed = spec.printed.get(block, {}).get(row, {}).get(column)
             values.append(value)
-        rows.append((spec.rows[row]["label"], False, values))
+        rows.append(Row(row, spec.rows[row]["label"], False, values))
     return Block(block, list(spec.columns), list(spec.columns), rows)
 
 
@@ -61,15 +63,16 @@ def noise(spec: Spec, manifest: Manifest, block: str) -> Block:
             }
             vanilla = unpack(found[0]["grid_vanilla"])
             by_chance = selection_noise(outcomes, vanilla)
-            detail = f"95 % quantile {100 * by_chance.quantile:+.1f}; best of {by_chance.kept}"
-            detail += f" of {len(outcomes)} settings on {len(vanilla)} items"
-            values.append(Value(f"{100 * by_chance.mean:+.1f}", detail, number=100 * by_chance.mean))
-        rows.append((says["label"], False, values))
+            small = f"95 % quantile {100 * by_chance.quantile:+.1f}"
+            facts = [f"best of {by_chance.kept} of {len(outcomes)} settings on {len(vanilla)} items"]
+            ids = [record["id"] for record in found]
+            values.append(Value(f"{100 * by_chance.mean:+.1f}", small, facts, number=100 * by_chance.mean, ids=ids))
+        rows.append(Row(row, says["label"], False, values))
     return Block(block, list(spec.columns), list(spec.columns), rows)
 
 
 def prediction(spec: Spec, manifest: Manifest, block: str) -> Block:
-    """What was foretold, what came of it on the pairs, and on the test beside the searched row."""
+    """The predicted gain, the measured gain on the pairs, and the test accuracy beside the searched row."""
     rows = []
     for row, says in spec.rows.items():
         searched = spec.show["searched"][row]
@@ -78,31 +81,32 @@ def prediction(spec: Spec, manifest: Manifest, block: str) -> Block:
             found = manifest.records(spec.source, block, row, column)
             beside = manifest.records(spec.source, block, searched, column)
             why = manifest.why_missing(spec.source, block, row, column)
-            made = _foretold(found[0]) if found else dict.fromkeys(FORETOLD, Value(why=why))
+            made = _predicted(found[0]) if found else {kind: Value(why=why) for kind in PREDICTED}
             made[ACCURACY] = _tested(found, why)
             for kind, value in made.items():
                 kinds.setdefault(f"{says['label']}: {kind}", []).append(value)
             why = manifest.why_missing(spec.source, block, searched, column)
             kinds.setdefault(f"{spec.show['labels'][searched]}: {ACCURACY}", []).append(_tested(beside, why))
-        rows += [(label, True, values) for label, values in kinds.items()]
+        rows += [Row(f"{row}: {label}", label, True, values) for label, values in kinds.items()]
     return Block(block, list(spec.columns), list(spec.columns), rows)
 
 
 ACCURACY = "accuracy on test, %"
-FORETOLD = ("gain foretold, nats", "gain on the pairs, nats", "gain on the pairs / foretold", "taken")
+PREDICTED = ("predicted gain, nats", "measured gain on the pairs, nats", "measured / predicted", "k and alpha used")
 
 
-def _foretold(record: dict) -> dict[str, Value]:
-    foretold = record["foretold"]
-    before, after = foretold["predicted"], foretold["measured"]
-    ratio = Value(f"{after / before:.2f}", number=after / before) if before else Value(why="nothing was foretold")
+def _predicted(record: dict) -> dict[str, Value]:
+    before, after = record["foretold"]["predicted"], record["foretold"]["measured"]
+    ratio = Value(f"{after / before:.2f}", number=after / before) if before else Value(why="nothing was predicted")
     values = (
         Value(f"{before:+.3f}", number=before),
         Value(f"{after:+.3f}", number=after),
         ratio,
         Value(chosen_text(record)),
     )
-    return dict(zip(FORETOLD, values, strict=True))
+    for value in values:
+        value.ids = [record["id"]]
+    return dict(zip(PREDICTED, values, strict=True))
 
 
 def _tested(found: list[dict], why: str) -> Value:
@@ -110,7 +114,7 @@ def _tested(found: list[dict], why: str) -> Value:
         return Value(why=why)
     low, high = (100 * edge for edge in wilson(found[0]["right"], found[0]["n"]))
     share = 100 * found[0]["right"] / found[0]["n"]
-    return Value(f"{share:.1f}", f"[{low:.1f}, {high:.1f}]", number=share)
+    return Value(f"{share:.1f}", f"[{low:.1f}, {high:.1f}]", number=share, ids=[found[0]["id"]])
 
 
 def human(spec: Spec, manifest: Manifest, block: str) -> Block:
@@ -128,15 +132,15 @@ def human(spec: Spec, manifest: Manifest, block: str) -> Block:
                 value = Value(f"{mine['mean']:.1f}", f"[{mine['low']:.1f}, {mine['high']:.1f}]", number=mine["mean"])
             value.printed = spec.printed.get(block, {}).get(row, {}).get(column)
             values.append(value)
-        rows.append((says["label"], False, values))
+        rows.append(Row(row, says["label"], False, values))
     return Block(block, list(spec.columns), list(spec.columns), rows)
 
 
 def overhead(spec: Spec, manifest: Manifest, block: str) -> Block:
     """The difference from the paper's is shown only where the same thing was measured: on the same task."""
     found = manifest.panel(spec.name, block)
-    columns = {"prepare_s": "prepared in, s", "inference_s": "inference, s", "s_per_sample": "s a sample",
-               "std": "± of trials", "gb": "memory, GB"}  # fmt: skip
+    columns = {"prepare_s": "preparation, s", "inference_s": "inference, s", "s_per_sample": "s per sample",
+               "std": "± over trials", "gb": "memory, GB"}  # fmt: skip
     of, same = spec.show.get("printed_of", {}).get(block, ""), spec.show.get("same", {}).get(block, ())
     rows = []
     for row, label in spec.show["labels"].items():
@@ -146,14 +150,15 @@ def overhead(spec: Spec, manifest: Manifest, block: str) -> Block:
         for column in columns:
             number = measured.get(column)
             value = Value(f"{number:.4g}", number=number) if number is not None else Value()
+            value.ids = [found["id"]] if found else []
             value.why = "" if found else manifest.why_missing(spec.name, block, "panel", block)
             paper = printed.get(column)
             if column in same:
                 value.printed = paper
             elif paper is not None:
-                value.detail = f"paper, {of}: {paper:g}"
+                value.small = f"paper, {of}: {paper:g}"
             values.append(value)
-        rows.append((label, row == "causal", values))
+        rows.append(Row(row, label, row == "causal", values))
     items = (found or {}).get("params", {}).get("items", "?")
     name = f"{block} (n = {items})" + (f"; the paper's numbers: {of}" if of and spec.printed else "")
     return Block(name, list(columns), list(columns.values()), rows)

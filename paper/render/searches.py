@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from eval.statistics import wilson
 from paper.manifest import Manifest
-from paper.render.values import Block, Value
+from paper.render.values import Block, Row, Value
 from paper.specs import Spec
 
 COST = "cost, share of the full grid"
@@ -30,10 +30,11 @@ def searches(spec: Spec, manifest: Manifest, block: str) -> Block:
                 shares.append(mine["asked"] / whole["asked"])
             costs.setdefault(kind, []).extend(shares)
             label = spec.rows[cheap]["label"].replace(" (better of two sites)", "")
-            rows.append((f"{label}, {site}", spec.rows[cheap].get("ours", False), [Value(_span(shares)), *values]))
+            ours = spec.rows[cheap].get("ours", False)
+            rows.append(Row(f"{cheap} {site}", f"{label}, {site}", ours, [Value(span(shares)), *values]))
     notes = [
-        f"Search {kind}: {sum(found)} of {len(found)} test results (methods, tasks and sites) lie inside the full grid's "
-        f"95 % interval, for {_span(costs[kind])} of its cost."
+        f"Search {kind}: {sum(found)} of {len(found)} test results (methods, tasks and sites) lie inside the 95 % interval "
+        f"of the full grid, at {span(costs[kind])} of its cost."
         for kind, found in inside.items()
     ]
     return Block(f"{block}: against the full grid, site by site", [COST, *columns], [COST, *columns], rows, notes)
@@ -47,12 +48,13 @@ def _against(mine: dict, whole: dict) -> tuple[Value, bool]:
     low, high = wilson(whole["right"], whole["n"])
     share = mine["right"] / mine["n"]
     inside = low <= share <= high
-    mark = "✓ inside" if inside else "✗ below" if share < low else "✗ above"
-    detail = f"{mark} {100 * whole['right'] / whole['n']:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
-    return Value(f"{100 * share:.1f}", detail, number=100 * share), inside
+    small = "✓ inside" if inside else "✗ below" if share < low else "✗ above"
+    facts = [f"full grid {100 * whole['right'] / whole['n']:.1f} [{100 * low:.1f}, {100 * high:.1f}]"]
+    ids = [mine["id"], whole["id"]]
+    return Value(f"{100 * share:.1f}", small, facts, number=100 * share, ids=ids), inside
 
 
-def _span(shares: list[float]) -> str:
+def span(shares: list[float]) -> str:
     if not shares:
         return ""
     low, high = round(100 * min(shares)), round(100 * max(shares))

@@ -29,15 +29,16 @@ def over_seeds(table: Table, name: str, parts: Sequence[str]) -> list[str]:
             cells[name] = Value(why=f"a part is missing: {whys[0]}" if whys else "a part is missing")
             continue
         draws = len(values[0].hits)
-        of = f"mean of {draws} draws a seed" if draws > 1 else ""
-        cells[name] = Value(f"{np.mean(shares):.1f}", of, number=float(np.mean(shares)))
+        ids = [id for value in values for id in value.ids]
+        of = ["mean over the seeds" + (f" and their {draws} draws" if draws > 1 else "")]
+        cells[name] = Value(f"{np.mean(shares):.1f}", facts=of, number=float(np.mean(shares)), ids=ids)
         if row == "vanilla" or vanilla is None or len(parts) < 2 or not all(value.fair for value in values):
             continue
         gains = [after - before for before, after in zip(vanilla, shares, strict=True)]
         mean, low, high, p = t_interval(gains)
         by_seed = "by seed " + " ".join(f"{gain:+.1f}" for gain in gains)
         cells[GAIN] = Value(
-            f"{mean:+.1f}", f"[{low:+.1f}, {high:+.1f}]; {by_seed}", number=mean, gain=(mean, low, high)
+            f"{mean:+.1f}", f"[{low:+.1f}, {high:+.1f}]", [by_seed], number=mean, gain=(mean, low, high), ids=ids
         )
         tested.append(cells[GAIN])
         ps.append(p)

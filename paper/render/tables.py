@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from statistics import median
 
 import numpy as np
@@ -16,7 +17,7 @@ from paper.render.read_off import counts, human, noise, overhead, prediction, se
 from paper.render.searches import searches
 from paper.render.seeds import over_seeds
 from paper.render.shown import chosen_text, nothing_beat_vanilla, shown
-from paper.render.values import Block, Value
+from paper.render.values import Block, Row, Value
 from paper.specs import Spec
 
 
@@ -40,6 +41,7 @@ def accuracy(spec: Spec, manifest: Manifest, block: str) -> Block:
         for column, says in spec.columns.items():
             found = records[row][column] = shown(spec, manifest, block, row, column)
             table[row][column] = _accuracy(found, says, manifest, spec, block, row, column)
+            table[row][column].ids = [record["id"] for record in found]
             if found:
                 sizes[column] = found[0]["n"]
     columns, notes = list(spec.columns), []
@@ -63,8 +65,10 @@ def accuracy(spec: Spec, manifest: Manifest, block: str) -> Block:
         for column in columns:
             key = PRINTED if column == AUS else column
             cells[column].printed = spec.printed.get(block, {}).get(row, {}).get(key)
+    for column in columns:
+        _place([cells[column] for cells in table.values()])
     rows = [
-        (spec.rows[row]["label"], spec.rows[row].get("ours", False), [cells[column] for column in columns])
+        Row(row, spec.rows[row]["label"], spec.rows[row].get("ours", False), [cells[column] for column in columns])
         for row, cells in table.items()
         if any(value.number is not None or value.printed is not None or value.why for value in cells.values())
     ]
@@ -83,21 +87,37 @@ def _accuracy(
     hits = [unpack(record["outcomes"]) for record in records]
     shares = sorted(100 * sum(one) / len(one) for one in hits)
     if len(hits) > 1 or spec.rows[row].get("draws", 1) > 1:
-        detail = f"{shares[0]:.1f} to {shares[-1]:.1f} in {len(hits)} draws"
-        return Value(f"{median(shares):.1f}", detail, number=median(shares), hits=hits)
+        return _band(shares, hits)
     record = records[0]
     low, high = (100 * edge for edge in wilson(record["right"], record["n"]))
-    detail, fair = f"[{low:.1f}, {high:.1f}]", True
+    facts, fair = [], True
     if record["site"]:
         if record["settings"] is None:
-            detail += f"; {nothing_beat_vanilla(manifest.records(spec.name, block, row, column))}"
+            facts.append(nothing_beat_vanilla(manifest.records(spec.name, block, row, column)))
         else:
-            detail += f"; {record['site']}, {chosen_text(record)}"
+            facts.append(f"{record['site']}, {chosen_text(record)}")
         if record["search"] == "test" or spec.rows[row].get("test_chosen"):
-            detail += "; chosen on test"
+            facts.append("chosen on the test split, so not tested on it")
             fair = False
-    detail += "".join(f"; {key} {value:.3g}" for key, value in record["extras"].items() if key.startswith("perplexity"))
-    return Value(f"{shares[0]:.1f}", detail, number=shares[0], hits=hits, fair=fair)
+    facts += [f"{key} {value:.3g}" for key, value in record["extras"].items() if key.startswith("perplexity")]
+    return Value(f"{shares[0]:.1f}", f"[{low:.1f}, {high:.1f}]", facts, number=shares[0], hits=hits, fair=fair)
+
+
+def _band(shares: Sequence[float], hits: list[list[bool]]) -> Value:
+    """A control: the median of its draws (sorted), and their range."""
+    low, middle, high = shares[0], median(shares), shares[-1]
+    facts = [f"median and range of {len(shares)} draws"]
+    return Value(f"{middle:.1f}", f"{low:.1f} to {high:.1f}", facts, number=middle, hits=hits, band=(low, high))
+
+
+def _place(column: Sequence[Value]) -> None:
+    """Place the bands of controls between the lowest and the highest number of their column."""
+    edges = [edge for value in column if value.number is not None for edge in (value.number, *(value.band or ()))]
+    for value in column:
+        if value.band and max(edges) > min(edges):
+            low, high = min(edges), max(edges)
+            place = [(edge - low) / (high - low) for edge in (value.band[0], value.number, value.band[1])]
+            value.place = tuple(place)
 
 
 def _belongs(spec: Spec, block: str, row: str, column: str) -> bool:
@@ -111,13 +131,17 @@ def _win_rate(record: dict, manifest: Manifest, spec: Spec, block: str, row: str
         return Value(why="" if record["method"] == "vanilla" else "vanilla is missing")
     theirs = vanilla[0]["id"]
     if record["site"] and record["settings"] is None:
-        return Value("0.0", "nothing beat vanilla: its own answers", number=0.0)
+        return Value("0.0", facts=["nothing beat vanilla, so these are its own answers"], number=0.0)
     if spec.rows[row].get("draws", 1) == 1:
         for path in sorted(manifest.folder.glob(f"judge-{record['id']}-test-{theirs}-test-*.json")):
             result = manifest.load(path)
             low, high = result["delta_interval"]
-            detail = f"[{low:.1f}, {high:.1f}]; {result['judge']}"
-            return Value(f"{result['delta']:.1f}", detail, number=result["delta"])
+            return Value(
+                f"{result['delta']:.1f}",
+                f"[{low:.1f}, {high:.1f}]",
+                [f"judge: {result['judge']}"],
+                number=result["delta"],
+            )
     answers = f"results/{manifest.scale}/answers"
     return Value(
         why=f"needs a judge: python main.py judge --cache results/{manifest.scale}/judge.jsonl --theirs "
@@ -137,12 +161,11 @@ def _average(values: Sequence[Value]) -> Value:
         float(np.mean([100 * sum(value.hits[draw]) / len(value.hits[draw]) for value in values]))
         for draw in range(draws)
     )
+    ids = [id for value in values for id in value.ids]
     if draws > 1:
-        return Value(
-            f"{median(means):.1f}", f"{means[0]:.1f} to {means[-1]:.1f} in {draws} draws", number=median(means)
-        )
+        return replace(_band(means, []), ids=ids)
     # shares as if two more had been right and two more wrong: an error of nothing would be too good
     counted = [(sum(value.hits[0]) + 2, len(value.hits[0]) + 4) for value in values]
     half = 196 * sum(right / n * (1 - right / n) / n for right, n in counted) ** 0.5 / len(values)
     low, high = max(0.0, means[0] - half), min(100.0, means[0] + half)
-    return Value(f"{means[0]:.1f}", f"[{low:.1f}, {high:.1f}]", number=means[0])
+    return Value(f"{means[0]:.1f}", f"[{low:.1f}, {high:.1f}]", number=means[0], ids=ids)
