@@ -6,7 +6,6 @@ import time
 from collections.abc import Iterable
 
 from austeer.code_identity import code_hash
-
 from austeer.identity import fingerprint
 from austeer.pairs import pairs_hash
 from austeer.ranks import AURanks
