@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from austeer.errors import AUSteerError
+from austeer.files import read_json_lines, read_text, write_json_lines
 
 FIELDS = ("prompt", "positive", "negative")
 
@@ -51,15 +52,7 @@ def read_columns(path: str | Path, fields: Sequence[str]) -> list[tuple[str, ...
 
 
 def _read(path: Path, fields: Sequence[str]) -> list[tuple[int, Sequence]]:
-    try:
-        # utf-8-sig: spreadsheets put a byte-order mark in front
-        text = path.read_bytes().decode("utf-8-sig")
-    except FileNotFoundError:
-        raise AUSteerError(f"no such file: {path}") from None
-    except (IsADirectoryError, PermissionError) as error:
-        raise AUSteerError(f"cannot read {path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise AUSteerError(f"{path} is not UTF-8 (byte {error.start}); save it as UTF-8") from None
+    text = read_text(path)
     return list(_csv_rows(text, path, fields) if path.suffix.lower() == ".csv" else _json_rows(text, path, fields))
 
 
@@ -94,8 +87,7 @@ def as_pairs(rows: Sequence[Sequence[str]], first: int | None = None) -> list[Pa
 
 
 def write_pairs(path: str | Path, pairs: Iterable[Pair]) -> None:
-    lines = (json.dumps(dict(zip(FIELDS, pair, strict=True)), ensure_ascii=False) for pair in pairs)
-    Path(path).write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    write_json_lines(Path(path), (dict(zip(FIELDS, pair, strict=True)) for pair in pairs))
 
 
 def pairs_hash(pairs: Iterable[Sequence[str]]) -> str:
@@ -111,13 +103,7 @@ def _json_rows(text: str, path: Path, fields: Sequence[str]) -> Iterable[tuple[i
             (number, _row(row, fields, f"{path}, row {number}")) for number, row in enumerate(json.loads(text), 1)
         )
         return
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise AUSteerError(f"{path}, line {number}: not JSON ({error.msg}, column {error.colno})") from None
+    for number, row in read_json_lines(path):
         yield number, _row(row, fields, f"{path}, line {number}")
 
 

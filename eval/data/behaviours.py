@@ -1,15 +1,15 @@
-"""NeuroSteer's tasks: texts of two kinds to learn from, and prompts for a model to go on from.
+"""NeuroSteer's tasks: texts of two kinds to learn from, and prompts for a model to continue.
 
 A file of texts has lines {"text": ..., "label": ...}, labels as in the data sets:
     sentiment   0 to 4 (SST-5): 3, 4 positive and 0, 1 negative; 2, neutral, is neither
     toxicity    0 to 1, the share of raters who called it toxic (Jigsaw): 0 not toxic, from 0.5 on toxic
     politeness  2 polite, 0 impolite; 1, neutral, is neither
     stance      "support" or "oppose"
-    tone        the embedded model's replies, polite or rude; made, not read
+    tone        the embedded model's replies, polite or rude; generated, not read
 The first kind is the target, the second the source. (The released loader of SST-5 takes neutral texts for positive.)
 
 A file of prompts has lines {"prompt": "..."} or {"prompt": {"text": "..."}}. Without one, prompts are the first 50
-characters of a quarter of the texts, which then are not learned from; of toxicity they are RealToxicityPrompts.
+characters of a quarter of the texts, which are then not learned from; those of toxicity are RealToxicityPrompts.
 """
 
 from __future__ import annotations
@@ -21,9 +21,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from austeer.errors import AUSteerError
+from austeer.files import read_json_lines
 from embedded.tasks import items
-from eval.data.fetching import hub_name
+from eval.data.fetching import hub_table
 from eval.data.read import read_rows
+from eval.tasks.open_text import Toxicity
 
 PROMPT_CHARACTERS = 50
 HELD_OUT = 4  # every fourth text, by its hash
@@ -33,8 +35,8 @@ HELD_OUT = 4  # every fourth text, by its hash
 class Behaviour:
     target: str
     source: str
-    kind: Callable[[object], bool | None] = lambda label: None  # of a label: target, source, or neither
-    labels: str = ""  # in words
+    kind: Callable[[object], bool | None] = lambda label: None  # True for a target's label, False for a source's
+    labels: str = ""  # the labels that are accepted, in words
     hub: dict | None = None
 
 
@@ -86,47 +88,49 @@ def material(
     n_prompts: int,
     tone_split: str = "test",
 ) -> Material:
-    """At most n_texts texts of each kind and n_prompts prompts, in the order of the files."""
+    """Return at most n_texts texts of each kind and n_prompts prompts, in the order of the files."""
     if n_texts < 1 or n_prompts < 1:
         raise AUSteerError("at least one text of each kind and one prompt are needed (--n-texts, --n-prompts)")
     if task == "tone":
         if texts or prompts:
-            raise AUSteerError("tone makes its own texts and prompts; leave --texts and --prompts out")
-        learned = items("tone", "pairs", n_texts)
-        asked = [item.prompt for item in items("tone", tone_split, n_prompts)]
-        return Material([i.prompt + i.right for i in learned], [i.prompt + i.wrong for i in learned], asked)
+            raise AUSteerError("the task tone generates its own texts and prompts; leave --texts and --prompts out")
+        replies = items("tone", "pairs", n_texts)
+        beginnings = [item.prompt for item in items("tone", tone_split, n_prompts)]
+        return Material([i.prompt + i.right for i in replies], [i.prompt + i.wrong for i in replies], beginnings)
     behaviour = BEHAVIOURS[task]
-    known = _labelled(task, texts)
+    labelled = _labelled(task, texts)
     if prompts is not None:
-        asked = [_prompt(row, place) for place, row in _lines(prompts)]
+        beginnings = [_prompt(row, place) for place, row in _lines(prompts)]
     elif task == "toxicity":
-        asked = [row["prompt"] for row in read_rows("toxicity", "test", data_dir)]
+        beginnings = [row["prompt"] for row in read_rows(Toxicity, "test", data_dir)]
     else:
-        held_out = sorted({text for text, _ in known if _digest(text)[0] % HELD_OUT == 0}, key=_digest)  # neutral too
-        known = [(text, kind) for text, kind in known if _digest(text)[0] % HELD_OUT]
-        asked = [text[:PROMPT_CHARACTERS].rstrip() for text in held_out]
-    target, source = ([text for text, kind in known if kind is wanted] for wanted in (True, False))
-    n = min(len(target), len(source), n_texts)  # the code they released takes equal numbers too
-    if not n or not asked:
+        held_out = sorted(
+            {text for text, _ in labelled if _digest(text)[0] % HELD_OUT == 0}, key=_digest
+        )  # neutral too
+        labelled = [(text, kind) for text, kind in labelled if _digest(text)[0] % HELD_OUT]
+        beginnings = [text[:PROMPT_CHARACTERS].rstrip() for text in held_out]
+    target, source = ([text for text, kind in labelled if kind is side] for side in (True, False))
+    n = min(len(target), len(source), n_texts)  # the released code takes equal numbers too
+    if not n or not beginnings:
         raise AUSteerError(
-            f"{task} has {len(target)} {behaviour.target} texts, {len(source)} {behaviour.source} ones and {len(asked)} "
+            f"{task} has {len(target)} {behaviour.target} texts, {len(source)} {behaviour.source} ones and {len(beginnings)} "
             "prompts: all three are needed"
         )
-    return Material(target[:n], source[:n], asked[:n_prompts])
+    return Material(target[:n], source[:n], beginnings[:n_prompts])
 
 
 def _labelled(task: str, path: Path | None) -> list[tuple[str, bool | None]]:
     behaviour = BEHAVIOURS[task]
-    found = []
+    labelled = []
     for place, row in _lines(path) if path is not None else _hub(task):
         text, label = row.get("text"), row.get("label")
         if not isinstance(text, str) or not text.strip():
             raise AUSteerError(f'{place}: "text" must be a text that is not empty')
         try:
-            found.append((text, behaviour.kind(label)))
+            labelled.append((text, behaviour.kind(label)))
         except ValueError:
             raise AUSteerError(f'{place}: "label" is {label!r}; for {task} it is {behaviour.labels}') from None
-    return found
+    return labelled
 
 
 def _prompt(row: dict, place: str) -> str:
@@ -138,18 +142,8 @@ def _prompt(row: dict, place: str) -> str:
 
 
 def _lines(path: Path) -> Iterable[tuple[str, dict]]:
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise AUSteerError(f"cannot read {path}: {getattr(error, 'strerror', None) or 'it is not UTF-8'}") from None
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
+    for number, row in read_json_lines(path):
         place = f"{path}, line {number}"
-        try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
         if not isinstance(row, dict):
             raise AUSteerError(f"{place}: not a JSON object")
         yield place, row
@@ -159,14 +153,10 @@ def _hub(task: str) -> Iterable[tuple[str, dict]]:
     source = BEHAVIOURS[task].hub
     if source is None:
         raise AUSteerError(f'{task} has no known home on the hub: give --texts, lines {{"text": ..., "label": ...}}')
-    import datasets  # slow to import, and only the hub needs it
-
     try:
-        table = datasets.load_dataset(source["id"], split=source["split"], revision=source["revision"])
-    except Exception as error:  # no network, gated, ...: the library has a type for each
-        raise AUSteerError(
-            f"the hub gave no {hub_name(source)} ({type(error).__name__}); give --texts, a file, instead"
-        ) from None
+        table = hub_table(source)
+    except AUSteerError as error:
+        raise AUSteerError(f"{error}; give --texts, a file, instead") from None
     text, label = source["fields"]
     return ((f"{source['id']}, row {at}", {"text": row[text], "label": row[label]}) for at, row in enumerate(table, 1))
 

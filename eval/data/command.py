@@ -1,17 +1,28 @@
-"""python main.py data: fetch the paper's data sets from their homes, or check and count what is there."""
+"""Fetch the paper's data sets from their homes, or check and count what is there: python main.py data."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from austeer.errors import AUSteerError
+from austeer.files import read_text, write_json, write_json_lines
 from eval.data.fetching import download, hub_rows, sha256
-from eval.data.read import CATALOGUE, DATASETS, SPLITS, find_file, find_folder, home, how_to_get, read_catalogue
-from eval.data.rows import key_of, read_file, write_rows
+from eval.data.read import (
+    CATALOGUE,
+    DATASETS,
+    SPLITS,
+    catalogue_entry,
+    find_file,
+    find_folder,
+    home,
+    how_to_get,
+    read_catalogue,
+)  # fmt: skip
+from eval.data.rows import read_file
+from eval.tasks.registry import PAPER_TASKS
 
 FETCHED = "fetched.json"  # beside the files of a task: what was fetched, from where, with which hash
 COLUMNS = ("task", "split", "file", "rows", "official", "paper", "duplicates", "train texts in test", "sha256")
@@ -20,23 +31,28 @@ COLUMNS = ("task", "split", "file", "rows", "official", "paper", "duplicates", "
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="main.py data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="A finished file is not fetched again: to resume, run the same command. Files you put there yourself "
-        "are never overwritten. docs/data.md says which layouts are read and what is given out on request only.",
+        epilog="A finished file is not fetched again: to go on after an interruption, run the same command. Files that "
+        "you put there yourself are never overwritten. docs/data.md lists the layouts that are read, and the data sets "
+        "that are given out on request only.",
     )  # fmt: skip
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--fetch", nargs="*", metavar="TASK", help="fetch these tasks (default: all)")
     what.add_argument(
         "--check", nargs="*", metavar="TASK",
-        help="load, validate and count what is there (default: all; a task named here must be there)",
+        help="load, validate and count the files that are there (default: all; a task named here must be there)",
     )  # fmt: skip
-    parser.add_argument("--data-dir", default=str(DATASETS), help="folder of the task folders (default: datasets/)")
-    parser.add_argument("--catalogue", default=str(CATALOGUE), help="another catalogue, of a mirror for instance")
+    parser.add_argument(
+        "--data-dir", default=str(DATASETS), help="folder that holds a folder a task (default: datasets/)"
+    )
+    parser.add_argument("--catalogue", default=str(CATALOGUE), help="use another catalogue, such as a mirror's")
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = _arguments(argv)
     catalogue, folder = read_catalogue(args.catalogue), Path(args.data_dir)
+    if args.catalogue == str(CATALOGUE):
+        catalogue = {name: catalogue_entry(task, catalogue) for name, task in PAPER_TASKS.items()}
     named = args.check if args.fetch is None else args.fetch
     if unknown := sorted(set(named) - set(catalogue)):
         raise AUSteerError(f"no task {', '.join(unknown)}; there are {', '.join(catalogue)}")
@@ -48,11 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return _check(chosen, folder, must_be_there=bool(named))
 
 
-# fetching
-
-
 def _fetch(chosen: dict[str, dict], data_dir: Path) -> int:
-    """One task after the other; what fails is said, and the others go on."""
+    """Fetch one task after the other; a failure is reported, and the others go on."""
     failed = []
     for name, entry in chosen.items():
         print(f"{name}: {entry['title']}, licence: {entry['licence']}")
@@ -61,53 +74,48 @@ def _fetch(chosen: dict[str, dict], data_dir: Path) -> int:
             continue
         for split in SPLITS:
             try:
-                path, news = fetch_split(name, entry, split, find_folder(entry, name, data_dir) or data_dir / name)
-                rows = read_file(name, split, path)
-                print(f"  {split}: {len(rows):,} rows, {path.name}, {news}")
+                path, outcome = fetch_split(name, entry, split, find_folder(entry, name, data_dir) or data_dir / name)
+                rows = read_file(PAPER_TASKS[name], split, path)
+                print(f"  {split}: {len(rows):,} rows, {path.name}, {outcome}")
             except AUSteerError as error:
                 failed.append(f"{name} {split}")
                 print(f"  {split}: FAILED: {error}")
     if failed:
-        print(f"\nfailed: {', '.join(failed)}. What is there stays; the same command goes on.")
+        print(f"\nfailed: {', '.join(failed)}. Finished files are kept; run the same command to try again.")
     return 1 if failed else 0
 
 
 def fetch_split(name: str, entry: dict, split: str, folder: Path) -> tuple[Path, str]:
-    """The file of one split, fetched if there is none yet, and what was done in words."""
+    """Return the file of one split, fetched if there is none yet, and what was done, in words."""
     source, where = entry["splits"][split], home(entry, split)
-    hashes, made = source.get("sha256", {}), _fetched(folder)
+    hashes, fetched = source.get("sha256", {}), _fetched(folder)
     path = find_file(entry, split, folder, must=False) if folder.is_dir() else None
     if path is not None:
-        known = hashes.get(path.name) or made.get(path.name, {}).get("sha256")
+        known = hashes.get(path.name) or fetched.get(path.name, {}).get("sha256")
         if known is None:
             return path, "your own file: kept as it is"
-        found = sha256(path)
-        if found.startswith(known) or made.get(path.name, {}).get("sha256") == found:
+        digest = sha256(path)
+        if digest.startswith(known) or fetched.get(path.name, {}).get("sha256") == digest:
             return path, "already there"
-        raise AUSteerError(f"{path} has SHA-256 {found[:12]}..., not {known[:12]}... as fetched; move it away first")
+        raise AUSteerError(f"{path} has SHA-256 {digest[:12]}..., not {known[:12]}... as fetched; move it away first")
     url = source.get("url")
     # files of a URL keep their name, and so their official hash; rows of the hub become JSON Lines
     path = folder / (url.rsplit("/", 1)[-1] if url else f"{split}.jsonl")
     if url:
         download(url, path, hashes.get(path.name))
     else:
-        write_rows(path, hub_rows(name, split, source["hub"]))
-    made[path.name] = {"from": where, "sha256": sha256(path)}
-    temporary = folder / f".{FETCHED}.{os.getpid()}"
-    temporary.write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, folder / FETCHED)
+        write_json_lines(path, hub_rows(PAPER_TASKS[name], split, source["hub"]))
+    fetched[path.name] = {"from": where, "sha256": sha256(path)}
+    write_json(folder / FETCHED, fetched)
     return path, f"from {where}"
 
 
 def _fetched(folder: Path) -> dict[str, dict]:
     path = folder / FETCHED
     try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    except (OSError, ValueError) as error:
+        return json.loads(read_text(path)) if path.exists() else {}
+    except json.JSONDecodeError as error:
         raise AUSteerError(f"{path} is damaged ({error}); remove it, then fetch again") from None
-
-
-# checking
 
 
 def _check(chosen: dict[str, dict], data_dir: Path, must_be_there: bool) -> int:
@@ -117,34 +125,33 @@ def _check(chosen: dict[str, dict], data_dir: Path, must_be_there: bool) -> int:
         if folder is None:
             missing.append(f"{name}: not in {data_dir}. {how_to_get(entry, name)}")
             continue
-        keys: dict[str, set] = {}
+        questions: dict[str, set] = {}
         for split in SPLITS:
             try:
                 path = find_file(entry, split, folder)
-                rows = [key_of(name, row) for row in read_file(name, split, path)]
+                rows = read_file(PAPER_TASKS[name], split, path)
             except AUSteerError as error:
                 faults.append(str(error))
                 continue
-            keys[split] = set(rows)
-            source = entry["splits"][split]
-            overlap = len(keys["train"] & keys["test"]) if keys.keys() == set(SPLITS) else "-"
-            found, known = sha256(path), (source.get("sha256") or {}).get(path.name)
-            official = " official" if known and found.startswith(known) else ""
+            questions[split] = {tuple(row[key] for key in PAPER_TASKS[name].keys) for row in rows}
+            source, digest = entry["splits"][split], sha256(path)
+            known = (source.get("sha256") or {}).get(path.name)
+            official = " official" if known and digest.startswith(known) else ""
             fetched = _fetched(folder).get(path.name, {}).get("sha256")
-            if fetched not in (None, found):
+            if fetched not in (None, digest):
                 faults.append(
-                    f"{path} has changed since it was fetched (SHA-256 {found[:12]}..., was {fetched[:12]}...)"
+                    f"{path} has changed since it was fetched (SHA-256 {digest[:12]}..., was {fetched[:12]}...)"
                 )
-            duplicates = len(rows) - len(keys[split])
+            overlap = len(questions["train"] & questions["test"]) if questions.keys() == set(SPLITS) else "-"
+            counts = (len(rows), source["rows"] or "-", source["paper"] or "-", len(rows) - len(questions[split]))
             in_test = overlap if split == "test" else ""
-            counts = (len(rows), source["rows"] or "-", source["paper"] or "-", duplicates, in_test)
-            table.append((name, split, path.name, *counts, found[:12] + official))
+            table.append((name, split, path.name, *counts, in_test, digest[:12] + official))
     _print_table(table)
     for kind, lines in (("missing", missing), ("FAULT", faults)):
         for line in lines:
             print(f"{kind}: {line}")
     if not table and not faults:
-        print(f"nothing to check in {data_dir}: `python main.py data --fetch` fetches what can be fetched")
+        print(f"nothing to check in {data_dir}: `python main.py data --fetch` fetches all that can be fetched")
     return 1 if faults or not table or (must_be_there and missing) else 0
 
 

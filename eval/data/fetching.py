@@ -1,89 +1,44 @@
-"""Getting files: URLs with resumption and hashes, the hub through the `datasets` library."""
+"""Fetch files: from URLs, checked against a hash, and from the hub through the `datasets` library."""
 
 from __future__ import annotations
 
 import hashlib
-import http.client
-import os
-import urllib.error
 import urllib.request
+from http.client import HTTPException
 from pathlib import Path
 
 from tqdm import tqdm
 
-from austeer.errors import AUSteerError
-from eval.data.rows import normalise
+from austeer.errors import AUSteerError, one_line
+from austeer.files import write_whole
+from eval.data.rows import RowSource, normalise
 
-ATTEMPTS = 3  # each goes on where the last one broke off
-CHUNK = 1 << 16
 TIMEOUT = 60
 
 
 def sha256(path: Path) -> str:
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while chunk := file.read(CHUNK):
+        digest = hashlib.sha256()
+        while chunk := file.read(1 << 16):
             digest.update(chunk)
     return digest.hexdigest()
 
 
 def download(url: str, path: Path, expected: str | None = None) -> None:
-    """Fetch into `path`; what was broken off waits in `path`.part and is continued. `expected`: (start of) the SHA-256."""
-    part = path.with_name(path.name + ".part")
+    """Fetch a file. expected: the SHA-256, or its beginning; a file with another is not kept."""
     try:
-        part.parent.mkdir(parents=True, exist_ok=True)
-        if not any(_continue(url, part) for _ in range(ATTEMPTS)):
-            raise AUSteerError(
-                f"{url} broke off {ATTEMPTS} times, at byte {_size(part)}; run the same command to go on"
-            )
-    except OSError as error:
-        raise AUSteerError(f"cannot fetch {url} into {path}: {_reason(error)}; run the same command to go on") from None
-    found = sha256(part)
-    if expected and not found.startswith(expected):
-        part.unlink()  # a wrong file would only be continued
+        with urllib.request.urlopen(
+            urllib.request.Request(url, headers={"User-Agent": "AUSteer"}), timeout=TIMEOUT
+        ) as answer:
+            content = answer.read()  # these files have a few megabytes; a connection that breaks off raises
+    except (OSError, HTTPException) as error:
+        raise AUSteerError(f"cannot fetch {url} into {path}: {error}; run the same command to try again") from None
+    digest = hashlib.sha256(content).hexdigest()
+    if expected and not digest.startswith(expected):
         raise AUSteerError(
-            f"{url} has SHA-256 {found[:12]}..., not {expected[:12]}...: it was not kept; try again later"
+            f"{url} has SHA-256 {digest[:12]}..., not {expected[:12]}...: it was not kept; try again later"
         )
-    os.replace(part, path)
-
-
-def _continue(url: str, part: Path) -> bool:
-    """Fetch the rest of a file; False if the connection broke off, or what is there cannot be continued."""
-    have = _size(part)
-    headers = {"Accept-Encoding": "identity", "User-Agent": "AUSteer"}
-    if have:
-        headers["Range"] = f"bytes={have}-"
-    try:
-        with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=TIMEOUT) as answer:
-            resumed = answer.status == 206 and answer.headers.get("Content-Range", "").startswith(f"bytes {have}-")
-            have = have if resumed else 0
-            length = answer.headers.get("Content-Length")
-            total = have + int(length) if length else None
-            with (
-                part.open("ab" if resumed else "wb") as file,
-                tqdm(desc=part.stem, total=total, initial=have, unit="B", unit_scale=True) as bar,
-            ):
-                while chunk := answer.read(CHUNK):
-                    file.write(chunk)
-                    bar.update(len(chunk))
-        return total is None or _size(part) == total
-    except urllib.error.HTTPError as error:
-        if error.code == 416 and have:  # nothing behind what is there: it was complete, or is of another file
-            part.unlink()
-            return False
-        raise
-    except (http.client.IncompleteRead, ConnectionResetError, TimeoutError):
-        return False
-
-
-def _size(part: Path) -> int:
-    return part.stat().st_size if part.exists() else 0
-
-
-def _reason(error: OSError) -> str:
-    if isinstance(error, urllib.error.HTTPError):
-        return f"HTTP {error.code} {error.reason}"
-    return str(getattr(error, "reason", None) or error.strerror or type(error).__name__)
+    write_whole(path, lambda temporary: temporary.write_bytes(content))
 
 
 def hub_name(source: dict) -> str:
@@ -91,22 +46,17 @@ def hub_name(source: dict) -> str:
     return f"{source['id']}{config} at {source['revision'][:12] if source.get('revision') else 'main (not pinned)'}"
 
 
-def hub_rows(task: str, split: str, source: dict) -> list[dict]:
-    """Normalised rows of one split from the hub, at its pinned revision."""
+def hub_rows(source: type[RowSource], split: str, hub: dict) -> list[dict]:
+    """Return the rows of one split from the hub, at its pinned revision."""
+    rows = hub_table(hub).to_list()
+    bar = tqdm(rows, desc=f"{source.name} {split}", unit="row")
+    return normalise(source, split, ((f"{hub['id']}, row {at}", row) for at, row in enumerate(bar, 1)))
+
+
+def hub_table(hub: dict):
     import datasets  # slow to import, and only the hub needs it
 
     try:
-        table = datasets.load_dataset(
-            source["id"], source.get("config"), split=source["split"], revision=source.get("revision")
-        )
-        raw = table.to_list()
+        return datasets.load_dataset(hub["id"], hub.get("config"), split=hub["split"], revision=hub.get("revision"))
     except Exception as error:  # no network, no such split, gated, ...: the library has a type for each
-        raise AUSteerError(
-            f"the hub gave no {hub_name(source)} ({type(error).__name__}: {_first_line(error)})"
-        ) from None
-    bar = tqdm(raw, desc=f"{task} {split}", unit="row")
-    return normalise(task, split, ((f"{source['id']}, row {at}", row) for at, row in enumerate(bar, 1)))
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), "")[:160]
+        raise AUSteerError(f"the hub gave no {hub_name(hub)} ({one_line(error)[:160]})") from None

@@ -1,4 +1,4 @@
-"""python main.py import-authors: the authors' wording, data sets and AU ranks, from your own copy of their repository.
+"""Import the authors' wording, data sets and AU ranks from your copy of their repository: python main.py import-authors.
 
 Their code is read, never run. Data sets and ranks are on a drive of theirs: unpack both archives into the checkout
 (datasets/, AU_ranks/), or name one with --archive, as a folder or a .zip.
@@ -7,7 +7,6 @@ Their code is read, never run. Data sets and ranks are on a drive of theirs: unp
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import tempfile
 import zipfile
@@ -17,10 +16,12 @@ from pathlib import Path, PurePosixPath
 from tqdm import tqdm
 
 from austeer.errors import AUSteerError
+from austeer.files import write_json, write_json_lines
 from austeer.ranks import AUTHORS_FILES, SITES, AURanks
 from eval.data.authors_wording import read_wording
 from eval.data.read import DATASETS, SPLITS, find_file, find_folder, read_catalogue
-from eval.data.rows import read_file, write_rows
+from eval.data.rows import read_file
+from eval.tasks.registry import PAPER_TASKS
 
 UNPACKED_LIMIT = 4_000_000_000  # bytes of one archive: theirs has a few hundred megabytes
 
@@ -30,9 +31,13 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         prog="main.py import-authors", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("checkout", help="your copy of the authors' repository")
-    parser.add_argument("--archive", help="folder or .zip of their data sets or AU ranks, if not in the checkout")
-    parser.add_argument("--out", required=True, help="where wording.json and the task folders go (a --data-dir later)")
-    parser.add_argument("--ranks-out", default="AU_ranks/authors", help="where ranks go (default: %(default)s)")
+    parser.add_argument(
+        "--archive", help="folder or .zip of their data sets or AU ranks, if these are not in the checkout"
+    )
+    parser.add_argument(
+        "--out", required=True, help="folder for wording.json and the data sets (to be used as --data-dir)"
+    )
+    parser.add_argument("--ranks-out", default="AU_ranks/authors", help="folder for the ranks (default: %(default)s)")
     return parser.parse_args(argv)
 
 
@@ -44,20 +49,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             "datasets/ holds this project's own wording: choose another --out, and give it as --data-dir"
         )
     wording = read_wording(checkout / "utils" / "load_dataset.py")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "wording.json").write_text(json.dumps(wording, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise AUSteerError(f"cannot write into {out}: {error.strerror}") from None
+    write_json(out / "wording.json", wording)
     print(f"wording of {len(wording) - 1} tasks: {out / 'wording.json'}")
     with tempfile.TemporaryDirectory() as unpacked:
         places = [checkout]
         if args.archive:
             places.append(_archive(Path(args.archive), Path(unpacked)))
-        bad = _import_datasets(places, out) + _import_ranks(places, Path(args.ranks_out))
-    for line in bad:
+        failures = _import_datasets(places, out) + _import_ranks(places, Path(args.ranks_out))
+    for line in failures:
         print(f"FAILED: {line}")
-    return 1 if bad else 0
+    return 1 if failures else 0
 
 
 def _archive(archive: Path, unpacked: Path) -> Path:
@@ -66,20 +67,16 @@ def _archive(archive: Path, unpacked: Path) -> Path:
     try:
         with zipfile.ZipFile(archive) as file:
             _unpack(file, unpacked)
-    except (
-        OSError,
-        zipfile.BadZipFile,
-        RuntimeError,
-        NotImplementedError,
-    ) as error:  # the last two: encrypted, unknown
+    # the last two: an encrypted archive, an unknown compression
+    except (OSError, zipfile.BadZipFile, RuntimeError, NotImplementedError) as error:
         raise AUSteerError(f"--archive {archive} is no folder and no readable .zip ({error})") from None
     return unpacked
 
 
 def _unpack(archive: zipfile.ZipFile, to: Path) -> None:
-    """Only the files looked for, under their last two parts: no member chooses where it goes."""
+    """Unpack only known files, under their last two parts: no member chooses where it goes."""
     catalogue = read_catalogue()
-    wanted = {
+    known = {
         (folder, name.casefold())
         for task, entry in catalogue.items() for folder in (task, *entry["folders"])
         for split in SPLITS for name in entry["splits"][split]["files"]
@@ -90,11 +87,13 @@ def _unpack(archive: zipfile.ZipFile, to: Path) -> None:
         parts = path.parts[-2:]
         if len(parts) < 2 or member.is_dir() or path.is_absolute() or ".." in path.parts:
             continue
-        is_data = (parts[0].casefold(), parts[1].casefold()) in wanted
+        is_data = (parts[0].casefold(), parts[1].casefold()) in known
         if is_data or parts[1] in AUTHORS_FILES:
             chosen.append((member, to / ("datasets" if is_data else "AU_ranks") / parts[0] / parts[1]))
     if sum(member.file_size for member, _ in chosen) > UNPACKED_LIMIT:
-        raise AUSteerError(f"the archive unpacks to over {UNPACKED_LIMIT // 10**9} GB: unpack it yourself and look")
+        raise AUSteerError(
+            f"the archive unpacks to over {UNPACKED_LIMIT // 10**9} GB: unpack it yourself, and name the folder"
+        )
     for member, path in tqdm(chosen, desc="unpack", unit="file"):
         path.parent.mkdir(parents=True, exist_ok=True)
         with archive.open(member) as source, path.open("wb") as target:
@@ -102,7 +101,7 @@ def _unpack(archive: zipfile.ZipFile, to: Path) -> None:
 
 
 def _import_datasets(places: Sequence[Path], out: Path) -> list[str]:
-    bad = []
+    failures = []
     for name, entry in read_catalogue().items():
         folders = [find_folder(entry, name, inner) for place in places for inner in (place / "datasets", place)]
         folder = next((one for one in folders if one is not None), None)
@@ -115,31 +114,31 @@ def _import_datasets(places: Sequence[Path], out: Path) -> list[str]:
                 there = find_file(entry, split, target.parent, must=False) if target.parent.is_dir() else None
                 if there is not None and (there.name != target.name or there.samefile(path)):
                     raise AUSteerError(f"{there} would be read instead or lost; move it away, or choose another --out")
-                rows = read_file(name, split, path)
-                write_rows(target, rows)
+                rows = read_file(PAPER_TASKS[name], split, path)
+                write_json_lines(target, rows)
                 print(f"{name} {split}: {len(rows):,} rows from {path} into {target}")
             except AUSteerError as error:
-                bad.append(str(error))
-    return bad
+                failures.append(str(error))
+    return failures
 
 
 def _import_ranks(places: Sequence[Path], out: Path) -> list[str]:
-    bad, found = [], {}
+    failures, sets = [], {}
     for place in places:
         for file in sorted(place.rglob(AUTHORS_FILES[0])):
-            found.setdefault(file.parent.name, file.parent)
-    if not found:
+            sets.setdefault(file.parent.name, file.parent)
+    if not sets:
         print(f"missing: AU ranks: no folder with {', '.join(AUTHORS_FILES)} in {' or '.join(map(str, places))}")
-    for name, folder in tqdm(found.items(), desc="AU ranks", unit="set", disable=not found):
+    for name, folder in tqdm(sets.items(), desc="AU ranks", unit="set", disable=not sets):
         site = name.rsplit("_", 1)[-1]
         if site not in SITES:
-            bad.append(f"{folder}: its name does not end in a site ({', '.join(SITES)}); rename it so")
+            failures.append(f"{folder}: its name does not end in a site ({', '.join(SITES)}); rename it so")
             continue
         try:
             ranks = AURanks.load(folder, site)
             ranks.header["folder"] = name
             ranks.save(out / f"{name}.safetensors")
             tqdm.write(f"AU ranks {name}: {ranks.score.shape[0]} layers of {ranks.score.shape[1]} AUs, into {out}")
-        except (AUSteerError, ValueError, TypeError) as error:  # lists of something else than numbers
-            bad.append(f"{folder}: {error}")
-    return bad
+        except (AUSteerError, ValueError, TypeError) as error:  # lists of something other than numbers
+            failures.append(f"{folder}: {error}")
+    return failures

@@ -1,6 +1,6 @@
-"""The paper's data sets: where each comes from (datasets/catalogue.json), and their rows.
+"""Find the rows of a data set: where each comes from is in datasets/catalogue.json.
 
-Looked for under --data-dir, then under datasets/, then on the hub. Splits are "train" and "test", whatever their
+They are looked for under --data-dir, then under datasets/, then on the hub. Splits are "train" and "test", whatever their
 home calls them: the test of BoolQ and WinoGrande is their dev, that of RealToxicityPrompts the challenging prompts.
 """
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from austeer.errors import AUSteerError
 from eval.data.fetching import hub_name, hub_rows
-from eval.data.rows import read_file
+from eval.data.rows import RowSource, read_file
 
 DATASETS = Path(__file__).parents[2] / "datasets"
 CATALOGUE = DATASETS / "catalogue.json"
@@ -25,34 +25,42 @@ def read_catalogue(path: str | Path = CATALOGUE) -> dict[str, dict]:
         raise AUSteerError(f"cannot read the catalogue {path}: {error}") from None
 
 
+def catalogue_entry(source: type[RowSource], catalogue: dict[str, dict] | None = None) -> dict:
+    """Return the catalogue's entry of a data set, or its own, or one for plain files of your own."""
+    plain = {
+        "title": source.name,
+        "licence": "not stated",
+        "folders": [],
+        "by_hand": f"Put train.jsonl and test.jsonl into the folder {source.name} of the data folder.",
+        "splits": {split: {"files": [f"{split}.jsonl"], "rows": None, "paper": None} for split in SPLITS},
+    }
+    return (catalogue or read_catalogue()).get(source.name) or source.catalogue or plain
+
+
 def read_rows(
-    name: str, split: str, data_dir: str | Path | None = None, catalogue: dict[str, dict] | None = None
+    source: type[RowSource], split: str, data_dir: str | Path | None = None, catalogue: dict[str, dict] | None = None
 ) -> list[dict]:
-    """The rows of one split of a task, with the fields that eval/data/rows.py gives it."""
-    catalogue = catalogue or read_catalogue()
-    if name not in catalogue or split not in SPLITS:
-        raise AUSteerError(
-            f"no {split} split of {name!r}: tasks are {', '.join(catalogue)}, splits {', '.join(SPLITS)}"
-        )
+    """Return the rows of one split, with the fields that the source's `read_row` gives them."""
+    name, entry = source.name, catalogue_entry(source, catalogue)
     if data_dir is not None and not Path(data_dir).is_dir():
         raise AUSteerError(f"no such folder of data sets: {data_dir}")
     places = [Path(place) for place in dict.fromkeys((data_dir, DATASETS)) if place is not None]
     for place in places:
-        folder = find_folder(catalogue[name], name, place)
+        folder = find_folder(entry, name, place)
         if folder is not None:
-            return read_file(name, split, find_file(catalogue[name], split, folder))
-    looked = ", ".join(str(place / name) for place in places)
-    source = catalogue[name]["splits"][split].get("hub")
-    if source is None:
-        raise AUSteerError(f"{name}: not in {looked}. {how_to_get(catalogue[name], name)}")
+            return read_file(source, split, find_file(entry, split, folder))
+    missing = f"{name}: not in {', '.join(str(place / name) for place in places)}"
+    hub = entry["splits"][split].get("hub")
+    if hub is None:
+        raise AUSteerError(f"{missing}. {how_to_get(entry, name)}")
     try:
-        return hub_rows(name, split, source)
+        return hub_rows(source, split, hub)
     except AUSteerError as error:
-        raise AUSteerError(f"{name}: not in {looked}, and {error}. {how_to_get(catalogue[name], name)}") from None
+        raise AUSteerError(f"{missing}, and {error}. {how_to_get(entry, name)}") from None
 
 
 def find_folder(entry: dict, name: str, place: Path) -> Path | None:
-    """The folder of a task under any of its accepted names, whatever their case."""
+    """Return the folder of a data set under any of its accepted names, whatever their case."""
     if not place.is_dir():
         return None
     there = {path.name.casefold(): path for path in sorted(place.iterdir(), reverse=True) if path.is_dir()}
@@ -60,15 +68,15 @@ def find_folder(entry: dict, name: str, place: Path) -> Path | None:
 
 
 def find_file(entry: dict, split: str, folder: Path, must: bool = True) -> Path | None:
-    """The file of one split. A folder without it is an error: train and test should not come from different places."""
+    """Return the file of one split. A folder without it is an error: both splits should come from one place."""
     there = {path.name.casefold(): path for path in folder.iterdir() if path.is_file()}
     names = entry["splits"][split]["files"]
-    for name in names:
-        if name.casefold() in there:
-            return there[name.casefold()]
-    if not must:
-        return None
-    raise AUSteerError(f"{folder} has no file of the {split} split ({', '.join(names)}); complete it or move it away")
+    path = next((there[name.casefold()] for name in names if name.casefold() in there), None)
+    if path is None and must:
+        raise AUSteerError(
+            f"{folder} has no file of the {split} split ({', '.join(names)}); complete it or move it away"
+        )
+    return path
 
 
 def how_to_get(entry: dict, name: str) -> str:

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from embedded.tasks import is_polite
 from eval.answering.samples import worst_of_samples
+
+from embedded.tasks import is_polite
 from eval.data.behaviours import BEHAVIOURS
 from eval.scoring.judge import SERVER, Client
 from eval.scoring.paid_calls import AnswerCache, Limits, ask_all, key_of

@@ -1,8 +1,7 @@
-"""What a task is: pairs to rank by, validation items to choose by, a test split, and how answers are scored.
+"""A task: pairs to rank by, validation items to choose by, a test split, and how answers are scored.
 
-A cell asks in three steps: `answers` runs the model as it is given, steered or not; `columns` scores the
-answers item by item, the measure that settings are chosen by first; `extras` says what only the whole set
-can say. Tasks know no method.
+A task is run in three steps: `answers` asks an answerer, steered or not; `columns` scores the answers item by item;
+`extras` computes what only the whole set of answers can show. Tasks know no method, and do not change once they are made.
 """
 
 from __future__ import annotations
@@ -10,52 +9,95 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
-
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from typing import NamedTuple
 
 from austeer.pairs import Pair
 from eval.answering.answer_file import Answer, AnswerFile
+from eval.answering.answerer import Answerer, Generation
+from eval.data.similar import general_pairs
 
-Columns = dict[str, list[float]]  # by measure, a value an item; True and False for what is right or wrong
+
+@dataclass(frozen=True)
+class Scores:
+    """A value an item, by measure: True and False for what is right or wrong. Settings are chosen by `main`."""
+
+    main: str
+    columns: dict[str, list[float]]
+
+    @property
+    def outcomes(self) -> list[float]:
+        return self.columns[self.main]
+
+
+class PairSet(NamedTuple):
+    pairs: list[Pair]
+    by: str = "the task's own wrong answers"  # how the wrong answers were made
+    dropped: dict[str, int] = {}  # rows that make no pair, by reason
 
 
 class Task(ABC):
     name: str
     test_split: str
-    pairs: list[Pair]
     validation: list
     test: list
     wording = "the task's own"  # whose prompts these are
-    pairs_by = "the task's own wrong answers"  # known once pairs are made
-    several_tokens = False  # an answer takes many passes: then a small batch costs nearly as much as a large one
-    speaks_on_validation = True  # False: settings are chosen by likelihoods, and only the test is answered in words
+    multi_token = False  # an answer takes many passes: then a small batch costs nearly as much as a large one
+    generates_on_validation = True  # False: settings are chosen by likelihoods, and only the test is answered in words
     measured: dict = {}  # how answers are made and scored, where that can be chosen
+    batch_size: int | None = None
+
+    def __init__(self, *, n_pairs: int | None = None, general_pairs: bool = False, encoder: str | None = None):
+        """n_pairs: rank on the first so many. general_pairs: take wrong answers by the paper's general recipe.
+
+        encoder: of the sentences, to find similar answers.
+        """
+        self.n_pairs, self.general_pairs, self.encoder = n_pairs, general_pairs, encoder
 
     @abstractmethod
+    def own_pairs(self) -> PairSet:
+        """Return the pairs that the task itself makes."""
+
+    @cached_property
+    def _pair_set(self) -> PairSet:
+        own = self.own_pairs()
+        pairs, by = general_pairs(own.pairs, self.encoder) if self.general_pairs else (own.pairs, own.by)
+        return PairSet(pairs[: self.n_pairs], by, own.dropped)
+
+    @property
+    def pairs(self) -> list[Pair]:
+        return self._pair_set.pairs
+
+    @property
+    def pairs_by(self) -> str:
+        return self._pair_set.by
+
+    @property
+    def dropped(self) -> dict[str, int]:
+        return self._pair_set.dropped
+
+    def generation(self, answerer: Answerer, items: Sequence) -> Generation:
+        """Return how these items are answered in words."""
+        raise NotImplementedError(f"{self.name} is not answered in words")
+
     def answers(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        items: Sequence,
-        file: AnswerFile | None = None,
-        progress: str | None = None,
-        rows: Callable[[list[int]], None] | None = None,
+        self, answerer: Answerer, items: Sequence, file: AnswerFile | None = None, progress: str | None = None
     ) -> list[Answer]:
-        """rows: of tasks with several tokens, see `eval.answering.answers`."""
+        """Return the answer to each item. file: keeps them as they come. progress: the title of a bar."""
+        prompts, generation = [item.prompt for item in items], self.generation(answerer, items)
+        return answerer.answer(prompts, generation, batch_size=self.batch_size, file=file, progress=progress)
 
     def prompted(self, items: Sequence) -> list:
-        """The same items behind an instruction that asks for the behaviour, for tasks that have one."""
+        """Return the same items behind an instruction that asks for the behaviour, for tasks that have one."""
         raise NotImplementedError(f"{self.name} has no instruction")
 
     @abstractmethod
-    def columns(self, items: Sequence, answers: Sequence[Answer]) -> Columns: ...
+    def columns(self, items: Sequence, answers: Sequence[Answer]) -> Scores: ...
 
-    def extras(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, items: Sequence, answers: Sequence[Answer]
-    ) -> dict[str, float]:
-        """Figures of the whole set of answers. The model is not steered here."""
+    def extras(self, answerer: Answerer, items: Sequence, answers: Sequence[Answer]) -> dict[str, float]:
+        """Return figures of the whole set of answers. The model is not steered here."""
         return {}
 
     @cached_property
@@ -64,7 +106,7 @@ class Task(ABC):
 
 
 def items_hash(items: Sequence) -> str:
-    """Of everything asked: a change of an item or of its wording is another question."""
+    """Hash all fields of all items: a change of an item or of its wording makes another question."""
     return hashlib.sha256(json.dumps([list(map(str, _fields(item))) for item in items]).encode()).hexdigest()
 
 

@@ -1,19 +1,21 @@
 """BoolQ, COPA, WinoGrande and StoryCloze: one token answers, out of two options.
 
-Strict exact match is the paper's measure: the one greedy token, stripped, in lower case, is the option. A
-model that begins with a newline scores nothing, so three columns stand beside it: which option the model
-finds likelier over all spellings, and whether the answer was an option at all.
+Strict exact match is the paper's measure: the one greedy token, stripped, in lower case, is the option. A model that
+begins with a newline scores nothing, so three columns stand beside it: which option the model finds likelier over all
+spellings, and whether the answer was an option at all.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 from austeer.pairs import Pair
 from eval.answering.answer_file import Answer
-from eval.answering.answers import Question, answers, option_tokens
+from eval.answering.answerer import Answerer, Generation, option_tokens
+from eval.data import fields
 from eval.data.wording import fill
-from eval.tasks.base import Columns
+from eval.tasks.base import Scores
 from eval.tasks.dataset import DatasetTask, Item
 
 
@@ -25,53 +27,67 @@ class OptionTask(DatasetTask):
     def right(self, row: dict) -> int:
         return int(row[self.label] != self.first)
 
-    def answers(self, model, tokenizer, items: Sequence[Item], file=None, progress=None):
-        options = option_tokens(tokenizer, self.words.test["options"], items[0].prompt)
-        question = Question(self.tokens_for(model.config.model_type), options=options)
-        prompts = [item.prompt for item in items]
-        return answers(model, tokenizer, prompts, question, batch_size=self.batch_size, file=file, progress=progress)
+    def generation(self, answerer: Answerer, items: Sequence[Item]) -> Generation:
+        options = option_tokens(answerer.tokenizer, self.words.test["options"], items[0].prompt)
+        return Generation(self.tokens_for(answerer.model.config.model_type), options=options)
 
-    def columns(self, items: Sequence[Item], answers: Sequence[Answer]) -> Columns:
+    def columns(self, items: Sequence[Item], answers: Sequence[Answer]) -> Scores:
         options = [_plain(option) for option in self.words.test["options"]]
         golds = [_plain(item.gold) for item in items]
-        said = [_plain(answer.text) for answer in answers]
+        words = [_plain(answer.text) for answer in answers]
         likelier = [options[max(range(len(options)), key=answer.options.__getitem__)] for answer in answers]
-        return {
-            "exact match": [a == b for a, b in zip(said, golds, strict=True)],
+        columns = {
+            "exact match": [a == b for a, b in zip(words, golds, strict=True)],
             "likelier option": [a == b for a, b in zip(likelier, golds, strict=True)],
-            "an option at all": [answer in options for answer in said],
+            "an option at all": [word in options for word in words],
         }
+        return Scores("exact match", columns)
 
-    def extras(self, model, tokenizer, items: Sequence[Item], answers) -> dict[str, float]:
+    def extras(self, answerer: Answerer, items: Sequence[Item], answers: Sequence[Answer]) -> dict[str, float]:
         golds = [item.gold for item in items]
         return {"majority, %": 100 * max(golds.count(option) for option in set(golds)) / len(golds)}
 
-    def _pairs(self, rows: Sequence[dict]) -> list[Pair]:
+    def _pairs(self, rows: Sequence[dict], dropped: Counter[str]) -> tuple[list[Pair], str]:
         prompt, options = self.words.train["prompt"], self.words.train["options"]
         filled = [fill(prompt, self._clean(row)) for row in rows]
-        return [Pair(text, *self._ordered(options, row)) for text, row in zip(filled, rows, strict=True)]
+        pairs = [Pair(text, *self._ordered(options, row)) for text, row in zip(filled, rows, strict=True)]
+        return pairs, "the dataset's own wrong answers"
 
     def _item(self, row: dict) -> Item:
         return Item(fill(self.words.test["prompt"], self._clean(row)), *self._ordered(self.words.test["options"], row))
 
     def _ordered(self, options: Sequence[str], row: dict) -> tuple[str, str]:
-        """The right one first."""
+        """Return the right option, then the wrong one."""
         return options[self.right(row)], options[1 - self.right(row)]
 
     def _clean(self, row: dict) -> dict:
-        """Fields without outer white space, as the authors fill them in."""
+        """Strip the fields of outer white space, as the authors fill them in."""
         return {name: value.strip() if isinstance(value, str) else value for name, value in row.items()}
 
 
 class BoolQ(OptionTask):
     name, label, first = "boolq", "answer", False
+    keys = ("question", "passage")
+
+    @classmethod
+    def read_row(cls, raw):
+        return {**fields.texts(raw, *cls.keys), "answer": fields.truth(raw, "answer", "label")}
 
     def group(self, row):
-        return row["passage"]  # several questions are asked of a passage
+        return row["passage"]  # several questions share a passage
 
 
 class COPA(OptionTask):
     name, label, first = "copa", "label", 0
+    keys = ("premise", "question", "choice1", "choice2")
+    columns_of_table = {0: "label", 2: "premise", 3: "question", 4: "choice1", 5: "choice2"}  # the authors', unnamed
+
+    @classmethod
+    def read_row(cls, raw):
+        question = fields.label(raw, "question", "cause", "effect")
+        texts = fields.texts(raw, "premise", "choice1", "choice2")
+        label = fields.label(raw, "label", 0, 1)
+        return {"premise": texts.pop("premise"), "question": question, **texts, "label": label}
 
     def group(self, row):
         return "\n".join(sorted((row["choice1"].strip(), row["choice2"].strip())))  # mirrored items share them
@@ -79,6 +95,12 @@ class COPA(OptionTask):
 
 class WinoGrande(OptionTask):
     name, label, first = "winogrande", "answer", "1"
+    keys = ("sentence", "option1", "option2")
+
+    @classmethod
+    def read_row(cls, raw):
+        twins = fields.text(raw, "qID", empty=True) if "qID" in raw else ""
+        return {**fields.texts(raw, *cls.keys), "answer": fields.label(raw, "answer", "1", "2"), "qID": twins}
 
     def group(self, row):
         twin = row["qID"].rpartition("-")[0]  # two sentences that differ in a word have one id
@@ -87,10 +109,19 @@ class WinoGrande(OptionTask):
 
 class StoryCloze(OptionTask):
     name, label, first = "storycloze", "label", 1
+    keys = ("sent1", "sent2", "sent3", "sent4", "ending1", "ending2")
+    columns_of_table = dict(enumerate(("id", *keys, "label")))
+
+    @classmethod
+    def read_row(cls, raw):
+        return {**fields.texts(raw, *cls.keys), "label": fields.label(raw, "label", 1, 2)}
 
     def _clean(self, row):
-        return row  # here they strip nothing
+        return row  # the authors strip nothing here
 
 
 def _plain(text: str) -> str:
     return text.strip().lower()
+
+
+TASKS = (BoolQ, COPA, WinoGrande, StoryCloze)

@@ -8,21 +8,34 @@ from collections.abc import Sequence
 
 import torch
 
-from austeer import processes as shared_work
 from austeer.errors import AUSteerError
 from austeer.forward import PairTexts, input_device
 from austeer.pairs import Pair
 from austeer.tokens import CLEAN, encode
 from eval.answering.answer_file import Answer
 from eval.answering.decoding_cache import DecodingCache
-from eval.tasks.base import Columns, Task
+from eval.tasks.base import PairSet, Scores, Task
+
+BATCH = 8  # pairs at once
 
 
 class PairTask(Task):
-    """Split 50/20/30 by the hash of the prompt, so that a prompt that occurs twice stays on one side."""
+    """Split pairs 50/20/30 by the hash of the prompt, so that a prompt that occurs twice stays on one side."""
 
-    def __init__(self, name: str, pairs: Sequence[Pair], limit: int | None = None):
-        self.name, self.test_split = name, "held-out pairs"
+    test_split = "held-out pairs"
+
+    def __init__(
+        self,
+        name: str,
+        pairs: Sequence[Pair],
+        *,
+        limit: int | None = None,
+        n_pairs: int | None = None,
+        general_pairs: bool = False,
+        encoder: str | None = None,
+    ):
+        super().__init__(n_pairs=n_pairs, general_pairs=general_pairs, encoder=encoder)
+        self.name = name
         parts: dict[str, list[Pair]] = {"pairs": [], "validation": [], "test": []}
         for pair in pairs:
             share = int(hashlib.sha256(pair.prompt.encode()).hexdigest()[:8], 16) / 2**32
@@ -33,36 +46,41 @@ class PairTask(Task):
                 f"too few different prompts to rank, choose and test on ({len(pairs)} pairs fall into {counts}); "
                 "about 100 are a sensible minimum"
             )
-        self.pairs = parts["pairs"]
+        self._ranking = parts["pairs"]
         self.validation, self.test = parts["validation"][:limit], parts["test"][:limit]
 
+    def own_pairs(self) -> PairSet:
+        return PairSet(self._ranking)
+
     @torch.inference_mode()
-    def answers(self, model, tokenizer, items: Sequence[Pair], file=None, progress=None) -> list[Answer]:
-        """Nothing is said: of each pair the log-odds, and the prompt's own surprise and tokens."""
+    def answers(self, answerer, items: Sequence[Pair], file=None, progress=None) -> list[Answer]:
+        """Return of each pair the log-odds, and the prompt's own surprise and tokens. Nothing is generated."""
+        model, tokenizer = answerer.model, answerer.tokenizer
         encoded, _ = encode(items, tokenizer, CLEAN, model.config.max_position_embeddings)
         if len(encoded) < len(items):
             raise AUSteerError("both answers of some pair are the same tokens; no model can prefer one")
-        batches = [encoded[i : i + 8] for i in range(0, len(encoded), 8)]
-        by_batch = shared_work.each(lambda batch: PairTexts(model, batch, logits=True).log_odds().tolist(), batches)
-        odds = [value for values in by_batch for value in values]
-        prompts = list(dict.fromkeys(pair.prompt for pair in items))
-        told = shared_work.each(lambda prompt: _surprise(model, tokenizer, prompt), prompts)
-        surprise = dict(zip(prompts, told, strict=True))
+        odds = []
+        for start in range(0, len(encoded), BATCH):
+            odds += PairTexts(model, encoded[start : start + BATCH], logits=True).log_odds().tolist()
+        surprise = {
+            prompt: _surprise(model, tokenizer, prompt) for prompt in dict.fromkeys(pair.prompt for pair in items)
+        }
         return [Answer("", (value, *surprise[pair.prompt])) for value, pair in zip(odds, items, strict=True)]
 
-    def columns(self, items: Sequence[Pair], answers: Sequence[Answer]) -> Columns:
+    def columns(self, items: Sequence[Pair], answers: Sequence[Answer]) -> Scores:
         odds = [answer.options[0] for answer in answers]
-        return {"right answer preferred": [value > 0 for value in odds], "log-odds": odds}
+        main = "right answer preferred"
+        return Scores(main, {main: [value > 0 for value in odds], "log-odds": odds})
 
-    def extras(self, model, tokenizer, items: Sequence[Pair], answers: Sequence[Answer]) -> dict[str, float]:
-        """Perplexity of the prompts, which no plan means to change: what steering costs elsewhere."""
+    def extras(self, answerer, items: Sequence[Pair], answers: Sequence[Answer]) -> dict[str, float]:
+        """Return the perplexity of the prompts, which no plan means to change: what steering costs elsewhere."""
         once = {pair.prompt: answer.options[1:] for pair, answer in zip(items, answers, strict=True)}
         loss, count = (sum(column) for column in zip(*once.values(), strict=True))
         return {"perplexity": math.exp(loss / max(1, count))}
 
 
 def _surprise(model, tokenizer, text: str) -> tuple[float, int]:
-    """Minus log-probability of a text behind its first token, and how many tokens that are.
+    """Return minus the log-probability of a text behind its first token, and how many tokens that are.
 
     To a plan for some tokens only, these count as generated: what would it cost to write this text?
     """

@@ -1,22 +1,48 @@
-"""The paper's tasks by name. A new one is a class with its texts, pairs and scores, and a line here."""
+"""Find the paper's tasks, and yours, by reading this folder: a file offers its classes in a tuple TASKS."""
 
 from __future__ import annotations
 
+import pkgutil
+from importlib import import_module
 from pathlib import Path
 
-from eval.scoring.toxicity import scorer
-from eval.tasks.arithmetic import GSM8K, MAWPS, SVAMP
-from eval.tasks.dataset import DatasetTask
-from eval.tasks.open_text import BPO, Toxicity
-from eval.tasks.options import COPA, BoolQ, StoryCloze, WinoGrande
+from transformers import PreTrainedTokenizerBase
 
-PAPER_TASKS = {task.name: task for task in (BoolQ, COPA, WinoGrande, StoryCloze, SVAMP, MAWPS, GSM8K, Toxicity, BPO)}
+from austeer.errors import AUSteerError, one_of
+from eval import tasks
+from eval.tasks.dataset import DatasetTask
+
+
+def find_tasks() -> dict[str, type[DatasetTask]]:
+    named: dict[str, type[DatasetTask]] = {}
+    for file in pkgutil.iter_modules(tasks.__path__, f"{tasks.__name__}."):
+        for task in getattr(import_module(file.name), "TASKS", ()):
+            if task.name in named:
+                raise AUSteerError(f"{file.name} offers a second task {task.name!r}; give it another name")
+            named[task.name] = task
+    return named
+
+
+PAPER_TASKS = find_tasks()
 
 
 def paper_task(
-    name: str, toxicity: str, cache: str | Path = "results/perspective.jsonl", device: str | None = None, **settings
+    name: str,
+    *,
+    toxicity: str = "local",
+    cache: str | Path = "results/perspective.jsonl",
+    device: str | None = None,
+    data_dir: str | Path | None = None,
+    protocol: str = "clean",
+    encoder: str | None = None,
+    chat: PreTrainedTokenizerBase | None = None,
+    limit: int | None = None,
+    batch_size: int | None = None,
+    n_pairs: int | None = None,
+    general_pairs: bool = False,
 ) -> DatasetTask:
-    """cache: of Perspective's answers. device: of a local toxicity classifier."""
-    if name == Toxicity.name:
-        return Toxicity(scorer(toxicity, cache, device), **settings)
-    return PAPER_TASKS[name](**settings)
+    """Make a task. toxicity: the scorer, for tasks that have one; cache: of Perspective's answers; device: of a local scorer."""
+    return one_of(PAPER_TASKS, name, "task").build(
+        toxicity, cache, device, data_dir=data_dir, protocol=protocol, encoder=encoder, chat=chat, limit=limit,
+        batch_size=batch_size, n_pairs=n_pairs, general_pairs=general_pairs,
+    )  # fmt: skip

@@ -1,8 +1,8 @@
-"""Rows of a dataset -> rows to rank by, to choose by, and to test on.
+"""Split the rows of a dataset into those to rank by, to choose by, and to test on.
 
-clean: rows that share their text (or their passage, their options: the task's `group`) stay on one side, and
-nothing of the test split is in training. paper: the first thousand rows, as they come; what follows them is
-kept to choose by, which the authors did on the test split.
+clean: rows that share their text (or their passage, their options: the task's `group`) stay on one side, and nothing of
+the test split is in training. paper: rank on the first thousand rows, as they come; what follows them is kept to choose
+by, which the authors did on the test split.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ def split(
 ) -> Split:
     if protocol == "paper":
         return Split(list(train[:PAIRS]), list(train), list(train[PAIRS : PAIRS + VALIDATION]), list(test), {})
-    tested, asked = {group(row) for row in test}, {text(row) for row in test}
-    apart = [row for row in train if group(row) not in tested and text(row) not in asked]
+    tested_groups, tested_texts = {group(row) for row in test}, {text(row) for row in test}
+    apart = [row for row in train if group(row) not in tested_groups and text(row) not in tested_texts]
     once = list({text(row): row for row in reversed(apart)}.values())[::-1]
-    wanted = min(VALIDATION, max(round(HELD_OUT * len(once)), len(once) - PAIRS))
+    enough = min(VALIDATION, max(round(HELD_OUT * len(once)), len(once) - PAIRS))
     validation: set[str] = set()
     held = 0
     sizes: dict[str, int] = {}
     for row in once:
         sizes[group(row)] = sizes.get(group(row), 0) + 1
     for name in sorted(sizes, key=lambda name: hashlib.sha256(name.encode()).digest()):
-        if held >= wanted:
+        if held >= enough:
             break
         validation.add(name)
         held += sizes[name]
