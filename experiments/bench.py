@@ -104,7 +104,7 @@ def _task(model: ModelSpec, task: TaskSpec, store: Store) -> Task:
     if model.embedded:
         return EmbeddedTask(task.name, task.test_split, limit=task.limit, **pairs)
     if not is_paper_task(model, task):
-        return PairTask(task.label, read_pairs(task.name, task.fields), task.limit, **pairs)
+        return PairTask(task.label, read_pairs(task.name, task.fields), limit=task.limit, **pairs)
     chat = rmodels.load_tokenizer(model.name) if task.chat else None
     return paper_task(
         task.name, toxicity=task.toxicity, cache=store.paid_scores, device=model.device, data_dir=task.data_dir,

@@ -129,6 +129,8 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     finally:
         executor.close()
     failed = {cell: record["failed"] for cell, record in records.items() if "failed" in record}
+    if len(failed) == len(records) and len(set(failed.values())) == 1:
+        raise AUSteerError(next(iter(failed.values())))  # such as data that are not there
     for cell, why in failed.items():
         print(f"FAILED {cell}: {why}", file=sys.stderr)
     rows = {

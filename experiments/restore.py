@@ -21,7 +21,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from eval.answering.answerer import LiveAnswerer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
@@ -36,6 +35,7 @@ from austeer.methods.restore_lcc import COMPONENTS, MeanLost, Prepared, RandomHe
 from austeer.pairs import pairs_hash
 from austeer.plan import Plan
 from austeer.steering import steer
+from eval.answering.live import LiveAnswerer
 from eval.statistics import mcnemar, summary
 from eval.tasks.base import Task
 from experiments import records

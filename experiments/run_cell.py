@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from austeer.code_identity import code_hash
-
 from austeer.errors import AUSteerError, one_line
 from austeer.evidence import Evidence
 from austeer.identity import fingerprint, public_name
-from austeer.methods.base import BUDGET, GridPoint, Method, sites_of
+from austeer.methods.base import BUDGET, Method, sites_of
+from austeer.methods.base import Settings as GridPoint
 from austeer.methods.registry import METHODS, with_options
 from austeer.pairs import pairs_hash
 from austeer.plan import Plan
@@ -53,10 +53,10 @@ def run_cell(cell: Cell, bench: Bench) -> dict:
     if record is not None:
         return record
     if not cell.steered:
-        return bench.store.write(key, _Run(cell, bench, records.record_id(key)).unsteered())
+        return bench.store.write(key, Run(cell, bench, records.record_id(key)).unsteered())
     base = cell.unsteered()
     vanilla = run_cell(base, BENCHES.open(base.model, base.task, bench.store))
-    return bench.store.write(key, _Run(cell, bench, records.record_id(key)).steered(vanilla))
+    return bench.store.write(key, SteeredRun(cell, bench, records.record_id(key)).steered(vanilla))
 
 
 def cell_key(cell: Cell, bench: Bench) -> dict:
@@ -97,18 +97,18 @@ def cell_key(cell: Cell, bench: Bench) -> dict:
 def cell_code(cell: Cell, task: type[Task], family: type) -> str:
     """Hash the code that makes this cell: what computes it, its task, its family, and its method with what that needs."""
     if not cell.steered:
-        return code_hash(_Run.unsteered, task, family, *engine_code(cell.model.engine), cut=REGISTRIES)
+        return code_hash(Run.unsteered, task, family, *engine_code(cell.model.engine), cut=REGISTRIES)
     method = METHODS[cell.method.name]
     screening = [screen, *(MOMENTA[momentum] for momentum in method.momenta)] if method.momenta else []
     return code_hash(
-        _Run.steered, type(method), SEARCHES[cell.search.kind], task, family, *screening, *engine_code(cell.model.engine),
+        SteeredRun.steered, type(method), SEARCHES[cell.search.kind], task, family, *screening, *engine_code(cell.model.engine),
         cut=REGISTRIES,
     )  # fmt: skip
 
 
 # what lists or chooses things that a cell may not use: `cell_code` names those it does
 REGISTRIES = frozenset({
-    "austeer.methods.registry:METHODS", "experiments.search:SEARCHES", "MFU_screening:MOMENTA", "MFU_screening:screen",
+    "austeer.methods.registry:METHODS", "experiments.search:SEARCHES", "MFU_screening:MOMENTA",
     "experiments.ranking:ranks_of", "experiments.engines.answering:answering", "eval.tasks.registry:PAPER_TASKS",
     "experiments.bench:BENCHES",
 })  # fmt: skip
@@ -137,8 +137,8 @@ def method_of(spec: MethodSpec) -> Method:
     return with_options(spec.name, dict(spec.options))
 
 
-class _Run:
-    """One cell under way. `record` is the id that its record will have: answers are kept under it."""
+class Run:
+    """Ask and score the items of one cell. `record` is the id of its record to be: answers are kept under it."""
 
     def __init__(self, cell: Cell, bench: Bench, record: str):
         self.cell, self.bench, self.record, self.task = cell, bench, record, bench.task
@@ -149,6 +149,56 @@ class _Run:
         start = time.perf_counter()
         scores, extras, _ = self.test(as_asked(self.task.test), None)
         return {"validation": records.pack(validation), **self.result(scores, extras, start, {})}
+
+    def result(self, scores: Scores, extras: dict, start: float, cost: dict) -> dict:
+        return {
+            "cost": {**cost, "test_s": round(time.perf_counter() - start, 3)},
+            "n": len(scores.outcomes),
+            "right": sum(scores.outcomes),
+            "measure": scores.main,
+            "outcomes": records.pack(scores.outcomes),
+            "columns": records.pack_columns(scores.columns),
+            "measures": summary(scores.columns),
+            "extras": extras,
+        }
+
+    def ask(self, items: Sequence, name: str, plan: Plan | None) -> list[bool]:
+        """Return the outcomes of the measure that grid points are chosen by."""
+        if not items:
+            return []
+        with answering(self.bench, [plan], len(items)) as answerer:
+            answers = self.answers(answerer, items, name)
+        return self.task.columns(items, answers).outcomes
+
+    def test(self, items: Sequence, plan: Plan | None) -> tuple[Scores, dict[str, float], dict[str, int]]:
+        """Return scores, figures of the whole set, and the receipt of what the plan did: AUs that were set, and token
+        positions that went through them, or the engine's adapter. A resumed run counts only its own positions: none."""
+        file = self.kept("test")
+        resumed = file is not None and file.path.exists()
+        with answering(self.bench, [plan], len(items)) as answerer:
+            answers = self.answers(answerer, items, "test")
+            receipt = answerer.receipt()
+        if resumed:
+            receipt.pop("positions", None)
+        with answering(self.bench, [None], len(items)) as unsteered:
+            extras = self.task.extras(unsteered, items, answers)
+        return self.task.columns(items, answers), extras, receipt
+
+    def answers(self, answerer, items: Sequence, name: str) -> list[Answer]:
+        file = self.kept(name)
+        return self.task.answers(answerer, items, file, f"{self.cell} {name}" if file else None)
+
+    def kept(self, name: str) -> AnswerFile | None:
+        """Return the file of the answers: those of the paper's tasks take long, and a killed run goes on from them."""
+        if not is_paper_task(self.cell.model, self.cell.task) or not (
+            self.task.generates_on_validation or name == "test"
+        ):
+            return None
+        return AnswerFile(self.bench.store.answers_file(self.record, name))
+
+
+class SteeredRun(Run):
+    """Choose a grid point and test it."""
 
     def steered(self, vanilla: dict) -> dict:
         method, points = method_of(self.cell.method), grid(self.cell)
@@ -178,18 +228,6 @@ class _Run:
         predicted = ("k", "alpha", "predicted", "measured") if "predicted" in plan.header else ()
         result["foretold"] = {key: plan.header[key] for key in predicted if key in plan.header}
         return result | self.result(scores, extras, start, {"prepare_s": seconds})
-
-    def result(self, scores: Scores, extras: dict, start: float, cost: dict) -> dict:
-        return {
-            "cost": {**cost, "test_s": round(time.perf_counter() - start, 3)},
-            "n": len(scores.outcomes),
-            "right": sum(scores.outcomes),
-            "measure": scores.main,
-            "outcomes": records.pack(scores.outcomes),
-            "columns": records.pack_columns(scores.columns),
-            "measures": summary(scores.columns),
-            "extras": extras,
-        }
 
     def learned(self, method: Method) -> tuple[object, float | None]:
         """Return what the method learned from the pairs, and the seconds it took, those of its ranks included.
@@ -239,43 +277,9 @@ class _Run:
             "grid_outcomes": {key: records.pack(outcomes) for key, outcomes in search.outcomes.items()},
         }  # fmt: skip
 
-    def ask(self, items: Sequence, name: str, plan: Plan | None) -> list[bool]:
-        """Return the outcomes of the measure that grid points are chosen by."""
-        if not items:
-            return []
-        with answering(self.bench, [plan], len(items)) as answerer:
-            answers = self.answers(answerer, items, name)
-        return self.task.columns(items, answers).outcomes
-
     def ask_together(self, items: Sequence, name: str, plans: Sequence[Plan]) -> list[list[bool]]:
         """Return the outcomes of the same items under each plan, asked in one batch."""
         with answering(self.bench, plans, len(items)) as answerer:
             answers = self.answers(answerer, [*items] * len(plans), name)
         parts = [answers[start : start + len(items)] for start in range(0, len(answers), len(items))]
         return [self.task.columns(items, part).outcomes for part in parts]
-
-    def test(self, items: Sequence, plan: Plan | None) -> tuple[Scores, dict[str, float], dict[str, int]]:
-        """Return scores, figures of the whole set, and the receipt of what the plan did: AUs that were set, and token
-        positions that went through them, or the engine's adapter. A resumed run counts only its own positions: none."""
-        file = self.kept("test")
-        resumed = file is not None and file.path.exists()
-        with answering(self.bench, [plan], len(items)) as answerer:
-            answers = self.answers(answerer, items, "test")
-            receipt = answerer.receipt()
-        if resumed:
-            receipt.pop("positions", None)
-        with answering(self.bench, [None], len(items)) as unsteered:
-            extras = self.task.extras(unsteered, items, answers)
-        return self.task.columns(items, answers), extras, receipt
-
-    def answers(self, answerer, items: Sequence, name: str) -> list[Answer]:
-        file = self.kept(name)
-        return self.task.answers(answerer, items, file, f"{self.cell} {name}" if file else None)
-
-    def kept(self, name: str) -> AnswerFile | None:
-        """Return the file of the answers: those of the paper's tasks take long, and a killed run goes on from them."""
-        if not is_paper_task(self.cell.model, self.cell.task) or not (
-            self.task.generates_on_validation or name == "test"
-        ):
-            return None
-        return AnswerFile(self.bench.store.answers_file(self.record, name))

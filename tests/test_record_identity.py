@@ -57,14 +57,14 @@ def edited(file, old, new):
 
 
 def moved():
-    """`key_of` of experiments/search.py moves into a file of its own."""
-    search = (ROOT / "experiments" / "search.py").read_text()
-    start = search.index("def key_of(")
-    end = search.index("\n\n\n", start)
-    away = "from __future__ import annotations\n\n\n" + search[start:end] + "\n"
+    """`pack` of experiments/records.py moves into a file of its own."""
+    records = (ROOT / "experiments" / "records.py").read_text()
+    start = records.index("def pack(")
+    end = records.index("\n\n\n", start)
+    away = "from collections.abc import Sequence\n\n\n" + records[start:end] + "\n"
     return {
-        "experiments/naming.py": away,
-        "experiments/search.py": search.replace(search[start:end], "from experiments.naming import key_of"),
+        "experiments/packing.py": away,
+        "experiments/records.py": records.replace(records[start:end], "from experiments.packing import pack"),
     }
 
 
@@ -81,7 +81,7 @@ EDITS = {
     "numbers": edited("eval/scoring/numbers.py", "def robust_number(", "ODD = 1\n\n\ndef robust_number("),
     "reading of numbers": edited("eval/scoring/numbers.py", "TOLERANCE = ", "TOLERANCE = 2 * "),
     "the family": edited("rmodels/modeling_gemma2.py", 'DEFAULT_KERNEL = "eager"', 'DEFAULT_KERNEL = "sdpa"'),
-    "all that is steered": edited("austeer/steering.py", "self._end = torch.tensor([[new]])", "self._end = torch.tensor([[new + 0]])"),
+    "all that is steered": edited("experiments/run_cell.py", "chosen = points[0]", "chosen = points[-1]"),
 }  # fmt: skip
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 
-from eval.answering.answerer import Answerer, LiveAnswerer
-
 from austeer.errors import AUSteerError
 from austeer.plan import Plan
 from austeer.steering import steer
+from eval.answering.answerer import Answerer
+from eval.answering.live import LiveAnswerer
 from eval.tasks.base import Task
 from experiments.bench import Bench
 from experiments.cell import LIVE

@@ -12,13 +12,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from eval.answering.answerer import Answerer
 from transformers import PreTrainedModel
 
 from austeer.export.lora import Lora, max_lora_rank, save_lora
 from austeer.plan import Plan
 from eval.answering.answer_file import Answer
-from eval.answering.answers import Generation
+from eval.answering.answerer import Answerer, Generation
 from experiments.bench import BENCHES, Bench
 from experiments.engines.vllm_engine import VLLMEngine
 

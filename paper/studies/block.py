@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from eval.answering.answerer import LiveAnswerer
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -15,6 +14,7 @@ from austeer.errors import AUSteerError
 from austeer.forward import input_device
 from austeer.plan import Plan
 from austeer.steering import steer
+from eval.answering.live import LiveAnswerer
 from eval.tasks.base import Scores
 from experiments.bench import Bench
 from rmodels import site_shape

@@ -14,8 +14,7 @@ import torch
 from austeer.evidence import Evidence
 from austeer.methods.registry import METHODS
 from austeer.steering import steer
-from embedded.tasks import REPLY_WORDS
-from eval.answering.answers import Question, answers
+from eval.answering.live import LiveAnswerer
 from experiments.bench import Bench
 from MFU_screening import screen
 
@@ -25,11 +24,8 @@ SHOWN = {"iti": "iti", "sadi": "sadi-head", "austeer": "published", "causal": "c
 def measure(bench: Bench, params: dict, progress: bool) -> dict:
     model, tokenizer, task = bench.model, bench.tokenizer, bench.task
     items, trials = task.test[: params["items"]], params["trials"]
-    if bench.model_spec.embedded:
-        question = Question(REPLY_WORDS if task.name == "tone" else 1)
-    else:
-        question = Question(task.tokens_for(model.config.model_type))
-    kind, site = bench.grid_kind, "attention"
+    answerer, site = LiveAnswerer(model, tokenizer), "attention"
+    generation = task.generation(answerer, items)
 
     def ranks(momentum: str):
         return screen(task.pairs, model, tokenizer, [site], momentum=momentum, progress=False)[site]
@@ -41,7 +37,7 @@ def measure(bench: Bench, params: dict, progress: bool) -> dict:
         start = time.perf_counter()
         prepared = METHODS[name].prepare(Evidence(model, tokenizer, task.pairs, site, ranks))
         found[row] = {"prepare_s": time.perf_counter() - start}
-        grid = METHODS[name].grid(kind)
+        grid = METHODS[name].grid(bench.grid_kind)
         plans[row] = METHODS[name].plan(prepared, grid[len(grid) // 2])
     taken: dict[str, list[float]] = {row: [] for row in plans}
     prompts = [item.prompt for item in items]
@@ -51,7 +47,7 @@ def measure(bench: Bench, params: dict, progress: bool) -> dict:
                 torch.cuda.reset_peak_memory_stats(model.device)
             start = time.perf_counter()
             with steer(model, plans[row]) if plans[row] is not None else nullcontext():
-                answers(model, tokenizer, prompts, question, batch_size=1)
+                answerer.answer(prompts, generation, batch_size=1)
             taken[row].append((time.perf_counter() - start) / len(items))
             if model.device.type == "cuda":  # a CPU's memory is the process's, and tells no method from another
                 found[row]["gb"] = torch.cuda.max_memory_allocated(model.device) / 1e9
