@@ -48,7 +48,6 @@ CODE = (
     "eval/answering/sampling.py",
     "eval/data/behaviours.py",
     "eval/scoring/behaviour_measures.py",
-    "eval/answering/samples.py",
 )
 
 

@@ -23,8 +23,8 @@ ROOT = Path(__file__).parents[1]
 # a change of these files is another question
 METHOD_FILES = (
     "MFU_screening.py", "austeer/momentum.py", "austeer/forward.py", "austeer/tokens.py", "austeer/pairs.py", "austeer/ranks.py", "austeer/plan.py", "set_MFU.py",
-    "experiments/run_cell.py", "experiments/setting.py", "experiments/engines/grid_batches.py", "austeer/processes.py", "embedded/tasks.py", "embedded/toxicity.py", "eval/answering/answers.py", "eval/answering/decoding_cache.py",
-    "eval/data/general_pairs.py", "eval/scoring/numbers.py", "eval/data/rows.py", "experiments/search.py", "eval/data/similar.py", "eval/statistics.py", "eval/scoring/toxicity.py",
+    "experiments/run_cell.py", "experiments/setting.py", "experiments/engines/grid_batches.py", "austeer/processes.py", "embedded/tasks.py", "embedded/toxicity.py", "eval/answering/answerer.py", "eval/answering/live.py", "eval/answering/decoding_cache.py",
+    "eval/scoring/numbers.py", "eval/data/rows.py", "experiments/search.py", "eval/data/similar.py", "eval/statistics.py", "eval/scoring/toxicity.py",
     "eval/data/wording.py",
     *(str(file.relative_to(ROOT)) for folder in ("rmodels", "austeer/methods", "eval/tasks", "paper/studies") for file in sorted((ROOT / folder).glob("*.py"))),
     *(str(file.relative_to(ROOT)) for file in sorted((ROOT / "embedded" / "sae_weights").glob("*.safetensors"))),

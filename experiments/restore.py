@@ -37,6 +37,7 @@ from austeer.pairs import pairs_hash
 from austeer.plan import Plan
 from austeer.steering import steer
 from embedded.tasks import TASKS
+from eval.answering.live import LiveAnswerer
 from eval.statistics import mcnemar, summary
 from eval.tasks.base import Task
 from eval.tasks.registry import PAPER_TASKS
@@ -113,7 +114,7 @@ def _rows(setting: Setting, pruned: PreTrainedModel, components: str, draws: int
 
     def tested(label: str, model: PreTrainedModel, plan: Plan | None = None, **more) -> dict:
         with steer(model, plan) if plan is not None else nullcontext():
-            columns = task.columns(task.test, task.answers(model, tokenizer, task.test))
+            columns = task.columns(task.test, task.answers(LiveAnswerer(model, tokenizer), task.test)).columns
             surprise = perplexity(model, texts)
         touched = 0 if plan is None else len(plan)
         measures = summary(columns)
@@ -165,8 +166,8 @@ def _validated(
     task: Task, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, plan: Plan | None = None
 ) -> list[float]:
     with steer(model, plan) if plan is not None else nullcontext():
-        columns = task.columns(task.validation, task.answers(model, tokenizer, task.validation))
-    return next(iter(columns.values()))
+        answers = task.answers(LiveAnswerer(model, tokenizer), task.validation)
+    return task.columns(task.validation, answers).outcomes
 
 
 @torch.inference_mode()

@@ -27,10 +27,11 @@ from austeer.steering import steer
 from embedded import acceptance
 from eval.answering.answer_file import AnswerFile
 from eval.statistics import mcnemar, summary
-from eval.tasks.base import Columns, items_hash
+from eval.answering.live import LiveAnswerer
+from eval.tasks.base import Scores, items_hash
 from eval.tasks.embedded import VALIDATION
 from experiments import records
-from experiments.engines.grid_batches import FEW, steered_rows
+from experiments.engines.grid_batches import FEW
 from experiments.engines.vllm_batches import LIVE, engine_name, served
 from experiments.search import SEARCHES, key_of, shuffled
 from experiments.setting import MADE_OF_MODELS, UNSTEERED, Cell, Setting, asked_once, load
@@ -176,7 +177,7 @@ def compute(cell: Cell) -> dict:
     _, _, task = load(cell.setting)
     if cell.method in UNSTEERED:
         prepared = task.prompted if cell.method == "prompt-only" else lambda items: items
-        validation = _outcomes(_columns(cell, prepared(task.validation), "validation"))
+        validation = _outcomes(_scores(cell, prepared(task.validation), "validation"))
         result: dict = {"validation": records.pack(validation)}
         start = time.perf_counter()
         columns, extras, _ = _tested(cell, prepared(task.test))
@@ -189,7 +190,7 @@ def compute(cell: Cell) -> dict:
     return shared_work.of_first(lambda: records.write(Path(cell.setting.records), question(cell), result))
 
 
-def _steered(cell: Cell, vanilla: dict) -> tuple[dict, Columns, dict[str, float], float]:
+def _steered(cell: Cell, vanilla: dict) -> tuple[dict, dict[str, list[float]], dict[str, float], float]:
     """What was chosen, the columns and extras of the test, and when the test began."""
     model, _, task = load(cell.setting)
     method = _method(cell.setting, cell.method)
@@ -208,8 +209,8 @@ def _steered(cell: Cell, vanilla: dict) -> tuple[dict, Columns, dict[str, float]
 
         def pays(asked: int) -> bool:
             if cell.setting.engine != LIVE:
-                return task.speaks_on_validation
-            return task.several_tokens and asked <= FEW
+                return task.generates_on_validation
+            return task.multi_token and asked <= FEW
 
         def ask(some: Sequence[Settings], start: int, stop: int) -> list[list[bool]]:
             now = [items[index] for index in order[start:stop]]
@@ -217,7 +218,7 @@ def _steered(cell: Cell, vanilla: dict) -> tuple[dict, Columns, dict[str, float]
             if len(plans) > 1 and now and pays(len(now)):
                 return _together(cell, now, f"{part} {len(plans)} settings {start}-{stop}", plans)
             return [
-                _outcomes(_columns(cell, now, f"{part} {_named(settings)} {start}-{stop}", plan))
+                _outcomes(_scores(cell, now, f"{part} {_named(settings)} {start}-{stop}", plan))
                 for settings, plan in zip(some, plans, strict=True)
             ]
 
@@ -251,30 +252,29 @@ def _together(cell: Cell, items: Sequence, name: str, plans: Sequence[Plan]) -> 
     """The outcomes of the same items under each plan, asked in one batch."""
     model, tokenizer, task = load(cell.setting)
     file, progress = _kept(cell, name)
-    if cell.setting.engine != LIVE:
-        with served(model, plans, len(items)) as engine:
-            answers = task.answers(engine, tokenizer, [*items] * len(plans), file, progress)
-    else:
-        with steered_rows(model, [_of_first(plan) for plan in plans], len(items)) as rows:
-            answers = task.answers(model, tokenizer, [*items] * len(plans), file, progress, rows)
+    rows = [plan for plan in plans for _ in items]
+    live = cell.setting.engine == LIVE
+    asking = nullcontext(LiveAnswerer(model, tokenizer, rows)) if live else served(model, tokenizer, rows)
+    with asking as answerer:
+        answers = task.answers(answerer, [*items] * len(plans), file, progress)
     found = []
     for start in range(0, len(answers), len(items)):
         mine = answers[start : start + len(items)]
-        found.append(_outcomes(shared_work.of_first(lambda mine=mine: task.columns(items, mine))))
+        found.append(task.columns(items, mine).outcomes)
     return found
 
 
-def _columns(cell: Cell, items: Sequence, name: str, plan: Plan | None = None) -> Columns:
+def _scores(cell: Cell, items: Sequence, name: str, plan: Plan | None = None) -> Scores:
     _, _, task = load(cell.setting)
     answers = _answers(cell, items, name, plan)[0] if items else []
-    return shared_work.of_first(lambda: task.columns(items, answers)) if items else {}
+    return task.columns(items, answers) if items else Scores("", {"": []})
 
 
-def _tested(cell: Cell, items: Sequence, plan: Plan | None = None) -> tuple[Columns, dict[str, float], dict[str, int]]:
+def _tested(cell: Cell, items: Sequence, plan: Plan | None = None) -> tuple[dict[str, list[float]], dict[str, float], dict[str, int]]:
     model, tokenizer, task = load(cell.setting)
     answers, receipt = _answers(cell, items, "test", plan)
-    columns = shared_work.of_first(lambda: task.columns(items, answers))
-    return columns, task.extras(model, tokenizer, items, answers), receipt
+    columns = task.columns(items, answers).columns
+    return columns, task.extras(LiveAnswerer(model, tokenizer), items, answers), receipt
 
 
 def _answers(cell: Cell, items: Sequence, name: str, plan: Plan | None) -> tuple[Sequence, dict[str, int]]:
@@ -284,9 +284,9 @@ def _answers(cell: Cell, items: Sequence, name: str, plan: Plan | None) -> tuple
     file, progress = _kept(cell, name)
     kept = shared_work.of_first(lambda: file is not None and file.path.exists())
     live = cell.setting.engine == LIVE
-    speaks = nullcontext(model) if live else served(model, [plan], len(items))
+    speaks = nullcontext(LiveAnswerer(model, tokenizer)) if live else served(model, tokenizer, [plan] * len(items))
     with steer(model, _of_first(plan)) if plan is not None else nullcontext() as steering, speaks as speaker:
-        answers = task.answers(speaker, tokenizer, items, file, progress)
+        answers = task.answers(speaker, items, file, progress)
         if steering is None:
             return answers, {}
         receipt = steering.receipt()
@@ -298,7 +298,7 @@ def _answers(cell: Cell, items: Sequence, name: str, plan: Plan | None) -> tuple
 def _kept(cell: Cell, name: str) -> tuple[AnswerFile | None, str | None]:
     """Of the paper's tasks, which take long, answers are kept as they come, and a killed run goes on."""
     _, _, task = load(cell.setting)
-    if not cell.setting.of_the_paper or not (task.speaks_on_validation or name == "test"):
+    if not cell.setting.of_the_paper or not (task.generates_on_validation or name == "test"):
         return None, None
     return AnswerFile(answers_path(cell, name)), f"{cell} {name}"
 
@@ -349,6 +349,6 @@ def grid(cell: Cell) -> list[Settings]:
     return list({key_of(settings): settings for settings in found}.values())
 
 
-def _outcomes(columns: Columns) -> list[bool]:
-    """Of the measure that settings are chosen by."""
-    return next(iter(columns.values()), [])
+def _outcomes(scores: Scores) -> list[bool]:
+    """Return those of the measure that settings are chosen by."""
+    return scores.outcomes

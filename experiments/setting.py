@@ -13,7 +13,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import rmodels
 from austeer.pairs import read_pairs
 from embedded import acceptance
-from eval.data.general_pairs import general_pairs
 from eval.tasks.base import Task
 from eval.tasks.embedded import EmbeddedTask
 from eval.tasks.own_pairs import PairTask
@@ -115,22 +114,17 @@ def load(setting: Setting) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Ta
 
 @lru_cache(maxsize=32)
 def _task(setting: Setting) -> Task:
+    ranking = {"n_pairs": setting.n_pairs, "general_pairs": setting.general_pairs, "encoder": setting.encoder}
     if setting.embedded:
-        task: Task = EmbeddedTask(setting.task, setting.test_split, limit=setting.limit)
-    elif setting.of_the_paper:
-        task = paper_task(
-            setting.task, setting.toxicity, Path(setting.records).parent / "perspective.jsonl", setting.device,
-            data_dir=setting.data_dir, protocol=setting.protocol,
-            encoder=setting.encoder, chat=rmodels.load_tokenizer(setting.checkpoint) if setting.chat else None,
-            limit=setting.limit, batch_size=setting.batch_size,
+        return EmbeddedTask(setting.task, setting.test_split, limit=setting.limit, **ranking)
+    if setting.of_the_paper:
+        return paper_task(
+            setting.task, toxicity=setting.toxicity, cache=Path(setting.records).parent / "perspective.jsonl",
+            device=setting.device, data_dir=setting.data_dir, protocol=setting.protocol,
+            chat=rmodels.load_tokenizer(setting.checkpoint) if setting.chat else None,
+            limit=setting.limit, batch_size=setting.batch_size, **ranking,
         )  # fmt: skip
-    else:
-        task = PairTask(setting.task_name, read_pairs(setting.task, setting.fields), setting.limit)
-    if setting.general_pairs:
-        task.pairs, task.pairs_by = general_pairs(task.pairs, setting.encoder)
-    if setting.n_pairs:
-        task.pairs = task.pairs[: setting.n_pairs]
-    return task
+    return PairTask(setting.task_name, read_pairs(setting.task, setting.fields), limit=setting.limit, **ranking)
 
 
 def _model(*how) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

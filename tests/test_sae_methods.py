@@ -27,7 +27,7 @@ from austeer.steering import steer
 from austeer.tokens import CLEAN, encode
 from embedded import acceptance, tasks
 from embedded import sae as recipe
-from eval.answering.samples import worst_of_samples
+from eval.scoring.behaviour_measures import worst_of_samples
 from experiments import run_cell as cells
 from experiments.records import unpack
 from experiments.setting import Cell, Setting

@@ -1,4 +1,4 @@
-"""Words by vLLM in place of the model, for a comparison: every plan is an adapter, and a whole grid of them one batch.
+"""Answer with vLLM instead of the loaded model: each plan becomes a LoRA adapter, so a whole grid runs as one batch.
 
 Only answers come from there. Ranks, likelihoods and perplexities are the loaded model's, steered live.
 """
@@ -6,26 +6,27 @@ Only answers come from there. Ranks, likelihoods and perplexities are the loaded
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from austeer import processes as shared_work
+from austeer import processes
 from austeer.errors import AUSteerError
 from austeer.export.lora import Lora, max_lora_rank, save_lora
 from austeer.plan import Plan
 from eval.answering.answer_file import Answer
-from eval.answering.answers import Engine, Question
+from eval.answering.answerer import Answerer, Generation
 from experiments.engines.vllm_engine import VLLMEngine, installed
 
 LIVE = "live"
 ENGINES = (LIVE, "vllm")
 SLOTS = 16  # adapters that run at once; more take turns
+AT_ONCE = 1024  # prompts that an engine is given at once: what a killed run loses
 LEAST_RANK = 16  # so that the unsteered cells' engine takes most grids, too
 ADAPTER_FILES = (
     "experiments/engines/vllm_batches.py", "experiments/engines/vllm_engine.py", "austeer/export/adapter.py", "austeer/export/checkpoint.py", "austeer/export/lora.py"
@@ -46,7 +47,7 @@ def check(engine: str, device: str | None, **asked: object) -> None:
         return
     engine_name(engine)  # is it installed?
     unfit = [f"--{name.replace('_', '-')}" for name, value in asked.items() if value]
-    unfit += [] if shared_work.alone() else ["accelerate launch"]
+    unfit += [] if processes.alone() else ["accelerate launch"]
     unfit += [f"--device {device} (but CUDA_VISIBLE_DEVICES)"] if ":" in (device or "") else []
     if unfit:
         raise AUSteerError(
@@ -55,41 +56,53 @@ def check(engine: str, device: str | None, **asked: object) -> None:
 
 
 @contextmanager
-def served(model: PreTrainedModel, plans: Sequence[Plan | None], items: int) -> Iterator[Served]:
-    """For answers to `items` items under the first plan, then under the second, ...: what to ask in the model's place."""
+def served(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, plans_of_rows: Sequence[Plan | None]
+) -> Iterator[VLLMAnswerer]:
+    """Answer prompts, the i-th under the i-th plan, by vLLM; the adapters live as long as this context."""
     with TemporaryDirectory(prefix="austeer-") as folder:
-        yield Served(model, plans, items, Path(folder))
+        yield VLLMAnswerer(model, tokenizer, plans_of_rows, Path(folder))
 
 
-class Served(Engine):
-    """A model that vLLM speaks for. Adapters are written, and vLLM is started, when there is something to say."""
+class VLLMAnswerer(Answerer):
+    """Write adapters, and start vLLM, when the first prompts come."""
 
-    def __init__(self, model: PreTrainedModel, plans: Sequence[Plan | None], items: int, folder: Path):
-        self.model, self.plans, self.items, self.folder = model, plans, items, folder
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        plans_of_rows: Sequence[Plan | None],
+        folder: Path,
+    ):
+        super().__init__(model, tokenizer)
+        self.plans_of_rows, self.folder = plans_of_rows, folder
 
-    def __getattr__(self, name: str):
-        return getattr(self.model, name)
+    def batches(
+        self, prompts: Sequence[str], generation: Generation, batch_size: int | None
+    ) -> tuple[list[list[int]], Callable[[list[int]], list[Answer]]]:
+        order = list(range(len(prompts)))
+        rank = max((lora.rank for lora in self._adapters.values() if lora), default=1)
 
-    def __call__(self, *args, **settings):
-        return self.model(*args, **settings)
+        def run(batch: list[int]) -> list[Answer]:
+            loras = [self._adapters[id(self.plans_of_rows[index])] for index in batch]
+            folders = [lora and lora.folder for lora in loras]
+            return _engine(self.model, rank).answers([prompts[index] for index in batch], generation, folders)
 
-    def speak(self, prompts: Sequence[str], which: Sequence[int], question: Question) -> list[Answer]:
-        rank = max((made.rank for made in self._adapters if made), default=1)
-        named = [one and one.folder for one in (self._adapters[index // self.items] for index in which)]
-        return _engine(self.model, rank).answers([prompts[index] for index in which], question, named)
+        return [order[start : start + AT_ONCE] for start in range(0, len(order), AT_ONCE)], run
 
     def receipt(self) -> dict[str, int]:
-        """Of the adapters, once they were used: the largest rank, and how many modules they change."""
-        made = [one for one in self._adapters if one]
-        return {"rank": max((one.rank for one in made), default=0), "modules": sum(len(one.modules) for one in made)}
+        """Return, once adapters were used, the largest rank, and how many modules they change."""
+        loras = [lora for lora in self._adapters.values() if lora]
+        return {"rank": max((one.rank for one in loras), default=0), "modules": sum(len(one.modules) for one in loras)}
 
     @cached_property
-    def _adapters(self) -> list[Lora | None]:
-        """One for each plan, None where nothing is done."""
-        return [
-            save_lora(self.model, plan, self.folder / str(number)) if plan is not None and _acts(plan) else None
-            for number, plan in enumerate(self.plans)
-        ]
+    def _adapters(self) -> dict[int, Lora | None]:
+        """Return the adapter of each plan, None where nothing is done."""
+        plans = {id(plan): plan for plan in self.plans_of_rows}
+        return {
+            key: save_lora(self.model, plan, self.folder / str(number)) if plan is not None and _acts(plan) else None
+            for number, (key, plan) in enumerate(plans.items())
+        }
 
 
 def _acts(plan: Plan) -> bool:

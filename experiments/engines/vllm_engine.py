@@ -1,7 +1,7 @@
 """Greedy answers by vLLM, each prompt under its own adapter: a whole grid of settings runs as one batch.
 
 For where scripts/requirements-vllm.txt is installed (scripts/setup-vllm.sh). What is asked and what comes back are those of
-eval/answering/answers.py; an adapter is a folder written by austeer/export/lora.py, and None is the model as it is.
+eval/answering/answerer.py; an adapter is a folder written by austeer/export/lora.py, and None is the model as it is.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 
 from austeer.errors import AUSteerError
 from eval.answering.answer_file import Answer
-from eval.answering.answers import Question, encode_prompts, up_to
+from eval.answering.answerer import Generation, encode_prompts, up_to
 from rmodels import load_tokenizer
 
 NOT_INSTALLED = (
@@ -77,7 +77,7 @@ class VLLMEngine:
     def answers(
         self,
         prompts: Sequence[str],
-        question: Question,
+        generation: Generation,
         adapters: Sequence[str | Path | None] | None = None,
         progress: bool = False,
     ) -> list[Answer]:
@@ -88,13 +88,13 @@ class VLLMEngine:
         if len(adapters) != len(prompts):
             raise AUSteerError(f"{len(adapters)} adapters for {len(prompts)} prompts: name one (or None) for each")
         requests = [self._request(adapter) for adapter in adapters]
-        longest = self.engine.model_config.max_model_len - question.new_tokens
+        longest = self.engine.model_config.max_model_len - generation.new_tokens
         if longest < 1:
-            raise AUSteerError(f"{question.new_tokens} new tokens do not fit into the engine's context")
-        wanted = [token for option in question.options for token in option]
+            raise AUSteerError(f"{generation.new_tokens} new tokens do not fit into the engine's context")
+        wanted = [token for option in generation.options for token in option]
         settings = SamplingParams(
             temperature=0,
-            max_tokens=question.new_tokens,
+            max_tokens=generation.new_tokens,
             logprobs=None if wanted else 0,
             logprob_token_ids=wanted or None,
         )
@@ -108,7 +108,7 @@ class VLLMEngine:
             except (ValueError, RuntimeError) as error:
                 raise AUSteerError(f"vLLM failed: {str(error).strip().splitlines()[0]}") from error
             found.update(
-                (i, self._answer(output.outputs[0], question)) for i, output in zip(batch, outputs, strict=True)
+                (i, self._answer(output.outputs[0], generation)) for i, output in zip(batch, outputs, strict=True)
             )
         return [found[index] for index in range(len(prompts))]
 
@@ -129,15 +129,15 @@ class VLLMEngine:
         steered = [index for index, request in enumerate(requests) if request is not None]
         return [plain, steered] if steered else [plain]
 
-    def _answer(self, output, question: Question) -> Answer:
+    def _answer(self, output, generation: Generation) -> Answer:
         tokens = list(output.token_ids)
         if not all(math.isfinite(at[token].logprob) for token, at in zip(tokens, output.logprobs, strict=True)):
             raise AUSteerError("the model's logits are inf or nan: these answers are not scored")
         first = output.logprobs[0]
-        options = tuple(max(first[token].logprob for token in option) for option in question.options)
+        options = tuple(max(first[token].logprob for token in option) for option in generation.options)
         ended = output.finish_reason == "stop"  # by a token of its own, which is no text
         text = self.tokenizer.decode(tokens[: len(tokens) - ended], skip_special_tokens=True)
-        return Answer(up_to(text, question.stop) if question.stop else text, options)
+        return Answer(up_to(text, generation.stop) if generation.stop else text, options)
 
     def _request(self, adapter: str | Path | None):
         """vLLM's handle of an adapter. Numbered by folder: written folders do not change."""

@@ -14,7 +14,8 @@ from austeer.errors import AUSteerError
 from austeer.forward import input_device
 from austeer.plan import Plan
 from austeer.steering import steer
-from eval.tasks.base import Columns, Task
+from eval.answering.live import LiveAnswerer
+from eval.tasks.base import Scores, Task
 from experiments.setting import Setting, load
 from rmodels import site_shape
 
@@ -71,14 +72,13 @@ class Asked:
     task: Task
     items: Sequence
 
-    def columns(self, plan: Plan) -> Columns:
+    def scores(self, plan: Plan) -> Scores:
         with steer(self.model, plan):
-            answers = self.task.answers(self.model, self.tokenizer, self.items)
+            answers = self.task.answers(LiveAnswerer(self.model, self.tokenizer), self.items)
         return self.task.columns(self.items, answers)
 
     def outcomes(self, plan: Plan) -> list[bool]:
-        """Of the task's main measure."""
-        return list(next(iter(self.columns(plan).values())))
+        return self.scores(plan).outcomes
 
     def sweep(self, block: Block, dims: Sequence[int], alpha: float, progress: bool, part: str) -> list[list[bool]]:
         """Outcomes with each dimension steered alone."""

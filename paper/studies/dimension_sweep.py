@@ -39,8 +39,8 @@ def measure(setting: Setting, params: dict, progress: bool) -> dict:
     dims = list(range(0, block.width, params["step"]))
     splits = {"validation": task.validation[: params["n"]], "test": task.test[: params["n"]]}
     asked = {part: Asked(model, tokenizer, task, items) for part, items in splits.items() if items}
-    unsteered = {part: asking.columns(block.plan({})) for part, asking in asked.items()}
-    vanilla = {part: next(iter(columns.values())) for part, columns in unsteered.items()}
+    unsteered = {part: asking.scores(block.plan({})) for part, asking in asked.items()}
+    vanilla = {part: scores.outcomes for part, scores in unsteered.items()}
     swept = {part: asking.sweep(block, dims, alpha, progress, part) for part, asking in asked.items()}
 
     def tested(plan: Plan) -> dict:
@@ -76,7 +76,7 @@ def measure(setting: Setting, params: dict, progress: bool) -> dict:
     return {
         "task": setting.task_name,
         "where": str(block),
-        "measure": next(iter(unsteered["test"])),
+        "measure": unsteered["test"].main,
         "n": {part: len(outcomes) for part, outcomes in vanilla.items()},
         "vanilla": {part: sum(outcomes) for part, outcomes in vanilla.items()},
         "dims": dims,

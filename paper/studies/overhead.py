@@ -15,7 +15,8 @@ from austeer.evidence import Evidence
 from austeer.methods.registry import METHODS
 from austeer.steering import steer
 from embedded.tasks import REPLY_WORDS
-from eval.answering.answers import Question, answers
+from eval.answering.answerer import Generation
+from eval.answering.live import LiveAnswerer
 from experiments.setting import Setting, load
 from MFU_screening import screen
 
@@ -26,9 +27,9 @@ def measure(setting: Setting, params: dict, progress: bool) -> dict:
     model, tokenizer, task = load(setting)
     items, trials = task.test[: params["items"]], params["trials"]
     if setting.embedded:
-        question = Question(REPLY_WORDS if task.name == "tone" else 1)
+        question = Generation(REPLY_WORDS if task.name == "tone" else 1)
     else:
-        question = Question(task.tokens_for(model.config.model_type))
+        question = Generation(task.tokens_for(model.config.model_type))
     kind, site = "small" if setting.embedded else "full", "attention"
 
     def ranks(momentum: str):
@@ -51,7 +52,7 @@ def measure(setting: Setting, params: dict, progress: bool) -> dict:
                 torch.cuda.reset_peak_memory_stats(model.device)
             start = time.perf_counter()
             with steer(model, plans[row]) if plans[row] is not None else nullcontext():
-                answers(model, tokenizer, prompts, question, batch_size=1)
+                LiveAnswerer(model, tokenizer).answer(prompts, question, batch_size=1)
             taken[row].append((time.perf_counter() - start) / len(items))
             if model.device.type == "cuda":  # a CPU's memory is the process's, and tells no method from another
                 found[row]["gb"] = torch.cuda.max_memory_allocated(model.device) / 1e9
