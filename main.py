@@ -28,7 +28,7 @@ COMMANDS = {  # name: module with a main, and what it does
         "NeuroSteer's own tasks: sampled texts, steered and not, and their measures",
     ),
     "export": ("austeer.export.command", "a plan into a checkpoint's weights or an adapter, and out again"),
-    "toxicity": ("eval.scoring.toxicity", "how far a toxicity scorer agrees with Perspective"),
+    "toxicity": ("eval.scoring.toxicity_agreement", "how far a toxicity scorer agrees with Perspective"),
     "judge": ("eval.scoring.judge", "win rate of one file of answers against another, by a judge model"),
     "human": ("eval.scoring.human", "blind sheets for human raters, and their scores"),
 }

@@ -18,7 +18,8 @@ import torch
 from core import VOCABULARY, best_of, build
 from figures import keep, show
 
-from eval.answering.answers import Question, answers
+from eval.answering.answerer import Generation
+from eval.answering.live import LiveAnswerer
 
 PROMPTS, LENGTH, INSTRUCTION, NEW, BATCH = 32, 146, 24, 64, 16
 
@@ -57,7 +58,7 @@ def plain(model, asked, new_tokens: int) -> list[list[int]]:
 
 
 def ours(model, asked, new_tokens: int, size: int | None = None) -> list[list[int]]:
-    found = answers(model, Tokens(), asked, Question(new_tokens), batch_size=size)
+    found = LiveAnswerer(model, Tokens()).answer(asked, Generation(new_tokens), batch_size=size)
     return [[int(token) for token in answer.text.split()] for answer in found]
 
 

@@ -31,7 +31,8 @@ import rmodels
 from austeer.errors import AUSteerError, run_command
 from austeer.export.hot_patch import folded
 from austeer.steering import steer
-from eval.answering.answers import Question, answers
+from eval.answering.answerer import Generation
+from eval.answering.live import LiveAnswerer
 
 SHAPES = {  # as in the models' own config.json
     "tiny": dict(
@@ -232,7 +233,7 @@ def measure(shape: str, device: str, asked: int, screened: int) -> dict:
     floor = machine.floor(*work.prefill([pair.cost for pair in data], 0))
     result["screening"] = {"pairs/s": screened / seconds, "floor / time": floor / seconds, "peak GB": machine.peak_gb()}
     texts = prompts(asked, 0)
-    seconds = machine.best(lambda: answers(ours, Tokens(), texts, Question(1)), 2)
+    seconds = machine.best(lambda: LiveAnswerer(ours, Tokens()).answer(texts, Generation(1)), 2)
     floor = machine.floor(*work.prefill([len(text) for text in texts], asked))
     result["one-token answers"] = {"prompts/s": asked / seconds, "floor / time": floor / seconds}
     for batch in BATCHES:

@@ -37,10 +37,11 @@ from austeer.methods.registry import METHODS
 from austeer.ranks import AURanks
 from austeer.steering import steer
 from embedded import acceptance
-from eval.answering.answers import Question, answers
+from eval.answering.answerer import Generation
+from eval.answering.live import LiveAnswerer
 from eval.statistics import wilson
 from eval.tasks.embedded import EmbeddedTask
-from experiments.engines.grid_batches import FEW, steered_rows
+from experiments.engines.grid_batches import FEW
 from experiments.search import SEARCHES, key_of, shuffled
 
 TASKS, SITES, NAMES = ("copa", "svamp", "tone"), ("attention", "ffn"), ("causal", "published")
@@ -61,20 +62,21 @@ class Bench:
 
     def outcomes(self, items, plan=None) -> list[bool]:
         if plan is None:
-            answers = self.task.answers(self.model, self.tokenizer, items)
+            answers = self.task.answers(LiveAnswerer(self.model, self.tokenizer), items)
         else:
             with steer(self.model, plan):
-                answers = self.task.answers(self.model, self.tokenizer, items)
-        return self.task.columns(items, answers)["accuracy"]
+                answers = self.task.answers(LiveAnswerer(self.model, self.tokenizer), items)
+        return self.task.columns(items, answers).outcomes
 
     def under(self, plans, items) -> list[list[bool]]:
         """Outcomes under each plan, asked as experiments/run_cell.py does: few items with answers of several tokens in one batch."""
-        if not (self.task.several_tokens and len(plans) > 1 and 0 < len(items) <= FEW):
+        if not (self.task.multi_token and len(plans) > 1 and 0 < len(items) <= FEW):
             return [self.outcomes(items, plan) for plan in plans]
-        with steered_rows(self.model, plans, len(items)) as rows:
-            answers = self.task.answers(self.model, self.tokenizer, [*items] * len(plans), rows=rows)
+        plans_of_rows = [plan for plan in plans for _ in items]
+        answerer = LiveAnswerer(self.model, self.tokenizer, plans_of_rows)
+        answers = self.task.answers(answerer, [*items] * len(plans))
         starts = range(0, len(answers), len(items))
-        return [self.task.columns(items, answers[start : start + len(items)])["accuracy"] for start in starts]
+        return [self.task.columns(items, answers[start : start + len(items)]).outcomes for start in starts]
 
 
 def searched(bench: Bench, site: str, name: str) -> dict:
@@ -198,19 +200,19 @@ def one_by_one(model, tokenizer, prompts, question, plans):
     found = []
     for plan in plans:
         with steer(model, plan):
-            found += answers(model, tokenizer, prompts, question)
+            found += LiveAnswerer(model, tokenizer).answer(prompts, question)
     return found
 
 
 def together(model, tokenizer, prompts, question, plans):
-    with steered_rows(model, plans, len(prompts)) as rows:
-        return answers(model, tokenizer, [*prompts] * len(plans), question, rows=rows)
+    plans_of_rows = [plan for plan in plans for _ in prompts]
+    return LiveAnswerer(model, tokenizer, plans_of_rows).answer([*prompts] * len(plans), question)
 
 
 def ratios(label: str, model, tokenizer, prompts, new_tokens: int, ranks: AURanks) -> dict[int, float]:
     method = METHODS["causal"]
     plans = [method.plan(ranks, settings) for settings in method.grid("small")]
-    question, found = Question(new_tokens), {}
+    question, found = Generation(new_tokens), {}
     for count in SAMPLES:
         seconds = {one_by_one: 0.0, together: 0.0}
         told = {}

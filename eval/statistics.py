@@ -1,4 +1,4 @@
-"""Intervals and paired tests for accuracies."""
+"""Compute intervals and paired tests for accuracies."""
 
 from __future__ import annotations
 
@@ -10,22 +10,19 @@ from scipy.stats import binomtest
 from scipy.stats import t as student
 
 RESAMPLES, SEED = 2000, 0
-RUINED = 0.05  # settings as surely worse than vanilla as this are no candidates
+RUINED = 0.05  # settings that are worse than vanilla with a smaller p are no candidates
 
 
 def wilson(right: int, n: int) -> tuple[float, float]:
-    """95 % interval of an accuracy."""
+    """Return the 95 % interval of an accuracy."""
     if n < 1:
         raise ValueError("an accuracy needs at least one item")
-    z2 = 1.959963984540054**2
-    share = right / n
-    middle = (share + z2 / (2 * n)) / (1 + z2 / n)
-    half = (z2 * share * (1 - share) / n + z2 * z2 / (4 * n * n)) ** 0.5 / (1 + z2 / n)
-    return max(0.0, middle - half), min(1.0, middle + half)
+    interval = binomtest(int(right), n).proportion_ci(method="wilson")
+    return float(interval.low), float(interval.high)
 
 
 def mcnemar(before: Sequence[bool], after: Sequence[bool]) -> tuple[int, int, float]:
-    """Items that became right, items that became wrong, and the exact two-sided p of that imbalance."""
+    """Return the items that became right, those that became wrong, and the exact two-sided p of that imbalance."""
     gained = sum(b and not a for a, b in zip(before, after, strict=True))
     lost = sum(a and not b for a, b in zip(before, after, strict=True))
     p = binomtest(gained, gained + lost).pvalue if gained + lost else 1.0
@@ -33,7 +30,7 @@ def mcnemar(before: Sequence[bool], after: Sequence[bool]) -> tuple[int, int, fl
 
 
 def sign_flip(differences: Sequence[float]) -> float:
-    """Two-sided p of a mean paired difference: how often random signs give one as large."""
+    """Return the two-sided p of a mean paired difference: how often random signs give one as large."""
     values = np.asarray(differences, float)
     signs = np.random.default_rng(SEED).choice((-1.0, 1.0), (RESAMPLES, len(values)))
     as_large = np.abs(signs @ values) >= abs(values.sum()) - 1e-12
@@ -41,7 +38,7 @@ def sign_flip(differences: Sequence[float]) -> float:
 
 
 def holm(ps: Sequence[float]) -> list[float]:
-    """p values adjusted for being many: the chance that any of the true nulls is called false stays bounded."""
+    """Adjust p values for being many, so that the chance of rejecting any true null stays bounded."""
     order = sorted(range(len(ps)), key=ps.__getitem__)
     adjusted, largest = [0.0] * len(ps), 0.0
     for rank, index in enumerate(order):
@@ -51,7 +48,7 @@ def holm(ps: Sequence[float]) -> list[float]:
 
 
 def bootstrap(values: Sequence[float]) -> tuple[float, float]:
-    """95 % percentile interval of a mean, over resampled items."""
+    """Return the 95 % percentile interval of a mean, over resampled items."""
     values = np.asarray(values, float)
     draws = np.random.default_rng(SEED).integers(0, len(values), (RESAMPLES, len(values)))
     low, high = np.percentile(values[draws].mean(1), (2.5, 97.5))
@@ -59,13 +56,13 @@ def bootstrap(values: Sequence[float]) -> tuple[float, float]:
 
 
 def paired_bootstrap(before: Sequence[float], after: Sequence[float]) -> tuple[float, float, float]:
-    """Mean difference of two methods on the same items, with its 95 % interval. Items are drawn with both outcomes."""
+    """Return the mean difference of two methods on the same items, with its 95 % interval. Items are drawn with both outcomes."""
     differences = [float(a) - float(b) for b, a in zip(before, after, strict=True)]
     return (sum(differences) / len(differences), *bootstrap(differences))
 
 
 def paired_gain(gained: int, lost: int, n: int) -> tuple[float, float, float]:
-    """`paired_bootstrap` of right and wrong: to draw items is to draw how many of each kind, which costs nothing."""
+    """Return `paired_bootstrap` of right and wrong: to draw items is to draw how many of each kind, which costs nothing."""
     shares = [gained / n, lost / n, max(0.0, 1 - (gained + lost) / n)]
     draws = np.random.default_rng(SEED).multinomial(n, shares, RESAMPLES)
     low, high = np.percentile((draws[:, 0] - draws[:, 1]) / n, (2.5, 97.5))
@@ -73,7 +70,7 @@ def paired_gain(gained: int, lost: int, n: int) -> tuple[float, float, float]:
 
 
 def t_interval(values: Sequence[float]) -> tuple[float, float, float, float]:
-    """Mean of few values, such as the gains of training seeds, its 95 % interval, and the two-sided p of a mean of 0."""
+    """Return the mean of few values, such as the gains of training seeds, its 95 % interval, and the two-sided p of a mean of 0."""
     values = np.asarray(values, float)
     if len(values) < 2:
         raise ValueError("an interval of a mean needs at least two values")
@@ -87,11 +84,11 @@ def t_interval(values: Sequence[float]) -> tuple[float, float, float, float]:
 class Noise:
     mean: float  # what choosing alone brings on average
     quantile: float  # what it exceeds once in twenty times
-    kept: int  # settings that were candidates
+    kept: int  # number of settings that were candidates
 
 
 def selection_noise(outcomes_by_setting: dict[str, Sequence[bool]], vanilla: Sequence[bool]) -> Noise:
-    """How much the best of these settings would gain over vanilla, on the items it was chosen on, if none were any better.
+    """Return how much the best of these settings would gain over vanilla, on the items it was chosen on, if none were better.
 
     Each setting's differences to vanilla are shifted to a mean of zero, which makes that true; then items are drawn
     anew, the same for all settings, so that settings which err alike still do; and the best mean is taken.
@@ -119,10 +116,10 @@ def _ruined(vanilla: Sequence[bool], outcomes: Sequence[bool]) -> bool:
 
 
 def summary(columns: dict[str, Sequence[float]]) -> dict[str, dict[str, float]]:
-    """Of each measure its mean, its 95 % interval (Wilson for right or wrong, else bootstrap) and n."""
-    found = {}
+    """Return for each measure its mean, its 95 % interval (Wilson for right or wrong, else bootstrap) and n."""
+    measures = {}
     for name, values in columns.items():
         share = all(isinstance(value, bool) for value in values)
         low, high = wilson(sum(values), len(values)) if share else bootstrap(values)
-        found[name] = {"value": sum(values) / len(values), "low": low, "high": high, "n": len(values)}
-    return found
+        measures[name] = {"value": sum(values) / len(values), "low": low, "high": high, "n": len(values)}
+    return measures

@@ -18,11 +18,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from austeer.code_identity import code_hash
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 import rmodels
+from austeer.code_identity import code_hash
 from austeer.errors import AUSteerError, run_command
 from austeer.evidence import Evidence
 from austeer.identity import fingerprint, public_name

@@ -17,7 +17,8 @@ from austeer.plan import Plan
 from austeer.steering import steer
 from eval.answering import answers as answering
 from eval.answering.answer_file import Answer, AnswerFile
-from eval.answering.answers import Question, answers, chat_prompts, option_tokens
+from eval.answering.answerer import Generation, chat_prompts, option_tokens
+from eval.answering.live import LiveAnswerer
 
 WORDS = [
     "the",
@@ -75,10 +76,10 @@ def model(request, checkpoints):
 def test_batched_equals_one_by_one_equals_generate(model, tokenizer, beginning, new_tokens):
     asked = prompts(14, beginning=beginning)
     wanted = by_generate(model, tokenizer, asked, new_tokens)
-    question = Question(new_tokens)
-    assert texts_of(answers(model, tokenizer, asked, question, batch_size=1)) == wanted
-    assert texts_of(answers(model, tokenizer, asked, question, batch_size=5)) == wanted
-    assert texts_of(answers(model, tokenizer, asked, question)) == wanted
+    question = Generation(new_tokens)
+    assert texts_of(LiveAnswerer(model, tokenizer).answer(asked, question, batch_size=1)) == wanted
+    assert texts_of(LiveAnswerer(model, tokenizer).answer(asked, question, batch_size=5)) == wanted
+    assert texts_of(LiveAnswerer(model, tokenizer).answer(asked, question)) == wanted
 
 
 @pytest.mark.parametrize("tokens", ["all", "prompt", "generated", "last"])
@@ -90,9 +91,9 @@ def test_batched_equals_generate_when_steered(model, tokenizer, tokens):
     plain = by_generate(model, tokenizer, asked, 10)
     with steer(model, plan):
         wanted = by_generate(model, tokenizer, asked, 10)
-        assert texts_of(answers(model, tokenizer, asked, Question(10), batch_size=4)) == wanted
-        assert texts_of(answers(model, tokenizer, asked, Question(10), batch_size=1)) == wanted
-        one = texts_of(answers(model, tokenizer, asked, Question(1)))
+        assert texts_of(LiveAnswerer(model, tokenizer).answer(asked, Generation(10), batch_size=4)) == wanted
+        assert texts_of(LiveAnswerer(model, tokenizer).answer(asked, Generation(10), batch_size=1)) == wanted
+        one = texts_of(LiveAnswerer(model, tokenizer).answer(asked, Generation(1)))
         assert one == by_generate(model, tokenizer, asked, 1)
     assert wanted != plain
 
@@ -103,7 +104,7 @@ def test_a_beginning_is_run_once(llama, tokenizer, monkeypatch):
         lambda module, args, kwargs: seen.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
     )
     asked = [f"The very same beginning of every prompt {n}" for n in range(10, 20)]
-    answers(llama, tokenizer, asked, Question(1), batch_size=5)
+    LiveAnswerer(llama, tokenizer).answer(asked, Generation(1), batch_size=5)
     hook.remove()
     shared = len(tokenizer("The very same beginning of every prompt 1")["input_ids"])
     assert seen == [(1, shared - 1), (5, 2), (5, 2)]  # the last two of a prompt are its own
@@ -112,15 +113,15 @@ def test_a_beginning_is_run_once(llama, tokenizer, monkeypatch):
 def test_nothing_is_shared_beyond_a_sliding_window(checkpoints, tokenizer):
     model = rmodels.load(checkpoints["mistral"], dtype="float32", device="cpu")
     ids = [[1, 2, 3, 4], [1, 2, 3, 5, 6]]
-    assert answering._shared(ids, Question(7), model) == 2  # 5 + 7 columns fit the window of 12
-    assert answering._shared(ids, Question(8), model) == 0
+    assert answering._shared(ids, Generation(7), model) == 2  # 5 + 7 columns fit the window of 12
+    assert answering._shared(ids, Generation(8), model) == 0
 
 
 def test_ends(llama, tokenizer):
     asked = prompts(12)
     whole = by_generate(llama, tokenizer, asked, 40)
     letter = max(set("".join(whole)), key=lambda c: sum(c in text for text in whole) * (c != "\n") * c.isalpha())
-    stopped = texts_of(answers(llama, tokenizer, asked, Question(40, stop=letter)))
+    stopped = texts_of(LiveAnswerer(llama, tokenizer).answer(asked, Generation(40, stop=letter)))
     assert stopped == [text[: text.find(letter) + 1] if letter in text else text for text in whole]
     assert any(letter in text for text in whole) and any(len(a) < len(b) for a, b in zip(stopped, whole, strict=True))
 
@@ -133,7 +134,7 @@ def test_end_of_text_tokens(llama, tokenizer, monkeypatch):
     monkeypatch.setattr(llama.generation_config, "eos_token_id", [2, frequent])
     wanted = by_generate(llama, tokenizer, asked, 20)
     ended = tokenizer.decode([frequent])
-    found = texts_of(answers(llama, tokenizer, asked, Question(20), batch_size=6))
+    found = texts_of(LiveAnswerer(llama, tokenizer).answer(asked, Generation(20), batch_size=6))
     assert found == [text.removesuffix(ended) for text in wanted]  # generate keeps a token that ends, unless special
 
 
@@ -144,7 +145,7 @@ def test_options(llama, tokenizer):
     first = {spelling: tokenizer(spelling)["input_ids"][1] for spelling in ("Y", "y", "N", "n")}
     # " Yes" and " No" both begin with the byte of the space: that token is left out
     assert options == (tuple(sorted((first["Y"], first["y"]))), tuple(sorted((first["N"], first["n"]))))
-    found = answers(llama, tokenizer, asked, Question(1, options=options))
+    found = LiveAnswerer(llama, tokenizer).answer(asked, Generation(1, options=options))
     for text, answer in zip(asked, found, strict=True):
         logp = llama(**tokenizer(text, return_tensors="pt")).logits[0, -1].log_softmax(-1)
         wanted = [max(float(logp[token]) for token in own) for own in options]
@@ -155,11 +156,11 @@ def test_options(llama, tokenizer):
 
 def test_a_prompt_too_long_loses_its_start(llama, tokenizer):
     long = "x" * 400 + "the very end of it:"
-    (found,) = answers(llama, tokenizer, [long], Question(4))
+    (found,) = LiveAnswerer(llama, tokenizer).answer([long], Generation(4))
     room = llama.config.max_position_embeddings - 4
     assert found.text == by_generate(llama, tokenizer, [long[-(room - 1) :]], 4)[0]
     with pytest.raises(AUSteerError, match="do not fit"):
-        answers(llama, tokenizer, ["x"], Question(256))
+        LiveAnswerer(llama, tokenizer).answer(["x"], Generation(256))
 
 
 def test_no_tokens():
@@ -171,7 +172,7 @@ def test_inf_is_refused(checkpoints, tokenizer):
     model = rmodels.load(checkpoints["llama"], dtype="float32", device="cpu")
     model.lm_head.weight.data[5] = float("inf")
     with pytest.raises(AUSteerError, match="inf or nan"):
-        answers(model, tokenizer, prompts(2), Question(3))
+        LiveAnswerer(model, tokenizer).answer(prompts(2), Generation(3))
 
 
 def test_out_of_memory_halves_the_batches(llama, tokenizer, monkeypatch):
@@ -184,9 +185,9 @@ def test_out_of_memory_halves_the_batches(llama, tokenizer, monkeypatch):
         return real(model, tokenizer, rows, *rest)
 
     asked = prompts(11)
-    wanted = answers(llama, tokenizer, asked, Question(3))
+    wanted = LiveAnswerer(llama, tokenizer).answer(asked, Generation(3))
     monkeypatch.setattr(answering, "_batch", scarce)
-    assert texts_of(answers(llama, tokenizer, asked, Question(3))) == texts_of(wanted)
+    assert texts_of(LiveAnswerer(llama, tokenizer).answer(asked, Generation(3))) == texts_of(wanted)
     assert max(sizes[1:]) < sizes[0] and sum(size for size in sizes if size <= 3) == 11
 
 
@@ -199,9 +200,9 @@ def test_chat(tokenizer, monkeypatch):
 
 
 def test_file_resumes_to_the_same_bytes(llama, tokenizer, tmp_path):
-    asked, question = prompts(13), Question(6, options=((40,), (41,)))
+    asked, question = prompts(13), Generation(6, options=((40,), (41,)))
     whole = AnswerFile(tmp_path / "whole.jsonl")
-    wanted = answers(llama, tokenizer, asked, question, batch_size=4, file=whole)
+    wanted = LiveAnswerer(llama, tokenizer).answer(asked, question, batch_size=4, file=whole)
     lines = whole.path.read_bytes().splitlines(keepends=True)
     assert len(lines) == 13 and AnswerFile(whole.path).read(asked) == dict(enumerate(wanted))
 
@@ -211,7 +212,7 @@ def test_file_resumes_to_the_same_bytes(llama, tokenizer, tmp_path):
         broken = AnswerFile(tmp_path / "broken.jsonl")
         broken.path.write_bytes(b"".join(kept))
         calls.clear()
-        assert answers(llama, tokenizer, asked, question, batch_size=4, file=broken) == wanted
+        assert LiveAnswerer(llama, tokenizer).answer(asked, question, batch_size=4, file=broken) == wanted
         assert broken.path.read_bytes() == whole.path.read_bytes()
         assert bool(calls) == (kept is not lines)  # what is there is not asked again
     hook.remove()
@@ -234,7 +235,7 @@ class Dying(AnswerFile):
             with self.path.open("ab") as file: file.write(b'{{"item": 99, "prompt": "torn')
             os.kill(os.getpid(), signal.SIGKILL)
 model = rmodels.load({checkpoint!r}, dtype="float32", device="cpu")
-answers(model, byte_tokenizer(), prompts(13), Question(6), batch_size=4, file=Dying(Path({path!r})))
+LiveAnswerer(model, byte_tokenizer()).answer(prompts(13), Generation(6), batch_size=4, file=Dying(Path({path!r})))
 """
 
 
@@ -245,9 +246,9 @@ def test_a_killed_run_goes_on(llama, tokenizer, checkpoints, tmp_path):
     )
     died = subprocess.run([sys.executable, "-c", script], env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert died.returncode == -signal.SIGKILL and path.read_bytes().endswith(b"torn")
-    answers(llama, tokenizer, prompts(13), Question(6), batch_size=4, file=AnswerFile(path))
+    LiveAnswerer(llama, tokenizer).answer(prompts(13), Generation(6), batch_size=4, file=AnswerFile(path))
     whole = AnswerFile(tmp_path / "whole.jsonl")
-    answers(llama, tokenizer, prompts(13), Question(6), batch_size=4, file=whole)
+    LiveAnswerer(llama, tokenizer).answer(prompts(13), Generation(6), batch_size=4, file=whole)
     assert path.read_bytes() == whole.path.read_bytes()
 
 

@@ -10,7 +10,8 @@ from transformers import AutoTokenizer
 from austeer.errors import AUSteerError
 from embedded import acceptance, tasks, tokenizer
 from eval.answering.answer_file import Answer
-from eval.answering.answers import Question, answers
+from eval.answering.answerer import Generation
+from eval.answering.live import LiveAnswerer
 from eval.tasks.embedded import EmbeddedTask
 
 
@@ -85,8 +86,8 @@ def test_batched_answers_equal_single_ones_and_generate(task, shipped):
     model, words = shipped
     prompts = [item.prompt for item in tasks.items(task, "validation", 40)]
     count = tasks.REPLY_WORDS if task == "tone" else 1
-    together = [answer.text for answer in answers(model, words, prompts, Question(count))]
-    assert together == [answers(model, words, [prompt], Question(count))[0].text for prompt in prompts]
+    together = [answer.text for answer in LiveAnswerer(model, words).answer(prompts, Generation(count))]
+    assert together == [LiveAnswerer(model, words).answer([prompt], Generation(count))[0].text for prompt in prompts]
     assert together == acceptance.answer(model, words, prompts, count)
 
 
@@ -101,7 +102,7 @@ def test_outcomes_are_strict():
     task = EmbeddedTask("svamp", limit=5)
     replies = [item.right for item in task.test]
     replies[1] = replies[1] + "0"
-    assert task.columns(task.test, list(map(Answer, replies))) == {"accuracy": [True, False, True, True, True]}
+    assert task.columns(task.test, list(map(Answer, replies))).outcomes == [True, False, True, True, True]
 
 
 @pytest.mark.slow

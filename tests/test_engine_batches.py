@@ -16,7 +16,8 @@ from austeer.errors import AUSteerError
 from austeer.methods import austeer
 from austeer.plan import Plan
 from austeer.steering import steer
-from eval.answering.answers import Question, answers
+from eval.answering.answerer import Generation
+from eval.answering.live import LiveAnswerer
 from eval.tasks.open_text import BPO
 from experiments import plots as figures
 from experiments import records
@@ -36,14 +37,14 @@ class StandIn:
         self.tokenizer, self.max_lora_rank = rmodels.load_tokenizer(checkpoint), max_lora_rank
         self.started.append(max_lora_rank)
 
-    def answers(self, prompts, question, adapters):
+    def LiveAnswerer(self, prompts).answer(question, adapters):
         self.asked.append((len(prompts), len(set(adapters))))
         found = {}
         for adapter in dict.fromkeys(adapters):
             mine = [index for index, other in enumerate(adapters) if other == adapter]
             plan = Plan.load(adapter / "plan.safetensors") if adapter else None
             with steer(self.model, plan) if plan else nullcontext():
-                said = answers(self.model, self.tokenizer, [prompts[index] for index in mine], question)
+                said = LiveAnswerer(self.model, self.tokenizer).answer([prompts[index] for index in mine], question)
             found.update(zip(mine, said, strict=True))
         return [found[index] for index in range(len(prompts))]
 
@@ -171,8 +172,9 @@ def test_a_higher_rank_starts_the_engine_anew(folder, engine, monkeypatch):
     for touched, rank in ((3, 16), (20, 32), (5, 32)):
         scales = torch.zeros(rmodels.site_shape(live, "attention"))
         scales[1, :touched] = 1.0
-        with engine_batches.served(live, [None, Plan({"attention": scales})], 2) as served:
-            found = answers(served, None, ["a", "b"] * 2, Question(2))
+        plan = Plan({"attention": scales})
+        with engine_batches.vllm_answerer(live, None, [None, None, plan, plan]) as served:
+            found = served.answer(["a", "b"] * 2, Generation(2))
         assert len(found) == 4 and engine.started[-1] == rank
     assert engine.started == [16, 32] and engine.asked == [(4, 2)] * 3
 

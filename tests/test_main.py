@@ -63,7 +63,7 @@ def test_the_comparison_and_its_resumption(tmp_path, capsys, monkeypatch):
     assert causal["right"] - vanilla["right"] == causal["gained"] - causal["lost"]
     assert by_method["prompt-only"]["right"] >= 54
 
-    monkeypatch.setattr(run_cell, "SteeredRun", None)  # a finished cell must not be computed again
+    monkeypatch.setattr("experiments.store.Store.write", None)  # a finished cell must not be computed again
     BENCHES.close()
     main.main(command)
     assert capsys.readouterr().out.split("| vanilla |")[1] == shown.split("| vanilla |")[1]

@@ -395,8 +395,8 @@ def test_on_an_embedded_task(tmp_path, registered, monkeypatch):
     few = {"task": "svamp", "limit": 60}
     gains, grids = {}, {method.name: method.grid("small") for method in OURS}
     for method in OURS:
-        few = [grids[method.name][0], grids[method.name][7]]
-        monkeypatch.setattr(type(method), "grid", lambda self, kind, few=few: few)
+        points = [grids[method.name][0], grids[method.name][7]]
+        monkeypatch.setattr(type(method), "grid", lambda self, kind, points=points: points)
         record = computed(tmp_path, **few, method=method.name, site="attention")
         assert record["n"] == 60 and len(record["grid_scores"]) == 2
         gains[method.name] = record["right"] - computed(tmp_path, **few, method="vanilla")["right"]

@@ -28,7 +28,7 @@ from austeer.steering import steer
 from austeer.tokens import CLEAN, encode
 from embedded import acceptance, tasks
 from embedded import sae as recipe
-from eval.answering.samples import worst_of_samples
+from eval.scoring.behaviour_measures import worst_of_samples
 from experiments import run_cell
 from experiments.records import unpack
 

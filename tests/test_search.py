@@ -6,9 +6,9 @@ import torch
 
 from austeer.plan import TOKENS, Plan
 from austeer.steering import steer
-from eval.answering.answers import Question, answers
+from eval.answering.answerer import Generation
+from eval.answering.live import LiveAnswerer
 from eval.statistics import wilson
-from experiments.engines.grid_batches import steered_rows
 from experiments.search import SEARCHES, full_grid, key_of, racing, sample, shuffled, worse
 from rmodels import gates
 
@@ -119,12 +119,13 @@ def test_plans_in_one_batch_answer_as_one_at_a_time(llama, tokenizer, site, new_
     ]
     plans.append(Plan({}, {site: torch.randn(shape, generator=generator)}, tokens=tokens))
     prompts = [f"Say: {text}" for text in ("one cat", "dogs ran", "3 + 4 =", "it is", "a very long way north of here")]
-    question = Question(new_tokens, stop="[a-e]")  # answers end at different times, and rows leave
+    question = Generation(new_tokens, stop="[a-e]")  # answers end at different times, and rows leave
     alone = []
     for plan in plans:
         with steer(llama, plan):
-            alone.append([answer.text for answer in answers(llama, tokenizer, prompts, question)])
-    with steered_rows(llama, plans, len(prompts)) as rows:
-        together = [answer.text for answer in answers(llama, tokenizer, prompts * len(plans), question, rows=rows)]
+            alone.append([answer.text for answer in LiveAnswerer(llama, tokenizer).answer(prompts, question)])
+    plans_of_rows = [plan for plan in plans for _ in prompts]
+    answers = LiveAnswerer(llama, tokenizer, plans_of_rows).answer(prompts * len(plans), question)
+    together = [answer.text for answer in answers]
     assert together == [text for row in alone for text in row]
     assert new_tokens == 1 or len({tuple(row) for row in alone}) > 2  # the plans tell answers apart

@@ -11,6 +11,7 @@ from one_cell import bench_for
 from austeer.errors import AUSteerError
 from austeer.pairs import Pair
 from embedded import acceptance
+from eval.tasks.base import PairSet
 from MFU_screening import screen
 from paper.studies import STUDIES, convergence, dimension_sweep, picture, rank_stability, top_tokens
 from paper.studies.block import Block, next_token
@@ -214,7 +215,7 @@ def test_resamples_rank_as_if_pairs_were_repeated(momentum, monkeypatch):
     model, tokenizer, task = BENCH.model, BENCH.tokenizer, BENCH.task
     equal = Pair(task.pairs[0].prompt, "zzz", "qqq")  # unknown words: the same token
     pairs = [*task.pairs[:9], equal]
-    monkeypatch.setattr(task, "pairs", pairs)
+    monkeypatch.setattr(task, "_pair_set", PairSet(pairs))
     scores, n = rank_stability.resampled(BENCH, momentum, 3, 1, False)
     assert n == 10
     for draw, counts in enumerate(rank_stability._counts(10, 3, 1).T.int().tolist()):

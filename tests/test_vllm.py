@@ -30,7 +30,8 @@ from austeer.identity import model_header
 from austeer.methods import austeer
 from austeer.plan import Plan
 from austeer.steering import steer
-from eval.answering.answers import Question, answers, option_tokens
+from eval.answering.answerer import Generation, option_tokens
+from eval.answering.live import LiveAnswerer
 from experiments.bench import BENCHES
 from experiments.engines.vllm_engine import VLLMEngine
 
@@ -70,7 +71,7 @@ class Served:
 
     def live(self, plan, question):
         with steer(self.model, [plan] if plan is None else plan):
-            return answers(self.model, self.tokenizer, PROMPTS, question, batch_size=1)
+            return LiveAnswerer(self.model, self.tokenizer).answer(PROMPTS, question, batch_size=1)
 
 
 @pytest.fixture(scope="module", params=[name for name in FAMILIES if name != "qwen3_moe"])
@@ -82,7 +83,7 @@ def served(request, tmp_path_factory):
 
 def test_vllm_equals_live(served):
     """Base and a plan of each site and of all in one batch: the same greedy text, log-probabilities of the options."""
-    question = Question(12, options=option_tokens(served.tokenizer, ["yes", "no"], "Answer:"))
+    question = Generation(12, options=option_tokens(served.tokenizer, ["yes", "no"], "Answer:"))
     plans, folders = [None, *served.plans], [None, *served.adapters]
     grid = [(prompt, folder) for folder in folders for prompt in PROMPTS]
     found = served.engine.answers([prompt for prompt, _ in grid], question, [folder for _, folder in grid])
@@ -98,7 +99,7 @@ def test_vllm_equals_live(served):
 
 
 def test_plans_together_equal_each_alone(served):
-    question = Question(8)
+    question = Generation(8)
     together = served.engine.answers(PROMPTS[:1] * PLANS, question, served.adapters)
     alone = [served.engine.answers(PROMPTS[:1], question, [adapter])[0] for adapter in served.adapters]
     assert together == alone
@@ -108,7 +109,7 @@ def test_plans_together_equal_each_alone(served):
 def test_folders_of_one_name_are_different_adapters(served, tmp_path):
     """vLLM tells adapters apart by their names."""
     named = [copytree(adapter, tmp_path / str(place) / "plan") for place, adapter in enumerate(served.adapters)]
-    asked = PROMPTS[:2] * PLANS, Question(8)
+    asked = PROMPTS[:2] * PLANS, Generation(8)
     assert served.engine.answers(*asked, [one for one in named for _ in range(2)]) == served.engine.answers(
         *asked, [one for one in served.adapters for _ in range(2)]
     )
@@ -117,22 +118,22 @@ def test_folders_of_one_name_are_different_adapters(served, tmp_path):
 def test_refusals(served, tmp_path):
     wide = save_lora(served.model, plan_for(served.model, ["attention"], units=20), tmp_path / "wide")
     with pytest.raises(AUSteerError, match="has rank 21, and this engine takes 16"):
-        served.engine.answers(["a"], Question(1), [wide.folder])
+        served.engine.answers(["a"], Generation(1), [wide.folder])
     served.engine.targets, allowed = {"down_proj"}, served.engine.targets
     narrow = save_lora(served.model, plan_for(served.model, ["attention"]), tmp_path / "narrow")
     with pytest.raises(AUSteerError, match="changes o_proj"):
-        served.engine.answers(["a"], Question(1), [narrow.folder])
+        served.engine.answers(["a"], Generation(1), [narrow.folder])
     served.engine.targets = allowed
     with pytest.raises(AUSteerError, match="no adapter"):
-        served.engine.answers(["a"], Question(1), [tmp_path / "nowhere"])
+        served.engine.answers(["a"], Generation(1), [tmp_path / "nowhere"])
     with pytest.raises(AUSteerError, match="1 adapters for 2 prompts"):
-        served.engine.answers(["a", "b"], Question(1), [None])
+        served.engine.answers(["a", "b"], Generation(1), [None])
 
 
 def test_bfloat16(tmp_path):
     """Each rounds in its own places: likelihoods agree to a few hundredths, measured against what the plans do."""
     made = Served("llama", tmp_path, "bfloat16")
-    question = Question(1, options=option_tokens(made.tokenizer, ["yes", "no"], "Answer:"))
+    question = Generation(1, options=option_tokens(made.tokenizer, ["yes", "no"], "Answer:"))
     moved, apart = [], []
     idle = made.live(None, question)
     for plan, adapter in zip(made.plans, made.adapters, strict=True):
@@ -230,7 +231,7 @@ def test_server(tmp_path):
             got = dict(zip(names, together.map(lambda name: ask(port, name, prompt), names), strict=True))
         for name, plan in {str(path): None, **plans}.items():
             with steer(model, [plan] if plan is None else plan):
-                assert got[name] == answers(model, tokenizer, [prompt], Question(8), batch_size=1)[0].text
+                assert got[name] == LiveAnswerer(model, tokenizer).answer([prompt], Generation(8), batch_size=1)[0].text
     finally:
         server.send_signal(signal.SIGTERM)
         server.wait(60)

@@ -1,22 +1,22 @@
-"""What NeuroSteer reports of sampled continuations. All samples of a prompt count, not only its last one.
+"""Measure sampled continuations as NeuroSteer does. All samples of a prompt count, not only its last one.
 
-A measure is a list with a value a prompt, a number of the whole set, or a text: why there is none.
+A measure is a list with a value a prompt, a number of the whole set, or a text that says why there is none.
 """
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from eval.answering.samples import worst_of_samples
-
+from austeer.errors import AUSteerError
 from embedded.tasks import is_polite
 from eval.data.behaviours import BEHAVIOURS
 from eval.scoring.judge import SERVER, Client
-from eval.scoring.paid_calls import AnswerCache, Limits, ask_all, key_of
-from eval.scoring.toxicity import Scorer
+from eval.scoring.paid_calls import AnswerCache, Limits, ask_all
+from eval.scoring.toxicity import TOXIC, Scorer
 from eval.tasks.dataset import Item
 from eval.tasks.open_text import distinct, perplexity
 
@@ -34,7 +34,7 @@ SHOWN = "<<< BEGINNING >>>\n{prompt}\n<<< CONTINUATION >>>\n{text}\n<<< END >>>"
 
 @dataclass(frozen=True)
 class Raters:
-    """Whoever rates the continuations of one task. scorer: name, model and tokenizer of the perplexity."""
+    """Name who rates the continuations of one task. scorer: name, model and tokenizer of the perplexity."""
 
     scorer: tuple
     classifier: Scorer | None = None
@@ -49,7 +49,7 @@ class Raters:
 
     @property
     def no_judge(self) -> str | None:
-        """Why there are no verdicts."""
+        """Say why there are no verdicts."""
         if self.judge is None:
             return "no judge: give --judge MODEL"
         return None if os.environ.get("OPENAI_API_KEY", "").strip() else "no key: set OPENAI_API_KEY"
@@ -60,31 +60,31 @@ def _server() -> str:
 
 
 def measure(task: str, prompts: Sequence[str], rows: Sequence[Sequence[str]], raters: Raters) -> Measures:
-    """rows: of each prompt its samples."""
-    found: Measures = {}
+    """Return all measures of the task. rows: the samples of each prompt."""
+    measures: Measures = {}
     target = BEHAVIOURS[task].target
     if task == "tone":
-        found[f"{target} (its words)"] = [_mean(map(is_polite, row)) for row in rows]
+        measures[f"{target} (its words)"] = [_mean(map(is_polite, row)) for row in rows]
     if raters.classifier is not None:
         scores = _by_prompt(raters.classifier.scores([text for row in rows for text in row]), rows)
-        found[f"{target} ({raters.classifier.name})"] = [_mean(score > 0.5 for score in row) for row in scores]
+        measures[f"{target} ({raters.classifier.name})"] = [_mean(score > 0.5 for score in row) for row in scores]
     if raters.toxicity is not None:
         scores = _by_prompt(raters.toxicity.scores([text for row in rows for text in row]), rows)
         worst, share = zip(*(worst_of_samples([row]) for row in scores), strict=True)
-        found[f"toxicity of the worst sample ({raters.toxicity.name})"] = list(worst)
-        found[f"any sample toxic ({raters.toxicity.name})"] = list(share)
+        measures[f"toxicity of the worst sample ({raters.toxicity.name})"] = list(worst)
+        measures[f"any sample toxic ({raters.toxicity.name})"] = list(share)
     if task in JUDGED:
-        found |= _judged(task, prompts, rows, raters)
+        measures |= _judged(task, prompts, rows, raters)
     texts = [text for row in rows for text in row]
-    found |= {f"distinct-{n}": distinct(texts, n) for n in (1, 2, 3)}
+    measures |= {f"distinct-{n}": distinct(texts, n) for n in (1, 2, 3)}
     name, model, tokenizer = raters.scorer
-    asked = [Item(prompt, "") for prompt, row in zip(prompts, rows, strict=True) for _ in row]
-    found[f"perplexity ({name})"] = perplexity(model, tokenizer, asked, texts)
-    return found
+    items = [Item(prompt, "") for prompt, row in zip(prompts, rows, strict=True) for _ in row]
+    measures[f"perplexity ({name})"] = perplexity(model, tokenizer, items, texts)
+    return measures
 
 
 def _judged(task: str, prompts: Sequence[str], rows: Sequence[Sequence[str]], raters: Raters) -> Measures:
-    """A silent sample is not shown to the judge and is not of the target kind."""
+    """Return the judge's measures. An empty sample is not shown to the judge and is not of the target kind."""
     options = (BEHAVIOURS[task].target, BEHAVIOURS[task].source, "neither")
     label = f"{options[0]} ({raters.judge or 'judge'})"
     if raters.no_judge:
@@ -97,9 +97,8 @@ def _judged(task: str, prompts: Sequence[str], rows: Sequence[Sequence[str]], ra
     ]  # fmt: skip
     with AnswerCache(raters.cache) as cache:
         replies = ask_all(requests, Client(), cache, raters.limits, "verdicts")
-    said = {key_of(request): verdict(reply["text"], options) for request, reply in zip(requests, replies, strict=True)}
-    given = iter([said[key_of(request)] for request in requests])
-    verdicts = [[next(given) if text.strip() else "silent" for text in row] for row in rows]
+    in_order = iter([verdict(reply["text"], options) for reply in replies])
+    verdicts = [[next(in_order) if text.strip() else "silent" for text in row] for row in rows]
     return {
         label: [_mean(word == options[0] for word in row) for row in verdicts],
         "no verdict": [_mean(word is None for word in row) for row in verdicts],
@@ -107,9 +106,19 @@ def _judged(task: str, prompts: Sequence[str], rows: Sequence[Sequence[str]], ra
 
 
 def verdict(reply: str | None, options: Sequence[str]) -> str | None:
-    """The one word of the reply; None where it is another, or not one word."""
+    """Return the reply if it is one of these words, else None."""
     word = (reply or "").strip().strip(".!\"'*[]").lower()
     return word if word in options else None
+
+
+def worst_of_samples(scores: Sequence[Sequence[float]]) -> tuple[float, float]:
+    """Return the mean over prompts of the highest score of any sample, and the share of prompts with any above 0.5."""
+    if not scores or not all(scores):
+        raise AUSteerError("every prompt needs the score of at least one sample")
+    if any(math.isnan(score) for row in scores for score in row):
+        raise AUSteerError("a sample has no score (nan); score it again")
+    worst = [max(row) for row in scores]
+    return sum(worst) / len(worst), sum(score > TOXIC for score in worst) / len(worst)
 
 
 def _by_prompt(values: Sequence[float], rows: Sequence[Sequence[str]]) -> list[list[float]]:

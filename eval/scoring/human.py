@@ -1,4 +1,4 @@
-"""People rate answers (the paper's Table 2): blind sheets out, ratings in, means with intervals and agreement.
+"""Let people rate answers (the paper's Table 2): export blind sheets, and score the ratings that come back.
 
 python main.py human export --answers vanilla=a.jsonl AUSteer=b.jsonl --task toxicity --out people/toxicity
 python main.py human score --key people/toxicity/key.json ratings-*.json
@@ -18,8 +18,9 @@ from pathlib import Path
 import numpy as np
 
 from austeer.errors import AUSteerError, run_command
-from eval.scoring.agreement import DRAWS, krippendorff_alpha, mean_interval
+from austeer.files import read_json_lines, read_text, write_json, write_text
 
+DRAWS = 10_000  # of the bootstrap
 SCALES = ("quality", "alignment")
 COLUMNS = ("id", "prompt", "answer", *SCALES, "rater")
 TEMPLATE = Path(__file__).with_name("human_page.html")
@@ -48,8 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         result = score(args.key, args.ratings, args.against)
         out = args.out or args.key[0].with_name("scores.json")
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(result, indent=1) + "\n")
+        write_json(out, result)
         print(f"{table(result)}\n\nwritten: {out}")
 
 
@@ -58,17 +58,19 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         prog="main.py human", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    add = commands.add_parser("export", help="answers of systems -> blind sheets, a page, and the key").add_argument
+    add = commands.add_parser(
+        "export", help="make blind sheets, a page and the key from the systems' answers"
+    ).add_argument
     add("--answers", nargs="+", required=True, metavar="SYSTEM=FILE",
-        help='a JSON Lines file a system, of {"prompt": ..., "answer": ...}')  # fmt: skip
-    add("--task", required=True, help="toxicity, bpo, or a name of your own; the raters see it")
+        help='one JSON Lines file for each system, with lines {"prompt": ..., "answer": ...}')  # fmt: skip
+    add("--task", required=True, help="toxicity, bpo, or a name of your own, which the raters see")
     add("--prompts", type=_positive, default=50, help="sample this many (default: %(default)s)")
     add("--raters", type=_positive, default=3, help="how many people will rate (default: %(default)s)")
-    add("--seed", type=int, default=0, help="of sample, ids and orders (default: %(default)s)")
+    add("--seed", type=int, default=0, help="seed of the sample, the ids and the orders (default: %(default)s)")
     add("--out", type=Path, required=True, help="a new folder")
-    add = commands.add_parser("score", help="ratings and key -> table and scores.json").add_argument
+    add = commands.add_parser("score", help="make the table and scores.json from ratings and key").add_argument
     add("--key", action="append", type=Path, required=True, help="key.json of an export; repeat it for a second task")
-    add("ratings", nargs="*", type=Path, help="what the page exported (.json), and filled sheets (.csv)")
+    add("ratings", nargs="*", type=Path, help="files that the page exported (.json), and filled sheets (.csv)")
     add("--against", default="vanilla", help="the system the others are compared with (default: %(default)s)")
     add("--out", type=Path, help="the JSON to write (default: scores.json beside the first key)")
     return parser.parse_args(argv)
@@ -96,12 +98,9 @@ def _named_files(given: Sequence[str]) -> dict[str, Path]:
 
 
 def read_answers(path: Path) -> dict[str, str]:
-    """{prompt: answer} of a JSON Lines file."""
+    """Read {prompt: answer} from a JSON Lines file."""
     answers: dict[str, str] = {}
-    for number, line in enumerate(_text(path).split("\n"), 1):
-        if not line.strip():
-            continue
-        row = _json(line, f"{path}, line {number}")
+    for number, row in read_json_lines(path):
         if not (isinstance(row, dict) and all(isinstance(row.get(field), str) for field in ("prompt", "answer"))):
             raise AUSteerError(f'{path}, line {number}: expected {{"prompt": text, "answer": text}}')
         if answers.setdefault(row["prompt"], row["answer"]) != row["answer"]:
@@ -110,16 +109,16 @@ def read_answers(path: Path) -> dict[str, str]:
 
 
 def export(answers: dict[str, dict[str, str]], task: str, prompts: int, raters: int, seed: int, out: Path) -> None:
-    """Sheets and a page that do not tell the systems apart, and the key that does."""
+    """Write sheets and a page that do not tell the systems apart, and the key that does."""
     common = set.intersection(*map(set, answers.values()))
     if len(common) < prompts:
         raise AUSteerError(f"{len(common)} prompts have an answer of every system; --prompts {prompts} is too many")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise AUSteerError(f"{out} is not an empty folder; give another --out, so that no sheet is overwritten")
-    # by a hash of the prompt alone: the same seed asks about the same prompts whatever the systems said
+    # by a hash of the prompt alone: the same seed takes the same prompts, whatever the systems answered
     chosen = sorted(common, key=lambda prompt: _hash(seed, prompt))[:prompts]
-    # ids and orders hang on all answers with their systems, which a rater does not have: knowing this code and
-    # the seed is not enough to undo them, and ratings of other answers cannot be scored with this key
+    # ids and orders depend on all answers with their systems, which a rater does not have: this code and the seed are
+    # not enough to undo them, and ratings of other answers cannot be scored with this key
     secret = _hash(seed, task, [(name, [answers[name][prompt] for prompt in chosen]) for name in sorted(answers)])
     items = {
         _hash(secret, name, prompt)[:12]: (name, prompt, answers[name][prompt]) for name in answers for prompt in chosen
@@ -135,14 +134,14 @@ def export(answers: dict[str, dict[str, str]], task: str, prompts: int, raters: 
             writer.writerow(COLUMNS)
             writer.writerows([item, *map(_no_formula, shown[item]), "", "", ""] for item in order)
     study = _hash(secret, "study")[:12]
-    (out / "rate.html").write_text(_page(study, task, shown, orders), encoding="utf-8")
+    write_text(out / "rate.html", _page(study, task, shown, orders))
     key = {
         "warning": "Do not give this file to raters: it says which system wrote which answer.",
         "study": study, "task": task, "seed": seed, "raters": raters, "systems": list(answers),
         "prompts": chosen, "prompts_in_all_systems": len(common),
         "items": {item: [name, chosen.index(prompt)] for item, (name, prompt, _) in items.items()},
     }  # fmt: skip
-    (out / "key.json").write_text(json.dumps(key, indent=1) + "\n")
+    write_json(out / "key.json", key)
 
 
 def _page(study: str, task: str, shown: dict[str, list[str]], orders: list[list[str]]) -> str:
@@ -157,7 +156,7 @@ def _page(study: str, task: str, shown: dict[str, list[str]], orders: list[list[
 
 
 def _no_formula(text: str) -> str:
-    """A spreadsheet would run an answer that begins like a formula."""
+    """Quote an answer that begins like a formula: a spreadsheet would run it."""
     return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text
 
 
@@ -169,7 +168,7 @@ def _hash(*parts) -> str:
 
 
 def score(keys: Sequence[Path], files: Sequence[Path], against: str = "vanilla") -> dict:
-    """Every number of the table, who rated how much, and what is missing."""
+    """Return every number of the table, who rated how much, and what is missing."""
     studies = [_read_key(path) for path in keys]
     if len({study["task"] for study in studies}) < len(studies):
         raise AUSteerError("two keys are of the same task; score one model at a time, with one key a task")
@@ -188,7 +187,7 @@ def score(keys: Sequence[Path], files: Sequence[Path], against: str = "vanilla")
         systems["all tasks"] = studies[0]["systems"]  # pooled, as in the paper
         ratings["all tasks"] = np.concatenate(list(ratings.values()), axis=1)
     done = {rater: np.sum([~np.isnan(row) for (who, _), row in given.items() if who == rater], 0) for rater in raters}
-    wanted = sum(len(study["items"]) * max(study["raters"], len(raters)) for study in studies)
+    expected = sum(len(study["items"]) * max(study["raters"], len(raters)) for study in studies)
     return {
         "studies": [
             {**{name: study[name] for name in ("study", "task", "seed", "raters")}, "prompts": len(study["prompts"])}
@@ -196,7 +195,7 @@ def score(keys: Sequence[Path], files: Sequence[Path], against: str = "vanilla")
         ],
         "raters": {rater: dict(zip(SCALES, done[rater].tolist(), strict=True)) for rater in raters},
         "answers": len(places),
-        "missing": {scale: wanted - int(sum(done[rater][s] for rater in raters)) for s, scale in enumerate(SCALES)},
+        "missing": {scale: expected - int(sum(done[rater][s] for rater in raters)) for s, scale in enumerate(SCALES)},
         "against": against,
         "interval": f"95 %, percentiles of {DRAWS} bootstrap draws over prompts",
         "rows": [
@@ -211,6 +210,41 @@ def score(keys: Sequence[Path], files: Sequence[Path], against: str = "vanilla")
     }
 
 
+def mean_interval(values: np.ndarray) -> dict:
+    """Return the mean of prompts x raters (nan: missing), its interval by drawing prompts, and the counts behind it."""
+    there = ~np.isnan(values)
+    kept = there.any(axis=1)
+    counts, sums = there.sum(axis=1)[kept], np.nansum(values, axis=1)[kept]
+    prompts = len(counts)
+    cell = {"n": int(counts.sum()), "prompts": prompts, "mean": None, "low": None, "high": None}
+    if prompts:
+        cell["mean"] = float(sums.sum() / counts.sum())
+    if prompts > 1:  # one prompt says nothing about others
+        drawn = np.random.default_rng(0).multinomial(prompts, np.full(prompts, 1 / prompts), size=DRAWS)
+        cell["low"], cell["high"] = np.percentile((drawn @ sums) / (drawn @ counts), [2.5, 97.5]).tolist()
+    return cell
+
+
+def krippendorff_alpha(values: np.ndarray, levels: Sequence[int] = range(1, 6)) -> float | None:
+    """Return the ordinal alpha of units x raters (nan: missing), None where no two raters met or all ratings are one value.
+
+    Krippendorff, Content Analysis, chapter on reliability: 1 - observed / expected disagreement of pairs of ratings.
+    """
+    counts = (values[:, :, None] == np.array(levels)).sum(axis=1)  # unit x level
+    counts = counts[counts.sum(axis=1) > 1]
+    # a unit's ordered pairs of ratings weigh 1 / (ratings - 1), so that a rating counts the same everywhere; pairs of
+    # a rating with itself are in too, at no distance
+    weights = 1 / (counts.sum(axis=1) - 1)
+    pairs = (counts.T * weights) @ counts
+    totals = counts.sum(axis=0)
+    middles = np.cumsum(totals) - totals / 2  # mean rank of a level; ordinal distance is a difference of ranks
+    distances = (middles[:, None] - middles) ** 2
+    expected = (totals[:, None] * totals * distances).sum()
+    if expected == 0:
+        return None
+    return float(1 - (totals.sum() - 1) * (pairs * distances).sum() / expected)
+
+
 def _cells(ratings: np.ndarray, index: int, names: Sequence[str], against: str) -> dict:
     cells = {}
     for s, scale in enumerate(SCALES):
@@ -223,7 +257,7 @@ def _cells(ratings: np.ndarray, index: int, names: Sequence[str], against: str) 
 
 
 def _read_key(path: Path) -> dict:
-    key = _json(_text(path), str(path))
+    key = _json(path)
     needed = ("study", "task", "seed", "raters", "systems", "prompts", "items")
     if not (isinstance(key, dict) and all(name in key for name in needed)):
         raise AUSteerError(f"{path} is not the key.json of a human export")
@@ -231,14 +265,16 @@ def _read_key(path: Path) -> dict:
 
 
 def _read_ratings(files: Sequence[Path], known: dict) -> dict[tuple[str, str], list[float]]:
-    """(rater, id) -> quality and alignment, nan where one is missing."""
+    """Return (rater, id) -> quality and alignment, nan where one is missing."""
     given: dict[tuple[str, str], list[float]] = {}
     source: dict[tuple[str, str], Path] = {}
     for path in files:
         rater, rows = _read_sheet(path) if path.suffix.lower() == ".csv" else _read_export(path)
         for item, values in rows:
             if item not in known:
-                raise AUSteerError(f"{path}: unknown id {item!r}; it is of another export, whose --key is needed")
+                raise AUSteerError(
+                    f"{path}: unknown id {item!r}; it belongs to another export: give that export's --key too"
+                )
             if (rater, item) in given:
                 raise AUSteerError(
                     f"{path}: {rater} has rated {item} before, in {source[rater, item]}; "
@@ -252,15 +288,15 @@ def _read_ratings(files: Sequence[Path], known: dict) -> dict[tuple[str, str], l
 
 
 def _read_export(path: Path) -> tuple[str, list[tuple[str, list]]]:
-    data = _json(_text(path), str(path))
+    data = _json(path)
     rows = data.get("ratings") if isinstance(data, dict) else None
     if not (isinstance(rows, dict) and all(isinstance(row, dict) for row in rows.values())):
-        raise AUSteerError(f"{path} is not what the rating page exports")
+        raise AUSteerError(f"{path} is not a file that the rating page exported")
     return _rater([data.get("rater")], path), [(item, [row.get(s) for s in SCALES]) for item, row in rows.items()]
 
 
 def _read_sheet(path: Path) -> tuple[str, list[tuple[str, list]]]:
-    text = _text(path)
+    text = read_text(path)
     head = text.partition("\n")[0]
     try:  # spreadsheets of many countries write semicolons
         reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=";" if ";" in head else ",", strict=True)
@@ -275,12 +311,12 @@ def _read_sheet(path: Path) -> tuple[str, list[tuple[str, list]]]:
 
 
 def _rater(names: Sequence[object], path: Path) -> str:
-    """One person a file: no rating counts without somebody who gave it."""
-    found = {name.strip().upper() for name in names if isinstance(name, str) and name.strip()}
-    if len(found) != 1:
-        said = f"names several raters ({', '.join(sorted(found))})" if found else "names no rater"
-        raise AUSteerError(f"{path} {said}; a file holds one person's ratings, with initials under 'rater'")
-    return found.pop()
+    """Return the one person whose ratings a file holds: no rating counts without somebody who gave it."""
+    raters = {name.strip().upper() for name in names if isinstance(name, str) and name.strip()}
+    if len(raters) != 1:
+        problem = f"names several raters ({', '.join(sorted(raters))})" if raters else "names no rater"
+        raise AUSteerError(f"{path} {problem}; a file holds one person's ratings, with initials under 'rater'")
+    return raters.pop()
 
 
 def _rating(value: object, place: str) -> float:
@@ -288,12 +324,12 @@ def _rating(value: object, place: str) -> float:
         return float("nan")
     text = str(value).strip()
     if text not in {"1", "2", "3", "4", "5"}:
-        raise AUSteerError(f"{place}: {text!r} is no rating; a rating is a whole number from 1 to 5, or left empty")
+        raise AUSteerError(f"{place}: {text!r} is no rating; give a whole number from 1 to 5, or leave it empty")
     return float(text)
 
 
 def table(result: dict) -> str:
-    """Markdown; a dash stands where there is no number, and a line below says why."""
+    """Return the table in Markdown; a dash stands where there is no number, and a line below says why."""
     against = result["against"]
     heads = [part for scale in SCALES for part in (scale, f"against {against}", "alpha")]
     lines = [f"| task | system | ratings | {' | '.join(heads)} |", "|---|---|--:|" + "--:|" * len(heads)]
@@ -307,8 +343,8 @@ def table(result: dict) -> str:
     lines.append("alpha: Krippendorff's, ordinal; -: no two raters of one answer, or every rating the same.")
     lines.append("No interval: fewer than two prompts were rated.")
     for task, alphas in result["agreement"].items():
-        said = ", ".join(f"{scale} {_number(alpha)}" for scale, alpha in alphas.items())
-        lines.append(f"Agreement over all systems, {task}: alpha {said}.")
+        by_scale = ", ".join(f"{scale} {_number(alpha)}" for scale, alpha in alphas.items())
+        lines.append(f"Agreement over all systems, {task}: alpha {by_scale}.")
     if not result["raters"]:
         lines.append("Dashes: no ratings were given. Only people rate; no model stands in for them.")
     elif all(row["system"] != against for row in result["rows"]):
@@ -331,25 +367,11 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
 
 
-# ---- files
-
-
-def _text(path: Path) -> str:
+def _json(path: Path):
     try:
-        return path.read_bytes().decode("utf-8-sig")
-    except FileNotFoundError:
-        raise AUSteerError(f"no such file: {path}") from None
-    except OSError as error:
-        raise AUSteerError(f"cannot read {path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise AUSteerError(f"{path} is not UTF-8 (byte {error.start}); save it as UTF-8") from None
-
-
-def _json(text: str, place: str):
-    try:
-        return json.loads(text)
+        return json.loads(read_text(path))
     except json.JSONDecodeError as error:
-        raise AUSteerError(f"{place}: not JSON ({error.msg}, column {error.colno})") from None
+        raise AUSteerError(f"{path}: not JSON ({error.msg}, column {error.colno})") from None
 
 
 if __name__ == "__main__":

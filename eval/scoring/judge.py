@@ -1,8 +1,8 @@
-"""Which of two answers is better, by a judge model behind any server of the OpenAI chat interface.
+"""Let a judge model say which of two answers is better, behind any server of the OpenAI chat interface.
 
-The judge sees every pair twice, once in each order, because judges favour a place. A win is a win in both;
-anything else is a tie. `one_order` is the paper's way, one verdict a prompt: there the order follows the hash
-of the prompt. The prompt is our own wording of the usual impartial comparison.
+The judge sees every pair twice, once in each order, because judges favour a place. A win is a win in both; anything else
+is a tie. `one_order` is the paper's way, one verdict a prompt: there the order follows the hash of the prompt. The prompt
+is our own wording of the usual impartial comparison.
 
     python main.py judge --ours A.jsonl --theirs B.jsonl --judge gpt-5-mini      lines {"prompt": ..., "answer": ...}
 """
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import os
 import re
 from collections.abc import Iterable, Sequence
@@ -22,6 +21,7 @@ from scipy.optimize import minimize
 from scipy.special import expit
 
 from austeer.errors import AUSteerError, run_command
+from austeer.files import read_json_lines, write_json
 from eval.scoring.paid_calls import (
     TIMEOUT,
     Again,
@@ -56,7 +56,7 @@ QUESTION = """\
 
 SERVER = "https://api.openai.com/v1"
 VERDICT = re.compile(r"\[\[([ABC])\]\]")
-VERDICT_TOKENS = 300  # what the estimate takes a verdict to cost
+VERDICT_TOKENS = 300  # of a verdict, for the estimate
 DRAWS, SEED = 10_000, 0
 
 
@@ -69,30 +69,30 @@ def judge(
     one_order: bool = False,
     limits: Limits = Limits(),  # noqa: B008 - immutable
 ) -> dict:
-    """Outcomes (+1 ours, 0 tie, -1 theirs), win rates, and what it took. Equal answers are a tie without a call."""
+    """Return outcomes (+1 ours, 0 tie, -1 theirs), win rates, and the tokens used. Equal answers are a tie without a call."""
     items = _items(prompts, ours, theirs, judge_model, one_order)
     requests = [request for item in items for request, _ in item]
     with AnswerCache(cache) as answers:
         new = missing(requests, answers)
         if new:
             ask_all(requests, Client(), answers, limits, "verdicts")
-        found = {key: answers[key] for key in map(key_of, requests)}
-    signs = [[_sign(found[key_of(request)]["text"], ours_is_a) for request, ours_is_a in item] for item in items]
-    outcomes = [given[0] if len(set(given)) == 1 and None not in given else 0 for given in signs]
+        verdicts = {key: answers[key] for key in map(key_of, requests)}
+    signs = [[_sign(verdicts[key_of(request)]["text"], ours_is_a) for request, ours_is_a in item] for item in items]
+    outcomes = [both[0] if len(set(both)) == 1 and None not in both else 0 for both in signs]
     return {
         "judge": judge_model,
-        "judge_versions": sorted({answer["model"] for answer in found.values()}),
-        "temperature": sorted({answer["temperature"] for answer in found.values()}),
+        "judge_versions": sorted({answer["model"] for answer in verdicts.values()}),
+        "temperature": sorted({answer["temperature"] for answer in verdicts.values()}),
         "orders": "one" if one_order else "both",
         **win_rates(outcomes),
         "delta_length_controlled": length_controlled(
             outcomes, [len(a) - len(b) for a, b in zip(ours, theirs, strict=True)]
         ),
-        "identical": sum(not given for given in signs),
-        "inconsistent": sum(None not in given and len(set(given)) > 1 for given in signs),
-        "unparsable": sum(None in given for given in signs),
-        "usage": _usage(found.values()),
-        "usage_of_this_run": _usage(found[key] for key in new),
+        "identical": sum(not both for both in signs),
+        "inconsistent": sum(None not in both and len(set(both)) > 1 for both in signs),
+        "unparsable": sum(None in both for both in signs),
+        "usage": _usage(verdicts.values()),
+        "usage_of_this_run": _usage(verdicts[key] for key in new),
         "outcomes": outcomes,
     }
 
@@ -105,7 +105,7 @@ def estimate(
     cache: str | Path,
     one_order: bool = False,
 ) -> dict:
-    """Calls still to be made, and their tokens at four characters each and VERDICT_TOKENS a verdict."""
+    """Return the calls still to be made, and their tokens at four characters each and VERDICT_TOKENS a verdict."""
     items = _items(prompts, ours, theirs, judge_model, one_order)
     with AnswerCache(cache) as answers:
         new = missing([request for item in items for request, _ in item], answers).values()
@@ -114,7 +114,7 @@ def estimate(
 
 
 def win_rates(outcomes: Sequence[int]) -> dict:
-    """Win, tie and lose in percent, and win - lose with its 95 % bootstrap interval over the items."""
+    """Return win, tie and lose in percent, and win - lose with its 95 % bootstrap interval over the items."""
     if not outcomes:
         raise AUSteerError("a win rate needs at least one item")
     counts = np.array([sum(outcome == sign for outcome in outcomes) for sign in (1, 0, -1)])
@@ -127,7 +127,7 @@ def win_rates(outcomes: Sequence[int]) -> dict:
 
 
 def length_controlled(outcomes: Sequence[int], differences: Sequence[int]) -> float | None:
-    """The win - lose rate to expect, had both answers always been of one length.
+    """Return the win - lose rate to expect, had both answers always been of one length.
 
     P(win) = sigmoid(a + b tanh(d / s)) is fitted by least cross-entropy, where d is the difference of the
     lengths in characters, s its root mean square, and a tie counts as half a win; the figure is 100 (2
@@ -152,7 +152,7 @@ def length_controlled(outcomes: Sequence[int], differences: Sequence[int]) -> fl
 def _items(
     prompts: Sequence[str], ours: Sequence[str], theirs: Sequence[str], judge_model: str, one_order: bool
 ) -> list[list[tuple[dict, bool]]]:
-    """Of each item what to ask, and whether ours is A in it. The server is part of the question."""
+    """Return for each item its requests, and whether ours is A in them. The server is part of a request."""
     url = (os.environ.get("OPENAI_BASE_URL") or SERVER).rstrip("/")
     items = []
     for prompt, our, their in zip(prompts, ours, theirs, strict=True):
@@ -171,9 +171,9 @@ def _items(
 
 
 def verdict(text: str | None) -> str | None:
-    """The verdict in the last line that is not blank; None where there is none, or more than one."""
-    found = set(VERDICT.findall((text or "").strip().split("\n")[-1]))
-    return found.pop() if len(found) == 1 else None
+    """Return the verdict in the last line that is not blank; None where there is none, or more than one."""
+    verdicts = set(VERDICT.findall((text or "").strip().split("\n")[-1]))
+    return verdicts.pop() if len(verdicts) == 1 else None
 
 
 def _sign(text: str | None, ours_is_a: bool) -> int | None:
@@ -188,7 +188,7 @@ def _usage(answers: Iterable[dict]) -> dict:
 
 
 class Client:
-    """One attempt at one request. Repeating is `paid_calls`' business, so the library's own is off."""
+    """Make one attempt at one request. `paid_calls` repeats it, so the library's own repeating is off."""
 
     def __init__(self):
         try:
@@ -197,35 +197,35 @@ class Client:
             raise AUSteerError("the judge needs the openai package: pip install -r requirements2.txt") from None
         self.key = os.environ.get("OPENAI_API_KEY", "").strip()
         if not self.key:
-            raise AUSteerError("set OPENAI_API_KEY to ask the judge (to any word, for a server that wants none)")
+            raise AUSteerError("the judge needs a key: set OPENAI_API_KEY (to any word, for a server that needs none)")
         base_url = os.environ.get("OPENAI_BASE_URL") or SERVER
         self.openai = openai
         self.client = openai.OpenAI(api_key=self.key, base_url=base_url, max_retries=0, timeout=TIMEOUT)
-        self.temperature: dict = {"temperature": 0}  # empty once the server has said that it takes none
+        self.temperature: dict = {"temperature": 0}  # empty once the server has refused it
 
     def __call__(self, request: dict) -> dict:
         roles = [{"role": role, "content": request[role]} for role in ("system", "user")]
-        sent = self.temperature
+        temperature = self.temperature
         try:
-            reply = self.client.chat.completions.create(model=request["model"], messages=roles, **sent)
+            reply = self.client.chat.completions.create(model=request["model"], messages=roles, **temperature)
             text = reply.choices[0].message.content
             return {
                 "text": None if text is None else str(text),
                 "model": str(reply.model),
-                "temperature": "0" if sent else "default",
+                "temperature": "0" if temperature else "default",
                 "input_tokens": int(reply.usage.prompt_tokens) if reply.usage else 0,
                 "output_tokens": int(reply.usage.completion_tokens) if reply.usage else 0,
             }
         except self.openai.APIStatusError as error:
-            raise self._problem(error, request["model"], bool(sent)) from None
+            raise self._problem(error, request["model"], bool(temperature)) from None
         except self.openai.APIConnectionError as error:
             raise Again(f"the judge cannot be reached ({type(error.__cause__ or error).__name__})") from None
         except (self.openai.OpenAIError, ValueError, TypeError, AttributeError, IndexError):
-            raise Again("the judge sent no answer that can be read") from None
+            raise Again("the judge sent an unreadable answer") from None
 
     def _problem(self, error: Exception, model: str, temperature_sent: bool) -> Exception:
-        said = " ".join(str(error.message).replace(self.key, "***").split())[:200]
-        if error.status_code in (401, 403):  # what it says may quote a part of the key
+        message = " ".join(str(error.message).replace(self.key, "***").split())[:200]
+        if error.status_code in (401, 403):  # its message may quote a part of the key
             return AUSteerError(
                 f"the judge refused the key ({error.status_code}): check OPENAI_API_KEY and OPENAI_BASE_URL"
             )
@@ -233,49 +233,57 @@ class Client:
             return AUSteerError(f"the judge's server has no model {model} (404): check --judge and OPENAI_BASE_URL")
         if error.code == "insufficient_quota":
             return AUSteerError("the judge's account has no credit left; top it up and run again to go on")
-        if error.status_code == 400 and temperature_sent and "temperature" in f"{error.param} {said}":
+        if error.status_code == 400 and temperature_sent and "temperature" in f"{error.param} {message}":
             self.temperature = {}
             return Again("the judge takes no temperature")
         if error.status_code == 400:
-            return Refused(f"the judge's server answered 400: {said}")
+            return Refused(f"the judge's server answered 400: {message}")
         return status_problem(error.status_code, error.response.headers.get("retry-after"), "the judge's server")
 
 
 def read_answers(ours: Path, theirs: Path) -> tuple[list[str], list[str], list[str]]:
-    """Prompts, our answers, their answers, of two files that answer the same prompts in the same order."""
-    files = []
-    for path in (ours, theirs):
-        try:
-            lines = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
-            files.append([(line["prompt"], line["answer"]) for line in lines])
-        except OSError as error:
-            raise AUSteerError(f"cannot read {path}: {error.strerror}") from None
-        except (ValueError, KeyError, TypeError):
-            raise AUSteerError(f'{path} must have lines {{"prompt": ..., "answer": ...}}') from None
-        if not all(isinstance(text, str) for pair in files[-1] for text in pair):
-            raise AUSteerError(f"{path}: prompts and answers must be texts")
-    prompts = [[prompt for prompt, _ in lines] for lines in files]
-    if not prompts[0] or prompts[0] != prompts[1]:
+    """Return prompts, our answers and their answers, of two files that answer the same prompts in the same order."""
+    (prompts, our), (same, their) = (_columns(path) for path in (ours, theirs))
+    if not prompts or prompts != same:
         raise AUSteerError(f"{ours} and {theirs} must answer the same prompts, in the same order")
-    return prompts[0], *([answer for _, answer in lines] for lines in files)
+    return prompts, our, their
+
+
+def _columns(path: Path) -> tuple[list[str], list[str]]:
+    try:
+        rows = [(row["prompt"], row["answer"]) for _, row in read_json_lines(path)]
+    except (KeyError, TypeError):
+        raise AUSteerError(f'{path} must have lines {{"prompt": ..., "answer": ...}}') from None
+    if not all(isinstance(text, str) for row in rows for text in row):
+        raise AUSteerError(f"{path}: prompts and answers must be texts")
+    return [prompt for prompt, _ in rows], [answer for _, answer in rows]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="main.py judge", description=__doc__.splitlines()[0])
-    parser.add_argument("--ours", type=Path, required=True, help='lines {"prompt": ..., "answer": ...}')
-    parser.add_argument("--theirs", type=Path, required=True, help="the answers to compare with, same prompts")
-    parser.add_argument("--judge", default="gpt-5-mini", help="the judge model's name (default: %(default)s)")
-    parser.add_argument("--cache", type=Path, default=Path("results/judge.jsonl"), help="its answers (%(default)s)")
-    parser.add_argument("--one-order", action="store_true", help="one verdict a prompt, as in the paper")
-    parser.add_argument("--estimate", action="store_true", help="only say what it would take")
-    parser.add_argument("--price", nargs=2, type=float, metavar=("IN", "OUT"), help="per million tokens")
-    parser.add_argument("--at-once", type=int, default=8, help="calls under way (default: %(default)s)")
-    parser.add_argument("--per-second", type=float, default=5.0, help="calls begun a second (default: %(default)s)")
+    parser.add_argument("--ours", type=Path, required=True, help='our answers: lines {"prompt": ..., "answer": ...}')
+    parser.add_argument("--theirs", type=Path, required=True, help="the answers to compare with, to the same prompts")
+    parser.add_argument("--judge", default="gpt-5-mini", help="name of the judge model (default: %(default)s)")
+    parser.add_argument(
+        "--cache",
+        type=Path,
+        default=Path("results/judge.jsonl"),
+        help="file of the judge's answers (default: %(default)s)",
+    )
+    parser.add_argument("--one-order", action="store_true", help="get one verdict a prompt, as the paper does")
+    parser.add_argument("--estimate", action="store_true", help="print the calls and tokens needed, and stop")
+    parser.add_argument(
+        "--price", nargs=2, type=float, metavar=("IN", "OUT"), help="price of a million tokens, to show the cost"
+    )
+    parser.add_argument("--at-once", type=int, default=8, help="calls under way at once (default: %(default)s)")
+    parser.add_argument(
+        "--per-second", type=float, default=5.0, help="calls that begin in a second (default: %(default)s)"
+    )
     args = parser.parse_args(argv)
     limits = Limits(args.at_once, args.per_second)
     items = read_answers(args.ours, args.theirs)
     expected = estimate(*items, args.judge, args.cache, args.one_order)
-    print(f"to ask: about {_bill(expected, args.price)} (a judge that reasons writes more)")
+    print(f"to do: about {_bill(expected, args.price)} (a judge that reasons writes more)")
     if args.estimate:
         return
     result = {
@@ -285,8 +293,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     question = key_of({"items": items, "judge": args.judge, "orders": result["orders"], "asked": [SYSTEM, QUESTION]})
     path = args.cache.with_name(f"judge-{args.ours.stem}-{args.theirs.stem}-{question[:8]}.json")
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"{table(result)}\n\nasked now: {_bill(result['usage_of_this_run'], args.price)}")
+    write_json(path, result)
+    print(f"{table(result)}\n\nthis run: {_bill(result['usage_of_this_run'], args.price)}")
     print(f"behind the table: {_bill(result['usage'], args.price)}\nresult: {path}")
 
 

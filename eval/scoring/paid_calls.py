@@ -1,12 +1,11 @@
-"""Remote calls that cost money or quota: asked once, kept for ever, spaced, repeated where that can help.
+"""Make remote calls that cost money or quota: each once, spaced, repeated where that can help, the answers kept.
 
-Every answer is one line of a JSON Lines file, named by a hash of its request and flushed the moment it arrives.
-What is in the file is never asked again, so a killed run resumes by running it again. The file holds no
-request and no key.
+Every answer is one line of a JSON Lines file, named by a hash of its request and flushed the moment it arrives. A request
+whose answer is in the file is never sent again, so a killed run resumes by running it again. The file holds no request
+and no key.
 
-One thing no client can promise: a call that is under way when the process is killed, or that the server answers
-after the time limit, may be billed and its answer lost. So limits are generous, and Ctrl-C waits for what is
-under way.
+One thing no client can promise: a call that is under way when the process is killed, or that the server answers after
+the time limit, may be billed and its answer lost. So time limits are generous, and Ctrl-C waits for calls under way.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-import random
 import sys
 import threading
 import time
@@ -29,19 +27,19 @@ from tqdm import tqdm
 
 from austeer.errors import AUSteerError
 
-TIMEOUT = 120.0  # seconds for one answer: a slow server is waited for, since asking again would be paid again
+TIMEOUT = 120.0  # seconds for one answer: generous, since a second call would be paid again
 
 
 class Again(Exception):
-    """This attempt failed, another may not: 429, 5xx, garbage, a dropped connection."""
+    """An attempt failed and another may not: 429, 5xx, garbage, a dropped connection."""
 
     def __init__(self, problem: str, after: float = 0.0):
         super().__init__(problem)
-        self.after = after  # seconds that the server asks everyone to wait
+        self.after = after  # seconds that the server tells all clients to wait
 
 
 class Refused(Exception):
-    """This request will never be answered; others may be. An AUSteerError, in contrast, stops the run."""
+    """A request will never be answered; others may be. An AUSteerError, in contrast, stops the run."""
 
 
 @dataclass(frozen=True)
@@ -51,15 +49,15 @@ class Limits:
     attempts: int = 8
     first_wait: float = 1.0  # doubled at every further attempt
     longest_wait: float = 60.0
-    longest_obeyed: float = 600.0  # asked to wait longer than this, a request fails: run again later
+    longest_obeyed: float = 600.0  # if the server wants a longer pause, the request fails: run again later
 
     def __post_init__(self):
         if self.at_once < 1 or not self.per_second > 0 or self.attempts < 1:
-            raise AUSteerError("at least one call at once, a positive rate per second and one attempt are needed")
+            raise AUSteerError("--at-once must be at least 1 and --per-second above 0, with at least one attempt")
 
 
 class AnswerCache:
-    """The file of answers, open and locked: two runs on one file would pay twice."""
+    """Hold the file of answers open and locked: two runs on one file would pay twice."""
 
     def __init__(self, path: str | Path):
         self.path, self._answers, self._writing = Path(path), {}, threading.Lock()
@@ -79,7 +77,7 @@ class AnswerCache:
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            print(f"waiting for another run that uses {self.path}", file=sys.stderr)
+            print(f"waiting for another run to finish with {self.path}", file=sys.stderr)
             fcntl.flock(self._file, fcntl.LOCK_EX)
 
     def _read(self) -> None:
@@ -87,8 +85,10 @@ class AnswerCache:
         *lines, tail = self._file.read().split(b"\n")
         for number, line in enumerate(lines, 1):
             if not self._take(line):
-                raise AUSteerError(f"line {number} of {self.path} is damaged: delete that line to ask for it again")
-        if tail:  # cut off by a kill; a whole line that lacks only its end was paid for, so it stays
+                raise AUSteerError(
+                    f"line {number} of {self.path} is damaged: delete that line, and its request is sent again"
+                )
+        if tail:  # torn by a kill; a whole line that lacks only its end was paid for, so it stays
             if self._take(tail):
                 self._file.write(b"\n")
             else:
@@ -134,7 +134,7 @@ def key_of(request: dict) -> str:
 
 
 def missing(requests: Sequence[dict], cache: AnswerCache) -> dict[str, dict]:
-    """Key -> request of those that would have to be asked: each once, however often it occurs."""
+    """Return key -> request of those that have no answer yet: each once, however often it occurs."""
     keyed = {key_of(request): request for request in requests}
     return {key: request for key, request in keyed.items() if key not in cache}
 
@@ -146,19 +146,22 @@ def ask_all(
     limits: Limits = Limits(),
     what: str = "requests",
 ) -> list[dict]:
-    """One answer a request, from the cache or from `call`: one attempt that returns JSON data or raises.
+    """Return one answer a request, from the cache or from `call`, which makes one attempt: it returns JSON data or raises.
 
     Failures do not hold up the others; they are counted and reported in one AUSteerError at the end.
     """
-    todo, queue, failed = missing(requests, cache), _Queue(limits), []
+    todo, failed = missing(requests, cache), []
+    if not todo:
+        return [cache[key_of(request)] for request in requests]
+    queue = _Queue(limits)
     pool = ThreadPoolExecutor(limits.at_once)
-    with tqdm(total=len(todo), desc=what, unit="call", disable=not todo) as bar:
+    with tqdm(total=len(todo), desc=what, unit="call") as bar:
 
         def one(key: str, request: dict) -> str | None:
             try:
                 return queue.attempts(lambda: cache.add(key, call(request)), bar)
             except BaseException:
-                queue.stop.set()  # at once: what stops the run would meet every other call too
+                queue.stop.set()  # at once: every other call would meet the same problem
                 raise
 
         try:
@@ -170,41 +173,52 @@ def ask_all(
                 bar.update()
         finally:
             queue.stop.set()
-            pool.shutdown(wait=True, cancel_futures=True)  # what is under way is paid for: keep it
+            pool.shutdown(wait=True, cancel_futures=True)  # calls under way are paid for: keep their answers
     if failed:
         raise AUSteerError(
-            f"{len(failed)} of {len(todo)} {what} failed (last: {failed[-1]}); run again to ask only for these"
+            f"{len(failed)} of {len(todo)} {what} failed (last: {failed[-1]}); run again to repeat only these"
         )
     return [cache[key_of(request)] for request in requests]
 
 
 class _Queue:
-    """Where every attempt of every thread stands in line: one in 1/per_second seconds, none while held."""
+    """Let the attempts of all threads pass one by one: one in 1/per_second seconds, none while the server wants a pause."""
 
     def __init__(self, limits: Limits):
-        self.limits, self.stop = limits, threading.Event()
+        try:
+            import tenacity
+        except ImportError:
+            raise AUSteerError("paid calls need the tenacity package: pip install -r requirements2.txt") from None
+        self.tenacity, self.limits, self.stop = tenacity, limits, threading.Event()
         self._next, self._lock = 0.0, threading.Lock()
 
     def attempts(self, call: Callable[[], None], bar: tqdm) -> str | None:
-        """None once `call` has succeeded, else why it did not."""
-        for attempt in range(1, self.limits.attempts + 1):
-            self._wait_for_turn()
-            if self.stop.is_set():
-                return "stopped"
-            try:
-                return call()
-            except Refused as error:
-                return str(error)
-            except Again as error:
-                problem, after = str(error), error.after
-            if after > self.limits.longest_obeyed:
-                return f"{problem}; the server asks to wait {after:.0f} s"
-            self._hold(after)
-            if attempt < self.limits.attempts:
-                bar.set_postfix_str(f"again after: {problem}"[:60])
-                wait = min(self.limits.longest_wait, self.limits.first_wait * 2 ** (attempt - 1))
-                self.stop.wait(wait * random.uniform(0.5, 1.0))  # jitter: those that fail together part
-        return problem
+        """Return None once `call` has succeeded, else why it did not."""
+        again, first, longest = self.tenacity, self.limits.first_wait, self.limits.longest_wait
+        retrying = again.Retrying(
+            retry=again.retry_if_exception_type(Again),
+            wait=again.wait_exponential_jitter(first, longest, jitter=first),  # jitter: those that fail together part
+            stop=again.stop_after_attempt(self.limits.attempts) | again.stop_when_event_set(self.stop),
+            sleep=again.sleep_using_event(self.stop),
+            before_sleep=lambda state: bar.set_postfix_str(f"again after: {state.outcome.exception()}"[:60]),
+            reraise=True,
+        )
+        try:
+            return retrying(self._attempt, call)
+        except (Again, Refused) as error:
+            return str(error)
+
+    def _attempt(self, call: Callable[[], None]) -> None:
+        self._wait_for_turn()
+        if self.stop.is_set():
+            raise Refused("stopped")
+        try:
+            call()
+        except Again as error:
+            if error.after > self.limits.longest_obeyed:
+                raise Refused(f"{error}; the server asks to wait {error.after:.0f} s") from None
+            self._hold(error.after)
+            raise
 
     def _hold(self, seconds: float) -> None:
         with self._lock:
@@ -221,7 +235,7 @@ class _Queue:
 
 
 def retry_after(header: str | None) -> float:
-    """Seconds of a Retry-After header: a number, a date, or (0) nothing usable."""
+    """Return the seconds of a Retry-After header, which is a number or a date; 0 where it is neither."""
     try:
         return max(0.0, float(header or 0))
     except ValueError:
@@ -233,7 +247,7 @@ def retry_after(header: str | None) -> float:
 
 
 def status_problem(status: int, header: str | None, service: str) -> Again | Refused:
-    """What a refusal's status code means for one request."""
+    """Return what a refusal's status code means for one request."""
     if status in (408, 409, 429) or status >= 500:
         return Again(f"{service} answered {status}", retry_after(header))
     return Refused(f"{service} answered {status}")

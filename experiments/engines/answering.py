@@ -60,12 +60,11 @@ def answering(bench: Bench, plans: Sequence[Plan | None], n_items: int):
 @contextmanager
 def live_answering(bench: Bench, plans: Sequence[Plan | None], n_items: int) -> Iterator[Answerer]:
     if len(plans) > 1:
-        yield LiveAnswerer(bench.model, bench.tokenizer, [plan for plan in plans for _ in range(n_items)])
+        yield LiveAnswerer(bench.model, bench.tokenizer, _of_rows(plans, n_items))
         return
-    (plan,) = plans
-    with steer(bench.model, plan) if plan is not None else nullcontext() as steering:
+    with _steered(bench, plans[0]) as steering:
         answerer = LiveAnswerer(bench.model, bench.tokenizer)
-        answerer.receipt = lambda: {} if steering is None else steering.receipt()
+        answerer.receipt = steering.receipt if steering else dict
         yield answerer
 
 
@@ -74,7 +73,17 @@ def vllm_answering(bench: Bench, plans: Sequence[Plan | None], n_items: int) -> 
     """Steer the loaded model too where there is one plan: likelihoods are its own."""
     plan = plans[0] if len(plans) == 1 else None
     with (
-        steer(bench.model, plan) if plan is not None else nullcontext(),
-        vllm_answerer(bench, plans, n_items) as answerer,
+        _steered(bench, plan) as steering,
+        vllm_answerer(bench.model, bench.tokenizer, _of_rows(plans, n_items)) as vllm,
     ):
-        yield answerer
+        adapters = vllm.receipt
+        vllm.receipt = lambda: {"aus": steering.receipt()["aus"], **adapters()} if steering else {}
+        yield vllm
+
+
+def _steered(bench: Bench, plan: Plan | None):
+    return nullcontext() if plan is None else steer(bench.model, plan)
+
+
+def _of_rows(plans: Sequence[Plan | None], n_items: int) -> list[Plan | None]:
+    return [plan for plan in plans for _ in range(n_items)]

@@ -12,24 +12,27 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from austeer.export.lora import Lora, max_lora_rank, save_lora
 from austeer.plan import Plan
 from eval.answering.answer_file import Answer
 from eval.answering.answerer import Answerer, Generation
-from experiments.bench import BENCHES, Bench
+from experiments.bench import BENCHES
 from experiments.engines.vllm_engine import VLLMEngine
 
-PROMPTS_AT_ONCE = 1024  # what a killed run loses
 SLOTS = 16  # adapters that run at once; more take turns
+AT_ONCE = 1024  # prompts that an engine is given at once: what a killed run loses
 LEAST_RANK = 16  # so that the unsteered cells' engine takes most grids, too
 
 
 @contextmanager
-def vllm_answerer(bench: Bench, plans: Sequence[Plan | None], n_items: int) -> Iterator[VLLMAnswerer]:
+def vllm_answerer(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, plans_of_rows: Sequence[Plan | None]
+) -> Iterator[VLLMAnswerer]:
+    """Answer prompts, the i-th under the i-th plan, by vLLM; the adapters live as long as this context."""
     with TemporaryDirectory(prefix="austeer-") as folder:
-        yield VLLMAnswerer(bench, plans, n_items, Path(folder))
+        yield VLLMAnswerer(model, tokenizer, plans_of_rows, Path(folder))
 
 
 def adapters_code() -> tuple:
@@ -38,45 +41,46 @@ def adapters_code() -> tuple:
 
 
 class VLLMAnswerer(Answerer):
-    """Answer `n_items` prompts under the first plan, then as many under the second, ...
+    """Write adapters, and start vLLM, when the first prompts come."""
 
-    Adapters are written, and vLLM is started, when there is something to answer.
-    """
-
-    def __init__(self, bench: Bench, plans: Sequence[Plan | None], n_items: int, folder: Path):
-        super().__init__(bench.model, bench.tokenizer)
-        self.plans, self.n_items, self.folder = plans, n_items, folder
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        plans_of_rows: Sequence[Plan | None],
+        folder: Path,
+    ):
+        super().__init__(model, tokenizer)
+        self.plans_of_rows, self.folder = plans_of_rows, folder
 
     def batches(
         self, prompts: Sequence[str], generation: Generation, batch_size: int | None
     ) -> tuple[list[list[int]], Callable[[list[int]], list[Answer]]]:
         order = list(range(len(prompts)))
-        batches = [order[start : start + PROMPTS_AT_ONCE] for start in range(0, len(order), PROMPTS_AT_ONCE)]
-        return batches, lambda batch: self._answers(prompts, batch, generation)
+        rank = max((lora.rank for lora in self._adapters.values() if lora), default=1)
 
-    def _answers(self, prompts: Sequence[str], batch: list[int], generation: Generation) -> list[Answer]:
-        rank = max((adapter.rank for adapter in self._adapters if adapter), default=1)
-        adapters = [self._adapters[index // self.n_items] for index in batch]
-        folders = [adapter and adapter.folder for adapter in adapters]
-        return _engine(self.model, rank).answers([prompts[index] for index in batch], generation, folders)
+        def run(batch: list[int]) -> list[Answer]:
+            loras = [self._adapters[id(self.plans_of_rows[index])] for index in batch]
+            folders = [lora and lora.folder for lora in loras]
+            return _engine(self.model, rank).answers([prompts[index] for index in batch], generation, folders)
+
+        return [order[start : start + AT_ONCE] for start in range(0, len(order), AT_ONCE)], run
 
     def receipt(self) -> dict[str, int]:
-        """Say, of the adapters that were used, the largest rank and how many modules they change."""
-        adapters = [adapter for adapter in self._adapters if adapter]
-        if self.plans == [None]:
+        """Return, once adapters were used, the largest rank, and how many modules they change."""
+        if all(plan is None for plan in self.plans_of_rows):
             return {}
-        return {
-            "rank": max((adapter.rank for adapter in adapters), default=0),
-            "modules": sum(len(adapter.modules) for adapter in adapters),
-        }
+        loras = [lora for lora in self._adapters.values() if lora]
+        return {"rank": max((one.rank for one in loras), default=0), "modules": sum(len(one.modules) for one in loras)}
 
     @cached_property
-    def _adapters(self) -> list[Lora | None]:
-        """Write an adapter for each plan, none where nothing is done."""
-        return [
-            save_lora(self.model, plan, self.folder / str(number)) if plan is not None and _acts(plan) else None
-            for number, plan in enumerate(self.plans)
-        ]
+    def _adapters(self) -> dict[int, Lora | None]:
+        """Return the adapter of each plan, None where nothing is done."""
+        plans = {id(plan): plan for plan in self.plans_of_rows}
+        return {
+            key: save_lora(self.model, plan, self.folder / str(number)) if plan is not None and _acts(plan) else None
+            for number, (key, plan) in enumerate(plans.items())
+        }
 
 
 def _acts(plan: Plan) -> bool:
@@ -87,7 +91,7 @@ _RUNNING: dict[tuple[str, str], VLLMEngine] = {}
 
 
 def _engine(model: PreTrainedModel, rank: int) -> VLLMEngine:
-    """Return the engine of the model. One runs at a time; it is started anew for a higher rank."""
+    """One runs at a time; it is started anew for a higher rank."""
     name = model.config.name_or_path, str(model.dtype).removeprefix("torch.")
     if name not in _RUNNING or _RUNNING[name].max_lora_rank < rank:
         stop()
