@@ -44,7 +44,7 @@ class StandIn:
             mine = [index for index, other in enumerate(adapters) if other == adapter]
             plan = Plan.load(adapter / "plan.safetensors") if adapter else None
             with steer(self.model, plan) if plan else nullcontext():
-                said = LiveAnswerer(self.model, self.tokenizer).answer([prompts[index] for index in mine], question)
+                said = LiveAnswerer(self.model, self.tokenizer).answer([prompts[index] for index in mine], generation)
             found.update(zip(mine, said, strict=True))
         return [found[index] for index in range(len(prompts))]
 
