@@ -11,11 +11,25 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
+# what brings an extra of pyproject.toml into a checkout's environment
+IN_THE_CHECKOUT = {
+    "export": "pip install -r requirements2.txt",
+    "quantization": "pip install -r requirements2.txt",
+    "sae": "pip install sae-lens",
+    "serve": "bash scripts/setup-vllm.sh",
+}
 STOPPING = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 class AUSteerError(ValueError):
     """A mistake in the input, not in the program. Command lines print it without a traceback."""
+
+
+def missing_extra(package: str, extra: str) -> AUSteerError:
+    """Return the error for an optional package that is not installed."""
+    return AUSteerError(
+        f'this needs {package}: pip install "austeer[{extra}]" (in the checkout: {IN_THE_CHECKOUT[extra]})'
+    )
 
 
 def one_of(table: dict[str, T], name: str, what: str) -> T:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from austeer.errors import AUSteerError
+from austeer.errors import AUSteerError, missing_extra
 from austeer.evidence import Evidence
 from austeer.files import read_tensors, write_tensors
 from austeer.forward import PairTexts, tapped
@@ -132,7 +132,7 @@ def from_sae_lens(name: str) -> SAE:
     try:
         import sae_lens
     except ImportError:
-        raise AUSteerError(f"the SAE {name} is loaded by sae-lens: pip install sae-lens") from None
+        raise missing_extra("sae-lens", "sae") from None
     try:
         theirs = sae_lens.SAE.from_pretrained(release, sae_id)
     except (ValueError, OSError, KeyError) as error:
