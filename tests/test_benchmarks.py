@@ -15,6 +15,12 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 
 
+@pytest.fixture(autouse=True)
+def this_checkout(monkeypatch):
+    """The environment may be another checkout's: processes that a benchmark starts are to import this one's modules."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+
+
 @pytest.fixture
 def benchmark(monkeypatch):
     """A file of benchmarks/, imported as when it is run there."""

@@ -180,7 +180,7 @@ def test_sae_lens_missing_or_without_the_release(monkeypatch):
     with pytest.raises(AUSteerError, match="neither a file nor RELEASE/ID"):
         sae_file.from_sae_lens("nothing")
     monkeypatch.setitem(sys.modules, "sae_lens", None)
-    with pytest.raises(AUSteerError, match="pip install sae-lens"):
+    with pytest.raises(AUSteerError, match=r"pip install .austeer\[sae\]"):
         sae_file.from_sae_lens("some/id")
 
 

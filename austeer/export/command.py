@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 from austeer import arguments
-from austeer.errors import AUSteerError
+from austeer.errors import AUSteerError, missing_extra
 from austeer.export.checkpoint import Checkpoint, check_new, local_folder
 from austeer.plan import Plan
 from austeer.ranks import AURanks
@@ -135,4 +136,6 @@ def _check(args: argparse.Namespace) -> None:
         raise AUSteerError(f"{of} does not take {', '.join(beside)}")
     if "site" in given and not Path(args.ranks).is_dir():
         raise AUSteerError(f"{args.ranks} says its site itself: leave out --site, which is for the authors' .pt files")
+    if target == "gguf" and find_spec("gguf") is None:  # said before a large checkpoint is read
+        raise missing_extra("gguf", "export")
     check_new(args.out if target == "unfold" else getattr(args, target))
