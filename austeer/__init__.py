@@ -30,23 +30,8 @@ if TYPE_CHECKING:
     __version__: str
 
 __all__ = [
-    "METHODS",
-    "AURanks",
-    "AUSteerError",
-    "Evidence",
-    "MFU_screening",
-    "Pair",
-    "Plan",
-    "__version__",
-    "apply",
-    "clear",
-    "gates",
-    "load",
-    "load_tokenizer",
-    "read_pairs",
-    "screen",
-    "set_MFU",
-    "steer",
+    "METHODS", "AURanks", "AUSteerError", "Evidence", "MFU_screening", "Pair", "Plan", "__version__", "apply", "clear",
+    "gates", "load", "load_tokenizer", "read_pairs", "screen", "set_MFU", "steer",
 ]  # fmt: skip
 
 _HOMES = {

@@ -156,9 +156,7 @@ def search(benchmark, monkeypatch):
 def test_searches_are_held_against_the_grid(search, monkeypatch):
     found = {}
     method = SimpleNamespace(
-        momentum="causal",
-        grid=search.METHODS["causal"].grid,
-        plan=lambda ranks, settings: search.key_of(settings),
+        momentum="causal", grid=search.METHODS["causal"].grid, plan=lambda ranks, settings: search.key_of(settings)
     )
     monkeypatch.setitem(search.METHODS, "simulated", method)
     found["copa ffn simulated"] = one = search.searched(SimulatedBench(), "ffn", "simulated")
