@@ -63,9 +63,14 @@ def run_command(command: Callable[[], int | None]) -> None:
         if signal.getsignal(number) is signal.SIG_DFL:  # under nohup a closed terminal stays ignored
             signal.signal(number, stop)
     try:
-        sys.exit(command() or 0)
+        code = command() or 0
+        sys.stdout.flush()
+        sys.exit(code)
     except AUSteerError as error:
         sys.exit(f"error: {error}")
+    except BrokenPipeError:  # `... | head` has seen enough; what is still buffered must not fail again at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         sys.exit(130)

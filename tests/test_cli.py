@@ -239,6 +239,13 @@ def test_a_real_process_exits_with_one_line_and_no_traceback(workplace):
     assert done.stderr == f"error: no such file: {workplace / 'none.jsonl'}\n"
 
 
+def test_a_reader_that_hangs_up_is_no_error():
+    command = f"set -o pipefail; {sys.executable} -m austeer | true; echo $?"
+    for _ in range(3):
+        done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
+        assert done.stderr == "" and int(done.stdout) in (0, 128 + signal.SIGPIPE)
+
+
 KILLED = """
 import signal, sys, time
 signal.signal(signal.SIGHUP, signal.SIG_DFL)

@@ -40,7 +40,8 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
         AURanks.load(args.ranks, args.site), args.k, args.alpha,
         location=args.location, strength=args.strength, tokens=args.tokens, seed=args.seed,
     )  # fmt: skip
+    if args.out:  # first, as a reader of what is printed may hang up: `| head`
+        plan.save(args.out)
     print(plan)
     if args.out:
-        plan.save(args.out)
         print(f"\nsaved to {args.out}")
