@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentParser
+from argparse import ArgumentParser, Namespace
 
+from austeer.errors import AUSteerError
 from austeer.pairs import FIELDS
+from rmodels import SITES
 
 
 def parent() -> ArgumentParser:
@@ -39,3 +41,26 @@ def pairs_options(required: bool = True) -> ArgumentParser:
     add("--fields", nargs=3, default=list(FIELDS), metavar=("PROMPT", "RIGHT", "WRONG"),
         help="names of the three fields in the file of pairs")  # fmt: skip
     return options
+
+
+def plan_options() -> ArgumentParser:
+    """Offer the two ways to name a plan: its files, or the ranks that it is made from."""
+    options = parent()
+    add = options.add_argument
+    add("--plan", nargs="+", metavar="FILE", help="plan files (`austeer plan`, or set_MFU.py); several add up")
+    add("--ranks", help="instead of a plan: ranks file, or a folder of the authors' .pt files, with --k and --alpha")
+    add("--site", choices=SITES, help="the site of the authors' .pt files, which do not say")
+    add("--k", type=int, help="how many AUs")
+    add("--alpha", type=float, help="strength")
+    return options
+
+
+def check_plan_options(args: Namespace) -> None:
+    """Refuse what names no plan, or two."""
+    from_ranks = {"--k": args.k, "--alpha": args.alpha, "--site": args.site}
+    if bool(args.plan) == bool(args.ranks):
+        raise AUSteerError("give either --plan, or --ranks with --k and --alpha")
+    if args.ranks and (args.k is None or args.alpha is None):
+        raise AUSteerError("--ranks needs --k and --alpha")
+    if args.plan and (beside := [name for name, value in from_ranks.items() if value is not None]):
+        raise AUSteerError(f"--plan does not take {', '.join(beside)}")

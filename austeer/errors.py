@@ -11,11 +11,25 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
+# what brings an extra of pyproject.toml into a checkout's environment
+IN_THE_CHECKOUT = {
+    "export": "pip install -r requirements2.txt",
+    "quantization": "pip install -r requirements2.txt",
+    "sae": "pip install sae-lens",
+    "serve": "bash scripts/setup-vllm.sh",
+}
 STOPPING = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 class AUSteerError(ValueError):
     """A mistake in the input, not in the program. Command lines print it without a traceback."""
+
+
+def missing_extra(package: str, extra: str) -> AUSteerError:
+    """Return the error for an optional package that is not installed."""
+    return AUSteerError(
+        f'this needs {package}: pip install "austeer[{extra}]" (in the checkout: {IN_THE_CHECKOUT[extra]})'
+    )
 
 
 def one_of(table: dict[str, T], name: str, what: str) -> T:
@@ -49,9 +63,14 @@ def run_command(command: Callable[[], int | None]) -> None:
         if signal.getsignal(number) is signal.SIG_DFL:  # under nohup a closed terminal stays ignored
             signal.signal(number, stop)
     try:
-        sys.exit(command() or 0)
+        code = command() or 0
+        sys.stdout.flush()
+        sys.exit(code)
     except AUSteerError as error:
         sys.exit(f"error: {error}")
+    except BrokenPipeError:  # `... | head` has seen enough; what is still buffered must not fail again at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         sys.exit(130)

@@ -6,7 +6,8 @@ f is ReLU, or, where there is a threshold, JumpReLU: pre-activations up to it co
 c is b_dec for SAEs that take it off their input, else nothing. `layer` is the decoder layer whose output h is.
 
 An SAE is found by its name: a file of this project's format, or RELEASE/ID of sae-lens, such as
-gemma-scope-9b-it-res/layer_20/width_16k/average_l0_91. The embedded models have theirs beside them.
+gemma-scope-9b-it-res/layer_20/width_16k/average_l0_91. Without a name it is the one in the model's own checkpoint folder
+(BESIDE_WEIGHTS), as the embedded models have it.
 """
 
 from __future__ import annotations
@@ -21,15 +22,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from austeer.errors import AUSteerError
+from austeer.errors import AUSteerError, missing_extra
 from austeer.evidence import Evidence
 from austeer.files import read_tensors, write_tensors
 from austeer.forward import PairTexts, tapped
-from austeer.identity import fingerprint, precision, public_name
+from austeer.identity import fingerprint, precision
 from rmodels import site_shape
 
 FORMAT, SITE = "austeer-sae-1", "layer"
-SHIPPED = Path(__file__).parents[1] / "embedded" / "sae_weights"  # made by embedded/sae.py
+# in a folder of its own: vLLM and others load every *.safetensors file directly beside the weights
+BESIDE_WEIGHTS = Path("sae", "residual.safetensors")
 TENSORS = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
 
 
@@ -89,10 +91,10 @@ class SAE:
 
 
 def find_sae(evidence: Evidence, name: str | None = None) -> SAE:
-    """The SAE of this name, checked against the model and on its device. Without a name, the one shipped for it."""
+    """Return the SAE of this name, checked against the model and on its device; without a name, the checkpoint's own."""
     model = evidence.model
     if name is None:
-        sae = _shipped(model)
+        sae = _beside_weights(model)
     elif Path(name).suffix == ".safetensors" or Path(name).exists():
         sae = SAE.load(name)
     else:
@@ -112,15 +114,10 @@ def find_sae(evidence: Evidence, name: str | None = None) -> SAE:
     return sae.to(model.device)
 
 
-def _shipped(model: PreTrainedModel) -> SAE:
-    """By fingerprint; by name where the model was loaded in another precision, which has another fingerprint."""
-    for file in sorted(SHIPPED.glob("*.safetensors")):
-        sae = SAE.load(file)
-        same_name = sae.header["model"] == public_name(model.config.name_or_path)
-        if sae.header["fingerprint"] == fingerprint(model) or (
-            same_name and sae.header["precision"] != precision(model)
-        ):
-            return sae
+def _beside_weights(model: PreTrainedModel) -> SAE:
+    file = Path(model.config.name_or_path) / BESIDE_WEIGHTS
+    if file.exists():
+        return SAE.load(file)
     raise AUSteerError(
         "this method needs a sparse autoencoder of the model: give --option sta.sae=FILE, a file or RELEASE/ID of sae-lens, such as "
         "gemma-scope-9b-it-res/layer_20/width_16k/average_l0_91"
@@ -135,7 +132,7 @@ def from_sae_lens(name: str) -> SAE:
     try:
         import sae_lens
     except ImportError:
-        raise AUSteerError(f"the SAE {name} is loaded by sae-lens: pip install sae-lens") from None
+        raise missing_extra("sae-lens", "sae") from None
     try:
         theirs = sae_lens.SAE.from_pretrained(release, sae_id)
     except (ValueError, OSError, KeyError) as error:

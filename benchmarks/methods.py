@@ -18,8 +18,6 @@ import time
 from pathlib import Path
 from statistics import median
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 import torch
 from figures import keep, markdown
 from transformers.utils import logging as transformers_logging

@@ -4,7 +4,7 @@ ReLU, an L1 penalty, unit decoder rows. It reads documents of the training split
 gives the same weights, with the same library versions on the same kind of CPU. What one is worth is in its header:
 explained variance, active latents a token, and dead latents, on documents that it was not trained on.
 
-    python -m embedded.sae          # all four, into embedded/sae_weights/<task>.safetensors
+    python -m embedded.sae          # all four, each into the folder of its model, embedded/weights/<task>/sae/
 """
 
 import argparse
@@ -18,11 +18,10 @@ from torch.nn.functional import normalize
 from tqdm import tqdm
 
 from austeer.identity import model_header
-from austeer.sae import SAE
+from austeer.sae import BESIDE_WEIGHTS, SAE
 from embedded import acceptance, tasks
 from embedded.train import as_tensors
 
-FOLDER = Path(__file__).parent / "sae_weights"
 LAYER, LATENTS = 1, 512  # the second of four layers; four times the width
 DOCUMENTS, HELD_OUT, BATCH = 3000, 500, 1024
 STEPS, LEARNING_RATE, WARM_UP, COOL_DOWN = 1500, 2e-3, 0.2, 0.3  # of the penalty, and of the learning rate
@@ -97,14 +96,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--task", nargs="+", default=tasks.TASKS, choices=tasks.TASKS)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=FOLDER, help="folder for <task>.safetensors")
+    parser.add_argument("--out", type=Path, default=acceptance.WEIGHTS, help="folder of the models: <task>/ each")
     args = parser.parse_args()
 
     torch.set_num_threads(1)  # the order of sums, and so the weights, depends on the number of threads
     torch.use_deterministic_algorithms(True)
     for task in args.task:
         sae = make(task, args.seed)
-        sae.save(args.out / f"{task}.safetensors")
+        sae.save(args.out / task / BESIDE_WEIGHTS)
         print({name: sae.header[name] for name in ("explained_variance", "mean_active", "dead_latents", "cpu_seconds")})
 
 

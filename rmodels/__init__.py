@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from austeer.errors import AUSteerError
+from austeer.errors import AUSteerError, missing_extra
 from rmodels.causal_lm import KERNELS, check_gates, gates, sites
 from rmodels.gate import SITES, AUGate
 
@@ -165,6 +166,8 @@ def _quantization(bits: str | None) -> BitsAndBytesConfig | None:
         return None
     if bits not in ("4bit", "8bit"):
         raise AUSteerError(f"quantization {bits!r} is unknown; use 4bit or 8bit")
+    if find_spec("bitsandbytes") is None:
+        raise missing_extra("bitsandbytes", "quantization")
     if bits == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)

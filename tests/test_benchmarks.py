@@ -15,6 +15,12 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 
 
+@pytest.fixture(autouse=True)
+def this_checkout(monkeypatch):
+    """The environment may be another checkout's: processes that a benchmark starts are to import this one's modules."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+
+
 @pytest.fixture
 def benchmark(monkeypatch):
     """A file of benchmarks/, imported as when it is run there."""
@@ -150,9 +156,7 @@ def search(benchmark, monkeypatch):
 def test_searches_are_held_against_the_grid(search, monkeypatch):
     found = {}
     method = SimpleNamespace(
-        momentum="causal",
-        grid=search.METHODS["causal"].grid,
-        plan=lambda ranks, settings: search.key_of(settings),
+        momentum="causal", grid=search.METHODS["causal"].grid, plan=lambda ranks, settings: search.key_of(settings)
     )
     monkeypatch.setitem(search.METHODS, "simulated", method)
     found["copa ffn simulated"] = one = search.searched(SimulatedBench(), "ffn", "simulated")

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,15 +15,28 @@ import pytest
 import torch
 from conftest import PAIRS
 
-import MFU_screening
-import set_MFU
-from austeer.errors import run_command
+import rmodels
+from austeer import steering
+from austeer.commands import COMMANDS, plan, rank
+from austeer.commands import main as austeer_command
+from austeer.commands.steer import greedy_answer, side_by_side
+from austeer.errors import AUSteerError, run_command
 from austeer.pairs import Pair, write_pairs
 from austeer.plan import Plan
 from austeer.ranks import AURanks
 
 ROOT = Path(__file__).parents[1]
-MAIN = {"MFU_screening.py": MFU_screening.main, "set_MFU.py": set_MFU.main}
+
+
+def _dispatch(name, argv):
+    return austeer_command([name, *argv])
+
+
+MAIN = {
+    "MFU_screening.py": rank.main,
+    "set_MFU.py": plan.main,
+    **{f"austeer {name}": partial(_dispatch, name) for name in COMMANDS},
+}
 
 
 def run(script, *arguments):
@@ -42,6 +56,12 @@ def offline(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
 
+def by_hand(model):
+    scale = torch.zeros(rmodels.site_shape(model, "ffn"))
+    scale[1, :8] = 5.0
+    return Plan({"ffn": scale})
+
+
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cli")
@@ -49,25 +69,25 @@ def workplace(tmp_path_factory):
     return folder
 
 
-def rank(checkpoints, workplace, *extra, model=None, pairs=None, out="ffn.safetensors"):
+def rank_by_script(checkpoints, workplace, *extra, model=None, pairs=None, out="ffn.safetensors"):
     return run("MFU_screening.py", "--model", model or checkpoints["llama"], "--pairs", pairs or workplace / "pairs.jsonl",
                "--out", workplace / out, "--device", "cpu", *extra)  # fmt: skip
 
 
 def test_rank_then_plan(checkpoints, workplace):
-    done = rank(checkpoints, workplace, "--authors-files", workplace / "theirs")
+    done = rank_by_script(checkpoints, workplace, "--authors-files", workplace / "theirs")
     assert done.returncode == 0, done.stderr
     assert "3 x 48 AUs at site ffn, 16 pairs, " in done.stdout and "pairs/s" in done.stdout
     assert "screening" not in done.stderr, "a bar is for a terminal"
-    again = rank(checkpoints, workplace)
+    again = rank_by_script(checkpoints, workplace)
     assert again.returncode == 0 and "already there" in again.stdout
-    later = rank(checkpoints, workplace, "--authors-files", workplace / "later")
+    later = rank_by_script(checkpoints, workplace, "--authors-files", workplace / "later")
     assert later.returncode == 0 and (workplace / "later" / "ffn" / "all_scores.pt").exists()
-    shorter = rank(checkpoints, workplace, "--max-length", "30")
+    shorter = rank_by_script(checkpoints, workplace, "--max-length", "30")
     assert shorter.returncode == 1 and "differs in max_length" in shorter.stderr
-    differs = rank(checkpoints, workplace, "--momentum", "causal")
+    differs = rank_by_script(checkpoints, workplace, "--momentum", "causal")
     assert differs.returncode == 1 and "differs in momentum" in differs.stderr
-    assert rank(checkpoints, workplace, "--momentum", "causal", out="causal.safetensors").returncode == 0
+    assert rank_by_script(checkpoints, workplace, "--momentum", "causal", out="causal.safetensors").returncode == 0
 
     plan = run(
         "set_MFU.py",
@@ -95,7 +115,7 @@ def wrong_inputs(checkpoints, workplace):
         (workplace / name).write_text(text)
     (workplace / "cut.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{")
     return [
-        (dict(model=workplace / "gpt2"), "no patched family for model type 'gpt2'; there are llama, gemma2"),
+        (dict(model=workplace / "gpt2"), "no patched family for model type 'gpt2'; there are gemma2, llama"),
         (dict(model=workplace / "nowhere"), "cannot load model"),
         (dict(model="nobody/nothing"), "cannot load model"),
         (dict(pairs=workplace / "none.jsonl"), "no such file"),
@@ -109,7 +129,7 @@ def wrong_inputs(checkpoints, workplace):
 
 def test_wrong_inputs_get_one_clear_line(checkpoints, workplace):
     for arguments, message in wrong_inputs(checkpoints, workplace):
-        done = rank(checkpoints, workplace, **{"out": "new.safetensors", **arguments})
+        done = rank_by_script(checkpoints, workplace, **{"out": "new.safetensors", **arguments})
         errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
         assert done.returncode == 1 and len(errors) == 1 and message in errors[0], (arguments, done.stderr[-600:])
         assert not (workplace / "new.safetensors").exists()
@@ -131,7 +151,7 @@ def test_wrong_options(checkpoints, workplace, monkeypatch):
         (["--protocol", "paper", "--batch-size", "4"], "--protocol paper runs one text at a time"),
         (["--out", workplace / "pairs.jsonl" / "x.safetensors"], "cannot write"),
     ):
-        done = rank(checkpoints, workplace, *options, out="new.safetensors")
+        done = rank_by_script(checkpoints, workplace, *options, out="new.safetensors")
         assert done.returncode == 1 and message in done.stderr and not (workplace / "new.safetensors").exists()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     cuda = run("MFU_screening.py", "--model", checkpoints["llama"], "--pairs", workplace / "pairs.jsonl", "--out",
@@ -142,7 +162,65 @@ def test_wrong_options(checkpoints, workplace, monkeypatch):
 @pytest.mark.parametrize("script", MAIN)
 def test_help(script):
     done = run(script, "--help")
-    assert done.returncode == 0 and len(done.stdout) > 800
+    assert done.returncode == 0 and len(done.stdout) > 350
+    if script.startswith("austeer "):
+        assert script in done.stdout, "a command's help says how it is called"
+
+
+def test_austeer_lists_its_commands(monkeypatch):
+    for argv in ([], ["--help"], ["-h"]):
+        out = io.StringIO()
+        with redirect_stdout(out):
+            austeer_command(argv)
+        assert all(f"\n  {name} " in out.getvalue() for name in COMMANDS)
+    with pytest.raises(AUSteerError, match="no command 'stear'; the commands are rank, plan, steer"):
+        austeer_command(["stear"])
+
+
+def steer(checkpoints, workplace, *options):
+    return run("austeer steer", "--model", checkpoints["llama"], "--device", "cpu", "--max-new-tokens", 6, *options)
+
+
+def test_steer_shows_answers_without_and_with_a_plan(checkpoints, workplace, llama, tokenizer, monkeypatch):
+    plan = by_hand(llama)
+    plan.save(workplace / "hand.safetensors")
+    with steering.steer(llama, plan):
+        steered = greedy_answer(llama, tokenizer, "gave", 6)
+    unsteered = greedy_answer(llama, tokenizer, "gave", 6)
+    assert steered != unsteered
+    expected = {"prompt": "gave", "unsteered": unsteered, "steered": steered}
+    done = steer(checkpoints, workplace, "--plan", workplace / "hand.safetensors", "--json", "--prompt", "gave", "me")
+    first, second = map(json.loads, done.stdout.splitlines())
+    assert done.returncode == 0 and first == expected and second["prompt"] == "me"
+    (workplace / "prompts.txt").write_text("gave\n\nme\n")
+    assert steer(checkpoints, workplace, "--plan", workplace / "hand.safetensors", "--json",
+                 "--file", workplace / "prompts.txt").stdout == done.stdout  # fmt: skip
+    monkeypatch.setattr("sys.stdin", io.StringIO("gave\nme"))
+    assert steer(checkpoints, workplace, "--plan", workplace / "hand.safetensors", "--json").stdout == done.stdout
+    columns = steer(checkpoints, workplace, "--plan", workplace / "hand.safetensors", "--prompt", "gave").stdout
+    assert columns.startswith("> gave\nunsteered") and "| steered\n" in columns
+
+
+def test_steer_without_a_plan_or_with_two(checkpoints, workplace):
+    for options, message in (
+        ([], "give either --plan, or --ranks with --k and --alpha"),
+        (["--plan", "p", "--ranks", "r"], "give either --plan, or --ranks with --k and --alpha"),
+        (["--ranks", "r", "--k", "3"], "--ranks needs --k and --alpha"),
+        (["--plan", "p", "--k", "3"], "--plan does not take --k"),
+        (["--plan", "p", "--max-new-tokens", "0"], "--max-new-tokens must be at least 1, not 0"),
+        (["--plan", workplace / "none.safetensors"], "no such file"),
+        (["--plan", workplace / "hand.safetensors", "--file", workplace / "none.txt"], "no such file"),
+        (["--plan", workplace / "hand.safetensors", "--chat", "--prompt", "gave"], "no chat template"),
+    ):
+        done = steer(checkpoints, workplace, *options)
+        assert done.returncode == 1 and message in done.stderr, (options, done.stderr)
+
+
+def test_columns_are_wrapped_beside_each_other(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "23")
+    assert side_by_side("one two three", "four\n\nfive").splitlines() == [
+        "unsteered  | steered", "---------- | ----------", "one two    | four", "three      |", "           | five",
+    ]  # fmt: skip
 
 
 def test_a_real_process_exits_with_one_line_and_no_traceback(workplace):
@@ -161,12 +239,19 @@ def test_a_real_process_exits_with_one_line_and_no_traceback(workplace):
     assert done.stderr == f"error: no such file: {workplace / 'none.jsonl'}\n"
 
 
+def test_a_reader_that_hangs_up_is_no_error():
+    command = f"set -o pipefail; {sys.executable} -m austeer | true; echo $?"
+    for _ in range(3):
+        done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
+        assert done.stderr == "" and int(done.stdout) in (0, 128 + signal.SIGPIPE)
+
+
 KILLED = """
 import signal, sys, time
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from errors import run_command
+from austeer.errors import run_command
 half = Path(sys.argv[1])
 begun = half.with_name("begun")
 def work():

@@ -180,7 +180,7 @@ def test_sae_lens_missing_or_without_the_release(monkeypatch):
     with pytest.raises(AUSteerError, match="neither a file nor RELEASE/ID"):
         sae_file.from_sae_lens("nothing")
     monkeypatch.setitem(sys.modules, "sae_lens", None)
-    with pytest.raises(AUSteerError, match="pip install sae-lens"):
+    with pytest.raises(AUSteerError, match=r"pip install .austeer\[sae\]"):
         sae_file.from_sae_lens("some/id")
 
 
@@ -516,7 +516,7 @@ def test_shipped_saes_are_of_the_shipped_models(shipped):
 
 
 def test_shipped_saes_are_small_and_found_in_other_precision():
-    assert sum(file.stat().st_size for file in recipe.FOLDER.glob("*.safetensors")) < 4e6
+    assert sum(file.stat().st_size for file in acceptance.WEIGHTS.glob("*/sae/*.safetensors")) < 4e6
     model = rmodels.load(acceptance.WEIGHTS / "tone", dtype="bfloat16", device="cpu")
     assert find_sae(evidence(model, None)).header["model"] == "weights/tone"
 

@@ -213,7 +213,7 @@ def test_server(tmp_path):
     flags = ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--max-model-len", "128"]
     root, log = Path(__file__).parents[1], (tmp_path / "log").open("w")
     server = subprocess.Popen(
-        [sys.executable, "-m", "export.serve", str(path), *files, *flags],
+        [sys.executable, "-m", "austeer.export.serve", str(path), *files, *flags],
         cwd=root, env={**os.environ, "PYTHONPATH": str(root)}, stdout=log, stderr=log,
     )  # fmt: skip
     try:

@@ -11,11 +11,12 @@ from rmodels import SITES
 from set_MFU import LOCATIONS, STRENGTHS, set_MFU
 
 
-def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+def _arguments(argv: Sequence[str] | None, prog: str | None) -> argparse.Namespace:
     def table(choices: dict[str, str]) -> str:
         return "\n".join(f"  {name:<11} {text}" for name, text in choices.items())
 
     parser = argparse.ArgumentParser(
+        prog=prog,
         description="Make a steering plan from ranks, print it, and save it.",
         epilog=f"locations:\n{table(LOCATIONS)}\nstrengths:\n{table(STRENGTHS)}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -33,13 +34,14 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    args = _arguments(argv)
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
+    args = _arguments(argv, prog)
     plan = set_MFU(
         AURanks.load(args.ranks, args.site), args.k, args.alpha,
         location=args.location, strength=args.strength, tokens=args.tokens, seed=args.seed,
     )  # fmt: skip
+    if args.out:  # first, as a reader of what is printed may hang up: `| head`
+        plan.save(args.out)
     print(plan)
     if args.out:
-        plan.save(args.out)
         print(f"\nsaved to {args.out}")

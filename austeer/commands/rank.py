@@ -18,8 +18,8 @@ from austeer.tokens import PROTOCOLS, longest_text
 from MFU_screening import MOMENTA, screen
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    args = _arguments(argv)
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
+    args = _arguments(argv, prog)
     if len(args.site) > 1 and args.out.endswith(".safetensors"):
         raise AUSteerError("--out must be a folder when several sites are ranked")
     rules, files = PROTOCOLS[args.protocol], {site: ranks_file(args.out, site) for site in args.site}
@@ -64,11 +64,12 @@ def _is_missing(file: Path, wanted_header: dict) -> bool:
     return False
 
 
-def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+def _arguments(argv: Sequence[str] | None, prog: str | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
+        prog=prog,
         description="Rank every atomic unit of a model by its momentum over contrastive pairs.",
         epilog="Pairs are JSON Lines of {prompt, positive, negative}, or CSV with those columns. "
-        "For several GPUs: accelerate launch MFU_screening.py ...",
+        "For several GPUs: accelerate launch MFU_screening.py ..., or accelerate launch -m austeer rank ...",
         parents=[arguments.model_options(), arguments.loading_options(), arguments.pairs_options()],
     )
     add = parser.add_argument

@@ -1,35 +1,38 @@
 """Export: a plan into a checkpoint's weights, or as an adapter; and a folded checkpoint back.
 
-python main.py export --model M --plan P --fold OUT
-python main.py export --model M --ranks R --k 16 --alpha 2 --lora OUT      (or --ia3, --gguf)
-python main.py export --unfold OUT --out BACK
+    austeer export --model M --plan P --fold OUT
+    austeer export --model M --ranks R --k 16 --alpha 2 --lora OUT      (or --ia3, --gguf)
+    austeer export --unfold OUT --out BACK
+
+In the checkout also `python main.py export ...`.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
-from austeer.errors import AUSteerError
+from austeer import arguments
+from austeer.errors import AUSteerError, missing_extra
 from austeer.export.checkpoint import Checkpoint, check_new, local_folder
 from austeer.plan import Plan
 from austeer.ranks import AURanks
-from rmodels import SITES
 from set_MFU import set_MFU
 
 TARGETS = ("fold", "lora", "ia3", "gguf", "unfold")
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    args = _arguments(argv)
+def main(argv: Sequence[str] | None = None, prog: str = "main.py export") -> None:
+    args = _arguments(argv, prog)
     if args.unfold:
         from austeer.export.fold import unfold
 
         unfold(args.unfold, args.out)
         print(f"{args.out}: the checkpoint as it was before it was folded, proved by the SHA-256 of its weight files")
         return
-    plan = _plan(args)
+    plan = read_plan(args)
     if args.fold:
         _fold(args, plan)
     else:
@@ -53,7 +56,8 @@ def _adapt(args: argparse.Namespace, plan: Plan) -> None:
         print(f"{args.gguf}: llama.cpp's --lora; the scale of a request is how strongly the plan acts, 1 as it is")
 
 
-def _plan(args: argparse.Namespace) -> Plan:
+def read_plan(args: argparse.Namespace) -> Plan:
+    """Return what the arguments of `arguments.plan_options` name: the sum of the plans, or a new one from ranks."""
     if not args.plan:
         return set_MFU(AURanks.load(args.ranks, args.site), args.k, args.alpha)
     first, *others = [Plan.load(path) for path in args.plan]
@@ -88,17 +92,13 @@ def _fold(args: argparse.Namespace, plan: Plan) -> None:
         print("note: the plan moves these prompts' logits by less than what is allowed, so this proves little")
 
 
-def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+def _arguments(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="main.py export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        parents=[arguments.plan_options()],
+    )  # fmt: skip
     add = parser.add_argument
     add("--model", help="checkpoint folder, or hub id")
-    add("--plan", nargs="+", help="plan files (set_MFU.py --out); several add up")
-    add("--ranks", help="instead of a plan: ranks file, or a folder of the authors' .pt files, with --k and --alpha")
-    add("--site", choices=SITES, help="the site of the authors' .pt files, which do not say")
-    add("--k", type=int, help="how many AUs")
-    add("--alpha", type=float, help="strength")
     to = parser.add_mutually_exclusive_group(required=True)
     to.add_argument("--fold", metavar="OUT", help="write a checkpoint with the plan in its weights")
     to.add_argument("--lora", metavar="OUT", help="write a PEFT LoRA adapter")
@@ -136,4 +136,6 @@ def _check(args: argparse.Namespace) -> None:
         raise AUSteerError(f"{of} does not take {', '.join(beside)}")
     if "site" in given and not Path(args.ranks).is_dir():
         raise AUSteerError(f"{args.ranks} says its site itself: leave out --site, which is for the authors' .pt files")
+    if target == "gguf" and find_spec("gguf") is None:  # said before a large checkpoint is read
+        raise missing_extra("gguf", "export")
     check_new(args.out if target == "unfold" else getattr(args, target))

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedModel
 
-from austeer.errors import AUSteerError
+from austeer.errors import AUSteerError, missing_extra
 from austeer.export.adapter import compose, open_model
 from austeer.export.checkpoint import check_new, new_place
 from austeer.export.lora import lora_factors
@@ -30,7 +30,7 @@ def save_gguf_lora(source: str | Path | PreTrainedModel, plans: Plan | Sequence[
     try:
         from gguf import GGUFReader, GGUFWriter
     except ImportError:
-        raise AUSteerError("GGUF files need the package gguf (requirements2.txt)") from None
+        raise missing_extra("gguf", "export") from None
     plan, model, out = compose(plans), open_model(source), Path(out)
     if model.config.model_type not in ARCHITECTURES:
         raise AUSteerError(

@@ -1,6 +1,7 @@
-"""Plans as named models of vLLM's OpenAI-compatible server, beside the model as it is. Started by scripts/serve.sh.
+"""Serve plans as named models of vLLM's OpenAI-compatible server, beside the model as it is.
 
-    bash scripts/serve.sh MODEL PLAN.safetensors [PLAN...] [vLLM's own flags]
+    austeer serve MODEL PLAN.safetensors [PLAN...] [vLLM's own flags]
+    bash scripts/serve.sh ...                                             the same in the checkout, vLLM included
 
 A request names its model: MODEL is unsteered, and every plan is called by its file name without the ending.
 """
@@ -12,17 +13,16 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
 
-from austeer.errors import STOPPING, AUSteerError, run_command
+from austeer.errors import STOPPING, AUSteerError, missing_extra, run_command
 from austeer.export.checkpoint import Checkpoint, local_folder
 from austeer.export.lora import max_lora_rank, save_lora
 from austeer.plan import Plan
-
-USAGE = __doc__.split("\n\n")[1].strip()
 
 
 def server_command(model: str, plans: Sequence[Path], flags: Sequence[str], folder: Path) -> list[str]:
@@ -55,12 +55,19 @@ def _server(model: str) -> list[str]:
     return [str(Path(sys.executable).with_name("vllm")), "serve", model]
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, prog: str = "bash scripts/serve.sh") -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
+    if argv[:1] in (["-h"], ["--help"]):
+        print(__doc__.rstrip())
+        return 0
     own = next((place for place, word in enumerate(argv) if word.startswith("-")), len(argv))
     model, plans, flags = argv[:1], [Path(plan) for plan in argv[1:own]], argv[own:]
     if own < 2:
-        raise AUSteerError(f"name a model and at least one plan: {USAGE}")
+        raise AUSteerError(
+            f"name a model and at least one plan: {prog} MODEL PLAN.safetensors [PLAN...] [vLLM's own flags]"
+        )
+    if find_spec("vllm") is None:
+        raise missing_extra("vllm", "serve")
     with TemporaryDirectory(prefix="austeer-") as folder:
         command = server_command(model[0], plans, flags, Path(folder))
         print(" ".join(command), flush=True)

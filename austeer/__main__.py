@@ -1,0 +1,5 @@
+"""`python -m austeer`, and so `accelerate launch -m austeer rank ...`."""
+
+from austeer.commands import run
+
+run()

@@ -1,0 +1,29 @@
+"""The command that lists the methods: `austeer methods`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from austeer.methods.registry import METHODS, options_of
+
+IN_PYTHON = """\
+method = METHODS["caa"]                              # from austeer import METHODS
+prepared = method.prepare(evidence)                  # evidence: austeer.Evidence(model, tokenizer, pairs, site, ranks)
+plan = method.plan(prepared, method.grid("small")[0])"""
+
+
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
+    argparse.ArgumentParser(
+        prog=prog, description="List the methods that make plans.", epilog=f"In Python:\n\n{IN_PYTHON}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    ).parse_args(argv)  # fmt: skip
+    rows = [("method", "edits", "sites", "foldable", "options", "from")]
+    for name, method in METHODS.items():
+        foldable = "yes" if method.foldable else "no"
+        rows.append(
+            (name, method.edits, " ".join(method.sites), foldable, " ".join(options_of(name)) or "-", method.paper)
+        )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())

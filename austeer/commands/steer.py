@@ -1,0 +1,103 @@
+"""The command that shows what a plan does: `austeer steer` answers each prompt without it and with it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import textwrap
+from collections.abc import Iterator, Sequence
+from itertools import zip_longest
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+import rmodels
+from austeer import arguments
+from austeer.errors import AUSteerError
+from austeer.export.command import read_plan
+from austeer.files import read_text
+from austeer.forward import input_device
+from austeer.steering import steer
+
+
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
+    args = _arguments(argv, prog)
+    logging.set_verbosity_error()  # a checkpoint may set sampling options, which greedy decoding leaves unused
+    plan = read_plan(args)
+    model = rmodels.load(
+        args.model, dtype=args.dtype, device=args.device, device_map=args.device_map,
+        quantization=args.quantization, attn_implementation=args.attn, revision=args.revision,
+    )  # fmt: skip
+    tokenizer = rmodels.load_tokenizer(args.model, revision=args.revision)
+    if args.chat and not getattr(tokenizer, "chat_template", None):
+        raise AUSteerError("this tokenizer has no chat template; leave --chat out, or use an instruction-tuned model")
+    for prompt in _prompts(args):
+        unsteered = greedy_answer(model, tokenizer, prompt, args.max_new_tokens, args.chat)
+        with steer(model, plan):
+            steered = greedy_answer(model, tokenizer, prompt, args.max_new_tokens, args.chat)
+        if args.json:
+            line = {"prompt": prompt, "unsteered": unsteered, "steered": steered}
+            print(json.dumps(line, ensure_ascii=False), flush=True)
+        else:
+            print(f"> {prompt}\n{side_by_side(unsteered, steered)}\n", flush=True)
+
+
+@torch.inference_mode()
+def greedy_answer(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, new_tokens: int, chat: bool = False
+) -> str:
+    """Return what the model, steered or not, goes on with. chat: the prompt is a user's turn."""
+    if chat:
+        turn = [{"role": "user", "content": prompt}]
+        inputs = tokenizer.apply_chat_template(
+            turn, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+        )  # fmt: skip
+    else:
+        inputs = tokenizer(prompt, return_tensors="pt")
+    ids, mask = (inputs[key].to(input_device(model)) for key in ("input_ids", "attention_mask"))
+    end = model.generation_config.eos_token_id
+    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    output = model.generate(
+        ids, attention_mask=mask, do_sample=False, max_new_tokens=new_tokens, pad_token_id=padding,
+        eos_token_id=tokenizer.eos_token_id if end is None else end,
+    )  # fmt: skip
+    return tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+
+
+def side_by_side(unsteered: str, steered: str) -> str:
+    """Lay two texts out as two columns, as wide as the terminal allows."""
+    width = (shutil.get_terminal_size().columns - 3) // 2
+    columns = [
+        [title, "-" * width, *(part for line in text.splitlines() for part in textwrap.wrap(line, width) or [""])]
+        for title, text in (("unsteered", unsteered), ("steered", steered))
+    ]
+    return "\n".join(f"{left:<{width}} | {right}".rstrip() for left, right in zip_longest(*columns, fillvalue=""))
+
+
+def _prompts(args: argparse.Namespace) -> Iterator[str]:
+    lines = args.prompt or (read_text(Path(args.file)).splitlines() if args.file else sys.stdin)
+    yield from (line.rstrip("\n") for line in lines if line.strip())
+
+
+def _arguments(argv: Sequence[str] | None, prog: str | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description="Answer prompts greedily without and with a plan, side by side.",
+        parents=[arguments.model_options(), arguments.loading_options(), arguments.plan_options()],
+    )
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--prompt", nargs="+", metavar="TEXT", help="prompts (default: standard input, one a line)")
+    source.add_argument("--file", help="file with one prompt a line")
+    add = parser.add_argument
+    add("--chat", action="store_true", help="ask in the model's chat format")
+    add("--max-new-tokens", type=int, default=64, help="length of an answer (default: %(default)s)")
+    add("--json", action="store_true", help="print one JSON object a prompt instead of columns")
+    args = parser.parse_args(argv)
+    arguments.check_plan_options(args)
+    if args.max_new_tokens < 1:
+        raise AUSteerError(f"--max-new-tokens must be at least 1, not {args.max_new_tokens}")
+    return args
