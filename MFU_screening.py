@@ -121,9 +121,13 @@ class ActivationMomentum(Momentum):
             # in the authors' float16, overflow counts by its sign and inf - inf as zero
             signs = last[0::2].half() - last[1::2].half() if self.protocol.round_to_half else momentum
             self._accumulate(
-                site, layer, positive=(signs > 0).sum(0), negative=(signs < 0).sum(0),
-                sum_momentum=momentum.sum(0, dtype=torch.float64), sum_activation=last[0::2].sum(0, dtype=torch.float64),
-            )  # fmt: skip
+                site,
+                layer,
+                positive=(signs > 0).sum(0),
+                negative=(signs < 0).sum(0),
+                sum_momentum=momentum.sum(0, dtype=torch.float64),
+                sum_activation=last[0::2].sum(0, dtype=torch.float64),
+            )
 
 
 class CausalMomentum(Momentum):
@@ -165,9 +169,16 @@ def MFU_screening(
     momentum: "activation" (the paper's) or "causal" (ours). max_length: by default the model's context.
     """
     ranks = screen(
-        train_dataset, model, tokenizer, [applied_module],
-        protocol=protocol, momentum=momentum, batch_size=batch_size, max_length=max_length, progress=progress,
-    )[applied_module]  # fmt: skip
+        train_dataset,
+        model,
+        tokenizer,
+        [applied_module],
+        protocol=protocol,
+        momentum=momentum,
+        batch_size=batch_size,
+        max_length=max_length,
+        progress=progress,
+    )[applied_module]
     if path is not None and processes.is_main():
         ranks.save(ranks_file(path, applied_module))
     return ranks
@@ -193,9 +204,10 @@ def screen(
     limit = longest_text(rules, model.config.max_position_embeddings, max_length, batch_size)
     if momentum == "causal" and (protocol == "paper" or len(pairs) < 2):
         raise AUSteerError(
-            "causal momentum is not the paper's: use protocol='clean'" if protocol == "paper"
+            "causal momentum is not the paper's: use protocol='clean'"
+            if protocol == "paper"
             else "causal momentum needs at least two pairs: it is ranked by a t statistic"
-        )  # fmt: skip
+        )
     encoded, n_equal = encode(pairs, tokenizer, rules, limit)
     header = model_header(model)  # before the forwards: what fails here fails early
 
@@ -217,11 +229,17 @@ def screen(
             f"{not_finite} activations are inf or nan in {model.dtype}; the authors' code counts on", stacklevel=2
         )
     header |= {
-        "tokenizer": public_name(tokenizer.name_or_path), "pairs": len(pairs), "pairs_hash": pairs_hash(pairs),
-        "pairs_with_equal_tokens": n_equal, "not_finite": not_finite, "protocol": protocol, "momentum": momentum,
-        "max_length": limit, "tie_rule": "lower layer, then lower dimension",
+        "tokenizer": public_name(tokenizer.name_or_path),
+        "pairs": len(pairs),
+        "pairs_hash": pairs_hash(pairs),
+        "pairs_with_equal_tokens": n_equal,
+        "not_finite": not_finite,
+        "protocol": protocol,
+        "momentum": momentum,
+        "max_length": limit,
+        "tie_rule": "lower layer, then lower dimension",
         "versions": {name: version(name) for name in ("torch", "transformers")},
-    }  # fmt: skip
+    }
     sums = {site: total.stats(site) for site in sites}
     return {site: AURanks(site, *kind.score(sums[site], len(pairs)), sums[site], dict(header)) for site in sites}
 

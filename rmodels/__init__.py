@@ -22,8 +22,17 @@ from rmodels.causal_lm import KERNELS, check_gates, gates, sites
 from rmodels.gate import SITES, AUGate
 
 __all__ = [
-    "FAMILIES", "SITES", "AUGate", "check_gates", "family", "gates", "load", "load_tokenizer", "site_shape", "sites",
-]  # fmt: skip
+    "FAMILIES",
+    "SITES",
+    "AUGate",
+    "check_gates",
+    "family",
+    "gates",
+    "load",
+    "load_tokenizer",
+    "site_shape",
+    "sites",
+]
 
 # every file modeling_<config.model_type>.py of this folder is a family
 FAMILIES = [file.name.removeprefix("modeling_") for file in pkgutil.iter_modules(__path__) if "modeling_" in file.name]

@@ -53,9 +53,11 @@ def model(request, checkpoints):
 def changed_by_hand(model, folder):
     """Upstream's model with W + B A written into its weights, as any reader of the adapter would have it."""
     plain = AutoModelForCausalLM.from_pretrained(
-        model.config.name_or_path, dtype=torch.float32, attn_implementation=model.config._attn_implementation[3:],
+        model.config.name_or_path,
+        dtype=torch.float32,
+        attn_implementation=model.config._attn_implementation[3:],
         trust_remote_code=False,
-    )  # fmt: skip
+    )
     config = json.loads((folder / "adapter_config.json").read_text())
     tensors = load_file(folder / "adapter_model.safetensors")
     for name in config["target_modules"]:
@@ -191,9 +193,14 @@ def test_refusals_leave_nothing(checkpoints, llama, tmp_path):
     other = Plan(some.scales, header={"family": "gemma2", "model": "org/other"})
     for save in (save_lora, save_ia3):
         for plan, why in [
-            (layer, "residual stream"), (shift, "adds something"), (wide, "3 layers of 999"), (other, "gemma2 model"),
-            (Plan(some.scales, tokens="last"), "tokens 'last'"), (Plan({}), "does nothing"), ([], "no plan"),
-        ]:  # fmt: skip
+            (layer, "residual stream"),
+            (shift, "adds something"),
+            (wide, "3 layers of 999"),
+            (other, "gemma2 model"),
+            (Plan(some.scales, tokens="last"), "tokens 'last'"),
+            (Plan({}), "does nothing"),
+            ([], "no plan"),
+        ]:
             with pytest.raises(AUSteerError, match=why):
                 save(path, plan, out)
         with pytest.raises(AUSteerError, match="many experts"):
@@ -237,9 +244,14 @@ def biased(folder):
 
 @pytest.mark.parametrize(
     ("save", "sites"),
-    [(save_ia3, ["ffn"]), (save_ia3, ["attention"]), (save_ia3, ["attention", "ffn"]), (save_lora, ["attention"]),
-     (save_lora, ["attention", "neuron"])],
-)  # fmt: skip
+    [
+        (save_ia3, ["ffn"]),
+        (save_ia3, ["attention"]),
+        (save_ia3, ["attention", "ffn"]),
+        (save_lora, ["attention"]),
+        (save_lora, ["attention", "neuron"]),
+    ],
+)
 def test_biases_are_steered_as_live(tmp_path, save, sites):
     peft = pytest.importorskip("peft", reason="peft is in requirements2.txt")
     model = biased(tmp_path / "biased")
@@ -266,9 +278,11 @@ def test_peft_reads_it(model, tmp_path, kind):
         with steer(model, plan):
             live = model(IDS).logits
         plain = AutoModelForCausalLM.from_pretrained(
-            model.config.name_or_path, dtype=torch.float32,
-            attn_implementation=model.config._attn_implementation[3:], trust_remote_code=False,
-        )  # fmt: skip
+            model.config.name_or_path,
+            dtype=torch.float32,
+            attn_implementation=model.config._attn_implementation[3:],
+            trust_remote_code=False,
+        )
         adapted = peft.PeftModel.from_pretrained(plain, out).eval()
         with torch.no_grad():
             assert (live - adapted(IDS).logits).abs().max() < 1e-4

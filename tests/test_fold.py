@@ -386,9 +386,18 @@ def test_checkpoints_that_are_refused_leave_nothing(source, plan, tmp_path):
 
 @pytest.mark.parametrize(
     ("kind", "size"),
-    [("fold", 1024), ("fold", 30_000), ("lora", 1024), ("lora", 4000), ("ia3", 1024), ("ia3", 512), ("gguf", 512),
-     ("gguf", 1024), ("gguf", 4000)],
-)  # fmt: skip
+    [
+        ("fold", 1024),
+        ("fold", 30_000),
+        ("lora", 1024),
+        ("lora", 4000),
+        ("ia3", 1024),
+        ("ia3", 512),
+        ("gguf", 512),
+        ("gguf", 1024),
+        ("gguf", 4000),
+    ],
+)
 def test_a_full_disk_leaves_nothing(source, plan, tmp_path, kind, size):
     """A limit on the size of files stands in for the end of the disk: the kernel refuses the write."""
     save = {"fold": partial(fold, certificate=False), "lora": save_lora, "ia3": save_ia3, "gguf": save_gguf_lora}[kind]
@@ -434,8 +443,15 @@ def test_a_changed_fold_is_not_undone(source, plan, tmp_path):
 def test_command(source, plan, tmp_path, capsys):
     ranks = AURanks("ffn", plan.scales["ffn"], plan.scales["ffn"].clone(), header=plan.header)
     ranks.save(tmp_path / "ranks.safetensors")
-    command.main([f"--model={source}", f"--ranks={tmp_path / 'ranks.safetensors'}", "--k=4", "--alpha=1",
-                  f"--fold={tmp_path / 'out'}"])  # fmt: skip
+    command.main(
+        [
+            f"--model={source}",
+            f"--ranks={tmp_path / 'ranks.safetensors'}",
+            "--k=4",
+            "--alpha=1",
+            f"--fold={tmp_path / 'out'}",
+        ]
+    )
     assert "with 4 AUs in its weights" in (said := capsys.readouterr().out) and "greedy tokens agree on 100.0%" in said
     command.main([f"--unfold={tmp_path / 'out'}", f"--out={tmp_path / 'back'}"])
     assert bits(tmp_path / "back") == bits(source)
@@ -685,8 +701,16 @@ def test_a_captured_graph_sees_the_hot_patch(source):
 
 @pytest.mark.slow
 def test_memory_stays_below_one_shard(tmp_path):
-    source = make(tmp_path / "source", "llama", shard="240MB", hidden_size=1024, intermediate_size=4096,
-                  num_hidden_layers=7, num_attention_heads=16, head_dim=64)  # fmt: skip
+    source = make(
+        tmp_path / "source",
+        "llama",
+        shard="240MB",
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=7,
+        num_attention_heads=16,
+        head_dim=64,
+    )
     shards = [path.stat().st_size for path in source.glob("*.safetensors")]
     assert len(shards) == 2
     model = load(source)

@@ -138,13 +138,18 @@ def test_sadi_by_hand():
         plan = SADIHead().plan(scores, {"heads": 2, "alpha": delta})
         assert (x * (1 + plan.scales["attention"])).tolist() == [first, second]
     assert not plan.shifts and plan.tokens == "last"
-    neurons = difference(torch.tensor([[[0.1, 0.9, -0.2, 0.4]]])[..., None], torch.tensor([[[0.3, 0.1, 0.2, 0.4]]])[..., None])  # fmt: skip
+    neurons = difference(
+        torch.tensor([[[0.1, 0.9, -0.2, 0.4]]])[..., None], torch.tensor([[[0.3, 0.1, 0.2, 0.4]]])[..., None]
+    )
     assert neurons.flatten().tolist() == pytest.approx([-0.2, 0.8, -0.4, 0])
     by_rule = {
         rule: SADINeuron(rule).plan(Scores(neurons, 1, {"site": "neuron"}), {"k": 2, "alpha": 1.0}).units()
         for rule in ("signed", "absolute")
     }
-    assert {rule: {unit[2] for unit in units} for rule, units in by_rule.items()} == {"signed": {1, 3}, "absolute": {1, 2}}  # fmt: skip
+    assert {rule: {unit[2] for unit in units} for rule, units in by_rule.items()} == {
+        "signed": {1, 3},
+        "absolute": {1, 2},
+    }
 
 
 # the same by plain loops
@@ -201,7 +206,9 @@ def test_iti_by_loops(direction):
     plan = method.plan(found, {"heads": 2, "alpha": 2.0})
     shift = by_head(plan.shifts["attention"], SimpleNamespace(num_attention_heads=heads))
     for place in accuracy:
-        assert shift[place].tolist() == pytest.approx((wanted[place] if place in chosen else np.zeros(dim)).tolist(), abs=1e-5)  # fmt: skip
+        assert shift[place].tolist() == pytest.approx(
+            (wanted[place] if place in chosen else np.zeros(dim)).tolist(), abs=1e-5
+        )
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -319,7 +326,13 @@ def test_every_option_changes_the_plan(llama, tokenizer):
     for made in different:
         assert all(x.any() for x in made)
         assert not any(torch.equal(x, y) for x, y in itertools.combinations(made, 2))
-    for bad in (lambda: ITI("best"), lambda: ITI(std="n-2"), lambda: CAA("first"), lambda: CAA(norm="l1"), lambda: SADIHead("top")):  # fmt: skip
+    for bad in (
+        lambda: ITI("best"),
+        lambda: ITI(std="n-2"),
+        lambda: CAA("first"),
+        lambda: CAA(norm="l1"),
+        lambda: SADIHead("top"),
+    ):
         with pytest.raises(AUSteerError):
             bad()
 

@@ -533,7 +533,14 @@ def test_the_command_on_an_embedded_task(tmp_path, capsys, monkeypatch, small_gr
     (file,) = (tmp_path / "restore").glob("*.json")
     record = json.loads(file.read_text())
     rows = {row["label"]: row for row in record["rows"]}
-    assert list(rows) == ["dense", "pruned", "RestoreLCC", "dense, trained alike", "random heads, trained alike, draw 1", "mean lost activation, untrained"]  # fmt: skip
+    assert list(rows) == [
+        "dense",
+        "pruned",
+        "RestoreLCC",
+        "dense, trained alike",
+        "random heads, trained alike, draw 1",
+        "mean lost activation, untrained",
+    ]
     setting = Setting("embedded", "svamp", device="cpu", limit=100, records=str(tmp_path / "cells"))
     vanilla = cells.compute(Cell(setting, "vanilla"))
     assert rows["dense"]["columns"] == vanilla["columns"]  # the dense model was left as it is
@@ -563,8 +570,8 @@ def test_the_command_on_a_checkpoint_and_ones_own_pairs(checkpoints, tmp_path, c
     lines = [{"prompt": f"Is {n} more than {n + 1}? ", "positive": "no", "negative": "yes"} for n in range(60)]
     (tmp_path / "mine.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     for name in ("qwen3", "gemma2"):
-        restore.main(["--model", str(checkpoints[name]), "--pairs", str(tmp_path / "mine.jsonl"), "--device", "cpu",
-                      "--dtype", "float32", "--draws", "0", "--results", str(tmp_path / name)])  # fmt: skip
+        command = ["--model", str(checkpoints[name]), "--pairs", str(tmp_path / "mine.jsonl"), "--device", "cpu"]
+        restore.main([*command, "--dtype", "float32", "--draws", "0", "--results", str(tmp_path / name)])
         shown = capsys.readouterr().out
         assert "## mine" in shown and "right answer preferred on" in shown and "| RestoreLCC |" in shown
 

@@ -229,11 +229,12 @@ def test_activations_of_all_tokens_are_those_of_whole_texts(checkpoints, llama, 
     assert len(found) == len(wanted) == len(pairs) - 1
     for shared, right, wrong in found:
         close = [
-            len(shared) + len(right) == len(a) and len(shared) + len(wrong) == len(b)
+            len(shared) + len(right) == len(a)
+            and len(shared) + len(wrong) == len(b)
             and torch.allclose(torch.cat([shared, right]), a, atol=1e-4)
             and torch.allclose(torch.cat([shared, wrong]), b, atol=1e-4)
             for a, b in wanted
-        ]  # fmt: skip
+        ]
         assert sum(close) == 1  # batches go by length
     assert (min(len(shared) for shared, _, _ in found) == 0) == (not bos)
 

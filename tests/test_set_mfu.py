@@ -90,8 +90,10 @@ def test_a_second_authors_call_replaces_one_site_only(llama, ranks):
 def test_every_option_changes_the_plan(ranks):
     paper = units(set_MFU(ranks, 10, 0.5))
     seen = [paper]
-    for options in [*({"location": name} for name in LOCATIONS if name != "score"),
-                    *({"strength": name} for name in STRENGTHS if name not in ("adaptive", "vector"))]:  # fmt: skip
+    for options in [
+        *({"location": name} for name in LOCATIONS if name != "score"),
+        *({"strength": name} for name in STRENGTHS if name not in ("adaptive", "vector")),
+    ]:
         plan = units(set_MFU(ranks, 10, 0.5, **options))
         assert plan not in seen, options
         seen.append(plan)
@@ -153,8 +155,12 @@ def test_bad_alpha(ranks, alpha):
 
 
 def test_bad_options(ranks):
-    for options, message in ((dict(location="top"), "location 'top' is unknown"), (dict(strength="big"), "strength 'big'"),
-                             (dict(tokens="some"), "token scope 'some'"), (dict(strength="suppress"), "below 1")):  # fmt: skip
+    for options, message in (
+        (dict(location="top"), "location 'top' is unknown"),
+        (dict(strength="big"), "strength 'big'"),
+        (dict(tokens="some"), "token scope 'some'"),
+        (dict(strength="suppress"), "below 1"),
+    ):
         with pytest.raises(AUSteerError, match=message):
             set_MFU(ranks, 3, 2.0, **options)
 
@@ -242,8 +248,10 @@ def test_replacing_one_site_leaves_the_others(llama, ranks):
 def test_scopes_that_cannot_be_known_are_refused(llama, ranks):
     plan = set_MFU(ranks, 5, 2.0, tokens="generated")
     ones = torch.ones_like(IDS)
-    for call in (lambda: llama(IDS, use_cache=False),
-                 lambda: llama.generate(IDS, attention_mask=ones, use_cache=False, max_new_tokens=2, do_sample=False)):  # fmt: skip
+    for call in (
+        lambda: llama(IDS, use_cache=False),
+        lambda: llama.generate(IDS, attention_mask=ones, use_cache=False, max_new_tokens=2, do_sample=False),
+    ):
         with pytest.raises(AUSteerError, match="pass prompt_end"), steer(llama, plan):
             call()
     cache = llama(IDS[:, :4], use_cache=True).past_key_values

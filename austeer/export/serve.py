@@ -38,12 +38,11 @@ def server_command(model: str, plans: Sequence[Path], flags: Sequence[str], fold
         print(adapter, flush=True)
     # on the CPU vLLM looks up "no adapter" as slot -1, the last one's: it must stay empty, or the plain model is steered
     slots = len(made) + (not torch.cuda.is_available())
-    return [
-        *_server(model),
-        "--enable-lora", "--max-loras", str(slots), "--max-lora-rank", str(max_lora_rank(max(one.rank for one in made))),
-        "--lora-target-modules", *sorted({target for one in made for target in one.targets}),
-        "--lora-modules", *[f"{name}={folder / name}" for name in names], *flags,
-    ]  # fmt: skip
+    targets = sorted({target for adapter in adapters for target in adapter.targets})
+    command = [*_server(model), "--enable-lora", "--max-loras", str(slots)]
+    command += ["--max-lora-rank", str(max_lora_rank(max(adapter.rank for adapter in adapters)))]
+    command += ["--lora-target-modules", *targets]
+    return [*command, "--lora-modules", *[f"{name}={folder / name}" for name in names], *flags]
 
 
 def _server(model: str) -> list[str]:

@@ -136,10 +136,11 @@ def find_edits(plan: Plan, shapes: Mapping[str, tuple[int, ...]]) -> list[Edit]:
         layer, attention = int(match[1]), match[2].endswith("o_proj")
         inside, outside = ("attention", None) if attention else ("neuron", "ffn")
         edit = Edit(
-            name, _bias(name, shapes),
+            name,
+            _bias(name, shapes),
             *(_values(plan, kind, inside, layer, shape[-1], name) for kind in ("scales", "shifts")),
             *(_values(plan, kind, outside, layer, shape[-2], name) for kind in ("scales", "shifts")),
-        )  # fmt: skip
+        )
         if edit.bias is None and (edit.in_shift.any() or edit.out_shift.any()):
             raise AUSteerError(
                 f"the plan shifts, and a shift becomes a bias, but {name} has none: "

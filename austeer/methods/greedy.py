@@ -70,9 +70,13 @@ class CausalGreedy(Causal):
         if path.units:
             with steer(evidence.model, set_MFU(path.ranks(ranks), len(path.units), alpha)):
                 ranks = screen(
-                    evidence.pairs, evidence.model, evidence.tokenizer, [evidence.site],
-                    momentum=self.momentum, progress=False,
-                )[evidence.site]  # fmt: skip
+                    evidence.pairs,
+                    evidence.model,
+                    evidence.tokenizer,
+                    [evidence.site],
+                    momentum=self.momentum,
+                    progress=False,
+                )[evidence.site]
         steered = set(path.units)
         others = [unit for unit in ranks.order.tolist() if unit not in steered][
             : (GROWTH - 1) * len(path.units) or GROWTH

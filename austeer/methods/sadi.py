@@ -122,7 +122,9 @@ def clamped(model: PreTrainedModel, plan: Plan, prompt: Tensor) -> Plan:
     """
     (site,) = plan.sites
     if prompt.dim() != 2 or len(prompt) != 1:
-        raise AUSteerError(f"the authors' SADI is one plan a prompt: give token ids of shape (1, tokens), not {tuple(prompt.shape)}")  # fmt: skip
+        raise AUSteerError(
+            f"the authors' SADI is one plan a prompt: give token ids of shape (1, tokens), not {tuple(prompt.shape)}"
+        )
     with read_at(model, [site], lambda x: x[0, -1].float().cpu()) as collected:
         model.base_model(prompt, use_cache=False)
     frozen = torch.stack([collected[place][0] for place in sorted(collected)])

@@ -31,9 +31,17 @@ from experiments.setting import Cell, Setting
 from MFU_screening import screen
 
 SEARCHED = [
-    CausalBoth(), PublishedFDR(), CausalFDR(), CausalGreedy(), FixedStrength(), FixedVector(), Suppress(),
-    CausalLocation(), CausalSign(), CausalCounted(),
-]  # fmt: skip
+    CausalBoth(),
+    PublishedFDR(),
+    CausalFDR(),
+    CausalGreedy(),
+    FixedStrength(),
+    FixedVector(),
+    Suppress(),
+    CausalLocation(),
+    CausalSign(),
+    CausalCounted(),
+]
 # the tiny model finds every right answer unlikely: exchanged, some of them are likely
 MIXED = [(prompt, *answers[:: 1 if i % 3 else -1]) for i, (prompt, *answers) in enumerate(PAIRS)]
 OURS = [*SEARCHED, CausalPredicted(q=0.9)]  # untrained: hardly anything is significant
@@ -155,9 +163,15 @@ def test_both_sites_are_one_cell(tmp_path, monkeypatch):
     monkeypatch.setattr("eval.tasks.embedded.PAIRS", 40)
     monkeypatch.setattr("experiments.run_cell.acceptance.latent_skill", lambda *args, **kwargs: None)
     setting = Setting(
-        "embedded", "svamp", device="cpu", ranks=str(tmp_path / "ranks"), records=str(tmp_path / "records"), limit=10,
-        ks=(6,), alphas=(1.0,),
-    )  # fmt: skip
+        "embedded",
+        "svamp",
+        device="cpu",
+        ranks=str(tmp_path / "ranks"),
+        records=str(tmp_path / "records"),
+        limit=10,
+        ks=(6,),
+        alphas=(1.0,),
+    )
     cell = Cell(setting, "causal-both", "both")
     assert cells.prepare(setting, [cell]) == 2
     made = {file.stem: AURanks.load(file) for file in (tmp_path / "ranks").rglob("*.safetensors")}

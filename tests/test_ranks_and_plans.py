@@ -260,8 +260,10 @@ def test_a_plan_prints_as_a_table(ranks):
 
 def test_plan_refusals(ranks):
     plan = set_MFU(ranks, 4, 2.0)
-    for call, message in ((lambda: plan.scale("attention", 0), "does nothing at site 'attention'"),
-                          (lambda: plan.scale("ffn", 3), "no layer 3"),
-                          (lambda: Plan({"ffn": torch.tensor([[torch.nan]])}), "inf or nan")):  # fmt: skip
+    for call, message in (
+        (lambda: plan.scale("attention", 0), "does nothing at site 'attention'"),
+        (lambda: plan.scale("ffn", 3), "no layer 3"),
+        (lambda: Plan({"ffn": torch.tensor([[torch.nan]])}), "inf or nan"),
+    ):
         with pytest.raises(AUSteerError, match=message):
             call()
