@@ -30,8 +30,8 @@ from austeer.errors import AUSteerError, run_command
 from austeer.evidence import Evidence
 from austeer.forward import input_device
 from austeer.identity import fingerprint, model_header, public_name
-from austeer.methods.base import Settings
-from austeer.methods.pruning import PRUNINGS, Achieved, parse_sparsity, prune, same_length_batches
+from austeer.methods.base import GridPoint
+from austeer.methods.pruning import PRUNINGS, ZeroCounts, parse_sparsity, prune, same_length_batches
 from austeer.methods.restore_lcc import COMPONENTS, MeanLost, Prepared, RandomHeads, RestoreLCC
 from austeer.pairs import pairs_hash
 from austeer.plan import Plan
@@ -153,7 +153,7 @@ def _rows(setting: Setting, pruned: PreTrainedModel, components: str, draws: int
 def _searched(method: RestoreLCC, prepared: Prepared, draw: int, kind: str, task: Task, tokenizer, floor: list[float]):
     plans: dict[str, Plan] = {}
 
-    def ask(some: Sequence[Settings], start: int, stop: int) -> list[list[float]]:
+    def ask(some: Sequence[GridPoint], start: int, stop: int) -> list[list[float]]:
         plans.update({key_of(settings): method.plan(prepared, settings, draw) for settings in some})
         return [_validated(task, prepared.model, tokenizer, plans[key_of(settings)])[start:stop] for settings in some]
 
@@ -210,7 +210,7 @@ def table(record: dict) -> str:
     return "\n".join(lines)
 
 
-def _told(achieved: Achieved) -> dict:
+def _told(achieved: ZeroCounts) -> dict:
     return {"zeros": achieved.zeros, "weights": achieved.weights, "by_module": achieved.by_module}
 
 

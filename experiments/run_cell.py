@@ -18,7 +18,7 @@ from austeer import processes as shared_work
 from austeer.errors import AUSteerError, one_line
 from austeer.evidence import Evidence
 from austeer.identity import fingerprint, public_name
-from austeer.methods.base import BUDGET, Method, Settings, sites_of
+from austeer.methods.base import BUDGET, Method, GridPoint, sites_of
 from austeer.methods.registry import METHODS, with_options
 from austeer.pairs import pairs_hash
 from austeer.plan import Plan
@@ -211,7 +211,7 @@ def _steered(cell: Cell, vanilla: dict) -> tuple[dict, Columns, dict[str, float]
                 return task.speaks_on_validation
             return task.several_tokens and asked <= FEW
 
-        def ask(some: Sequence[Settings], start: int, stop: int) -> list[list[bool]]:
+        def ask(some: Sequence[GridPoint], start: int, stop: int) -> list[list[bool]]:
             now = [items[index] for index in order[start:stop]]
             plans = [method.plan(prepared, settings, cell.draw) for settings in some]
             if len(plans) > 1 and now and pays(len(now)):
@@ -237,13 +237,13 @@ def _steered(cell: Cell, vanilla: dict) -> tuple[dict, Columns, dict[str, float]
         raise AUSteerError(f"{cell} at {key_of(chosen)}: the plan steered nothing ({receipt})")
     result["receipt"] = receipt
     gained, lost, p = mcnemar(records.unpack(vanilla["outcomes"]), next(iter(columns.values())))
-    result |= {"touched": len(plan.units()), "gained": gained, "lost": lost, "p": p}
+    result |= {"touched": len(plan.aus()), "gained": gained, "lost": lost, "p": p}
     foretold = ("k", "alpha", "predicted", "measured") if "predicted" in plan.header else ()
     result["foretold"] = {key: plan.header[key] for key in foretold if key in plan.header}
     return result, columns, extras, start
 
 
-def _named(settings: Settings) -> str:
+def _named(settings: GridPoint) -> str:
     return " ".join(f"{key}={value:g}" for key, value in settings.items())
 
 
@@ -338,7 +338,7 @@ def _ranks_here(setting: Setting, momentum: str, site: str) -> AURanks | None:
     return ranks if all(ranks.header.get(key) == value for key, value in wanted.items()) else None
 
 
-def grid(cell: Cell) -> list[Settings]:
+def grid(cell: Cell) -> list[GridPoint]:
     """The method's settings, or those of the k and alpha that were given. Its own may be as many as any other's."""
     kind = "small" if cell.setting.embedded else "full"
     found = _method(cell.setting, cell.method).grid(kind)

@@ -8,6 +8,7 @@ import torch
 from test_adapters import plan_for
 
 from austeer.errors import AUSteerError
+from austeer.export.adapter import open_weights
 from austeer.export.gguf_lora import save_gguf_lora
 from austeer.export.lora import lora_factors
 from austeer.plan import Plan
@@ -21,7 +22,7 @@ def test_the_file_holds_the_factors(llama, tmp_path):
     plan = plan_for(llama, ["attention", "ffn"])
     assert save_gguf_lora(llama, plan, tmp_path / "a.gguf") == 4
     stored = {tensor.name: torch.tensor(tensor.data.copy()) for tensor in gguf.GGUFReader(tmp_path / "a.gguf").tensors}
-    factors = lora_factors(llama, llama, plan)
+    factors = lora_factors(open_weights(llama), plan)
     assert len(stored) == 2 * len(factors)
     for name, (a, b) in factors.items():
         place = (

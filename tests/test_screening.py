@@ -292,7 +292,16 @@ def test_two_processes_equal_one(checkpoints, tmp_path, momentum):
     command += f"--site attention ffn --momentum {momentum} --device cpu --out".split()
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
-    accelerate += "--num_machines 1 --mixed_precision no --dynamo_backend no --main_process_port 0".split()
+    accelerate += [
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+        "--main_process_port",
+        "0",
+    ]
     subprocess.run([sys.executable, *command, str(tmp_path / "one")], cwd=ROOT, env=env, check=True)
     subprocess.run([*accelerate, *command, str(tmp_path / "two")], cwd=ROOT, env=env, check=True)
     for site in ("attention", "ffn"):

@@ -40,7 +40,7 @@ def worked_example():
 
 
 def units(plan):
-    return {(layer, dim): scale for _, layer, dim, scale, _ in plan.units()}
+    return {(layer, dim): scale for _, layer, dim, scale, _ in plan.aus()}
 
 
 def test_worked_example():
@@ -129,8 +129,8 @@ def test_strengths(ranks):
     assert flipped != paper
     assert list(gamma("suppress", 0.3).values()) == pytest.approx([-0.7] * 8)
     vector = set_MFU(ranks, 8, 2.0, strength="vector")
-    assert {u[1:3] for u in vector.units()} == set(paper)
-    for _, layer, dim, scale, shift in vector.units():
+    assert {u[1:3] for u in vector.aus()} == set(paper)
+    for _, layer, dim, scale, shift in vector.aus():
         assert scale == 0 and shift == pytest.approx(2 * float(ranks.stats["sum_momentum"][layer, dim]) / len(PAIRS))
 
 
@@ -138,7 +138,7 @@ def test_causal_plans_scale_by_the_direction(causal):
     plan = set_MFU(causal, 6, 0.5)
     assert {abs(scale) for scale in units(plan).values()} == {0.5}
     assert all(math.copysign(1, scale) == math.copysign(1, causal.score[unit]) for unit, scale in units(plan).items())
-    with pytest.raises(AUSteerError, match="needs ranks of activation momentum"):
+    with pytest.raises(AUSteerError, match="needs sum_activation, which these ranks lack"):
         set_MFU(causal, 6, 0.5, strength="sign-aware")
 
 
@@ -270,7 +270,7 @@ def test_the_authors_call_by_keyword(llama, ranks):
 
 def test_steering_twice_is_refused(llama, ranks):
     plan = set_MFU(ranks, 2, 1.0)
-    with steer(llama, plan), pytest.raises(AUSteerError, match="steered already"), steer(llama, plan):
+    with steer(llama, plan), pytest.raises(AUSteerError, match="already steered"), steer(llama, plan):
         pass
 
 
@@ -286,7 +286,7 @@ def test_each_row_of_a_batch_by_its_own_plan(llama, ranks):
             alone = llama.generate(IDS[:1], attention_mask=torch.ones_like(IDS[:1]), max_new_tokens=5, do_sample=False)
             assert torch.equal(alone[0], tokens[row])
     with (
-        pytest.raises(AUSteerError, match="3 plans were set, one a row, but the batch has 2 rows"),
+        pytest.raises(AUSteerError, match="3 plans were set, one per row, but the batch has 2 rows"),
         steer(llama, plans),
     ):
         llama(IDS)
