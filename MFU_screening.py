@@ -31,7 +31,7 @@ import rmodels
 from austeer import processes
 from austeer.batching import pair_batches, run_halving
 from austeer.errors import AUSteerError, one_of, run_command
-from austeer.forward import PairTexts, input_device, log_odds_and_gradients, read_at
+from austeer.forward import PairTexts, float64_device, input_device, log_odds_and_gradients, read_at
 from austeer.identity import model_header, public_name
 from austeer.pairs import as_pairs, pairs_hash
 from austeer.ranks import AURanks, ranks_file
@@ -46,8 +46,7 @@ class Momentum(ABC):
 
     def __init__(self, model: PreTrainedModel, sites: Sequence[str], protocol: Protocol):
         self.model, self.sites, self.protocol = model, sites, protocol
-        # sums are in float64, which Apple's GPUs do not have
-        self.device = torch.device("cpu") if input_device(model).type == "mps" else input_device(model)
+        self.device = float64_device(input_device(model))
         self.sums = {
             (site, name): [torch.zeros(gate.width, dtype=dtype, device=self.device) for gate in gates(model, site)]
             for site in sites
@@ -77,7 +76,7 @@ class Momentum(ABC):
 
 
 def signed_share(sums: dict[str, Tensor], n: int) -> tuple[Tensor, Tensor]:
-    """Return s_i = max(r+_i, r-_i), signed as gamma_i is (section 4.2): the paper's score, and its gain.
+    """Return s_i = max(r+_i, r-_i) with the sign of gamma_i (section 4.2): the paper's score, which is also the gain.
 
     All pairs count, also those without a difference; a tie of signs is positive, as in the authors' code.
     """
@@ -91,14 +90,14 @@ def t_statistic(sums: dict[str, Tensor], n: int) -> tuple[Tensor, Tensor]:
     """Return the mean of c over its standard error, and its sign."""
     mean = sums["sum"] / n
     variance = ((sums["sum_squares"] - n * mean.square()) / (n - 1)).clamp(min=0)
-    # an effect that is the same in every pair has no spread: bound its t instead of dividing by zero
+    # an effect that is the same in every pair has no spread: bound its t, do not divide by zero
     error = torch.maximum((variance / n).sqrt(), 1e-9 * mean.abs())
     score = torch.where(mean == 0, 0.0, mean / error).float()
     return score, score.sign()
 
 
 class ActivationMomentum(Momentum):
-    # the last two serve the ablations: activation difference, fixed vector, sign-aware strength
+    # the last two are for the ablations: activation difference, fixed vector, sign-aware strength
     SUMS = {
         "positive": torch.int32,
         "negative": torch.int32,
@@ -113,17 +112,19 @@ class ActivationMomentum(Momentum):
         with read_at(self.model, self.sites, lambda x: x[range(len(texts.last)), texts.last]) as collected:
             texts.run_tails([tail for pair in batch for tail in (pair.positive, pair.negative)])
         for (site, layer), rows in collected.items():
-            last = torch.cat(rows).to(
-                self.device
-            )  # (2 * pairs, width), at the last token of each text: right, wrong, right, ...
+            last = torch.cat(rows).to(self.device)  # (2 * pairs, width), at each last token: right, wrong, right, ...
             self._note_not_finite(last)
             momentum = last[0::2] - last[1::2]
-            # in the authors' float16, overflow counts by its sign and inf - inf as zero
+            # in the authors' float16 an overflow counts by its sign, and inf - inf as zero
             signs = last[0::2].half() - last[1::2].half() if self.protocol.round_to_half else momentum
             self._accumulate(
-                site, layer, positive=(signs > 0).sum(0), negative=(signs < 0).sum(0),
-                sum_momentum=momentum.sum(0, dtype=torch.float64), sum_activation=last[0::2].sum(0, dtype=torch.float64),
-            )  # fmt: skip
+                site,
+                layer,
+                positive=(signs > 0).sum(0),
+                negative=(signs < 0).sum(0),
+                sum_momentum=momentum.sum(0, dtype=torch.float64),
+                sum_activation=last[0::2].sum(0, dtype=torch.float64),
+            )
 
 
 class CausalMomentum(Momentum):
@@ -138,7 +139,7 @@ class CausalMomentum(Momentum):
     def effects(self, batch: Sequence[EncodedPair]) -> dict[tuple[str, int], Tensor]:
         """Return c of every pair and AU, (pairs, width) by site and layer: one backward pass to the gates."""
         log_odds, by_place = log_odds_and_gradients(self.model, self.sites, batch, lambda x, g: x + x * g)
-        # d log sigmoid(M) / d M, which would underflow in float16
+        # d log sigmoid(M) / d M; it would underflow in float16
         slope = torch.sigmoid(-log_odds.to(self.device).double())[:, None]
         return {place: gradient.to(self.device).double() * slope for place, gradient in by_place.items()}
 
@@ -159,15 +160,22 @@ def MFU_screening(
     max_length: int | None = None,
     progress: bool = True,
 ) -> AURanks:
-    """Rank the AUs of one site, and save the ranks to `path` if given. `train_dataset` holds [prompt, right, wrong].
+    """Rank the AUs of one site, and save the ranks if `path` is given. `train_dataset` holds [prompt, right, wrong].
 
     protocol: "clean", or "paper" for the authors' code, quirk by quirk (docs/fidelity.md).
-    momentum: "activation" (the paper's) or "causal" (ours). max_length: by default the model's context.
+    momentum: "activation" (the paper's) or "causal" (ours). max_length: in tokens, by default the model's context.
     """
     ranks = screen(
-        train_dataset, model, tokenizer, [applied_module],
-        protocol=protocol, momentum=momentum, batch_size=batch_size, max_length=max_length, progress=progress,
-    )[applied_module]  # fmt: skip
+        train_dataset,
+        model,
+        tokenizer,
+        [applied_module],
+        protocol=protocol,
+        momentum=momentum,
+        batch_size=batch_size,
+        max_length=max_length,
+        progress=progress,
+    )[applied_module]
     if path is not None and processes.is_main():
         ranks.save(ranks_file(path, applied_module))
     return ranks
@@ -193,35 +201,43 @@ def screen(
     limit = longest_text(rules, model.config.max_position_embeddings, max_length, batch_size)
     if momentum == "causal" and (protocol == "paper" or len(pairs) < 2):
         raise AUSteerError(
-            "causal momentum is not the paper's: use protocol='clean'" if protocol == "paper"
-            else "causal momentum needs at least two pairs: it is ranked by a t statistic"
-        )  # fmt: skip
+            "causal momentum is not the paper's: use protocol='clean'"
+            if protocol == "paper"
+            else "causal momentum ranks by a t statistic, which needs at least two pairs"
+        )
     encoded, n_equal = encode(pairs, tokenizer, rules, limit)
-    header = model_header(model)  # before the forwards: what fails here fails early
+    header = model_header(model)  # before the forwards, so that an error here comes early
 
-    total, mine = kind(model, sites, rules), processes.own_share(encoded)
-    batches = pair_batches(mine, model.device, batch_size if rules.share_prompt else 1)
+    total, share = kind(model, sites, rules), processes.own_share(encoded)
+    batches = pair_batches(share, model.device, batch_size if rules.share_prompt else 1)
     silent = None if progress and processes.is_main() else True
-    with tqdm(total=len(mine), desc="screening", unit=" pairs", disable=silent) as bar:
+    with tqdm(total=len(share), desc="screening", unit=" pairs", disable=silent) as bar:
         for batch, _ in run_halving(batches, total.add, "pairs", bar.write, "use --max-length, 4-bit, or a larger GPU"):
             bar.update(len(batch))
     processes.add_over_processes([*(row for rows in total.sums.values() for row in rows), total.not_finite])
     not_finite = int(total.not_finite)
     if not_finite and rules.refuse_overflow:
         raise AUSteerError(
-            f"{not_finite} values are inf or nan in {model.dtype}: the ranks would be noise; "
+            f"{not_finite} values are inf or nan in {model.dtype}, so the ranks would be noise; "
             "load the model in bfloat16 or float32"
         )
     if not_finite:
         warnings.warn(
-            f"{not_finite} activations are inf or nan in {model.dtype}; the authors' code counts on", stacklevel=2
+            f"{not_finite} activations are inf or nan in {model.dtype}; as in the authors' code they are counted",
+            stacklevel=2,
         )
     header |= {
-        "tokenizer": public_name(tokenizer.name_or_path), "pairs": len(pairs), "pairs_hash": pairs_hash(pairs),
-        "pairs_with_equal_tokens": n_equal, "not_finite": not_finite, "protocol": protocol, "momentum": momentum,
-        "max_length": limit, "tie_rule": "lower layer, then lower dimension",
+        "tokenizer": public_name(tokenizer.name_or_path),
+        "pairs": len(pairs),
+        "pairs_hash": pairs_hash(pairs),
+        "pairs_with_equal_tokens": n_equal,
+        "not_finite": not_finite,
+        "protocol": protocol,
+        "momentum": momentum,
+        "max_length": limit,
+        "tie_rule": "lower layer, then lower dimension",
         "versions": {name: version(name) for name in ("torch", "transformers")},
-    }  # fmt: skip
+    }
     sums = {site: total.stats(site) for site in sites}
     return {site: AURanks(site, *kind.score(sums[site], len(pairs)), sums[site], dict(header)) for site in sites}
 

@@ -1,7 +1,7 @@
-"""Steering, the method's second half: ranks, k and alpha -> a plan.
+"""Steering, the method's second half: turn ranks, k and alpha into a plan.
 
     plan = set_MFU(ranks, k=16, alpha=2.0)
-    with steer(model, plan):                       # cleared on the way out, whatever happens
+    with steer(model, plan):                       # always cleared on the way out
         model.generate(...)
 
     python set_MFU.py --ranks ranks.safetensors --k 16 --alpha 2 --out plan.safetensors
@@ -31,14 +31,14 @@ __all__ = ["LOCATIONS", "STRENGTHS", "Steering", "apply", "clear", "set_MFU", "s
 LOCATIONS = {
     "score": "the k highest scores (the paper)",
     "lowest": "the k lowest scores (suppression, Table 13)",
-    "random": "k AUs drawn by lot, strengths kept (Random Loc., Table 3)",
-    "difference": "the k largest mean activation differences (Act. Diff., Table 3; as SADI)",
+    "random": "k random AUs, each with its own strength (Random Loc., Table 3)",
+    "difference": "the k largest mean activation differences (Act. Diff., Table 3; SADI's choice)",
 }
 STRENGTHS = {
     "adaptive": "gamma = alpha * signed share of pairs (the paper); causal ranks: alpha * direction",
     "fixed": "one strength for all AUs, signs kept (Fixed Strength, Table 3)",
     "sign-aware": "times the sign of the mean activation: pushes towards the positive side, not outwards",
-    "flipped": "directions drawn by coin: what an arbitrary change of basis does (control, docs/sign.md)",
+    "flipped": "each sign by the toss of a coin: what an arbitrary change of basis does (control, docs/sign.md)",
     "vector": "add alpha * mean activation difference instead of scaling (Fixed Vec., Table 3)",
     "suppress": "x -> alpha * x with alpha below 1 (suppression, Table 13)",
 }
@@ -89,8 +89,8 @@ def set_MFU(
 ) -> Plan:
     """Choose k AUs and give each its strength. `seed` draws the locations or the signs of random controls.
 
-    The authors' call, set_MFU(all_scores, all_layer, all_indices, k, alpha, model, applied_module), also works: it
-    sets the plan on the model at once, in place of what was set at that site.
+    The authors' call, set_MFU(all_scores, all_layer, all_indices, k, alpha, model, applied_module), works too: it
+    sets the plan on the model at once and replaces what was set at that site.
     """
     if all_scores is not None:
         return _authors_call(all_scores, all_layer, all_indices, k, alpha, model, applied_module)
@@ -101,25 +101,21 @@ def set_MFU(
         raise AUSteerError(f"k must be a whole number from 1 to {n} (the AUs at site {ranks.site}), not {k}")
     if not math.isfinite(alpha):
         raise AUSteerError(f"alpha must be a finite number, not {alpha}")
-    units = _locate(ranks, location, seed)[:k]
-    kept = torch.zeros(n, dtype=torch.bool)
-    kept[units] = True
-    kept = kept.view(ranks.score.shape)
-    header = {
-        key: ranks.header.get(key) for key in ("model", "family", "fingerprint", "precision", "momentum", "pairs_hash")
-    }
-    header |= {"site": ranks.site, "k": k, "alpha": alpha, "location": location, "strength": strength}
+    mask = torch.zeros(n, dtype=torch.bool)
+    mask[_locate(ranks, location, seed)[:k]] = True
+    mask = mask.view(ranks.score.shape)
+    header = ranks.origin() | {"k": k, "alpha": alpha, "location": location, "strength": strength}
     if location == "random" or strength == "flipped":
         header["seed"] = seed
     if strength == "vector":
         shift = _stat(ranks, "sum_momentum", "a fixed vector") / ranks.header["pairs"]
-        return Plan({}, {ranks.site: torch.where(kept, alpha * shift.float(), 0.0)}, tokens, header)
+        return Plan({}, {ranks.site: torch.where(mask, alpha * shift.float(), 0.0)}, tokens, header)
     gamma = _gamma(ranks, alpha, strength, seed)
-    return Plan({ranks.site: torch.where(kept, gamma, 0.0)}, {}, tokens, header)
+    return Plan({ranks.site: torch.where(mask, gamma, 0.0)}, {}, tokens, header)
 
 
 def _locate(ranks: AURanks, location: str, seed: int) -> Tensor:
-    """All flat unit numbers, the ones to steer first."""
+    """Return all flat AU numbers, those to steer first."""
     if location == "score":
         return ranks.order
     if location == "lowest":
@@ -144,14 +140,16 @@ def _gamma(ranks: AURanks, alpha: float, strength: str, seed: int) -> Tensor:
         return ranks.gain * alpha * (2 * coin - 1)
     if strength == "suppress":
         if not 0 <= alpha < 1:
-            raise AUSteerError(f"to suppress is to multiply by alpha from 0 to below 1, not {alpha}")
+            raise AUSteerError(f"suppression multiplies by alpha, which must be from 0 to below 1, not {alpha}")
         return torch.full_like(ranks.gain, alpha - 1)
     raise AUSteerError(f"strength {strength!r} is unknown; use one of {', '.join(STRENGTHS)}")
 
 
 def _stat(ranks: AURanks, name: str, purpose: str) -> Tensor:
     if name not in ranks.stats:
-        raise AUSteerError(f"{purpose} needs ranks of activation momentum made by this project (no {name} in these)")
+        raise AUSteerError(
+            f"{purpose} needs {name}, which these ranks lack: rank with momentum='activation' and this project"
+        )
     return ranks.stats[name]
 
 
@@ -164,16 +162,15 @@ def _authors_call(
     model: PreTrainedModel | None,
     applied_module: str | None,
 ) -> Plan:
-    """Do as their code: write one AU at a time, stop once k are not zero. So k <= 0 still steers one, 2.5 three."""
+    """Do as their code: write AUs one by one until k of them are not zero. So k <= 0 steers one AU, and 2.5 three."""
     if applied_module is None:
         raise AUSteerError(
             "call set_MFU(ranks, k, alpha) with AURanks, or, as the authors do, "
             "set_MFU(all_scores, all_layer, all_indices, k, alpha, model, applied_module)"
         )
     ranks = AURanks.from_lists(all_scores, all_layer, all_indices, site=applied_module)
-    written = max(1, math.ceil(k))
     nonzero = int((ranks.score != 0).sum())
-    plan = set_MFU(ranks, min(written, max(nonzero, 1)), alpha)
+    plan = set_MFU(ranks, min(max(1, math.ceil(k)), max(nonzero, 1)), alpha)
     apply(model, plan)
     return plan
 

@@ -1,4 +1,4 @@
-"""The one error type a person meets: a single line that says what is wrong and what to do."""
+"""AUSteerError, the one error that users see: a single line that says what is wrong and what to do."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ STOPPING = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(s
 
 
 class AUSteerError(ValueError):
-    """A mistake in the input, not in the program. Command lines print it without a traceback."""
+    """Report a mistake in the input, not in the program. Command lines print it without a traceback."""
 
 
 def missing_extra(package: str, extra: str) -> AUSteerError:
@@ -33,34 +33,36 @@ def missing_extra(package: str, extra: str) -> AUSteerError:
 
 
 def one_of(table: dict[str, T], name: str, what: str) -> T:
-    """Look a name up that a person gave."""
+    """Look up a name that the user gave."""
     if name not in table:
         raise AUSteerError(f"{what} {name!r} is unknown; use one of {', '.join(table)}")
     return table[name]
 
 
 def one_line(error: Exception) -> str:
-    """For a table or a record; of what is not a person's mistake, with its type."""
+    """Return an error as one line, with its type unless it is the user's mistake."""
     line = (str(error).strip().splitlines() or [""])[0]
     return line if isinstance(error, AUSteerError) else f"{type(error).__name__}: {line}".removesuffix(": ")
 
 
 def run_command(command: Callable[[], int | None]) -> None:
-    """Run a command line's body; exit 1 with one clear line on an AUSteerError, 130 on Ctrl-C, and let it clean up
-    (`finally`) when it is killed by SIGTERM or its terminal is closed."""
+    """Run a command line's body: exit 1 with one clear line on an AUSteerError, and 130 on Ctrl-C.
+
+    On SIGTERM, or when its terminal closes, its `finally` blocks still run.
+    """
     process = os.getpid()
 
     def stop(number: int, frame) -> None:
-        if os.getpid() != process:  # a forked worker: its pool would take an exit for the end of a job, and go on
+        if os.getpid() != process:  # a forked worker: its pool would mistake an exit for the end of a job, and go on
             os._exit(128 + number)
-        for each in STOPPING:  # a closing terminal sends several: they would end the cleaning up, too
-            signal.signal(each, signal.SIG_IGN)
-        for worker in multiprocessing.active_children():  # a pool would wait for all of its jobs
+        for other in STOPPING:  # a closing terminal sends several, which would interrupt the cleaning up
+            signal.signal(other, signal.SIG_IGN)
+        for worker in multiprocessing.active_children():  # a pool would wait for all its jobs
             worker.terminate()
         sys.exit(128 + number)
 
     for number in STOPPING:
-        if signal.getsignal(number) is signal.SIG_DFL:  # under nohup a closed terminal stays ignored
+        if signal.getsignal(number) is signal.SIG_DFL:  # nohup ignores a closing terminal: leave that
             signal.signal(number, stop)
     try:
         code = command() or 0

@@ -1,4 +1,4 @@
-"""Evidence: a model, contrastive pairs, and what can be read off them at one site. Methods make their plans from it."""
+"""Evidence: a model, contrastive pairs and one site. Methods read activations from it and make their plans of them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ READOUTS = ("last", "before-last", "answer")
 
 @dataclass
 class Evidence:
-    """Hold a model, its tokenizer and pairs at one site; `ranks` gives ranks by momentum, of this site or one named."""
+    """Hold a model, its tokenizer and pairs at one site; `ranks(momentum)` ranks this site, `ranks(momentum, site)` another."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -45,29 +45,28 @@ class Evidence:
         return pair_batches(self.encoded(), self.model.device)
 
     def header(self) -> dict:
-        """Return what a plan says of its origin, so that another model refuses it."""
-        made_on = {key: model_header(self.model)[key] for key in ("model", "family", "fingerprint", "precision")}
-        return {**made_on, "pairs_hash": pairs_hash(self.pairs), "site": self.site}
+        """Return the origin that a plan keeps in its header, so that another model refuses the plan."""
+        return {**model_header(self.model), "pairs_hash": pairs_hash(self.pairs), "site": self.site}
 
     @torch.inference_mode()
     def activations(self, readout: str = "last", nonlinearity: bool = False) -> tuple[Tensor, Tensor]:
-        """Return those of right and of wrong texts, (pairs, layers, width) float32 on the CPU, in the order of pairs.
+        """Return activations on right and on wrong texts, each (pairs, layers, width) float32 on the CPU.
 
-        readout: the answer's last token, its last but one (the letter of an answer like "(A)"), or the mean over the
-        tokens that tell the two answers apart. nonlinearity: the output of the MLP's act_fn instead of the site's
-        own values, which at site neuron are its product with up_proj.
+        readout: at the answer's last token, at its last but one (the letter of an answer like "(A)"), or the mean over
+        the tokens that the two texts do not share. nonlinearity: read the output of the MLP's act_fn; the values at
+        site neuron are its product with up_proj.
         """
         if readout not in READOUTS:
             raise AUSteerError(f"readout {readout!r} is unknown; use one of {', '.join(READOUTS)}")
         if readout == "before-last" and min(min(len(p.positive), len(p.negative)) for p in self.encoded()) < 2:
             raise AUSteerError(
-                "the last token but one is in the prompt of some pair, where right and wrong texts are equal: "
-                "it is for answers like '(A)'; use readout last or answer"
+                "the last token but one of some pair is in its prompt, where right and wrong texts are equal: this "
+                "readout is for answers like '(A)'; use readout last or answer"
             )
-        both = self.of_each_pair(lambda batch: self._read(batch, readout, nonlinearity), "activations")
+        both = self.per_pair(lambda batch: self._read(batch, readout, nonlinearity), "activations")
         return both[:, 0], both[:, 1]
 
-    def of_each_pair(self, measure: Callable[[list[EncodedPair]], Tensor], what: str) -> Tensor:
+    def per_pair(self, measure: Callable[[list[EncodedPair]], Tensor], what: str) -> Tensor:
         """Stack `measure(batch)`, whose rows are the batch's pairs, in the order of the pairs; refuse inf and nan."""
         encoded = self.encoded()
         place = {id(pair): index for index, pair in enumerate(encoded)}
@@ -80,25 +79,25 @@ class Evidence:
         return ordered
 
     def _read(self, batch: list[EncodedPair], readout: str, nonlinearity: bool) -> Tensor:
-        """Return (pairs, 2, layers, width): of each pair the right text's activations, then the wrong one's."""
+        """Return (pairs, 2, layers, width): the right text's activations of each pair, then the wrong text's."""
         texts = PairTexts(self.model, batch, logits=False)
 
         def read(x: Tensor) -> Tensor:
             last = texts.last.to(x.device)
             if readout != "answer":
                 return x[torch.arange(len(last), device=x.device), last - int(readout == "before-last")].float().cpu()
-            own = torch.arange(x.shape[1], device=x.device) <= last[:, None]
-            return ((x.float() * own[..., None]).sum(1) / own.sum(1, keepdim=True)).cpu()
+            answer = torch.arange(x.shape[1], device=x.device) <= last[:, None]
+            return ((x.float() * answer[..., None]).sum(1) / answer.sum(1, keepdim=True)).cpu()
 
-        place = self._nonlinearities(read) if nonlinearity else read_at(self.model, [self.site], read)
-        with place as collected:
+        reading = self._nonlinearities(read) if nonlinearity else read_at(self.model, [self.site], read)
+        with reading as collected:
             texts.run_tails([tail for pair in batch for tail in (pair.positive, pair.negative)])
         layers = torch.stack([torch.cat(collected[place]) for place in sorted(collected)], dim=1)
         return layers.unflatten(0, (len(batch), 2))
 
     @contextmanager
     def _nonlinearities(self, read: Callable[[Tensor], Tensor]) -> Iterator[dict[tuple[str, int], list[Tensor]]]:
-        """Do as `read_at`, at a place that has no gate because nothing steers there."""
+        """Do as `read_at` does, at a place without a gate, since nothing steers there."""
         collected: dict[tuple[str, int], list[Tensor]] = defaultdict(list)
 
         def look(layer: int) -> Callable:

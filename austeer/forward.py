@@ -1,4 +1,4 @@
-"""Run the texts of pairs on a model, and read or change activations at the gates while they run."""
+"""Run the texts of pairs on a model, and read or change activations at the gates meanwhile."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def log_odds_and_gradients(
 ) -> tuple[Tensor, dict[tuple[str, int], Tensor]]:
     """Return every pair's log-odds M, and by (site, layer) dM / dp of every AU, (pairs, width), at p = 0.
 
-    change(x, p) says how p acts on the activations x: x + x * p is a gate, x + p a shift.
+    change(x, p) applies p to the activations x: x + x * p is a gate, x + p a shift.
     """
     probes: dict[tuple[str, int], Tensor] = {}
 
@@ -77,7 +77,7 @@ def log_odds_and_gradients(
 
 
 class PairTexts:
-    """Run what each pair of a batch shares once, at once; then the two tails of every pair on that cache.
+    """Run the shared prefixes of a batch of pairs once and together, then both tails of every pair on their cache.
 
     Rows of tails are right, wrong, right, wrong, ... Pairs that share nothing are run text by text.
     """
@@ -89,7 +89,7 @@ class PairTexts:
         self.cache: DynamicCache | None = None
         if not width:
             return
-        # without a config no layer forgets what left its sliding window, whose mask still applies: repeating rows is safe
+        # without a config no layer drops what left its sliding window (the mask still hides it): rows can be repeated
         self.cache = DynamicCache()
         padded = [(0,) * (width - len(pair.prefix)) + pair.prefix for pair in batch]
         columns = torch.arange(width) - (width - self.lengths)[:, None]  # negative on padding
@@ -99,7 +99,7 @@ class PairTexts:
         self.cache.batch_repeat_interleave(2)
 
     def run_tails(self, tails: list[tuple[int, ...]], keep: int | None = None):
-        """Run the tails behind their prompts, right-padded."""
+        """Run the tails after their prompts, right-padded."""
         if self.cache is None:
             for tail in tails:
                 self.last = torch.tensor([len(tail) - 1])
@@ -120,24 +120,24 @@ class PairTexts:
         return log_probability[0::2] - log_probability[1::2]
 
     def log_probabilities(self) -> Tensor:
-        """Return those of the tails behind their prompts: right, wrong, right, wrong, ...
+        """Return the log-probability of each tail after its prompt: right, wrong, right, wrong, ...
 
-        The last token of a tail is never run: for one-token answers the prompt is all there is.
+        The last token of a tail is never run: for one-token answers the prompt alone is enough.
         """
         if self.cache is None or not self.lengths.all():
-            raise AUSteerError("the log-odds of a pair need a prompt: the two answers of some pair share no token")
+            raise AUSteerError("the log-odds of a pair need a prompt, but the two texts of some pair share no token")
         tails = [tail for pair in self.batch for tail in (pair.positive, pair.negative)]
         logits = self.prompt_logits.repeat_interleave(2, 0)
         if any(len(tail) > 1 for tail in tails):
-            behind = self.run_tails([tail[:-1] or (0,) for tail in tails], keep=0)
-            logits = torch.cat([logits, behind.logits], dim=1)
+            out = self.run_tails([tail[:-1] or (0,) for tail in tails], keep=0)
+            logits = torch.cat([logits, out.logits], dim=1)
         width = max(map(len, tails))
-        wanted = torch.tensor([list(tail) + [-1] * (width - len(tail)) for tail in tails], device=logits.device)
-        chosen = logits[:, :width].float().log_softmax(-1).gather(-1, wanted.clamp(min=0)[..., None])
-        return (chosen[..., 0] * (wanted >= 0)).sum(1)
+        targets = torch.tensor([list(tail) + [-1] * (width - len(tail)) for tail in tails], device=logits.device)
+        by_token = logits[:, :width].float().log_softmax(-1).gather(-1, targets.clamp(min=0)[..., None])
+        return (by_token[..., 0] * (targets >= 0)).sum(1)
 
     def _forward(self, ids: list[tuple[int, ...]], positions: Tensor, mask: Tensor | None, keep: int | None):
-        """keep: how many of the last positions get logits, 0 for all; None leaves the LM head out."""
+        """Run the model; keep: how many of the last positions get logits, 0 for all; None skips the LM head."""
         run, extra = (self.model.base_model, {}) if keep is None else (self.model, {"logits_to_keep": keep})
         return run(
             input_ids=torch.tensor(ids, device=self.device),
@@ -151,3 +151,8 @@ class PairTexts:
 
 def input_device(model: PreTrainedModel) -> torch.device:
     return model.get_input_embeddings().weight.device
+
+
+def float64_device(device: torch.device) -> torch.device:
+    """Return where float64 sums are kept: here, but on the CPU for Apple's GPUs, which have no float64."""
+    return torch.device("cpu") if device.type == "mps" else device

@@ -1,4 +1,4 @@
-"""Say which model something was made for: a fingerprint of its weights, its precision and its name."""
+"""Identify the model that ranks or a plan belong to: by a fingerprint of its weights, its precision and its name."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ WEIGHTS_AT_ONCE = 1 << 24
 
 
 def model_header(model: nn.Module) -> dict:
-    """Return what ranks and plans say of the model they belong to."""
+    """Return what the header of ranks and plans records about their model."""
     return {
         "model": public_name(model.config.name_or_path) or type(model).__name__,
         "revision": getattr(model.config, "_commit_hash", None),
@@ -29,7 +29,7 @@ def model_header(model: nn.Module) -> dict:
 
 
 def public_name(name_or_path: str) -> str:
-    """Return a hub id unchanged and a local folder's last two parts: ranks are given away, home folders are not."""
+    """Return a hub id unchanged, and of a local folder its last two parts: ranks are shared, home folders are not."""
     return "/".join(Path(name_or_path).resolve().parts[-2:]) if Path(name_or_path).exists() else name_or_path
 
 
@@ -42,7 +42,7 @@ def precision(model: nn.Module) -> str:
 
 
 def check_made_for(model: nn.Module, shapes: dict[str, tuple[int, int]], header: dict, what: str) -> None:
-    """Refuse a model that ranks or a plan, with these shapes by site and this header, were not made for."""
+    """Refuse a model that ranks or a plan with these shapes by site and this header were not made for."""
     for site, (layers, width) in shapes.items():
         here = site_shape(model, site)
         if here != (layers, width):
@@ -57,11 +57,11 @@ def check_made_for(model: nn.Module, shapes: dict[str, tuple[int, int]], header:
             f"{what} made for a {header['family']} model ({header.get('model')}); this one is {model.config.model_type}"
         )
     theirs, ours = header.get("fingerprint"), fingerprint(model)
-    # weights of another precision have other bits: only shapes and family can be compared then
+    # weights of another precision have other bits, and then only shapes and family can be compared
     if theirs and ours and precision(model) == header.get("precision") and theirs != ours:
         raise AUSteerError(
             f"{what} made on other weights ({header.get('model')}, fingerprint {theirs[:8]}; this model has {ours[:8]}); "
-            "rank this model, or pass check=False to go on all the same"
+            "rank this model, or pass check=False to use it anyway"
         )
 
 
@@ -71,9 +71,9 @@ _fingerprints: weakref.WeakKeyDictionary[nn.Module, tuple[tuple, str | None]] = 
 def fingerprint(model: nn.Module) -> str | None:
     """Hash every weight's name, shape and bits by exact integer sums: same weights, same fingerprint.
 
-    Sums of integers do not depend on their order, so CPU and GPU agree; sums of rows and of columns show which
-    row or column differs, so reordering is seen too. None for a model whose weights are not all in memory. Kept
-    per model until a weight is written to or replaced, because plans are checked every time they are applied.
+    Sums of integers do not depend on their order, so CPU and GPU agree; rows and columns are summed apart, so that
+    reordering them shows, too. None for a model whose weights are not all in memory. The result is kept per model until
+    a weight is written to or replaced, because plans are checked every time they are applied.
     """
     state = tuple(
         (weight.data_ptr(), None if weight.is_inference() else weight._version) for weight in model.parameters()
@@ -89,21 +89,21 @@ def _fingerprint(model: nn.Module) -> str | None:
 
 
 def hash_weights(weights: Iterable[tuple[str, Tensor]]) -> str:
-    """Return the fingerprint of weights that come one by one, in a model's order and dtype."""
+    """Return the fingerprint of weights that arrive one by one, in a model's order and dtype."""
     digest = hashlib.sha256()
     for name, weight in weights:
         bits = weight.detach().contiguous()
+        bits = bits.cpu() if bits.is_mps else bits  # exact integer sums, on Apple's GPUs not to be relied on
         if bits.dtype.is_floating_point:
             bits = bits.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[bits.element_size()])
         rows = bits.reshape(len(bits), -1) if bits.dim() else bits.reshape(1, 1)
-        place = [torch.arange(1, size + 1, device=bits.device) for size in rows.shape]
-        blocks = rows.split(
-            max(1, WEIGHTS_AT_ONCE // max(1, rows.shape[1]))
-        )  # torch makes an int64 copy of what it sums
+        factors = [torch.arange(1, size + 1, device=bits.device) for size in rows.shape]
+        # in blocks, since torch makes an int64 copy of what it sums
+        blocks = rows.split(max(1, WEIGHTS_AT_ONCE // max(1, rows.shape[1])))
         sums = (
             torch.cat([block.sum(1, dtype=torch.int64) for block in blocks]),
             sum(block.sum(0, dtype=torch.int64) for block in blocks),
         )
-        totals = [int((total * at).sum()) for total, at in zip(sums, place, strict=True)]  # wraps around, exactly
+        totals = [int((total * factor).sum()) for total, factor in zip(sums, factors, strict=True)]  # wraps, exactly
         digest.update(f"{name} {tuple(weight.shape)} {totals};".encode())
     return digest.hexdigest()

@@ -1,8 +1,8 @@
-"""Contrastive pairs: a prompt, a right answer and a wrong one. What everything here starts from.
+"""Contrastive pairs: a prompt, a right answer and a wrong one. Every method learns from such pairs.
 
-A file of pairs is JSON Lines of {"prompt", "positive", "negative"} (or the authors' [prompt, right,
-wrong] triples, also as one JSON array), or CSV with those three columns. Prompt and answer are joined as they are: no space is
-added, so an answer that should follow a space begins with one.
+A file of pairs is JSON Lines of {"prompt", "positive", "negative"} (or of the authors' [prompt, right, wrong] triples,
+also as one JSON array), or CSV with those three columns. Prompt and answer are joined without a space, so an answer
+that should follow a space begins with one.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def read_pairs(path: str | Path, fields: Sequence[str] = FIELDS, check: bool = T
     rows = _read(Path(path), fields)
     if not rows:
         raise AUSteerError(
-            f'{path} holds no pairs; one line a pair: {{"prompt": ..., "positive": ..., "negative": ...}}'
+            f'{path} holds no pairs; write one per line: {{"prompt": ..., "positive": ..., "negative": ...}}'
         )
     pairs = [Pair(*row) for _, row in rows]
     if check:
@@ -44,7 +44,7 @@ def read_pairs(path: str | Path, fields: Sequence[str] = FIELDS, check: bool = T
 
 
 def read_columns(path: str | Path, fields: Sequence[str]) -> list[tuple[str, ...]]:
-    """These fields of each row of a table of your own, as text."""
+    """Read these fields of each row of a user's table, as text."""
     rows = _read(Path(path), fields)
     if not rows:
         raise AUSteerError(f"{path} holds no rows")
@@ -57,7 +57,7 @@ def _read(path: Path, fields: Sequence[str]) -> list[tuple[int, Sequence]]:
 
 
 def check_pairs(pairs: Sequence[Pair], where: Sequence[str] | None = None) -> None:
-    """Refuse empty answers and equal answers: such a pair says nothing, and usually means a broken file."""
+    """Refuse empty answers and equal answers: nothing can be learned from them, and usually the file is broken."""
     if not pairs:
         raise AUSteerError("no pairs given; ranking needs at least one")
     for index, pair in enumerate(pairs):
@@ -72,7 +72,7 @@ def check_pairs(pairs: Sequence[Pair], where: Sequence[str] | None = None) -> No
 
 
 def as_pairs(rows: Sequence[Sequence[str]], first: int | None = None) -> list[Pair]:
-    """Turn [prompt, right, wrong] rows into pairs. first: take only so many, and empty or equal answers as they come."""
+    """Turn [prompt, right, wrong] rows into pairs. first: take only so many, and accept empty or equal answers."""
     try:
         pairs = [Pair(*row) for row in rows if not isinstance(row, str)]
     except TypeError:
@@ -108,7 +108,7 @@ def _json_rows(text: str, path: Path, fields: Sequence[str]) -> Iterable[tuple[i
 
 
 def _is_array_of_rows(text: str) -> bool:
-    """One JSON array of everything, as the authors write their triples, rather than a row a line."""
+    """Tell one JSON array of all rows, as the authors write their triples, from a row per line."""
     try:
         whole = json.loads(text)
     except json.JSONDecodeError:
@@ -136,6 +136,6 @@ def _csv_rows(text: str, path: Path, fields: Sequence[str]) -> Iterable[tuple[in
 def _pick(row: dict, fields: Sequence[str], place: str) -> Sequence:
     missing = [field for field in fields if row.get(field) is None]
     if missing:
-        have = ", ".join(str(key) for key in row if key is not None)
-        raise AUSteerError(f"{place}: no {', '.join(missing)}, or nothing in it (fields there: {have})")
+        names = ", ".join(str(key) for key in row if key is not None)
+        raise AUSteerError(f"{place}: {', '.join(missing)} is missing or empty (fields there: {names})")
     return [row[field] for field in fields]

@@ -1,6 +1,6 @@
-"""Plan: what is done to which atomic unit. Every method ends in one; it steers, adds up and saves.
+"""Plan: what is done to which atomic unit (AU). Every method ends in a plan, which can steer, be added and be saved.
 
-At the planned AUs, x -> x * (1 + scale) + shift, at the token positions named by `tokens`:
+At the planned AUs, x -> x * (1 + scale) + shift, at the token positions that `tokens` names:
     all        every position, as the authors do       prompt     the prompt only
     generated  new tokens only                         last       the prompt's last token and new tokens
     before-last  the prompt without its last token      prompt-end  the prompt's last token only
@@ -25,7 +25,7 @@ TOKENS = ("all", "prompt", "before-last", "before-last-2", "prompt-end", "genera
 
 @dataclass
 class Plan:
-    """scales and shifts: by site, (layers, width) float32, zero where nothing is done."""
+    """Hold scales and shifts by site, each (layers, width) float32 and zero where nothing is done."""
 
     scales: dict[str, Tensor]
     shifts: dict[str, Tensor] = field(default_factory=dict)
@@ -47,7 +47,7 @@ class Plan:
         return tuple((self.scales if site in self.scales else self.shifts)[site].shape)
 
     def scale(self, site: str, layer: int) -> Tensor:
-        """gamma of every AU of one layer, (width,)."""
+        """Return gamma of every AU of one layer, (width,)."""
         return self._row(self.scales, site, layer)
 
     def shift(self, site: str, layer: int) -> Tensor:
@@ -60,60 +60,60 @@ class Plan:
             raise AUSteerError(f"no layer {layer}: site {site} has {self.shape(site)[0]}")
         return values[site][layer] if site in values else torch.zeros(self.shape(site)[1])
 
-    def units(self) -> list[tuple[str, int, int, float, float]]:
-        """Every AU that is touched: (site, layer, dim, scale, shift)."""
-        found = []
+    def aus(self) -> list[tuple[str, int, int, float, float]]:
+        """List the AUs that are steered as (site, layer, dim, scale, shift)."""
+        aus = []
         for site in self.sites:
             zero = torch.zeros(self.shape(site))
             scale, shift = self.scales.get(site, zero), self.shifts.get(site, zero)
             for layer, dim in ((scale != 0) | (shift != 0)).nonzero().tolist():
-                found.append((site, layer, dim, float(scale[layer, dim]), float(shift[layer, dim])))
-        return found
+                aus.append((site, layer, dim, float(scale[layer, dim]), float(shift[layer, dim])))
+        return aus
 
     def __len__(self) -> int:
-        return len(self.units())
+        return len(self.aus())
 
     def __bool__(self) -> bool:
-        return True  # also a plan that does nothing is a plan
+        return True  # a plan that does nothing is still a plan
 
     def __str__(self) -> str:
         lines = [f"{len(self)} atomic units, tokens: {self.tokens}"]
         lines += [f"{key}: {value}" for key, value in self.header.items() if key not in ("fingerprint",)]
         lines += ["", "site       layer    dim     x becomes"]
-        for site, layer, dim, scale, shift in sorted(self.units(), key=lambda u: -max(abs(u[3]), abs(u[4]))):
+        for site, layer, dim, scale, shift in sorted(self.aus(), key=lambda au: -max(abs(au[3]), abs(au[4]))):
             lines.append(f"{site:<10} {layer:>5} {dim:>6}     {1 + scale:+.3f} x" + (f" {shift:+.4g}" if shift else ""))
         return "\n".join(lines)
 
     def conflicts(self, other: Plan) -> list[tuple[str, int, int, tuple[float, float], tuple[float, float]]]:
-        """AUs both plans touch: (site, layer, dim, (scale, shift) here, (scale, shift) there)."""
-        there = {unit[:3]: unit[3:] for unit in other.units()}
-        return [(*unit[:3], unit[3:], there[unit[:3]]) for unit in self.units() if unit[:3] in there]
+        """List AUs that both plans steer: (site, layer, dim, (scale, shift) here, (scale, shift) in the other)."""
+        theirs = {au[:3]: au[3:] for au in other.aus()}
+        return [(*au[:3], au[3:], theirs[au[:3]]) for au in self.aus() if au[:3] in theirs]
 
     def __add__(self, other: Plan) -> Plan:
-        """Both at once: scales and shifts add. Look at `conflicts` for AUs that both touch."""
+        """Add two plans: scales and shifts add up. `conflicts` lists the AUs that both steer."""
         if self.tokens != other.tokens:
-            raise AUSteerError(f"a plan for tokens {self.tokens!r} and one for {other.tokens!r} do not add up")
+            raise AUSteerError(
+                f"plans for tokens {self.tokens!r} and {other.tokens!r} cannot be added: make both for the same tokens"
+            )
         for site in set(self.sites) & set(other.sites):
             if self.shape(site) != other.shape(site):
                 raise AUSteerError(
                     f"the plans are for different models: {self.shape(site)} and {other.shape(site)} AUs at {site}"
                 )
-        made_for = {
-            key: self.header.get(key) or other.header.get(key)
-            for key in ("model", "family", "fingerprint", "precision")
-        }
+        keys = ("model", "family", "fingerprint", "precision")
+        origin = {key: self.header.get(key) or other.header.get(key) for key in keys}
         for header in (self.header, other.header):
-            if header.get("fingerprint") not in (None, made_for["fingerprint"]):
+            if header.get("fingerprint") not in (None, origin["fingerprint"]):
                 raise AUSteerError(
                     f"the plans are for different models: {self.header.get('model')} and {other.header.get('model')}"
                 )
         parts = [part for plan in (self, other) for part in plan.header.get("sum_of") or [plan.header]]
-        own = [{key: value for key, value in part.items() if key not in made_for} for part in parts]
-        header = made_for | {"sum_of": own}
+        rest = [{key: value for key, value in part.items() if key not in origin} for part in parts]
+        header = origin | {"sum_of": rest}
         return Plan(_sum(self.scales, other.scales), _sum(self.shifts, other.shifts), self.tokens, header)
 
     def save(self, path: str | Path) -> None:
-        """Sparse: a few kilobytes for a hundred AUs of any model."""
+        """Save sparsely: a few kilobytes for a hundred AUs of any model."""
         tensors, shapes = {}, {}
         for kind, by_site in (("scale", self.scales), ("shift", self.shifts)):
             for site, values in by_site.items():

@@ -1,7 +1,7 @@
-"""AURanks: every atomic unit of one site with its score and direction. The result of screening.
+"""AURanks: every atomic unit (AU) of one site with its score and direction. Screening returns them.
 
-Saved as one safetensors file with a JSON header that says which model, pairs and protocol they belong
-to. Also reads and writes the authors' three files, all_scores.pt, all_layer_ids.pt and all_indices.pt.
+They are saved as one safetensors file, whose JSON header names the model, the pairs and the protocol. The authors'
+three files, all_scores.pt, all_layer_ids.pt and all_indices.pt, can be read and written, too.
 """
 
 from __future__ import annotations
@@ -33,12 +33,11 @@ def ranks_file(path: str | Path, site: str) -> Path:
 
 @dataclass
 class AURanks:
-    """score and gain are (layers, width) float32.
+    """Hold score and gain of every AU, both (layers, width) float32.
 
-    score: signed; AUs are ranked by its magnitude. gain: what `set_MFU` multiplies by alpha. For
-    activation momentum both are the paper's signed share of pairs; for causal momentum score is the t
-    statistic and gain its sign.
-    stats: the sums they come from, by name. header: where they come from, as JSON values.
+    score: signed; AUs are ranked by its magnitude. gain: what `set_MFU` multiplies by alpha. For activation momentum
+    both are the paper's signed share of pairs; for causal momentum score is the t statistic and gain its sign.
+    stats: the sums that both are computed from, by name. header: their origin, as JSON values.
     """
 
     site: str
@@ -49,11 +48,11 @@ class AURanks:
 
     @cached_property
     def order(self) -> Tensor:
-        """Flat unit numbers (layer * width + dim), best first; ties go to the lower layer, then dimension."""
+        """Return flat AU numbers (layer * width + dim), best first; ties go to the lower layer, then dimension."""
         return torch.sort(self.score.flatten().abs(), descending=True, stable=True).indices
 
     def __iter__(self) -> Iterator[list]:
-        """Unpacks as the authors' `all_scores, all_layer_ids, all_indices`."""
+        """Unpack as the authors' `all_scores, all_layer_ids, all_indices`."""
         if self.header.get("momentum") == "causal":
             raise AUSteerError(
                 "the authors' lists hold one number per AU, so causal ranks do not fit: use set_MFU(ranks, k, alpha)"
@@ -64,16 +63,21 @@ class AURanks:
         yield [[dim, dim + 1] for _ in range(layers) for dim in range(width)]
 
     def ties(self, k: int) -> int:
-        """How many AUs outside the best k score exactly as the k-th does: cut there, chance decides."""
+        """Count the AUs outside the best k that score exactly as the k-th does: a cut there is arbitrary."""
         magnitude = self.score.flatten().abs()[self.order]
         if not 1 <= k < len(magnitude):
             return 0
         return int((magnitude[k:] == magnitude[k - 1]).sum())
 
     def top(self, k: int) -> list[tuple[int, int, float]]:
-        """The best k as (layer, dim, score)."""
+        """Return the best k as (layer, dim, score)."""
         width = self.score.shape[1]
-        return [(u // width, u % width, float(self.score.flatten()[u])) for u in self.order[:k].tolist()]
+        return [(au // width, au % width, float(self.score.flatten()[au])) for au in self.order[:k].tolist()]
+
+    def origin(self) -> dict:
+        """Return what the header of a plan keeps of these ranks."""
+        keys = ("model", "family", "fingerprint", "precision", "momentum", "pairs_hash")
+        return {key: self.header.get(key) for key in keys} | {"site": self.site}
 
     def summary(self, seconds: float) -> str:
         """Say in two lines what was ranked, how fast, and which AUs came out best."""
@@ -92,7 +96,7 @@ class AURanks:
 
     @classmethod
     def load(cls, path: str | Path, site: str | None = None) -> AURanks:
-        """Read a ranks file, or a folder of the authors' (whose site is `site`, or the folder's name)."""
+        """Read a ranks file, or a folder of the authors' files, whose site is `site` or else the folder's name."""
         path = Path(path)
         if path.is_dir():
             return cls.load_authors(path, site)
@@ -102,12 +106,12 @@ class AURanks:
 
     @classmethod
     def load_authors(cls, folder: str | Path, site: str | None = None) -> AURanks:
-        """Read the authors' three lists. They do not say their site: name it, or the folder by it."""
+        """Read the authors' three lists. They do not name their site: pass it, or name the folder after it."""
         folder = Path(folder)
         site = site or folder.name
         if site not in SITES:
             raise AUSteerError(
-                f"{folder}: the authors' files do not say their site; pass site= (--site): {', '.join(SITES)}"
+                f"{folder}: the authors' files do not name their site; pass site= (--site): {', '.join(SITES)}"
             )
         lists = []
         for name in AUTHORS_FILES:
@@ -117,9 +121,9 @@ class AURanks:
                 raise AUSteerError(
                     f"{folder} has no {name}; the authors' ranks are {', '.join(AUTHORS_FILES)}"
                 ) from None
-            except Exception as error:  # a refused unpickling has many error types, all of them "no"
+            except Exception as error:  # a refused unpickling raises many types of errors
                 raise AUSteerError(
-                    f"{folder / name} is not a plain list of numbers or is damaged: it was not read"
+                    f"{folder / name} is damaged or is not a plain list of numbers, and was not read; save it as such a list"
                 ) from error
         return cls.from_lists(*lists, site=site, header={"source": "authors' files"})
 
@@ -130,7 +134,9 @@ class AURanks:
         # an index is the window [dim, dim + 1)
         dims = torch.tensor([int(window[0] if hasattr(window, "__len__") else window) for window in all_indices])
         if not len(scores) == len(layers) == len(dims) or len(scores) == 0:
-            raise AUSteerError("the authors' three lists are empty or differ in length: these are not one set of ranks")
+            raise AUSteerError(
+                "the authors' three lists are empty or differ in length: give the files of one set of ranks"
+            )
         grid = torch.zeros(int(layers.max()) + 1, int(dims.max()) + 1)
         if grid.numel() != len(scores):
             raise AUSteerError(f"{len(scores)} scores do not fill {grid.shape[0]} layers of {grid.shape[1]} AUs")

@@ -1,9 +1,9 @@
-"""A sparse autoencoder (SAE) of the residual stream, as a value: h (width) -> z (latents), mostly zeros, and back.
+"""A sparse autoencoder (SAE) of the residual stream: it maps h (width) to mostly zero latents z, and back.
 
     z = f((h - c) W_enc + b_enc)        h' = z W_dec + b_dec
 
-f is ReLU, or, where there is a threshold, JumpReLU: pre-activations up to it count as zero (Gemma Scope, Llama Scope).
-c is b_dec for SAEs that take it off their input, else nothing. `layer` is the decoder layer whose output h is.
+f is ReLU or, with a threshold, JumpReLU, for which pre-activations up to the threshold count as zero (Gemma Scope, Llama
+Scope). c is b_dec for SAEs that subtract it from their input, else 0. `layer` is the decoder layer whose output is h.
 
 An SAE is found by its name: a file of this project's format, or RELEASE/ID of sae-lens, such as
 gemma-scope-9b-it-res/layer_20/width_16k/average_l0_91. Without a name it is the one in the model's own checkpoint folder
@@ -37,23 +37,27 @@ TENSORS = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
 
 @dataclass(frozen=True)
 class SAE:
+    """Hold the weights of a sparse autoencoder, and encode and decode with them."""
+
     W_enc: Tensor  # (width, latents)
     b_enc: Tensor
     W_dec: Tensor  # (latents, width)
     b_dec: Tensor
     layer: int
-    threshold: Tensor | None = None  # (latents,), of JumpReLU
-    centered: bool = False  # b_dec is taken off the input
+    threshold: Tensor | None = None  # (latents,), for JumpReLU
+    centered: bool = False  # b_dec is subtracted from the input
     header: dict = field(default_factory=dict)  # JSON values: model, fingerprint, trained on, ...
 
     def __post_init__(self):
         width, latents = self.W_enc.shape
-        wanted = {"W_dec": (latents, width), "b_enc": (latents,), "b_dec": (width,), "threshold": (latents,)}
+        shapes = {"W_dec": (latents, width), "b_enc": (latents,), "b_dec": (width,), "threshold": (latents,)}
         for name, tensor in self._tensors().items():
-            if tuple(tensor.shape) != wanted.get(name, (width, latents)):
-                raise AUSteerError(f"{name} of the SAE is {tuple(tensor.shape)}, beside a W_enc of {width} x {latents}")
+            if tuple(tensor.shape) != shapes.get(name, (width, latents)):
+                raise AUSteerError(
+                    f"{name} of the SAE has shape {tuple(tensor.shape)}, which does not fit W_enc of {width} x {latents}"
+                )
             if not torch.isfinite(tensor).all():
-                raise AUSteerError(f"{name} of the SAE holds inf or nan; get or train it again")
+                raise AUSteerError(f"{name} of the SAE holds inf or nan; download or train it again")
 
     @property
     def latents(self) -> int:
@@ -61,8 +65,8 @@ class SAE:
 
     def encode(self, h: Tensor) -> Tensor:
         h = h.to(self.W_enc)
-        before = (h - self.b_dec if self.centered else h) @ self.W_enc + self.b_enc
-        return before.relu() if self.threshold is None else before.relu() * (before > self.threshold)
+        x = (h - self.b_dec if self.centered else h) @ self.W_enc + self.b_enc
+        return x.relu() if self.threshold is None else x.relu() * (x > self.threshold)
 
     def decode(self, z: Tensor) -> Tensor:
         return z @ self.W_dec + self.b_dec
@@ -81,7 +85,7 @@ class SAE:
         missing = {"W_enc", "b_enc", "W_dec", "b_dec"} - set(tensors)
         if missing or header.get("site") != SITE or not isinstance(header.get("layer"), int):
             raise AUSteerError(
-                f"{path} is no SAE of the residual stream: it needs W_enc, b_enc, W_dec, b_dec and a layer"
+                f"{path} is not an SAE of the residual stream: it needs W_enc, b_enc, W_dec, b_dec and a layer"
             )
         values = {name: tensor.float() for name, tensor in tensors.items() if name in TENSORS}
         return cls(**values, layer=header["layer"], centered=bool(header.get("centered")), header=header)
@@ -106,7 +110,7 @@ def find_sae(evidence: Evidence, name: str | None = None) -> SAE:
             f"this model has {layers} layers of {width}: give the SAE of this model (--option sta.sae=FILE)"
         )
     theirs, ours = sae.header.get("fingerprint"), fingerprint(model)
-    # other precision, other bits: nothing to compare then but the shape
+    # another precision has other bits, and then only the shapes can be compared
     if theirs and ours and theirs != ours and sae.header.get("precision") == precision(model):
         raise AUSteerError(
             f"the SAE was trained on other weights ({sae.header.get('model')}); give the SAE of this model (--option sta.sae=FILE)"
@@ -125,10 +129,10 @@ def _beside_weights(model: PreTrainedModel) -> SAE:
 
 
 def from_sae_lens(name: str) -> SAE:
-    """RELEASE/ID of sae-lens; downloads it when it is not there."""
+    """Load RELEASE/ID of sae-lens, which downloads it if need be."""
     release, _, sae_id = name.partition("/")
     if not sae_id:
-        raise AUSteerError(f"{name} is neither a file nor RELEASE/ID of sae-lens")
+        raise AUSteerError(f"{name} is neither a file nor RELEASE/ID of sae-lens; give one of them")
     try:
         import sae_lens
     except ImportError:
@@ -136,21 +140,22 @@ def from_sae_lens(name: str) -> SAE:
     try:
         theirs = sae_lens.SAE.from_pretrained(release, sae_id)
     except (ValueError, OSError, KeyError) as error:
-        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise AUSteerError(f"sae-lens cannot load {name}: {why}") from error
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise AUSteerError(f"sae-lens cannot load {name}: {reason}") from error
     return convert(theirs, name)
 
 
 def convert(theirs, name: str) -> SAE:
-    """An SAE object of sae-lens (version 6) as ours. Releases that scale their input come with the scale in the weights."""
+    """Convert an SAE of sae-lens (version 6), which folds the input scale of a release into its weights."""
     config = theirs.cfg
     kind, hook = config.architecture(), config.metadata.hook_name or ""
     place = re.fullmatch(r"blocks\.(\d+)\.hook_resid_(pre|post)", hook)
     if kind not in ("standard", "jumprelu") or config.normalize_activations != "none":
         raise AUSteerError(
-            f"{name} is a {kind} SAE, input scaling {config.normalize_activations}; use a ReLU or JumpReLU one without"
+            f"{name} is a {kind} SAE with input scaling {config.normalize_activations}; use a ReLU or JumpReLU SAE "
+            "without input scaling"
         )
-    # what goes into a layer came out of the one before
+    # the input of a layer is the output of the one before
     layer = int(place[1]) - (place[2] == "pre") if place else -1
     if layer < 0:
         raise AUSteerError(
@@ -163,27 +168,27 @@ def convert(theirs, name: str) -> SAE:
 
 @torch.inference_mode()
 def token_activations(evidence: Evidence, layer: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Of every pair, the layer's output at all tokens, (tokens, width) each: of what the two texts share, then of
-    the right answer's and the wrong answer's own. No padding."""
+    """Yield the layer's output at all tokens of each pair, three times (tokens, width): on the shared prefix, on the
+    rest of the right text, on the rest of the wrong text. Padding is left out."""
     model = evidence.model
     for batch in evidence.batches():
-        seen: list[Tensor] = []
+        outputs: list[Tensor] = []
         tails = [tail for pair in batch for tail in (pair.positive, pair.negative)]
-        with tapped(model, [SITE], lambda gate, seen=seen: _collect(seen) if gate.layer == layer else None):
+        with tapped(model, [SITE], lambda gate, rows=outputs: _collect(rows) if gate.layer == layer else None):
             texts = PairTexts(model, batch, logits=False)
             texts.run_tails(tails)
-        if not all(torch.isfinite(x).all() for x in seen):
+        if not all(torch.isfinite(x).all() for x in outputs):
             raise AUSteerError(f"activations are inf or nan in {model.dtype}; load the model in bfloat16 or float32")
-        shared = seen.pop(0) if texts.cache is not None else [tail[:0] for tail in seen[0][:1]] * len(batch)
-        # behind shared prompts both tails of all pairs ran at once, padded on the right; else text by text
-        own = [row[: len(tail)] for row, tail in zip((row for x in seen for row in x), tails, strict=True)]
+        shared = outputs.pop(0) if texts.cache is not None else [tail[:0] for tail in outputs[0][:1]] * len(batch)
+        # after shared prefixes both tails of all pairs ran at once, padded on the right; otherwise text by text
+        rest = [row[: len(tail)] for row, tail in zip((row for x in outputs for row in x), tails, strict=True)]
         for index, pair in enumerate(batch):
-            yield shared[index][len(shared[index]) - len(pair.prefix) :], own[2 * index], own[2 * index + 1]
+            yield shared[index][len(shared[index]) - len(pair.prefix) :], rest[2 * index], rest[2 * index + 1]
 
 
-def _collect(seen: list[Tensor]) -> Callable[[Tensor], Tensor]:
+def _collect(outputs: list[Tensor]) -> Callable[[Tensor], Tensor]:
     def tap(x: Tensor) -> Tensor:
-        seen.append(x)
+        outputs.append(x)
         return x
 
     return tap

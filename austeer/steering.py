@@ -1,4 +1,4 @@
-"""Set a plan on a model, for the length of a `with` or by hand, and say what it did."""
+"""Set a plan on a model, for the length of a `with` or by hand, and report what it did."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from rmodels import gates
 
 
 class Steering:
-    """A plan that is set on a model. `clear` removes it; `check` says whether it overflowed, `receipt` what was done."""
+    """Hold plans that are set on a model: `clear` removes them, `check` raises on overflow, `receipt` counts the work."""
 
     def __init__(
         self, model: PreTrainedModel, plans: list[Plan | None], rowwise: bool, prompt_end: int | Tensor | None
     ):
         self.model, self.prompt_end = model, prompt_end
-        self._end: Tensor | None = None  # where the prompt of the generation under way ends
+        self._end: Tensor | None = None  # where the prompt of the current generation ends
         real = [plan for plan in plans if plan is not None]
         scopes = {plan.tokens for plan in real}
         if len(scopes) > 1:
-            raise AUSteerError(f"plans of one batch must steer the same tokens, not {' and '.join(sorted(scopes))}")
+            raise AUSteerError(f"all plans of a batch must steer the same tokens, not {' and '.join(sorted(scopes))}")
         self.tokens = scopes.pop() if scopes else "all"
         self.rows = len(plans) if rowwise else None
         self.sites = sorted({site for plan in real for site in plan.sites})
         device = model.get_input_embeddings().weight.device
         self._not_finite, self._steered = _state(torch.bool, device), _state(torch.int64, device)
-        self._planned = [row for row, plan in enumerate(plans) if plan is not None]
-        self._scope: Tensor | None = None  # which positions of the forward under way are steered; None: all
+        self._steered_rows = [row for row, plan in enumerate(plans) if plan is not None]
+        self._scope: Tensor | None = None  # the steered positions of the current forward; None: all
         self._aus = 0
         self._gates = [gate for site in self.sites for gate in gates(model, site)]
         like = {gate: _float_weight(layer) for layer in model.base_model.layers for gate in gates(layer)}
@@ -53,7 +53,7 @@ class Steering:
         self.release(set(self.sites))
 
     def release(self, sites: set[str]) -> None:
-        """Clear these sites only; of a steering that was replaced, nothing is left to clear."""
+        """Clear these sites only. Once every site is cleared or replaced, the hooks go."""
         for gate in self._gates:
             if gate.site in sites:
                 gate.clear()
@@ -64,7 +64,7 @@ class Steering:
             self._hooks = []
 
     def receipt(self) -> dict[str, int]:
-        """How many AUs are set (none: this steers nothing), and how many token positions went through them so far."""
+        """Count the AUs that are set (0: nothing is steered) and the token positions steered so far."""
         return {"aus": self._aus, "positions": int(self._steered)}
 
     def check(self) -> None:
@@ -76,27 +76,27 @@ class Steering:
             )
 
     def _place(self, base, args, kwargs) -> None:
-        """Before a forward: which of its positions are steered, and does every row have its plan?"""
+        """Before a forward, check that every row has its plan, and mark the positions to steer."""
         inputs = kwargs.get("input_ids", args[0] if args else None)
         inputs = kwargs["inputs_embeds"] if inputs is None else inputs
         batch, new = inputs.shape[:2]
         if self.rows not in (None, batch):
-            raise AUSteerError(f"{self.rows} plans were set, one a row, but the batch has {batch} rows")
+            raise AUSteerError(f"{self.rows} plans were set, one per row, but the batch has {batch} rows")
         if self.tokens == "all":
             return
         cache = kwargs.get("past_key_values")
         start = 0 if cache is None else int(cache.get_seq_length())
-        told = self.prompt_end if self.prompt_end is not None else getattr(cache, "prompt_end", None)
-        if told is not None:
-            end = torch.as_tensor(told).cpu().reshape(-1, 1)
-        elif start == 0 and (cache is not None or kwargs.get("use_cache")):  # on an empty cache: the prompt
+        prompt_end = self.prompt_end if self.prompt_end is not None else getattr(cache, "prompt_end", None)
+        if prompt_end is not None:
+            end = torch.as_tensor(prompt_end).cpu().reshape(-1, 1)
+        elif start == 0 and (cache is not None or kwargs.get("use_cache")):  # an empty cache: this is the prompt
             end = self._end = torch.tensor([[new]])
         elif cache is not None and self._end is not None:
             end = self._end
         else:
             raise AUSteerError(
-                f"tokens={self.tokens!r} needs to know where the answers begin, and there is no generation cache that "
-                "began under this plan to tell; pass prompt_end=..."
+                f"tokens={self.tokens!r} needs to know where the answers begin, which no generation cache that began "
+                "under this plan tells; pass prompt_end=..."
             )
         column = torch.arange(start, start + new)
         steered = {
@@ -117,10 +117,10 @@ class Steering:
         self._not_finite.logical_or_(bad.to(self._not_finite.device))  # the last layer may be on another GPU
         batch, new = states.shape[:2]
         if self._scope is None:  # counted by shapes: no value is read back in a forward
-            self._steered.add_((batch if self.rows is None else len(self._planned)) * new)
+            self._steered.add_((batch if self.rows is None else len(self._steered_rows)) * new)
         else:
             scope = self._scope.expand(batch, new)
-            self._steered.add_((scope if self.rows is None else scope[self._planned]).sum())
+            self._steered.add_((scope if self.rows is None else scope[self._steered_rows]).sum())
 
 
 def apply(
@@ -132,8 +132,8 @@ def apply(
 ) -> Steering:
     """Set a plan by hand, replacing what is set at its sites; undo with `.clear()`, or `clear(model)`.
 
-    A list of plans steers each row of a batch by its own (None: not at all). prompt_end: the column where
-    the answers begin, for token scopes other than all when there is no generation cache to tell.
+    A list of plans steers each row of a batch by its own plan (None: not at all). prompt_end: the column where the
+    answers begin; token scopes other than all need it where no generation cache tells.
     """
     rowwise = not isinstance(plan, Plan)
     plans = list(plan) if rowwise else [plan]
@@ -148,7 +148,7 @@ def apply(
 
 
 def clear(model: PreTrainedModel) -> None:
-    """Remove whatever is set: the model is upstream's again, bit for bit."""
+    """Remove everything that is set: the model is upstream's again, bit for bit."""
     for steering in getattr(model, "_au_steering", []):
         steering.clear()
     model._au_steering = []
@@ -164,9 +164,9 @@ def steer(
     prompt_end: int | Tensor | None = None,
     check: bool = True,
 ) -> Iterator[Steering]:
-    """Steer inside a `with`; cleared on the way out, and inf or nan inside is an error, not a score."""
+    """Steer inside a `with`: cleared on the way out, and inf or nan inside raises, so that it cannot be scored."""
     if any(gate.scale is not None or gate.shift is not None for gate in gates(model)):
-        raise AUSteerError("the model is steered already; add the plans (plan + plan), or clear(model) first")
+        raise AUSteerError("the model is already steered; add the plans (plan + plan), or clear(model) first")
     steering = apply(model, plan, prompt_end=prompt_end, check=check)
     try:
         yield steering
@@ -176,16 +176,16 @@ def steer(
 
 
 def _state(dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A number that forwards change in place: a tensor, so that what is compiled or captured does it, too."""
+    """Return a number that forwards change in place: a tensor, so that compiled and captured code change it, too."""
     with torch.inference_mode(False):  # a later forward may run in another mode
         state = torch.zeros((), dtype=dtype, device=device)
-    # otherwise CUDA graphs of torch.compile are skipped where the hook is compiled by itself (a compiled base model)
+    # without this torch.compile skips CUDA graphs where the hook is compiled by itself (a compiled base model)
     torch._dynamo.mark_static_address(state)
     return state
 
 
 def _gate_rows(plans: list[Plan | None], kind: str, gate, rowwise: bool) -> Tensor | None:
-    """What one gate gets: (width,), or (rows, 1, width) when every row has its own; None if all zero."""
+    """Return what one gate gets: (width,), or (rows, 1, width) when every row has its own; None if all zero."""
     rows = []
     for plan in plans:
         values = getattr(plan, kind).get(gate.site) if plan is not None else None
@@ -196,11 +196,11 @@ def _gate_rows(plans: list[Plan | None], kind: str, gate, rowwise: bool) -> Tens
 
 
 def _count_aus(scale: Tensor | None, shift: Tensor | None) -> int:
-    """How many AUs of one gate are changed, in any row."""
-    changed = [values != 0 for values in (scale, shift) if values is not None]
-    return int(functools.reduce(torch.logical_or, changed).reshape(-1, changed[0].shape[-1]).any(0).sum())
+    """Count the AUs of one gate that are steered in any row."""
+    masks = [values != 0 for values in (scale, shift) if values is not None]
+    return int(functools.reduce(torch.logical_or, masks).reshape(-1, masks[0].shape[-1]).any(0).sum())
 
 
 def _float_weight(layer: nn.Module) -> Tensor:
-    """A tensor with the layer's device and the dtype of its activations: a norm, which is never quantised."""
+    """Return a norm's weight, which is never quantised: it has the layer's device and the dtype of its activations."""
     return next(weight for weight in layer.parameters() if weight.dim() == 1 and weight.is_floating_point())

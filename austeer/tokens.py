@@ -1,7 +1,7 @@
-"""Pairs -> token ids, cut into what the two members share and what tells them apart.
+"""Turn pairs into token ids: the prefix that both texts share, and the tail of each.
 
-Prompt and answer are joined as text and tokenized once: a BPE may merge letters over the seam, so what
-a pair shares is the longest common prefix of its two token sequences, not the tokens of its prompt.
+Prompt and answer are joined as text and tokenized once. A BPE may merge letters across the seam, so the shared prefix
+is the longest common prefix of the two token sequences, and not the tokens of the prompt.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from austeer.pairs import Pair
 
 @dataclass(frozen=True)
 class Protocol:
-    """How pairs are read. Each field is one quirk; docs/fidelity.md gives the reason for both values."""
+    """Say how pairs are read. Each field is one quirk; docs/fidelity.md gives the reason for both values."""
 
     name: str
-    cut_at: int | None  # cut whatever is behind this token; None: cut the prompt's start, where the context ends
+    cut_at: int | None  # drop everything after this token; None: drop the prompt's start if the context is too short
     share_prompt: bool  # run what a pair shares once, batched; False: one full text per forward, unpadded
     round_to_half: bool  # round activations to float16 before taking the difference
     drop_refused_prompt: bool  # a positive with the stock refusal is used without its prompt
-    first_pairs: int | None  # use at most this many, and take empty or equal answers as they come
-    refuse_overflow: bool  # inf or nan in an activation is an error; else a warning, and counted by its sign
+    first_pairs: int | None  # use at most this many pairs, and accept empty or equal answers
+    refuse_overflow: bool  # inf or nan in an activation is an error; False: a warning, and counted by its sign
 
 
 CLEAN = Protocol("clean", None, True, False, False, None, True)
@@ -35,7 +35,7 @@ REFUSAL = "I'm sorry, but I can't assist"
 
 
 def longest_text(rules: Protocol, context: int, max_length: int | None, batch_size: int | None) -> int:
-    """Return the longest text in tokens, after checking what was asked for. The authors cut at 512 always."""
+    """Check the options, and return the longest text in tokens. The authors always cut at 512."""
     if not rules.share_prompt and (batch_size is not None or max_length is not None):
         raise AUSteerError(
             "--protocol paper runs one text at a time, cut at 512 tokens: leave out --batch-size and --max-length"
@@ -51,7 +51,7 @@ def longest_text(rules: Protocol, context: int, max_length: int | None, batch_si
 
 @dataclass(frozen=True)
 class EncodedPair:
-    """Token ids. Never both tails are empty; with a shared prefix of none, a tail is the whole text."""
+    """Hold a pair's token ids. At most one tail is empty; without a shared prefix a tail is the whole text."""
 
     prefix: tuple[int, ...]
     positive: tuple[int, ...]
@@ -67,42 +67,43 @@ class EncodedPair:
 
     @property
     def cost(self) -> int:
-        """Tokens to run: the prompt once, the tails both."""
+        """Count the tokens to run: the prompt once, and both tails."""
         return self.length + self.tail
 
 
 def encode(
     pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase, protocol: Protocol, max_length: int
 ) -> tuple[list[EncodedPair], int]:
-    """The pairs whose token sequences differ, and how many are equal (their momentum is zero)."""
+    """Return the pairs whose token sequences differ, and the number of equal ones (whose momentum is zero)."""
     texts = [_texts(pair, protocol) for pair in pairs]
     cut = {"truncation": True, "max_length": protocol.cut_at} if protocol.cut_at else {}
-    ids = [tuple(row) for row in tokenizer([text for two in texts for text in two], **cut, verbose=False)["input_ids"]]
-    encoded, equal = [], 0
+    rows = tokenizer([text for pair_texts in texts for text in pair_texts], **cut, verbose=False)["input_ids"]
+    ids = [tuple(row) for row in rows]
+    encoded, n_equal = [], 0
     for index, (positive, negative) in enumerate(zip(ids[::2], ids[1::2], strict=True)):
         if not positive or not negative:
-            raise AUSteerError(f"pair {index}: a text has no tokens at all")
+            raise AUSteerError(f"pair {index}: a text has no tokens; give it some text")
         if not protocol.cut_at:
             positive, negative = _cut_prompt(positive, negative, max_length, tokenizer, index)
         if positive == negative:
-            equal += 1
+            n_equal += 1
         elif protocol.share_prompt:
-            # each member keeps a token of its own: its last one is where activations are read
+            # each text keeps at least one token in its tail: activations are read at the last one
             shared = min(_common(positive, negative), len(positive) - 1, len(negative) - 1)
             encoded.append(EncodedPair(positive[:shared], positive[shared:], negative[shared:]))
         else:
             encoded.append(EncodedPair((), positive, negative))
-    return encoded, equal
+    return encoded, n_equal
 
 
 def _texts(pair: Pair, protocol: Protocol) -> tuple[str, str]:
     prompt, positive, negative = pair
-    refused = protocol.drop_refused_prompt and REFUSAL in positive
-    return (positive if refused else prompt + positive), prompt + negative
+    is_refusal = protocol.drop_refused_prompt and REFUSAL in positive
+    return (positive if is_refusal else prompt + positive), prompt + negative
 
 
 def _common(positive: tuple[int, ...], negative: tuple[int, ...]) -> int:
-    """Length of the longest common prefix."""
+    """Return the length of the longest common prefix."""
     differ = (i for i, (a, b) in enumerate(zip(positive, negative, strict=False)) if a != b)
     return next(differ, min(len(positive), len(negative)))
 
@@ -110,14 +111,12 @@ def _common(positive: tuple[int, ...], negative: tuple[int, ...]) -> int:
 def _cut_prompt(
     positive: tuple[int, ...], negative: tuple[int, ...], limit: int, tokenizer: PreTrainedTokenizerBase, index: int
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Drop the same tokens from the prompt of both, behind a leading BOS, until both fit."""
+    """Drop the same tokens from the prompt of both texts, after a leading BOS, until both fit."""
     excess = max(len(positive), len(negative)) - limit
     if excess <= 0:
         return positive, negative
     lead = int(positive[0] in tokenizer.all_special_ids)
     shared = _common(positive, negative)
     if lead + excess > shared:
-        raise AUSteerError(
-            f"pair {index}: an answer is longer than the context of {limit} tokens leaves room for; shorten it"
-        )
+        raise AUSteerError(f"pair {index}: an answer is longer than the context of {limit} tokens allows; shorten it")
     return tuple(ids[:lead] + ids[lead + excess :] for ids in (positive, negative))

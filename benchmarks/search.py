@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from answering import Tokens
 from core import VOCABULARY, build
+from experiments.engines.grid_batches import FEW
 from figures import keep, markdown
 from transformers.utils import logging as transformers_logging
 
@@ -41,7 +42,6 @@ from eval.answering.answerer import Generation
 from eval.answering.live import LiveAnswerer
 from eval.statistics import wilson
 from eval.tasks.embedded import EmbeddedTask
-from experiments.engines.grid_batches import FEW
 from experiments.search import SEARCHES, key_of, shuffled
 
 TASKS, SITES, NAMES = ("copa", "svamp", "tone"), ("attention", "ffn"), ("causal", "published")

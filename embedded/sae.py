@@ -86,9 +86,16 @@ def make(task: str, seed: int = 0, steps: int = STEPS, documents: int = DOCUMENT
     sae.header.update({name: value for name, value in model_header(model).items() if name not in ("gates", "revision")})
     sae.header.update(quality(sae.to(torch.float32), held_out))
     sae.header.update(
-        {"trained_on": f"{documents} documents of {task}, split train", "tokens": len(h), "latents": LATENTS, "seed": seed,
-         "steps": steps, "penalty": PENALTY, "cpu_seconds": round(time.process_time() - started)}
-    )  # fmt: skip
+        {
+            "trained_on": f"{documents} documents of {task}, split train",
+            "tokens": len(h),
+            "latents": LATENTS,
+            "seed": seed,
+            "steps": steps,
+            "penalty": PENALTY,
+            "cpu_seconds": round(time.process_time() - started),
+        }
+    )
     return sae
 
 

@@ -112,8 +112,11 @@ def train(rows: Sequence[dict]) -> tuple[np.ndarray, float, dict]:
         "held_out_auroc": round(auroc(held_out, toxic), 4),
         "held_out_accuracy": round(float(((held_out > cut) == toxic).mean()), 4),
         "threshold_before_calibration": round(float(expit(cut)), 4),
-        "buckets": BUCKETS, "l2": L2, "folds": FOLDS, "seed": SEED,
-    }  # fmt: skip
+        "buckets": BUCKETS,
+        "l2": L2,
+        "folds": FOLDS,
+        "seed": SEED,
+    }
     return weights, float(bias - cut), measured
 
 

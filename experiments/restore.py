@@ -5,7 +5,7 @@ python main.py restore --data_name svamp --sparsity 2:4            one task, sem
 python main.py restore --model M --data_name boolq --pruning magnitude
 python main.py restore --model M --pairs mine.jsonl                your model, your pairs
 
-The prompts of the training pairs calibrate the pruning. Settings are chosen on validation, alike for RestoreLCC and its
+The prompts of the training pairs calibrate the pruning. GridPoint are chosen on validation, alike for RestoreLCC and its
 controls, and tested once. Both models are in memory at once.
 """
 
@@ -29,7 +29,7 @@ from austeer.errors import AUSteerError, run_command
 from austeer.evidence import Evidence
 from austeer.forward import input_device
 from austeer.identity import fingerprint, model_header, public_name
-from austeer.methods.base import Settings
+from austeer.methods.base import GridPoint
 from austeer.methods.pruning import PRUNINGS, parse_sparsity, prune, same_length_batches
 from austeer.methods.restore_lcc import COMPONENTS, MeanLost, Prepared, RandomHeads, RestoreLCC
 from austeer.pairs import pairs_hash
@@ -155,7 +155,7 @@ def _rows(bench: Bench, pruned: PreTrainedModel, components: str, draws: int) ->
 def _searched(method: RestoreLCC, prepared: Prepared, draw: int, kind: str, task: Task, tokenizer, floor: list[float]):
     plans: dict[str, Plan] = {}
 
-    def ask(some: Sequence[Settings], start: int, stop: int) -> list[list[float]]:
+    def ask(some: Sequence[GridPoint], start: int, stop: int) -> list[list[float]]:
         plans.update({key_of(settings): method.plan(prepared, settings, draw) for settings in some})
         return [_validated(task, prepared.model, tokenizer, plans[key_of(settings)])[start:stop] for settings in some]
 

@@ -15,8 +15,7 @@ from austeer.code_identity import code_hash
 from austeer.errors import AUSteerError, one_line
 from austeer.evidence import Evidence
 from austeer.identity import fingerprint, public_name
-from austeer.methods.base import BUDGET, Method, sites_of
-from austeer.methods.base import Settings as GridPoint
+from austeer.methods.base import BUDGET, GridPoint, Method, sites_of
 from austeer.methods.registry import METHODS, with_options
 from austeer.pairs import pairs_hash
 from austeer.plan import Plan
@@ -224,7 +223,7 @@ class SteeredRun(Run):
         if chosen.get("alpha") != 0 and plan.header.get("k") != 0 and 0 in receipt.values():  # k: it may choose no AU
             raise AUSteerError(f"{self.cell} at {key_of(chosen)}: the plan steered nothing ({receipt})")
         gained, lost, p = mcnemar(records.unpack(vanilla["outcomes"]), scores.outcomes)
-        result |= {"receipt": receipt, "touched": len(plan.units()), "gained": gained, "lost": lost, "p": p}
+        result |= {"receipt": receipt, "touched": len(plan.aus()), "gained": gained, "lost": lost, "p": p}
         predicted = ("k", "alpha", "predicted", "measured") if "predicted" in plan.header else ()
         result["foretold"] = {key: plan.header[key] for key in predicted if key in plan.header}
         return result | self.result(scores, extras, start, {"prepare_s": seconds})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from austeer.code_identity import code_hash
-
 from austeer.errors import one_line
 from austeer.identity import fingerprint, public_name
 from austeer.pairs import pairs_hash

@@ -1,9 +1,9 @@
-"""Patched model families: where the atomic units are.
+"""Patched model families: where the atomic units (AUs) are.
 
-    model = rmodels.load("meta-llama/Llama-2-7b-chat-hf")      # upstream's model, plus an AU gate per site
+    model = rmodels.load("meta-llama/Llama-2-7b-chat-hf")      # upstream's model, with an AU gate per site and layer
     for gate in rmodels.gates(model, "ffn"): ...
 
-To port a family: one file like modeling_llama.py in this folder, named by its model type (docs/porting.md).
+To port a family, add one file like modeling_llama.py to this folder, named after its model type (docs/porting.md).
 This package knows no task, no ranks and no metric.
 """
 
@@ -23,8 +23,17 @@ from rmodels.causal_lm import KERNELS, check_gates, gates, sites
 from rmodels.gate import SITES, AUGate
 
 __all__ = [
-    "FAMILIES", "SITES", "AUGate", "check_gates", "family", "gates", "load", "load_tokenizer", "site_shape", "sites",
-]  # fmt: skip
+    "FAMILIES",
+    "SITES",
+    "AUGate",
+    "check_gates",
+    "family",
+    "gates",
+    "load",
+    "load_tokenizer",
+    "site_shape",
+    "sites",
+]
 
 # every file modeling_<config.model_type>.py of this folder is a family
 FAMILIES = [file.name.removeprefix("modeling_") for file in pkgutil.iter_modules(__path__) if "modeling_" in file.name]
@@ -57,10 +66,10 @@ def load(
     """Load a checkpoint into its patched family, frozen and in eval mode.
 
     dtype: "auto" (the checkpoint's), "float32", "bfloat16", "float16" or a torch.dtype.
-    device: by default the first GPU, else the CPU. device_map: accelerate's, to spread over several.
+    device: by default the first GPU, else the CPU. device_map: accelerate's, to spread the model over several devices.
     quantization: "4bit" (nf4) or "8bit", through bitsandbytes.
-    attn_implementation: "sdpa", "eager", "flash_attention_2", "flash_attention_3"; by default upstream's
-    choice, except for Gemma-2, which gets "eager" because transformers' sdpa drops its soft cap.
+    attn_implementation: "sdpa", "eager", "flash_attention_2", "flash_attention_3"; by default upstream's choice, except
+    that Gemma-2 gets "eager", because transformers' sdpa drops its soft cap.
     """
     name_or_path = str(name_or_path)
     if device is not None and device_map is not None:
@@ -72,7 +81,7 @@ def load(
     if device_map is None:
         device_map = {"": check_device(device)}
     try:
-        model, loaded = cls.from_pretrained(
+        model, report = cls.from_pretrained(
             name_or_path,
             revision=revision,
             dtype=_dtype(dtype),
@@ -85,10 +94,10 @@ def load(
         )
     except (OSError, ImportError, SafetensorError, RuntimeError, torch.OutOfMemoryError) as error:
         raise AUSteerError(f"cannot load the weights of {name_or_path}: {_first_line(error)}") from error
-    if loaded["missing_keys"]:
+    if missing := report["missing_keys"]:
         raise AUSteerError(
-            f"{name_or_path} lacks {len(loaded['missing_keys'])} weights ({min(loaded['missing_keys'])}, ...), "
-            "which would be random numbers; get the whole checkpoint"
+            f"{name_or_path} lacks {len(missing)} weights ({min(missing)}, ...), which would be random numbers; "
+            "get the whole checkpoint"
         )
     check_gates(model)
     for module in model.modules():
@@ -99,7 +108,7 @@ def load(
 
 
 def load_tokenizer(name_or_path: str | Path, *, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """AutoTokenizer's, and never code of a model repository: with the flag unset transformers would ask."""
+    """Load with AutoTokenizer, and never run a model repository's code: with the flag unset transformers would ask."""
     try:
         return AutoTokenizer.from_pretrained(str(name_or_path), revision=revision, trust_remote_code=False)
     except (OSError, ValueError, ImportError, KeyError, AttributeError) as error:
@@ -107,7 +116,7 @@ def load_tokenizer(name_or_path: str | Path, *, revision: str | None = None) -> 
 
 
 def check_device(device: str | torch.device | None) -> str:
-    """Return the device to use: the one asked for, if it is there; by default the first GPU, else the CPU."""
+    """Return the device to use: the named one if it exists, by default the first GPU, else the CPU."""
     if device is None:
         return "cuda:0" if torch.cuda.is_available() else "cpu"
     try:
@@ -119,12 +128,14 @@ def check_device(device: str | torch.device | None) -> str:
     if kind == "cuda" and not torch.cuda.is_available():
         raise AUSteerError("no CUDA device here; use --device cpu, or install a CUDA build of torch")
     if kind == "cuda" and (torch.device(device).index or 0) >= torch.cuda.device_count():
-        raise AUSteerError(f"no device {device}: there are {torch.cuda.device_count()} CUDA devices here")
+        raise AUSteerError(
+            f"there is no {device}: this machine has {torch.cuda.device_count()} CUDA devices; use a lower number"
+        )
     return str(device)
 
 
 def site_shape(model: PreTrainedModel, site: str) -> tuple[int, int]:
-    """(layers, AUs per layer) of one site."""
+    """Return (layers, AUs per layer) of one site."""
     widths = [gate.width for gate in gates(model, site)]
     if not widths:
         raise AUSteerError(f"{type(model).__name__} has no AU gates; load it with rmodels.load")
@@ -138,19 +149,19 @@ def _config(name_or_path: str, revision: str | None):
         text = str(error)
         is_folder = Path(name_or_path).is_dir()
         if is_folder and not (Path(name_or_path) / "config.json").exists():
-            why = "the folder has no config.json"
+            reason = "the folder has no config.json"
         elif "gated repo" in text.lower() or "restricted" in text.lower():
-            why = "the repository is gated: accept its terms on the hub, then set HF_TOKEN"
+            reason = "the repository is gated: accept its terms on the hub, then set HF_TOKEN"
         elif is_folder and "does not recognize this architecture" not in text and "custom code" not in text:
-            why = f"its config.json cannot be read ({_first_line(error)})"
+            reason = f"its config.json cannot be read ({_first_line(error)})"
         elif "model type" in text or "custom code" in text:
             raise AUSteerError(
-                f"{name_or_path}: transformers has no such model type, and code of a model repository "
+                f"{name_or_path}: transformers does not know its model type, and the code of a model repository "
                 f"is never run here; there are patched families for {', '.join(FAMILIES)} (docs/porting.md)"
             ) from error
         else:
-            why = f"no such folder, and the hub did not give it ({_first_line(error)})"
-        raise AUSteerError(f"cannot load model {name_or_path}: {why}") from error
+            reason = f"there is no such folder, and the hub does not offer it ({_first_line(error)})"
+        raise AUSteerError(f"cannot load model {name_or_path}: {reason}") from error
 
 
 def _dtype(dtype: str | torch.dtype) -> str | torch.dtype:

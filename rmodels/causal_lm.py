@@ -1,13 +1,13 @@
-"""What every family shares: how gates are put into upstream's own decoder layers.
+"""Put AU gates into upstream's own decoder layers. Every family file builds on the classes here.
 
-A family file subclasses upstream's attention, MLP and decoder layer and lists the three pairs in
-`GATED`; `GatedCausalLM.__init__` turns upstream's modules into those subclasses, in place, after
-upstream has built and initialised them. Nothing is built twice and no weight is renamed.
+A family file subclasses upstream's attention, MLP and decoder layer and lists the three pairs in `GATED`.
+`GatedCausalLM.__init__` turns upstream's modules into those subclasses, in place, after upstream has built and
+initialised them: nothing is built twice, and no weight is renamed.
 
-The attention site is the input of `o_proj`, a place upstream's forward does not expose. It is reached
-through transformers' `AttentionInterface`: for every kernel K there is a registered "au_K" that runs K
-and passes its output, still before `o_proj`, through the module's gate. The neuron site, the input of
-`down_proj`, is inside the MLP's forward, too: `GatedMLP` writes that one line out, and only while it is needed.
+The attention site is the input of `o_proj`, which upstream's forward does not expose. It is reached through
+transformers' `AttentionInterface`: for every kernel K a kernel "au_K" is registered that runs K and passes its output,
+still before `o_proj`, through the module's gate. The neuron site, the input of `down_proj`, is also inside a forward:
+`GatedMLP` restates that one line, and uses it only while a neuron gate is set.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from austeer.errors import AUSteerError
 from rmodels.gate import SITES, AUGate
 
 PREFIX = "au_"
-KERNELS = {  # kernel -> how transformers must build its mask
+KERNELS = {  # each kernel with the function that builds its mask
     "eager": eager_mask,
     "sdpa": sdpa_mask,
     "flash_attention_2": flash_attention_mask,
@@ -33,7 +33,7 @@ KERNELS = {  # kernel -> how transformers must build its mask
 
 
 class _Unprefixed:
-    """An attention module as a flash kernel must see it: its config names the kernel without "au_"."""
+    """Show an attention module to a flash kernel, which needs a config that names the kernel without "au_"."""
 
     def __init__(self, module: nn.Module, kernel: str):
         self._module = module
@@ -49,8 +49,8 @@ def _gated_attention(kernel: str) -> Callable:
         if kernel == "eager":
             heads, weights = module.eager_attention(module, query, key, value, mask, **kwargs)
         else:
-            seen = _Unprefixed(module, kernel) if "flash" in kernel else module
-            heads, weights = ALL_ATTENTION_FUNCTIONS[kernel](seen, query, key, value, mask, **kwargs)
+            view = _Unprefixed(module, kernel) if "flash" in kernel else module
+            heads, weights = ALL_ATTENTION_FUNCTIONS[kernel](view, query, key, value, mask, **kwargs)
         if module.au.idle:
             return heads, weights
         return module.au(heads.flatten(-2)).view(heads.shape), weights  # (batch, tokens, heads * head_dim)
@@ -64,7 +64,7 @@ for _kernel, _mask in KERNELS.items():
 
 
 class GatedMLP:
-    """Mixed into upstream's dense MLP class, before it: sites "neuron" and "ffn"."""
+    """Gate the sites "neuron" and "ffn"; a mixin that stands before upstream's dense MLP class."""
 
     au: AUGate
     au_neuron: AUGate
@@ -76,11 +76,11 @@ class GatedMLP:
 
 
 class GatedCausalLM:
-    """Mixed into upstream's ForCausalLM class, before it.
+    """Gate a whole model; a mixin that stands before upstream's ForCausalLM class.
 
-    GATED maps upstream's classes to the family's. Of the three, the attention subclass must offer
-    `eager_attention`, the MLP subclass is a `GatedMLP`, and the layer subclass passes its output through
-    `self.au`, as does the MLP block of a family whose SITES leave out "neuron".
+    GATED maps upstream's classes to the family's. The attention subclass must offer `eager_attention`, the MLP subclass
+    is a `GatedMLP`, and the layer subclass passes its output through `self.au`, as does the MLP block of a family whose
+    SITES leave out "neuron".
     """
 
     GATED: dict[type, type]
@@ -96,16 +96,18 @@ class GatedCausalLM:
                     known = ", ".join(cls.__name__ for cls in self.GATED)
                     raise AUSteerError(
                         f"layer {index} has a {type(module).__name__} at site {site}, for which "
-                        f"{type(self).__module__} has no gated class (it has: {known}); see docs/porting.md"
+                        f"{type(self).__module__} has no gated class (it has {known}); see docs/porting.md"
                     )
                 module.__class__ = gated
                 # head_dim, not hidden_size / heads: they differ in Gemma-2-9B and Qwen3-30B-A3B
                 width = config.num_attention_heads * module.head_dim if site == "attention" else config.hidden_size
                 module.au = AUGate(site, index, width)
             if "neuron" in self.SITES:
-                if not isinstance(layer.mlp, GatedMLP):  # a gate that no forward passes would steer nothing, silently
+                if not isinstance(
+                    layer.mlp, GatedMLP
+                ):  # no forward would use the gate, which would silently do nothing
                     raise AUSteerError(
-                        f"{type(layer.mlp).__name__} of {type(self).__module__} is no GatedMLP: make it one, or "
+                        f"{type(layer.mlp).__name__} of {type(self).__module__} is not a GatedMLP: make it one, or "
                         "leave the neuron site out of the family's SITES; see docs/porting.md"
                     )
                 layer.mlp.au_neuron = AUGate("neuron", index, config.intermediate_size)
@@ -131,12 +133,12 @@ class GatedCausalLM:
 
 
 def sites(model: nn.Module) -> tuple[str, ...]:
-    """Where the model has AUs: all of SITES, except that sparse experts have no neurons of their own to name."""
+    """Return the sites where the model has AUs: all of SITES, or without "neuron" for families with sparse experts."""
     return getattr(model, "SITES", SITES)
 
 
 def gates(model: nn.Module, site: str | None = None) -> Iterator[AUGate]:
-    """The gates of a model in order of layer, of one site or of all."""
+    """Yield a model's gates in order of layer, for one site or for all."""
     if site is not None and site not in sites(model):
         raise AUSteerError(f"{type(model).__name__} has no site {site!r}; its sites are {', '.join(sites(model))}")
     for module in model.modules():
@@ -145,11 +147,11 @@ def gates(model: nn.Module, site: str | None = None) -> Iterator[AUGate]:
 
 
 def check_gates(model: nn.Module) -> None:
-    """Every layer has exactly one gate of each site; a family without them would steer nothing, silently."""
-    found = sorted((gate.site, gate.layer) for gate in gates(model))
-    wanted = sorted((site, layer) for site in sites(model) for layer in range(model.config.num_hidden_layers))
-    if found != wanted:
+    """Check that every layer has exactly one gate per site: without one, steering would silently do nothing."""
+    actual = sorted((gate.site, gate.layer) for gate in gates(model))
+    expected = sorted((site, layer) for site in sites(model) for layer in range(model.config.num_hidden_layers))
+    if actual != expected:
         raise AUSteerError(
-            f"{type(model).__name__} has {len(found)} AU gates where {len(wanted)} belong "
+            f"{type(model).__name__} has {len(actual)} AU gates instead of {len(expected)} "
             f"(one per layer at each of {', '.join(sites(model))}); load it with rmodels.load, see docs/porting.md"
         )

@@ -1,13 +1,13 @@
 """The AU gate: the only steering arithmetic of the repository.
 
-An atomic unit (AU) is one dimension of one block activation (paper, section 3.1). A gate sits on one
-site of one layer and applies `x -> x + x * scale + shift` to its AUs (section 4.2 with scale = gamma).
+An atomic unit (AU) is one dimension of one block activation (paper, section 3.1). A gate sits at one site of one layer
+and applies `x -> x + x * scale + shift` to its AUs (section 4.2 with scale = gamma).
 
 Rules that keep it harmless:
-- idle, it returns its very input: an unsteered patched model is bit-equal to upstream;
-- no parameters and no buffers: the state dict is upstream's, and idle is `None` (a buffer of ones
-  would come back from `from_pretrained` as uninitialised memory);
-- never in place, never a value read back to the host: gradients, CUDA graphs and torch.compile work.
+- an idle gate returns its very input, so an unsteered patched model is bit-equal to upstream;
+- it has no parameters and no buffers: the state dict is upstream's, and idle is `None` (a buffer of ones would come
+  back from `from_pretrained` as uninitialised memory);
+- it never works in place and never reads a value back to the host: gradients, CUDA graphs and torch.compile work.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-# attention: input of o_proj    ffn: output of the MLP block    layer: the residual stream behind the layer
+# attention: input of o_proj      ffn: output of the MLP block      layer: output of the decoder layer
 # neuron: input of the MLP's down_proj, its inner activations
 SITES = ("attention", "ffn", "layer", "neuron")
 
 
 class AUGate(nn.Module):
-    """Identity until `set`. Sees activations of shape (batch, tokens, width)."""
+    """Steer activations of shape (batch, tokens, width); the identity until `set`."""
 
     def __init__(self, site: str, layer: int, width: int):
         super().__init__()
         self.site, self.layer, self.width = site, layer, width
-        self.tap: Callable[[Tensor], Tensor] | None = None  # screening looks through here, after steering
+        self.tap: Callable[[Tensor], Tensor] | None = None  # screening reads here, after steering
         self.clear()
 
     def set(self, scale: Tensor | None, shift: Tensor | None, like: Tensor) -> None:
@@ -36,7 +36,7 @@ class AUGate(nn.Module):
 
         Values are rounded once, here, to the dtype of `like`, a tensor on the gate's device.
         """
-        device = "cpu" if like.is_meta else like.device  # offloaded layers: moved on use
+        device = "cpu" if like.is_meta else like.device  # for offloaded layers the forward moves them
         self.scale = None if scale is None else scale.to(device=device, dtype=like.dtype)
         self.shift = None if shift is None else shift.to(device=device, dtype=like.dtype)
 

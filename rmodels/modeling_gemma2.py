@@ -1,7 +1,7 @@
 """Gemma-2, except that every layer has AU gates.
 
-Gemma-2 normalises the output of each block before adding it to the residual stream. The ffn gate sits
-before that norm, as the authors' does: scaling one AU there rescales all the others through the RMS.
+Gemma-2 normalises the output of each block before adding it to the residual stream. As in the authors' code, the ffn
+gate sits before that norm, so scaling one AU rescales all the others through the RMS.
 """
 
 from transformers.models.gemma2 import modeling_gemma2 as upstream

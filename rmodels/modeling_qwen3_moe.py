@@ -1,9 +1,9 @@
 """Qwen3-MoE, except that every layer has AU gates.
 
-The ffn site is the output of the whole sparse block, after the weighted sum over experts: the experts
-themselves are fused three-dimensional tensors with nothing to hook. Layers that the config makes dense
-have an ordinary MLP, gated alike. (The authors' code has only the attention site for this family.)
-For the same reason there is no neuron site: a token has neurons only in the experts it was sent to.
+The ffn site is the output of the whole sparse block, after the weighted sum over experts: the experts themselves are
+fused three-dimensional tensors with nothing to hook. Layers that the config makes dense have an ordinary MLP with the
+same gate. There is no neuron site, since a token has neurons only in the experts it was sent to. (For this family the
+authors' code has the attention site only.)
 """
 
 from transformers.models.qwen3_moe import modeling_qwen3_moe as upstream

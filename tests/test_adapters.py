@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import rmodels
 from austeer.errors import AUSteerError
-from austeer.export.adapter import _base, open_model
+from austeer.export.adapter import open_weights
 from austeer.export.checkpoint import Checkpoint
 from austeer.export.ia3 import save_ia3
 from austeer.export.lora import lora_factors, max_lora_rank, save_lora
@@ -26,7 +26,7 @@ from austeer.steering import steer
 IDS = torch.tensor([[1, 40, 77, 130, 9, 200, 31, 55, 12, 300, 7, 90, 41, 66, 3, 250]])
 
 
-def plan_for(model, sites, units=5, strength=2.0, seed=0) -> Plan:
+def plan_for(model, sites, aus=5, strength=2.0, seed=0) -> Plan:
     """A few AUs of some layers (of MoE families' ffn: of the dense one), unequally many in each."""
     generator = torch.Generator().manual_seed(seed)
     scales = {}
@@ -34,7 +34,7 @@ def plan_for(model, sites, units=5, strength=2.0, seed=0) -> Plan:
         layers, width = rmodels.site_shape(model, site)
         values = torch.zeros(layers, width)
         for layer in [1] if model.config.model_type == "qwen3_moe" and site == "ffn" else [0, 1]:
-            dims = torch.randperm(width, generator=generator)[: units + layer]
+            dims = torch.randperm(width, generator=generator)[: aus + layer]
             values[layer, dims] = strength * torch.randn(len(dims), generator=generator)
         scales[site] = values
     return Plan(scales)
@@ -53,9 +53,11 @@ def model(request, checkpoints):
 def changed_by_hand(model, folder):
     """Upstream's model with W + B A written into its weights, as any reader of the adapter would have it."""
     plain = AutoModelForCausalLM.from_pretrained(
-        model.config.name_or_path, dtype=torch.float32, attn_implementation=model.config._attn_implementation[3:],
+        model.config.name_or_path,
+        dtype=torch.float32,
+        attn_implementation=model.config._attn_implementation[3:],
         trust_remote_code=False,
-    )  # fmt: skip
+    )
     config = json.loads((folder / "adapter_config.json").read_text())
     tensors = load_file(folder / "adapter_model.safetensors")
     for name in config["target_modules"]:
@@ -92,7 +94,7 @@ def test_lora_of_several_plans_and_of_a_loaded_model(llama, tmp_path):
     assert (live - changed_by_hand(llama, tmp_path / "loaded")(IDS).logits).abs().max() < 1e-4
 
 
-def test_lora_of_many_units_has_the_rank_of_the_matrix(llama, tmp_path):
+def test_lora_of_many_aus_has_the_rank_of_the_matrix(llama, tmp_path):
     plan = Plan({"attention": torch.full(rmodels.site_shape(llama, "attention"), 0.5)})  # 64 AUs into 48 outputs
     made = save_lora(llama.config.name_or_path, plan, tmp_path / "all")
     assert (made.rank, len(made.modules), made.targets) == (48, 3, ["o_proj"])
@@ -135,7 +137,7 @@ def test_checkpoints_that_are_refused_leave_nothing(checkpoints, llama, tmp_path
     save_file({**stored, name: stored[name].double()}, folder / "model.safetensors")
     refused("is stored as F64")
     save_file({key: weight for key, weight in stored.items() if key != name}, folder / "model.safetensors")
-    refused(f"lacks {name}")
+    refused("lacks the weight at site attention of layer 0")
 
 
 def test_bfloat16(checkpoints, tmp_path):
@@ -163,7 +165,7 @@ def test_lora_of_a_quantized_model(tmp_path, bits):
         live = model(IDS).logits
     apart = {}
     for source in (model, tmp_path / "model"):
-        factors, hooks = lora_factors(open_model(source), source, plan), []
+        factors, hooks = lora_factors(open_weights(source), plan), []
         for name, (a, b) in factors.items():
             hooks.append(
                 model.get_submodule(name).register_forward_hook(
@@ -191,14 +193,19 @@ def test_refusals_leave_nothing(checkpoints, llama, tmp_path):
     other = Plan(some.scales, header={"family": "gemma2", "model": "org/other"})
     for save in (save_lora, save_ia3):
         for plan, why in [
-            (layer, "residual stream"), (shift, "adds something"), (wide, "3 layers of 999"), (other, "gemma2 model"),
-            (Plan(some.scales, tokens="last"), "tokens 'last'"), (Plan({}), "does nothing"), ([], "no plan"),
-        ]:  # fmt: skip
+            (layer, "residual stream"),
+            (shift, "adds something"),
+            (wide, "3 layers of 999"),
+            (other, "gemma2 model"),
+            (Plan(some.scales, tokens="last"), "only 'last' ones"),
+            (Plan({}), "touches no AU"),
+            ([], "no plan"),
+        ]:
             with pytest.raises(AUSteerError, match=why):
                 save(path, plan, out)
         with pytest.raises(AUSteerError, match="many experts"):
             save(checkpoints["qwen3_moe"], some, out)
-        with pytest.raises(AUSteerError, match="cannot read the config"):
+        with pytest.raises(AUSteerError, match="is not a folder, and the hub does not offer it"):
             save(tmp_path / "nowhere", some, out)
         assert not list(tmp_path.iterdir())
     with pytest.raises(AUSteerError, match="a dense layer of a family with experts"):
@@ -237,9 +244,14 @@ def biased(folder):
 
 @pytest.mark.parametrize(
     ("save", "sites"),
-    [(save_ia3, ["ffn"]), (save_ia3, ["attention"]), (save_ia3, ["attention", "ffn"]), (save_lora, ["attention"]),
-     (save_lora, ["attention", "neuron"])],
-)  # fmt: skip
+    [
+        (save_ia3, ["ffn"]),
+        (save_ia3, ["attention"]),
+        (save_ia3, ["attention", "ffn"]),
+        (save_lora, ["attention"]),
+        (save_lora, ["attention", "neuron"]),
+    ],
+)
 def test_biases_are_steered_as_live(tmp_path, save, sites):
     peft = pytest.importorskip("peft", reason="peft is in requirements2.txt")
     model = biased(tmp_path / "biased")
@@ -266,9 +278,11 @@ def test_peft_reads_it(model, tmp_path, kind):
         with steer(model, plan):
             live = model(IDS).logits
         plain = AutoModelForCausalLM.from_pretrained(
-            model.config.name_or_path, dtype=torch.float32,
-            attn_implementation=model.config._attn_implementation[3:], trust_remote_code=False,
-        )  # fmt: skip
+            model.config.name_or_path,
+            dtype=torch.float32,
+            attn_implementation=model.config._attn_implementation[3:],
+            trust_remote_code=False,
+        )
         adapted = peft.PeftModel.from_pretrained(plain, out).eval()
         with torch.no_grad():
             assert (live - adapted(IDS).logits).abs().max() < 1e-4
@@ -285,7 +299,7 @@ def test_server_command(llama, tmp_path):
     assert flags["--max-loras"] == ("2" if torch.cuda.is_available() else "3")
     served = dict(word.split("=") for word in command if "=" in word)
     assert list(served) == ["calm", "brave"]
-    assert Plan.load(f"{served['brave']}/plan.safetensors").units() == Plan.load(plans[1]).units()
+    assert Plan.load(f"{served['brave']}/plan.safetensors").aus() == Plan.load(plans[1]).aus()
     with pytest.raises(AUSteerError, match="under their file names"):
         server_command(llama.config.name_or_path, plans[:1] * 2, [], tmp_path / "more")
     with pytest.raises(AUSteerError, match="at least one plan"):
@@ -310,8 +324,10 @@ def test_the_server_refuses_plans_of_other_weights(llama, tmp_path, monkeypatch)
     assert not (tmp_path / "more").exists()
 
 
-def test_readers_find_the_base_model(llama, tmp_path):
-    save_lora(llama, plan_for(llama, ["attention"]), tmp_path / "adapter")
-    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
-    assert config["base_model_name_or_path"] == str(Path(llama.config.name_or_path).resolve())
-    assert _base("org/model") == "org/model"
+def test_readers_find_the_base_model(llama, tmp_path, monkeypatch):
+    folder = str(Path(llama.config.name_or_path).resolve())
+    for name, base in ((llama.config.name_or_path, folder), ("org/model", "org/model")):
+        monkeypatch.setattr(llama.config, "name_or_path", name)
+        save_lora(llama, plan_for(llama, ["attention"]), tmp_path / base.replace("/", "-"))
+        config = json.loads((tmp_path / base.replace("/", "-") / "adapter_config.json").read_text())
+        assert config["base_model_name_or_path"] == base

@@ -185,7 +185,7 @@ def test_certificate_and_what_lies_in_the_folder(source, plan, tmp_path):
         },
     }
     assert parity["receipt"]["aus"] == len(plan) and parity["receipt"]["positions"] > parity["positions"]
-    assert Plan.load(tmp_path / "out" / PLAN).units() == plan.units()
+    assert Plan.load(tmp_path / "out" / PLAN).aus() == plan.aus()
     theirs, ours = ({path.name for path in folder.iterdir()} for folder in (source, tmp_path / "out"))
     assert theirs - ours == {"pytorch_model.bin", "modeling.py"} and ours - theirs == {"austeer"}
     assert (
@@ -377,7 +377,7 @@ def test_checkpoints_that_are_refused_leave_nothing(source, plan, tmp_path):
     refused("outside its folder")
     index.unlink()
     refused("only safetensors checkpoints")
-    with pytest.raises(AUSteerError, match="is no folder, and the hub did not give it"):
+    with pytest.raises(AUSteerError, match="is not a folder, and the hub does not offer it"):
         fold("nobody/nothing", plan, tmp_path / "out")
     index.write_text(kept)
     with pytest.raises(AUSteerError, match="exists already"):
@@ -386,9 +386,18 @@ def test_checkpoints_that_are_refused_leave_nothing(source, plan, tmp_path):
 
 @pytest.mark.parametrize(
     ("kind", "size"),
-    [("fold", 1024), ("fold", 30_000), ("lora", 1024), ("lora", 4000), ("ia3", 1024), ("ia3", 512), ("gguf", 512),
-     ("gguf", 1024), ("gguf", 4000)],
-)  # fmt: skip
+    [
+        ("fold", 1024),
+        ("fold", 30_000),
+        ("lora", 1024),
+        ("lora", 4000),
+        ("ia3", 1024),
+        ("ia3", 512),
+        ("gguf", 512),
+        ("gguf", 1024),
+        ("gguf", 4000),
+    ],
+)
 def test_a_full_disk_leaves_nothing(source, plan, tmp_path, kind, size):
     """A limit on the size of files stands in for the end of the disk: the kernel refuses the write."""
     save = {"fold": partial(fold, certificate=False), "lora": save_lora, "ia3": save_ia3, "gguf": save_gguf_lora}[kind]
@@ -421,7 +430,7 @@ def test_overflow_is_refused(tmp_path):
 
 
 def test_a_changed_fold_is_not_undone(source, plan, tmp_path):
-    with pytest.raises(AUSteerError, match="was not folded here"):
+    with pytest.raises(AUSteerError, match="was not folded by this project"):
         unfold(source, tmp_path / "back")
     fold(source, plan, tmp_path / "out", certificate=False)
     changed = Checkpoint(tmp_path / "out")
@@ -434,8 +443,15 @@ def test_a_changed_fold_is_not_undone(source, plan, tmp_path):
 def test_command(source, plan, tmp_path, capsys):
     ranks = AURanks("ffn", plan.scales["ffn"], plan.scales["ffn"].clone(), header=plan.header)
     ranks.save(tmp_path / "ranks.safetensors")
-    command.main([f"--model={source}", f"--ranks={tmp_path / 'ranks.safetensors'}", "--k=4", "--alpha=1",
-                  f"--fold={tmp_path / 'out'}"])  # fmt: skip
+    command.main(
+        [
+            f"--model={source}",
+            f"--ranks={tmp_path / 'ranks.safetensors'}",
+            "--k=4",
+            "--alpha=1",
+            f"--fold={tmp_path / 'out'}",
+        ]
+    )
     assert "with 4 AUs in its weights" in (said := capsys.readouterr().out) and "greedy tokens agree on 100.0%" in said
     command.main([f"--unfold={tmp_path / 'out'}", f"--out={tmp_path / 'back'}"])
     assert bits(tmp_path / "back") == bits(source)
@@ -459,7 +475,7 @@ def test_command_refuses_what_it_would_ignore(source, plan, tmp_path):
         (["--fold=x", model, file, "--out=y"], "does not take --out"),
         (["--lora=x", model, file, "--no-certificate"], "does not take --no-certificate"),
         (["--unfold=x", "--out=y", model], "--unfold does not take --model"),
-        (["--fold=x", model, "--ranks=r", "--k=3", "--alpha=1", "--site=ffn"], "r says its site itself"),
+        (["--fold=x", model, "--ranks=r", "--k=3", "--alpha=1", "--site=ffn"], "r names its site itself"),
     ):
         with pytest.raises(AUSteerError, match=message):
             command.main(arguments)
@@ -472,7 +488,7 @@ def test_a_place_that_is_taken_is_refused_before_the_weights_are_read(source, pl
     given = [f"--model={source}", f"--plan={tmp_path / 'plan.safetensors'}"]
     with pytest.raises(AUSteerError, match="exists already"):
         command.main([*given, f"--{kind}={tmp_path / 'plan.safetensors'}"])
-    with pytest.raises(AUSteerError, match=r"cannot write .*plan.safetensors is no folder"):
+    with pytest.raises(AUSteerError, match=r"cannot write .*plan.safetensors is not a folder"):
         command.main([*given, f"--{kind}={tmp_path / 'plan.safetensors' / 'out'}"])
 
 
@@ -521,7 +537,7 @@ def test_a_damaged_undo_file(source, plan, tmp_path, damage):
     fold(source, plan, tmp_path / "out", certificate=False)
     undo = tmp_path / "out" / UNDO
     damage(undo, load_file(undo))
-    with pytest.raises(AUSteerError, match=r"undo\.safetensors is damaged, or not of this checkpoint"):
+    with pytest.raises(AUSteerError, match=r"undo\.safetensors is damaged, or belongs to another checkpoint"):
         unfold(tmp_path / "out", tmp_path / "back")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
 
@@ -576,8 +592,8 @@ def test_files_have_the_mode_of_any_new_file(source, plan, tmp_path):
 
 KILLED = """
 import sys, time
-from errors import run_command
-from export.checkpoint import new_folder
+from austeer.errors import run_command
+from austeer.export.checkpoint import new_folder
 def main():
     with new_folder(sys.argv[1]) as folder:
         (folder / "half").write_text("half")
@@ -602,7 +618,10 @@ def test_what_a_killed_run_left_is_named(source, plan, tmp_path, capsys):
     (tmp_path / ".out.of.others").mkdir()
     fold(source, plan, tmp_path / "out", certificate=False)
     said = capsys.readouterr().err
-    assert said.count("/.out.abcd1234: of a run at work, or one that was killed") == 1 and "others" not in said
+    assert (
+        said.count("/.out.abcd1234: belongs to another run; if that run was killed, remove it") == 1
+        and "others" not in said
+    )
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -685,15 +704,23 @@ def test_a_captured_graph_sees_the_hot_patch(source):
 
 @pytest.mark.slow
 def test_memory_stays_below_one_shard(tmp_path):
-    source = make(tmp_path / "source", "llama", shard="240MB", hidden_size=1024, intermediate_size=4096,
-                  num_hidden_layers=7, num_attention_heads=16, head_dim=64)  # fmt: skip
+    source = make(
+        tmp_path / "source",
+        "llama",
+        shard="240MB",
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=7,
+        num_attention_heads=16,
+        head_dim=64,
+    )
     shards = [path.stat().st_size for path in source.glob("*.safetensors")]
     assert len(shards) == 2
     model = load(source)
     some_plan(model, "attention", "ffn").save(tmp_path / "plan.safetensors")
     script = (  # VmHWM, as ru_maxrss would begin with this process's own
-        "import re, sys; from pathlib import Path; from transformers import LlamaForCausalLM; from export.fold import fold;"
-        "from plan import Plan; plan = Plan.load(sys.argv[2]);"
+        "import re, sys; from pathlib import Path; from transformers import LlamaForCausalLM;"
+        "from austeer.export.fold import fold; from austeer.plan import Plan; plan = Plan.load(sys.argv[2]);"
         "peak = lambda: 1024 * int(re.search(r'VmHWM:\\s*(\\d+)', Path('/proc/self/status').read_text())[1]);"
         "before = peak(); fold(sys.argv[1], plan, sys.argv[3], certificate=False); print(peak() - before)"
     )

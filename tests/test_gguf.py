@@ -8,6 +8,7 @@ import torch
 from test_adapters import plan_for
 
 from austeer.errors import AUSteerError
+from austeer.export.adapter import open_weights
 from austeer.export.gguf_lora import save_gguf_lora
 from austeer.export.lora import lora_factors
 from austeer.plan import Plan
@@ -21,7 +22,7 @@ def test_the_file_holds_the_factors(llama, tmp_path):
     plan = plan_for(llama, ["attention", "ffn"])
     assert save_gguf_lora(llama, plan, tmp_path / "a.gguf") == 4
     stored = {tensor.name: torch.tensor(tensor.data.copy()) for tensor in gguf.GGUFReader(tmp_path / "a.gguf").tensors}
-    factors = lora_factors(llama, llama, plan)
+    factors = lora_factors(open_weights(llama), plan)
     assert len(stored) == 2 * len(factors)
     for name, (a, b) in factors.items():
         place = (
@@ -70,10 +71,14 @@ def write_base(model, path):
         tensors[f"{theirs}.attn_q"] = paired(f"{ours}.self_attn.q_proj.weight", config.num_attention_heads)
         tensors[f"{theirs}.attn_k"] = paired(f"{ours}.self_attn.k_proj.weight", config.num_key_value_heads)
         for name, there in {
-            "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate",
-            "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm",
+            "self_attn.v_proj": "attn_v",
+            "self_attn.o_proj": "attn_output",
+            "mlp.gate_proj": "ffn_gate",
+            "mlp.up_proj": "ffn_up",
+            "mlp.down_proj": "ffn_down",
+            "input_layernorm": "attn_norm",
             "post_attention_layernorm": "ffn_norm",
-        }.items():  # fmt: skip
+        }.items():
             tensors[f"{theirs}.{there}"] = state[f"{ours}.{name}.weight"]
     for name, tensor in tensors.items():
         writer.add_tensor(f"{name}.weight", tensor.contiguous().numpy())
@@ -90,9 +95,17 @@ def test_llama_cpp_equals_live(llama, tmp_path, alpha):
     write_base(llama, tmp_path / "base.gguf")
     save_gguf_lora(llama, unit, tmp_path / "plan.gguf")
     engine = llama_cpp.Llama(
-        str(tmp_path / "base.gguf"), lora_path=str(tmp_path / "plan.gguf"), lora_scale=alpha, logits_all=True,
-        type_k=llama_cpp.GGML_TYPE_F32, type_v=llama_cpp.GGML_TYPE_F32, n_ctx=64, n_threads=1, n_threads_batch=1, verbose=False,
-    )  # fmt: skip
+        str(tmp_path / "base.gguf"),
+        lora_path=str(tmp_path / "plan.gguf"),
+        lora_scale=alpha,
+        logits_all=True,
+        type_k=llama_cpp.GGML_TYPE_F32,
+        type_v=llama_cpp.GGML_TYPE_F32,
+        n_ctx=64,
+        n_threads=1,
+        n_threads_batch=1,
+        verbose=False,
+    )
     engine.eval(IDS)
     theirs = torch.tensor(engine.scores[: len(IDS)])
     with steer(llama, Plan({site: alpha * values for site, values in unit.scales.items()})):

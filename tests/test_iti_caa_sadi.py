@@ -19,10 +19,10 @@ from austeer.evidence import Evidence
 from austeer.methods.austeer import AUSteer
 from austeer.methods.base import BUDGET
 from austeer.methods.caa import CAA, Vectors, match_norms, mean_difference
+from austeer.methods.choice import by_head, highest
 from austeer.methods.iti import ITI, Heads, logistic, split, spread, unit
 from austeer.methods.registry import METHODS
 from austeer.methods.sadi import SADIHead, SADIHidden, SADINeuron, Scores, clamped, difference
-from austeer.methods.units import by_head, highest
 from austeer.pairs import Pair
 from austeer.plan import Plan
 from austeer.steering import apply, clear, steer
@@ -125,7 +125,7 @@ def test_sadi_by_hand():
     right, wrong = np.array(SADI_RIGHT).reshape(2, 2, 4), np.array(SADI_WRONG).reshape(2, 2, 4)
     told = Told(right, wrong, heads=2)
     scores = SADIHead().prepare(told)
-    assert scores.by_unit.tolist() == [[1.5, -1], [0, 2.5]] and scores.each == 2
+    assert scores.by_unit.tolist() == [[1.5, -1], [0, 2.5]] and scores.unit_width == 2
     order = [highest(scores.by_unit, k, "heads") for k in range(1, 5)]
     first_of_each = [
         (now.int() - before.int()).nonzero().tolist()[0]
@@ -137,13 +137,18 @@ def test_sadi_by_hand():
         plan = SADIHead().plan(scores, {"heads": 2, "alpha": delta})
         assert (x * (1 + plan.scales["attention"])).tolist() == [first, second]
     assert not plan.shifts and plan.tokens == "last"
-    neurons = difference(torch.tensor([[[0.1, 0.9, -0.2, 0.4]]])[..., None], torch.tensor([[[0.3, 0.1, 0.2, 0.4]]])[..., None])  # fmt: skip
+    neurons = difference(
+        torch.tensor([[[0.1, 0.9, -0.2, 0.4]]])[..., None], torch.tensor([[[0.3, 0.1, 0.2, 0.4]]])[..., None]
+    )
     assert neurons.flatten().tolist() == pytest.approx([-0.2, 0.8, -0.4, 0])
     by_rule = {
-        rule: SADINeuron(rule).plan(Scores(neurons, 1, {"site": "neuron"}), {"k": 2, "alpha": 1.0}).units()
+        rule: SADINeuron(rule).plan(Scores(neurons, 1, {"site": "neuron"}), {"k": 2, "alpha": 1.0}).aus()
         for rule in ("signed", "absolute")
     }
-    assert {rule: {unit[2] for unit in units} for rule, units in by_rule.items()} == {"signed": {1, 3}, "absolute": {1, 2}}  # fmt: skip
+    assert {rule: {unit[2] for unit in units} for rule, units in by_rule.items()} == {
+        "signed": {1, 3},
+        "absolute": {1, 2},
+    }
 
 
 # the same by plain loops
@@ -200,7 +205,9 @@ def test_iti_by_loops(direction):
     plan = method.plan(found, {"heads": 2, "alpha": 2.0})
     shift = by_head(plan.shifts["attention"], SimpleNamespace(num_attention_heads=heads))
     for place in accuracy:
-        assert shift[place].tolist() == pytest.approx((wanted[place] if place in chosen else np.zeros(dim)).tolist(), abs=1e-5)  # fmt: skip
+        assert shift[place].tolist() == pytest.approx(
+            (wanted[place] if place in chosen else np.zeros(dim)).tolist(), abs=1e-5
+        )
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -258,7 +265,7 @@ def test_the_last_token_but_one(llama, checkpoints, tokenizer):
             wanted = last_activations(upstream, tokenizer, pair.prompt + answer[:-1], "layer")  # without the bracket
             assert torch.allclose(read[row], wanted, atol=1e-4)
     bare = [Pair("Is it red?", " A", " B")]
-    with pytest.raises(AUSteerError, match=r"the last token but one is in the prompt.*\(A\)"):
+    with pytest.raises(AUSteerError, match=r"the last token but one of some pair is in its prompt.*\(A\)"):
         CAA("before-last").prepare(evidence(llama, tokenizer, "layer", bare))
 
 
@@ -290,7 +297,7 @@ def test_clamped_is_the_overwriting_of_one_position(both):
             assert torch.allclose(ours, wanted, atol=1e-3), site
             with steer(model, plan):  # the paper's form lets layers react
                 assert not torch.allclose(model(IDS, use_cache=True).logits[0, -1], wanted[0], atol=1e-2)
-    with pytest.raises(AUSteerError, match="one plan a prompt"):
+    with pytest.raises(AUSteerError, match="one plan per prompt"):
         clamped(model, plan, IDS.repeat(2, 1))
 
 
@@ -318,7 +325,13 @@ def test_every_option_changes_the_plan(llama, tokenizer):
     for made in different:
         assert all(x.any() for x in made)
         assert not any(torch.equal(x, y) for x, y in itertools.combinations(made, 2))
-    for bad in (lambda: ITI("best"), lambda: ITI(std="n-2"), lambda: CAA("first"), lambda: CAA(norm="l1"), lambda: SADIHead("top")):  # fmt: skip
+    for bad in (
+        lambda: ITI("best"),
+        lambda: ITI(std="n-2"),
+        lambda: CAA("first"),
+        lambda: CAA(norm="l1"),
+        lambda: SADIHead("top"),
+    ):
         with pytest.raises(AUSteerError):
             bad()
 
@@ -333,8 +346,8 @@ def test_input_that_says_nothing():
     for direction in ("mass-mean", "probe"):
         heads = ITI(direction).prepare(Told(same, same, heads=2))
         assert torch.equal(heads.accuracy, torch.full((2, 2), 0.5, dtype=heads.accuracy.dtype))
-        assert not ITI().plan(heads, {"heads": 4, "alpha": 15.0}).units()
-    assert not CAA().plan(CAA().prepare(Told(same, same, site="layer")), {"depth": 0.5, "alpha": 3.0}).units()
+        assert not ITI().plan(heads, {"heads": 4, "alpha": 15.0}).aus()
+    assert not CAA().plan(CAA().prepare(Told(same, same, site="layer")), {"depth": 0.5, "alpha": 3.0}).aus()
     assert not CAA(norm="mean").prepare(Told(same, same)).by_layer.any()
     for method in (SADIHead(), SADINeuron(), SADIHidden()):
         with pytest.raises(AUSteerError, match="nothing to choose by"):
@@ -352,7 +365,7 @@ def test_one_pair_and_equal_pairs(llama, tokenizer):
         ITI().prepare(evidence(llama, tokenizer, "attention", one))
     for method in ALL[2:]:
         made = method.prepare(evidence(llama, tokenizer, method.sites[0], one))
-        assert method.plan(made, method.grid("small")[0]).units()
+        assert method.plan(made, method.grid("small")[0]).aus()
     ITI().prepare(evidence(llama, tokenizer, "attention", PAIRS[:2]))
     equal = [Pair("a", "b", "b")] * 3
     for method in ALL:

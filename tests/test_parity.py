@@ -57,12 +57,17 @@ class Case:
         kernel = rmodels.family(
             AutoConfig.from_pretrained(self.source, trust_remote_code=False).model_type
         ).DEFAULT_KERNEL
-        bits = {"4bit": dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16),
-                "8bit": dict(load_in_8bit=True)}.get(self.quantization)  # fmt: skip
+        bits = {
+            "4bit": dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16),
+            "8bit": dict(load_in_8bit=True),
+        }.get(self.quantization)
         model = AutoModelForCausalLM.from_pretrained(
-            self.source, dtype=dtype or self.dtype, attn_implementation=kernel, trust_remote_code=False,
+            self.source,
+            dtype=dtype or self.dtype,
+            attn_implementation=kernel,
+            trust_remote_code=False,
             quantization_config=bits and BitsAndBytesConfig(**bits),
-        )  # fmt: skip
+        )
         for module in model.modules():
             if hasattr(module, "support_avx512bf16_for_cpu"):
                 module.support_avx512bf16_for_cpu = (
@@ -97,9 +102,11 @@ def hot_patch(case):
 def checkpoint(case):
     fold(case.source, case.plan, case.folder / "folded", certificate=False)
     yield AutoModelForCausalLM.from_pretrained(
-        case.folder / "folded", dtype=case.dtype, attn_implementation=case.upstream().config._attn_implementation,
+        case.folder / "folded",
+        dtype=case.dtype,
+        attn_implementation=case.upstream().config._attn_implementation,
         trust_remote_code=False,
-    ).eval()  # fmt: skip
+    ).eval()
 
 
 def adapter(save, name, merged=False):
@@ -114,10 +121,14 @@ def adapter(save, name, merged=False):
 
 
 WAYS = {
-    "live": live, "hot patch": hot_patch, "folded": checkpoint,
-    "LoRA": adapter(save_lora, "lora"), "IA3": adapter(save_ia3, "ia3"),
-    "LoRA merged": adapter(save_lora, "lora-to-merge", True), "IA3 merged": adapter(save_ia3, "ia3-to-merge", True),
-}  # fmt: skip
+    "live": live,
+    "hot patch": hot_patch,
+    "folded": checkpoint,
+    "LoRA": adapter(save_lora, "lora"),
+    "IA3": adapter(save_ia3, "ia3"),
+    "LoRA merged": adapter(save_lora, "lora-to-merge", True),
+    "IA3 merged": adapter(save_ia3, "ia3-to-merge", True),
+}
 
 
 @torch.no_grad()

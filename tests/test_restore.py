@@ -2,6 +2,7 @@
 
 import copy
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import rmodels
 from austeer.errors import AUSteerError
 from austeer.evidence import Evidence
+from austeer.export.fold import fold
 from austeer.identity import fingerprint
 from austeer.methods import restore_lcc
 from austeer.methods.base import BUDGET
@@ -26,8 +28,7 @@ from austeer.methods.restore_lcc import (
     RestoreLCC,
     answer_loss,
     best_first,
-    by_head,
-    fold_into_bias,
+    head_rows,
     last_activations,
     learned_component,
     lost_components,
@@ -161,7 +162,7 @@ def test_what_cannot_be_pruned(checkpoints, llama, tmp_path):
         ("sparsegpt", 0.5, TEXTS, "unknown; use one of wanda, magnitude"),
         ("wanda", 0.5, [], "needs calibration texts"),
         ("wanda", 0.5, [[]], "needs calibration texts"),
-        ("magnitude", (2, 7), [], "which groups of 7 do not fill"),
+        ("magnitude", (2, 7), [], "not a multiple of 7"),
     ]:
         with pytest.raises(AUSteerError, match=message):
             prune(llama, how, sparsity, texts)
@@ -176,15 +177,13 @@ def test_what_cannot_be_pruned(checkpoints, llama, tmp_path):
         prune(broken, "wanda", 0.5, TEXTS)
 
 
-def test_a_quantised_model_is_neither_pruned_nor_folded(tmp_path):
+def test_a_quantised_model_is_not_pruned(tmp_path):
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is in requirements2.txt")
     wide = {**COMMON, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1}
     AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **wide)).save_pretrained(tmp_path)
     model = rmodels.load(tmp_path, dtype="float32", device="cpu", quantization="4bit")
     with pytest.raises(AUSteerError, match="quantised model cannot be pruned"):
         prune(model, "magnitude", 0.5)
-    with pytest.raises(AUSteerError, match="quantised or offloaded"):
-        fold_into_bias(model, Plan({}, {"attention": torch.ones(1, 64)}))
 
 
 def test_sparsity_in_words():
@@ -231,7 +230,7 @@ def test_lost_components_equal_loops(rows):
 
 def test_heads_are_slices_of_the_site():
     activations = torch.arange(2 * 3 * 8.0).view(2, 3, 8)
-    heads = by_head(activations, 4)
+    heads = head_rows(activations, SimpleNamespace(num_attention_heads=4))
     for layer in range(3):
         for head in range(4):
             for text in range(2):
@@ -382,12 +381,12 @@ def test_training_lowers_the_loss_and_controls_are_like_it(repaired):
 def test_heads_are_scored_by_the_dense_models_answers(repaired, checkpoints, tokenizer):
     dense, evidence = repaired
     prepared = RestoreLCC(dense).prepare(evidence)
-    offered = by_head(last_activations(evidence.model, [q.prompt for q in prepared.questions]), 4)
+    offered = head_rows(last_activations(evidence.model, [q.prompt for q in prepared.questions]), dense.config)
     orders = {}
     for name, model in (("dense", dense), ("pruned", evidence.model)):
         plain = upstream(checkpoints, model)
         answers = ([activations_of(plain, tokenizer, p.prompt + p[side], "attention") for p in MINE] for side in (1, 2))
-        right, wrong = (by_head(torch.stack(rows), 4) for rows in answers)
+        right, wrong = (head_rows(torch.stack(rows), dense.config) for rows in answers)
         orders[name] = best_first(probe_accuracy(offered + prepared.lost.component(1)[:, None], right, wrong))
     assert torch.equal(prepared.order, orders["dense"]) and not torch.equal(prepared.order, orders["pruned"])
 
@@ -434,8 +433,8 @@ def test_degenerate_evidence(repaired):
         assert torch.isfinite(prepared.lost.alpha).all()
         plan = method.plan(prepared, {"share": 0.125, "rate": 1e-3})
         assert torch.isfinite(plan.shifts["attention"]).all()
-    assert not prepared.lost.mean.any() and not MeanLost(dense).plan(prepared, {"share": 0.5, "alpha": 1.0}).units()
-    with pytest.raises(AUSteerError, match="use a lower one"):
+    assert not prepared.lost.mean.any() and not MeanLost(dense).plan(prepared, {"share": 0.5, "alpha": 1.0}).aus()
+    with pytest.raises(AUSteerError, match="use a lower rate"):
         train(evidence.model, prepared.questions, prepared.lost.basis[:1], torch.tensor([0]), rate=3e37)
 
 
@@ -446,59 +445,35 @@ def test_a_pair_needs_a_question(llama):
         questions_of(Evidence(llama, bare, [Pair("", "3", "4")] * 2, "attention", None))
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_folded_equals_live(checkpoints, name, tmp_path):
-    model = load(checkpoints, name)
-    shifts = torch.randn(rmodels.site_shape(model, "attention"), generator=torch.Generator().manual_seed(0))
-    shifts[1] = 0  # a layer without a shift gets no bias
-    plan = Plan({}, {"attention": shifts})
-    vanilla = model(IDS).logits
-    with steer(model, plan):
-        live, said = model(IDS).logits, model.generate(IDS, max_new_tokens=6, do_sample=False)
-    fold_into_bias(model, plan)
-    assert torch.allclose(model(IDS).logits, live, atol=1e-4) and (live - vanilla).abs().max() > 0.05
-    assert torch.equal(model.generate(IDS, max_new_tokens=6, do_sample=False), said)
-    assert model.model.layers[1].self_attn.o_proj.bias is None
-    with pytest.raises(AUSteerError, match="a checkpoint would lose the folded plan"):
-        model.save_pretrained(tmp_path)
-    assert not list(tmp_path.iterdir())
-
-
 @pytest.mark.parametrize("name", ["llama", "gemma2", "qwen3"])
-def test_an_architecture_with_a_bias_keeps_the_folded_plan(name, tmp_path):
+def test_a_restored_model_is_saved_by_folding(name, tmp_path):
+    """Its architecture needs the bias (attention_bias); export refuses the others and says why."""
     torch.manual_seed(0)
     config = AutoConfig.for_model(name, **COMMON, **SPECIAL[name], attention_bias=True)
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "plain")
-    model = rmodels.load(tmp_path / "plain", dtype="float32", device="cpu")
-    model.model.layers[0].self_attn.o_proj.bias.fill_(0.5)  # what is there stays there
-    plan = Plan({}, {"attention": torch.randn(3, 64, generator=torch.Generator().manual_seed(0))})
-    with steer(model, plan):
-        live = model(IDS).logits
-    fold_into_bias(model, plan)
-    model.save_pretrained(tmp_path / "folded")
-    again = rmodels.load(tmp_path / "folded", dtype="float32", device="cpu")
-    assert torch.allclose(again(IDS).logits, live, atol=1e-4)
-
-
-def test_what_does_not_fold(llama, repaired):
-    ones = torch.ones(3, 64)
-    for plan in (
-        Plan({}, {"ffn": torch.ones(3, 48)}),
-        Plan({"attention": ones}, {"attention": ones}),
-        Plan({}, {"attention": ones}, tokens="last"),
-        Plan({}, {}),
-    ):
-        with pytest.raises(AUSteerError, match="steer with this plan live"):
-            fold_into_bias(llama, plan)
-    with pytest.raises(AUSteerError, match="3 layers of 32 AUs"):
-        fold_into_bias(llama, Plan({}, {"attention": torch.ones(3, 32)}))
-    dense, evidence = repaired
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "dense")
+    dense = rmodels.load(tmp_path / "dense", dtype="float32", device="cpu")
+    dense.model.layers[0].self_attn.o_proj.bias.fill_(0.5)  # what is there stays there
+    pruned = copy.deepcopy(dense)
+    prune(pruned, "magnitude", 0.5)
+    pruned.save_pretrained(tmp_path / "pruned")
     method = MeanLost(dense)
-    plan = method.plan(method.prepare(evidence), {"share": 0.5, "alpha": 1.0})
-    model = copy.deepcopy(evidence.model)
-    fold_into_bias(model, plan)
-    with pytest.raises(AUSteerError, match="other weights"):
-        fold_into_bias(model, plan)  # twice would count twice
+    plan = method.plan(
+        method.prepare(Evidence(pruned, byte_tokenizer(), MINE, "attention", None)), {"share": 0.5, "alpha": 1.0}
+    )
+    with steer(pruned, plan):
+        live = pruned(IDS).logits
+    fold(tmp_path / "pruned", plan, tmp_path / "restored", certificate=False)
+    restored = rmodels.load(tmp_path / "restored", dtype="float32", device="cpu")
+    assert torch.allclose(restored(IDS).logits, live, atol=1e-4) and not torch.equal(live, pruned(IDS).logits)
+    with pytest.raises(AUSteerError, match="is folded already"):
+        fold(tmp_path / "restored", plan, tmp_path / "twice", certificate=False)  # the shift would count twice
+
+
+def test_an_architecture_without_the_bias_is_refused(checkpoints, tmp_path):
+    plan = Plan({}, {"attention": torch.ones(3, 64)})
+    with pytest.raises(AUSteerError, match=r"a shift becomes a bias, but .*o_proj.weight has none: .* steer live"):
+        fold(checkpoints["llama"], plan, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
 
 
 def test_perplexity_equals_loops(checkpoints, llama):
@@ -561,8 +536,8 @@ def test_the_command_on_a_checkpoint_and_ones_own_pairs(checkpoints, tmp_path, c
     lines = [{"prompt": f"Is {n} more than {n + 1}? ", "positive": "no", "negative": "yes"} for n in range(60)]
     (tmp_path / "mine.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     for name in ("qwen3", "gemma2"):
-        restore.main(["--model", str(checkpoints[name]), "--pairs", str(tmp_path / "mine.jsonl"), "--device", "cpu",
-                      "--dtype", "float32", "--draws", "0", "--results", str(tmp_path / name)])  # fmt: skip
+        command = ["--model", str(checkpoints[name]), "--pairs", str(tmp_path / "mine.jsonl"), "--device", "cpu"]
+        restore.main([*command, "--dtype", "float32", "--draws", "0", "--results", str(tmp_path / name)])
         shown = capsys.readouterr().out
         assert "## mine" in shown and "right answer preferred on" in shown and "| RestoreLCC |" in shown
 

@@ -266,7 +266,7 @@ def test_flash_kernels_see_their_own_name(llama, monkeypatch):
 
 def test_a_family_without_gates_is_an_error(checkpoints, name):
     upstream = load_upstream(checkpoints, name)
-    with pytest.raises(AUSteerError, match="0 AU gates where 12 belong"):
+    with pytest.raises(AUSteerError, match="0 AU gates instead of 12"):
         rmodels.check_gates(upstream)
 
 
@@ -286,7 +286,7 @@ def test_a_dense_mlp_that_passes_no_neuron_gate_is_an_error(checkpoints, monkeyp
             return self.au(super().forward(x))
 
     monkeypatch.setitem(rmodels.family("llama").GATED, upstream.LlamaMLP, Forgetful)
-    with pytest.raises(AUSteerError, match=r"Forgetful of .* is no GatedMLP.*docs/porting.md"):
+    with pytest.raises(AUSteerError, match=r"Forgetful of .* is not a GatedMLP.*docs/porting.md"):
         load(checkpoints, "llama")
 
 

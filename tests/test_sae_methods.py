@@ -96,7 +96,7 @@ def test_a_file_holds_all_of_it(tmp_path):
     with pytest.raises(AUSteerError, match="W_dec of the SAE holds inf or nan"):
         random_sae(W_dec=torch.full((60, 48), math.nan))
     sae_file.write_tensors(tmp_path / "c.safetensors", {"W_enc": h}, {"format": sae_file.FORMAT, "header": "{}"})
-    with pytest.raises(AUSteerError, match="is no SAE of the residual stream"):
+    with pytest.raises(AUSteerError, match="is not an SAE of the residual stream"):
         SAE.load(tmp_path / "c.safetensors")
 
 
@@ -229,11 +229,12 @@ def test_activations_of_all_tokens_are_those_of_whole_texts(checkpoints, llama, 
     assert len(found) == len(wanted) == len(pairs) - 1
     for shared, right, wrong in found:
         close = [
-            len(shared) + len(right) == len(a) and len(shared) + len(wrong) == len(b)
+            len(shared) + len(right) == len(a)
+            and len(shared) + len(wrong) == len(b)
             and torch.allclose(torch.cat([shared, right]), a, atol=1e-4)
             and torch.allclose(torch.cat([shared, wrong]), b, atol=1e-4)
             for a, b in wanted
-        ]  # fmt: skip
+        ]
         assert sum(close) == 1  # batches go by length
     assert (min(len(shared) for shared, _, _ in found) == 0) == (not bos)
 
@@ -269,7 +270,7 @@ def test_sta_worked_example():
     prepared = Atoms(amplitude, frequency, DECODER, 5.0, 1, (3, 3), {})
     plan = STA().plan(prepared, {"keep": 0.4, "alpha": 1.0})
     assert plan.shift("layer", 1).tolist() == pytest.approx([3.841106, -3.200922, 0], abs=1e-5)
-    assert plan.tokens == "all" and {unit[1] for unit in plan.units()} == {1} and plan.header["atoms"] == 2
+    assert plan.tokens == "all" and {unit[1] for unit in plan.aus()} == {1} and plan.header["atoms"] == 2
     unfiltered = target_vector(amplitude, keep_atoms(amplitude, frequency, 0.6), DECODER, 6.5**0.5)
     assert unfiltered.tolist() == pytest.approx([2, -1.5, 0.5], abs=1e-5)  # norm kept: |(2, -1.5, .5)|^2 = 6.5
     doubled = STA().plan(prepared, {"keep": 0.4, "alpha": 2.0})
@@ -325,7 +326,7 @@ def test_sta_without_an_atom_to_keep_does_nothing():
     cancelled = target_vector(torch.tensor([1.0, 1.0]), torch.ones(2, dtype=bool), torch.tensor([[1.0], [-1.0]]), 2.0)
     assert cancelled.tolist() == [0]
     for keep in (0, 1, -0.5, math.nan):
-        with pytest.raises(AUSteerError, match="keep is the share of atoms kept"):
+        with pytest.raises(AUSteerError, match="keep, the share of atoms kept"):
             keep_atoms(amplitude, frequency, keep)
 
 
@@ -393,9 +394,9 @@ def test_modes_presets_and_the_cache_trap():
     assert NeuroSteer(preset="stance").grid("full") == [{"neurons": 150, "alpha": 15}]
     for options, message in (
         ({"mode": "gaussian"}, "mode 'gaussian' has no token scope here; use one of all, last, last2"),
-        ({"mode": "last2", "cache_trap": False}, "all but the last two positions of a pass: only prompts have such"),
-        ({"mode": "last", "cache_trap": False}, "only prompts have such"),
-        ({"preset": "toxicity", "cache_trap": False}, "only prompts have such"),
+        ({"mode": "last2", "cache_trap": False}, "all but the last two positions of a pass: which only a prompt has"),
+        ({"mode": "last", "cache_trap": False}, "which only a prompt has"),
+        ({"preset": "toxicity", "cache_trap": False}, "which only a prompt has"),
         ({"preset": "anger"}, "use one of sentiment, toxicity, politeness, stance"),
         ({"weight": "mean"}, "use one of dif_mean, tar_mean"),
     ):
@@ -471,7 +472,7 @@ def test_degenerate_evidence(llama, tokenizer, tmp_path, stored, method):
     constant.save(tmp_path / "constant.safetensors")
     try:  # answers of unlike length still differ in how often a constant neuron fires
         made = method(sae=str(tmp_path / "constant.safetensors")).prepare(evidence(llama, tokenizer, PAIRS[:2]))
-        assert not known.plan(made, {"neurons": 4, "keep": 0.2, "alpha": 2.0}).units()
+        assert not known.plan(made, {"neurons": 4, "keep": 0.2, "alpha": 2.0}).aus()
     except AUSteerError as error:
         assert "fires differently" in str(error)
 

@@ -288,11 +288,20 @@ def test_bad_arguments(llama, tokenizer, arguments, message):
 @pytest.mark.parametrize("momentum", ["activation", pytest.param("causal", marks=pytest.mark.slow)])
 def test_two_processes_equal_one(checkpoints, tmp_path, momentum):
     write_pairs(tmp_path / "pairs.jsonl", [Pair(*pair) for pair in PAIRS])
-    command = ["MFU_screening.py", "--model", str(checkpoints["llama"]), "--pairs", str(tmp_path / "pairs.jsonl"),
-               "--site", "attention", "ffn", "--momentum", momentum, "--device", "cpu", "--out"]  # fmt: skip
+    command = ["MFU_screening.py", "--model", str(checkpoints["llama"]), "--pairs", str(tmp_path / "pairs.jsonl")]
+    command += f"--site attention ffn --momentum {momentum} --device cpu --out".split()
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
-                  "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]  # fmt: skip
+    accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    accelerate += [
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+        "--main_process_port",
+        "0",
+    ]
     subprocess.run([sys.executable, *command, str(tmp_path / "one")], cwd=ROOT, env=env, check=True)
     subprocess.run([*accelerate, *command, str(tmp_path / "two")], cwd=ROOT, env=env, check=True)
     for site in ("attention", "ffn"):

@@ -40,7 +40,7 @@ def worked_example():
 
 
 def units(plan):
-    return {(layer, dim): scale for _, layer, dim, scale, _ in plan.units()}
+    return {(layer, dim): scale for _, layer, dim, scale, _ in plan.aus()}
 
 
 def test_worked_example():
@@ -90,8 +90,10 @@ def test_a_second_authors_call_replaces_one_site_only(llama, ranks):
 def test_every_option_changes_the_plan(ranks):
     paper = units(set_MFU(ranks, 10, 0.5))
     seen = [paper]
-    for options in [*({"location": name} for name in LOCATIONS if name != "score"),
-                    *({"strength": name} for name in STRENGTHS if name not in ("adaptive", "vector"))]:  # fmt: skip
+    for options in [
+        *({"location": name} for name in LOCATIONS if name != "score"),
+        *({"strength": name} for name in STRENGTHS if name not in ("adaptive", "vector")),
+    ]:
         plan = units(set_MFU(ranks, 10, 0.5, **options))
         assert plan not in seen, options
         seen.append(plan)
@@ -127,8 +129,8 @@ def test_strengths(ranks):
     assert flipped != paper
     assert list(gamma("suppress", 0.3).values()) == pytest.approx([-0.7] * 8)
     vector = set_MFU(ranks, 8, 2.0, strength="vector")
-    assert {u[1:3] for u in vector.units()} == set(paper)
-    for _, layer, dim, scale, shift in vector.units():
+    assert {u[1:3] for u in vector.aus()} == set(paper)
+    for _, layer, dim, scale, shift in vector.aus():
         assert scale == 0 and shift == pytest.approx(2 * float(ranks.stats["sum_momentum"][layer, dim]) / len(PAIRS))
 
 
@@ -136,7 +138,7 @@ def test_causal_plans_scale_by_the_direction(causal):
     plan = set_MFU(causal, 6, 0.5)
     assert {abs(scale) for scale in units(plan).values()} == {0.5}
     assert all(math.copysign(1, scale) == math.copysign(1, causal.score[unit]) for unit, scale in units(plan).items())
-    with pytest.raises(AUSteerError, match="needs ranks of activation momentum"):
+    with pytest.raises(AUSteerError, match="needs sum_activation, which these ranks lack"):
         set_MFU(causal, 6, 0.5, strength="sign-aware")
 
 
@@ -153,8 +155,12 @@ def test_bad_alpha(ranks, alpha):
 
 
 def test_bad_options(ranks):
-    for options, message in ((dict(location="top"), "location 'top' is unknown"), (dict(strength="big"), "strength 'big'"),
-                             (dict(tokens="some"), "token scope 'some'"), (dict(strength="suppress"), "below 1")):  # fmt: skip
+    for options, message in (
+        (dict(location="top"), "location 'top' is unknown"),
+        (dict(strength="big"), "strength 'big'"),
+        (dict(tokens="some"), "token scope 'some'"),
+        (dict(strength="suppress"), "below 1"),
+    ):
         with pytest.raises(AUSteerError, match=message):
             set_MFU(ranks, 3, 2.0, **options)
 
@@ -242,8 +248,10 @@ def test_replacing_one_site_leaves_the_others(llama, ranks):
 def test_scopes_that_cannot_be_known_are_refused(llama, ranks):
     plan = set_MFU(ranks, 5, 2.0, tokens="generated")
     ones = torch.ones_like(IDS)
-    for call in (lambda: llama(IDS, use_cache=False),
-                 lambda: llama.generate(IDS, attention_mask=ones, use_cache=False, max_new_tokens=2, do_sample=False)):  # fmt: skip
+    for call in (
+        lambda: llama(IDS, use_cache=False),
+        lambda: llama.generate(IDS, attention_mask=ones, use_cache=False, max_new_tokens=2, do_sample=False),
+    ):
         with pytest.raises(AUSteerError, match="pass prompt_end"), steer(llama, plan):
             call()
     cache = llama(IDS[:, :4], use_cache=True).past_key_values
@@ -262,7 +270,7 @@ def test_the_authors_call_by_keyword(llama, ranks):
 
 def test_steering_twice_is_refused(llama, ranks):
     plan = set_MFU(ranks, 2, 1.0)
-    with steer(llama, plan), pytest.raises(AUSteerError, match="steered already"), steer(llama, plan):
+    with steer(llama, plan), pytest.raises(AUSteerError, match="already steered"), steer(llama, plan):
         pass
 
 
@@ -278,7 +286,7 @@ def test_each_row_of_a_batch_by_its_own_plan(llama, ranks):
             alone = llama.generate(IDS[:1], attention_mask=torch.ones_like(IDS[:1]), max_new_tokens=5, do_sample=False)
             assert torch.equal(alone[0], tokens[row])
     with (
-        pytest.raises(AUSteerError, match="3 plans were set, one a row, but the batch has 2 rows"),
+        pytest.raises(AUSteerError, match="3 plans were set, one per row, but the batch has 2 rows"),
         steer(llama, plans),
     ):
         llama(IDS)

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import PartialState
+from experiments.setting import Cell, Setting
 from samples import without_chance, write_datasets
 
 from austeer import processes as shared_work
@@ -20,7 +21,6 @@ from austeer.errors import AUSteerError
 from austeer.methods import austeer
 from eval.answering import answers as answering
 from experiments import run_cell as cells
-from experiments.setting import Cell, Setting
 
 ROOT = Path(__file__).parents[1]
 

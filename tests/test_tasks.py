@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import SHARED, needs_shared
+from eval.data.general_pairs import general_pairs
 from samples import without_chance, write_datasets
 
 import main
@@ -16,7 +17,6 @@ from austeer.methods import austeer
 from austeer.pairs import Pair
 from eval.answering.answer_file import Answer, AnswerFile
 from eval.data import similar
-from eval.data.general_pairs import general_pairs
 from eval.data.rows import KEYS
 from eval.data.similar import TFIDF, Similarity
 from eval.data.wording import fill, read_wording

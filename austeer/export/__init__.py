@@ -1,1 +1,1 @@
-"""A plan out of this project: into the weights of a checkpoint or of a live model, or as an adapter (docs/serving.md)."""
+"""Export plans: into the weights of a checkpoint or of a live model, or as an adapter (docs/serving.md)."""

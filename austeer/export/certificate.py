@@ -1,11 +1,11 @@
-"""The parity certificate: that a folded checkpoint is the steered model, in three parts.
+"""Prove that a folded checkpoint is the steered model: the parity certificate, in three parts.
 
-    algebra    the original in float32, steered live and with the plan hot-patched into its weights: the same logits.
-    file       every tensor of the folded checkpoint is that patched one, rounded to the dtype it is stored in, to the bit.
-    rounding   what the stored numbers cannot hold: how far the folded checkpoint's logits are from live steering's.
+    algebra    the original in float32 gives the same logits steered live as with the plan hot-patched into its weights
+    file       every tensor of the folded checkpoint is the patched one, rounded to the dtype it is stored in, to the bit
+    rounding   how far the folded checkpoint's logits are from live steering's, for what the stored numbers cannot hold
 
-Together the first two prove the fold, whatever the dtype; rounding belongs to it, and is refused only where it would
-drown the plan. All arithmetic is float32: in 16 bits the rounding of every activation would cover a weak plan, and
+The first two together prove the fold in any dtype; rounding comes with the dtype, and is refused only where it would
+drown the plan. All arithmetic is float32: in 16 bits the rounding of every activation would hide a weak plan, and
 send tokens to other experts. Live steering greedily continues each prompt; then logits are compared at every position
 of prompt and continuation, so a difference cannot hide behind an early disagreement.
 """
@@ -36,18 +36,18 @@ PROMPTS = (
     "Once upon a time",
 )
 NEW_TOKENS = 16
-# float32 sums in another order, and strong steering makes that larger. Logits may differ by shares of the largest and
-# of how far steering moves them, or by so much where that is more (measured: 7e-6 at scales of 1, 3e-4 at scales of 90)
+# float32 sums run in another order, and strong steering amplifies that. Logits may differ by these shares of the largest
+# logit and of how far steering moves them, and always by LEAST (measured: 7e-6 at scales of 1, 3e-4 at scales of 90)
 OF_LARGEST, OF_EFFECT, LEAST = 1e-5, 1e-4, 1e-4
-ROUNDING = 0.5  # of how far steering moves the logits
+ROUNDING = 0.5  # a share of how far steering moves the logits
 
 
 @torch.no_grad()
 def certify(original: Checkpoint, plan: Plan, result: Checkpoint, tokenizer: PreTrainedTokenizerBase) -> dict:
-    """The certificate, as JSON values; an error if the result is not the original under the plan."""
+    """Return the certificate as JSON values; raise if the result is not the original under the plan."""
     edits = find_edits(plan, original.shapes)
     model = rmodels.load(original.folder, dtype="float32")
-    with steer(model, plan, check=False) as steering:  # the checkpoint was compared with the plan before
+    with steer(model, plan, check=False) as steering:  # the caller has compared plan and checkpoint
         texts = [_continued(model, tokenizer(prompt, return_tensors="pt").input_ids) for prompt in PROMPTS]
         live = [_logits(model, text) for text in texts]
         receipt = steering.receipt()
@@ -64,14 +64,13 @@ def certify(original: Checkpoint, plan: Plan, result: Checkpoint, tokenizer: Pre
         tensors = _check_file(model, edits, original, result)
     device = model.device.type
     del model, steering
-    gc.collect()  # two models need not fit
+    gc.collect()  # one model at a time has to fit in memory
     model = rmodels.load(result.folder, dtype="float32")
-    ours = [_logits(model, text) for text in texts]
-    rounding = _difference(ours, live)
-    agree = torch.cat([a.argmax(-1) == b.argmax(-1) for a, b in zip(ours, live, strict=True)]).float().mean().item()
-    stored = {str(result.dtype(edit.weight)).removeprefix("torch.") for edit in edits}
-    weights = " and ".join(sorted(stored))
-    # below what is allowed to the algebra nothing can be told of rounding
+    result_logits = [_logits(model, text) for text in texts]
+    rounding = _difference(result_logits, live)
+    agreement = torch.cat([a.argmax(-1) == b.argmax(-1) for a, b in zip(result_logits, live, strict=True)])
+    weights = " and ".join(sorted({str(result.dtype(edit.weight)).removeprefix("torch.") for edit in edits}))
+    # below the algebra's own tolerance nothing can be said about rounding
     if not rounding < max(ROUNDING * effect, allowed):
         raise AUSteerError(
             f"{weights} cannot hold this plan: rounding its weights moves logits by {rounding:.3g}, and steering by "
@@ -80,7 +79,7 @@ def certify(original: Checkpoint, plan: Plan, result: Checkpoint, tokenizer: Pre
     return {
         "format": "austeer-certificate-2",
         "model": plan.header.get("model"),
-        "fingerprint": plan.header.get("fingerprint"),  # of the original, which was compared with it
+        "fingerprint": plan.header.get("fingerprint"),  # the original's: the plan was compared with it
         "weights": weights,
         "arithmetic": "float32",
         "device": device,
@@ -93,7 +92,7 @@ def certify(original: Checkpoint, plan: Plan, result: Checkpoint, tokenizer: Pre
         "rounding": {
             "max_logit_difference": rounding,
             "allowed": max(ROUNDING * effect, allowed),
-            "greedy_agreement": agree,
+            "greedy_agreement": agreement.float().mean().item(),
         },
         "torch": torch.__version__,
         "transformers": transformers.__version__,
@@ -101,13 +100,13 @@ def certify(original: Checkpoint, plan: Plan, result: Checkpoint, tokenizer: Pre
 
 
 def _check_file(patched: PreTrainedModel, edits: list[Edit], original: Checkpoint, result: Checkpoint) -> int:
-    """Stored tensors that the plan names are the patched ones, rounded, and all others the original's, bit for bit."""
+    """Check that stored tensors are the patched ones, rounded, or the original's where the plan changes nothing."""
     changed = {name for edit in edits for name in (edit.weight, edit.bias) if name}
     wrong = [] if result.shapes == original.shapes else ["its table of contents"]
     for name in set(original.shapes) - changed:
         wrong += [] if torch.equal(result.read_bytes(name), original.read_bytes(name)) else [name]
     for name, weight in patched.state_dict().items():
-        if "o_proj" in name or "down_proj" in name:  # what plans can change, named as a model's: experts are fused
+        if "o_proj" in name or "down_proj" in name:  # what plans can change, under the names of a loaded model
             stored = result.as_loaded(name)
             wrong += [] if torch.equal(stored, weight.to(stored.dtype).cpu()) else [name]
     if wrong:

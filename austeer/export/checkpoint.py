@@ -1,7 +1,7 @@
-"""A checkpoint folder as it lies on disk: tensors are found by name, read and overwritten one at a time.
+"""Read and write a checkpoint folder on disk: its tensors are found by name, read and overwritten one at a time.
 
-The one reader for folding and for adapters. Nothing is loaded whole. A new checkpoint is a copy of the files in which
-single tensors are then overwritten in place: its layout stays, so undoing restores the very files.
+Folding and adapters share this reader, and nothing is loaded whole. A new checkpoint is a copy of the files in which
+single tensors are then overwritten in place: the layout stays, so undoing restores the very same files.
 """
 
 from __future__ import annotations
@@ -35,44 +35,26 @@ from austeer.plan import Plan
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"  # in transformers' order of preference
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-BESIDE = ("*.json", "*.txt", "*.jinja", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*")  # what goes with weights
-SECOND_COPY = "consolidated*"  # of all weights, which Mistral's repositories have for other readers
+COMPANIONS = ("*.json", "*.txt", "*.jinja", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*")  # copied with the weights
+SECOND_COPY = "consolidated*"  # Mistral's repositories hold all weights twice, once for other readers
 CHUNK = 1 << 24
 
 
 def local_folder(name_or_path: str | Path) -> Path:
-    """A folder as it is; of a hub id the snapshot, downloaded if it is not there yet."""
+    """Return a folder unchanged, and for a hub id its snapshot, downloaded if it is not there yet."""
     if Path(name_or_path).is_dir():
         return Path(name_or_path)
     try:
-        wanted = ["*.safetensors", *BESIDE]
-        return Path(snapshot_download(str(name_or_path), allow_patterns=wanted, ignore_patterns=SECOND_COPY))
+        patterns = ["*.safetensors", *COMPANIONS]
+        return Path(snapshot_download(str(name_or_path), allow_patterns=patterns, ignore_patterns=SECOND_COPY))
     except (OSError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise AUSteerError(f"{name_or_path} is no folder, and the hub did not give it ({reason})") from error
-
-
-def without_weights(name_or_path: str | Path) -> PreTrainedModel:
-    """The patched model of a checkpoint, which so takes no memory."""
-    try:
-        config = AutoConfig.from_pretrained(str(name_or_path), trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise AUSteerError(f"cannot read the config of {name_or_path}: {str(error).splitlines()[0]}") from error
-    with torch.device("meta"):
-        return rmodels.family(config.model_type)(config)
+        raise AUSteerError(f"{name_or_path} is not a folder, and the hub does not offer it ({reason})") from error
 
 
 @contextmanager
 def new_folder(out: str | Path) -> Iterator[Path]:
-    """A folder to fill, as `new_place`."""
-    with new_place(out) as folder:
-        folder.mkdir()
-        yield folder
-
-
-@contextmanager
-def new_place(out: str | Path) -> Iterator[Path]:
-    """Where to make `out`: in a temporary folder beside it, moved last, or removed if anything goes wrong."""
+    """Let the caller fill a temporary folder beside `out`: renamed at the end, removed if anything goes wrong."""
     out = Path(out)
     check_new(out)
     try:
@@ -82,6 +64,7 @@ def new_place(out: str | Path) -> Iterator[Path]:
     except OSError as error:
         raise AUSteerError(f"cannot write {out}: {error.strerror}") from error
     try:
+        (temporary / out.name).mkdir()
         yield temporary / out.name
         (temporary / out.name).rename(out)
     except (OSError, safetensors.SafetensorError) as error:
@@ -97,20 +80,21 @@ def check_new(out: str | Path) -> None:
         raise AUSteerError(f"{out} exists already; remove it or choose another place")
     above = next(folder for folder in out.absolute().parents if folder.exists())
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
-        raise AUSteerError(f"cannot write {out}: {above} is no folder that can be written to")
+        raise AUSteerError(f"cannot write {out}: {above} is not a folder that can be written to")
 
 
 def _name_leftovers(out: Path) -> None:
-    """What a run that was killed without a chance to clean up (SIGKILL, a power cut) left beside `out`."""
-    ours = re.compile(rf"\.{re.escape(out.name)}\.\w{{8}}")  # as mkdtemp's
-    left = sorted(str(path) for path in out.parent.glob(".*") if ours.fullmatch(path.name))
-    if left:
-        print(f"note: {', '.join(left)}: of a run at work, or one that was killed; then remove it", file=sys.stderr)
+    """Print what a run that could not clean up (SIGKILL, a power cut) left beside `out`."""
+    pattern = re.compile(rf"\.{re.escape(out.name)}\.\w{{8}}")  # mkdtemp's names
+    leftovers = sorted(str(path) for path in out.parent.glob(".*") if pattern.fullmatch(path.name))
+    if leftovers:
+        note = "belongs to another run; if that run was killed, remove it"
+        print(f"note: {', '.join(leftovers)}: {note}", file=sys.stderr)
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a tensor's bytes are."""
+    """Say where a tensor's bytes are."""
 
     file: str
     dtype: str
@@ -120,13 +104,15 @@ class Place:
 
 
 class Checkpoint:
-    def __init__(self, folder: str | Path):
-        self.folder = Path(folder)
+    """Hold a checkpoint's table of contents; tensors are read and written by name."""
+
+    def __init__(self, name_or_path: str | Path):
+        self.name, self.folder = str(name_or_path), local_folder(name_or_path)
         self.config = self._json("config.json")
         if "quantization_config" in self.config:
             raise AUSteerError(
-                f"{folder} is quantised: its numbers are rounded to a grid that a scaled row leaves; "
-                "export the checkpoint it was made from and quantise that, or steer live"
+                f"{self.folder} is quantised: its numbers are rounded to a grid, which a scaled row leaves; "
+                "export the checkpoint it was made from and quantise the result, or steer live"
             )
         self.files = self._weight_files()
         self.places = {name: place for file in self.files for name, place in self._places(file)}
@@ -136,11 +122,11 @@ class Checkpoint:
     def dtype(self, name: str) -> torch.dtype:
         stored = self.places[name].dtype
         if stored not in DTYPES:
-            raise AUSteerError(f"{name} is stored as {stored}: weights in {', '.join(DTYPES)} can be exported")
+            raise AUSteerError(f"{name} is stored as {stored}: only weights in {', '.join(DTYPES)} can be exported")
         return DTYPES[stored]
 
     def read(self, name: str) -> Tensor:
-        """A view into the file: what is not looked at is not read, and changes stay in memory (copy on write)."""
+        """Return a view into the file: only what is used is read, and changes stay in memory (copy on write)."""
         if name not in self.places:
             raise AUSteerError(
                 f"{self.folder} lacks {name}; get the whole checkpoint (one with renamed weights cannot be exported)"
@@ -153,7 +139,7 @@ class Checkpoint:
         return torch.from_numpy(data)
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Over the old one, of the same shape and dtype."""
+        """Overwrite a tensor by one of the same shape and dtype."""
         place = self.places[name]
         assert tensor.shape == place.shape and tensor.dtype == self.dtype(name)
         with open(self.folder / place.file, "r+b") as file:
@@ -161,12 +147,12 @@ class Checkpoint:
             file.write(as_bytes(tensor))
 
     def copy_to(self, folder: Path) -> dict[str, str]:
-        """Weights and what goes with them (not other formats' weights, not code); the SHA-256 of each weight file."""
-        kept = {path.name for pattern in BESIDE for path in self.folder.glob(pattern) if path.is_file()}
+        """Copy weights and what goes with them (no other formats, no code); return each weight file's SHA-256."""
+        companions = {path.name for pattern in COMPANIONS for path in self.folder.glob(pattern) if path.is_file()}
         indexes = {path.name for path in self.folder.glob("*.index.json")}
-        if self.files != [SINGLE]:  # a single file is what readers take first, and an index beside it of other files
+        if self.files != [SINGLE]:  # readers prefer a single file, and an index beside it names other files
             indexes -= {INDEX}
-        for name in sorted(kept - indexes):
+        for name in sorted(companions - indexes):
             with open(folder / name, "wb") as copy:
                 sha256(self.folder / name, copy)
         hashes = {}
@@ -182,7 +168,7 @@ class Checkpoint:
         check_made_for(self.skeleton, {site: plan.shape(site) for site in plan.sites}, plan.header, "this plan was")
         dtype = rmodels.DTYPES.get(plan.header.get("precision"))
         if dtype is None or not plan.header.get("fingerprint"):
-            return  # made by hand, or on quantised weights: other bits
+            return  # made by hand, or on quantised weights, which have other bits
         if self.fingerprint(dtype) != plan.header["fingerprint"]:
             raise AUSteerError(
                 f"this plan was made on other weights ({plan.header.get('model')}) than those of {self.folder}; "
@@ -191,17 +177,23 @@ class Checkpoint:
 
     @cached_property
     def skeleton(self) -> PreTrainedModel:
-        return without_weights(self.folder)
+        """Build the patched model without its weights, so that it takes no memory."""
+        try:
+            config = AutoConfig.from_pretrained(str(self.folder), trust_remote_code=False)
+        except (OSError, ValueError) as error:
+            raise AUSteerError(f"cannot read the config of {self.folder}: {str(error).splitlines()[0]}") from error
+        with torch.device("meta"):
+            return rmodels.family(config.model_type)(config)
 
     def fingerprint(self, dtype: torch.dtype) -> str:
-        """Of its model in this precision; read once, however many plans are compared with it."""
+        """Return the fingerprint of the model in this precision, reading the weights once for any number of plans."""
         if dtype not in self._fingerprints:
             names = tqdm(self.skeleton.state_dict(), desc="compare with the plan's model", unit="tensor")
             self._fingerprints[dtype] = hash_weights((name, self.as_loaded(name).to(dtype)) for name in names)
         return self._fingerprints[dtype]
 
     def as_loaded(self, name: str) -> Tensor:
-        """A tensor as transformers loads it: the head tied to the embedding, separate experts fused."""
+        """Return a tensor as transformers loads it: the head tied to the embedding, separate experts fused."""
         if name == "lm_head.weight" and self.config.get("tie_word_embeddings", name not in self.places):
             name = "model.embed_tokens.weight"
         fused = re.fullmatch(r"(.+\.experts)\.(down_proj|gate_up_proj)", name)
@@ -248,7 +240,7 @@ class Checkpoint:
 def write_one_by_one(
     path: Path, layout: dict[str, tuple[torch.dtype, tuple[int, ...]]], tensors: Iterable[Tensor], metadata: dict
 ) -> None:
-    """A safetensors file of tensors that come in the order of `layout` and are never in memory together."""
+    """Write a safetensors file of tensors that come in the order of `layout` and are never in memory together."""
     names = {torch.int32: "I32", **{dtype: name for name, dtype in DTYPES.items()}}
     header, end = {"__metadata__": metadata}, 0
     for name, (dtype, shape) in layout.items():
@@ -268,7 +260,7 @@ def as_bytes(tensor: Tensor) -> memoryview:
 
 
 def sha256(path: Path, copy=None, bar=None) -> str:
-    """Of a file, written to `copy` on the way if there is one."""
+    """Hash a file, and write it to `copy` on the way if that is given."""
     digest = hashlib.sha256()
     for chunk in _chunks(path):
         digest.update(chunk)
@@ -284,5 +276,5 @@ def _chunks(path: Path) -> Iterator[bytes]:
         with open(path, "rb") as file:
             while chunk := file.read(CHUNK):
                 yield chunk
-    except OSError as error:  # of reading alone: what its user does between two chunks is not caught here
+    except OSError as error:  # errors of reading only: what the caller does between two chunks is not caught here
         raise AUSteerError(f"cannot read {path}: {error.strerror}") from error

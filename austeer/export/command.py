@@ -1,4 +1,4 @@
-"""Export: a plan into a checkpoint's weights, or as an adapter; and a folded checkpoint back.
+"""Export a plan into a checkpoint's weights or as an adapter, or undo a folded checkpoint.
 
     austeer export --model M --plan P --fold OUT
     austeer export --model M --ranks R --k 16 --alpha 2 --lora OUT      (or --ia3, --gguf)
@@ -16,7 +16,7 @@ from pathlib import Path
 
 from austeer import arguments
 from austeer.errors import AUSteerError, missing_extra
-from austeer.export.checkpoint import Checkpoint, check_new, local_folder
+from austeer.export.checkpoint import Checkpoint, check_new
 from austeer.plan import Plan
 from austeer.ranks import AURanks
 from set_MFU import set_MFU
@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "main.py export") -> Non
         from austeer.export.fold import unfold
 
         unfold(args.unfold, args.out)
-        print(f"{args.out}: the checkpoint as it was before it was folded, proved by the SHA-256 of its weight files")
+        print(f"{args.out}: the checkpoint as it was before folding, proved by the SHA-256 of its weight files")
         return
     plan = read_plan(args)
     if args.fold:
@@ -40,20 +40,21 @@ def main(argv: Sequence[str] | None = None, prog: str = "main.py export") -> Non
 
 
 def _adapt(args: argparse.Namespace, plan: Plan) -> None:
-    Checkpoint(local_folder(args.model)).check_plan(plan)
+    checkpoint = Checkpoint(args.model)
+    checkpoint.check_plan(plan)
     if args.lora:
         from austeer.export.lora import save_lora
 
-        print(save_lora(args.model, plan, args.lora))
+        print(save_lora(checkpoint, plan, args.lora))
     elif args.ia3:
         from austeer.export.ia3 import save_ia3
 
-        print(f"{args.ia3}: IA3, {save_ia3(args.model, plan, args.ia3)} modules")
+        print(f"{args.ia3}: IA3, {save_ia3(checkpoint, plan, args.ia3)} modules")
     else:
         from austeer.export.gguf_lora import save_gguf_lora
 
-        save_gguf_lora(args.model, plan, args.gguf)
-        print(f"{args.gguf}: llama.cpp's --lora; the scale of a request is how strongly the plan acts, 1 as it is")
+        save_gguf_lora(checkpoint, plan, args.gguf)
+        print(f"{args.gguf}: load it with llama.cpp's --lora; a request's scale multiplies the plan's strength")
 
 
 def read_plan(args: argparse.Namespace) -> Plan:
@@ -63,7 +64,7 @@ def read_plan(args: argparse.Namespace) -> Plan:
     first, *others = [Plan.load(path) for path in args.plan]
     shared: set[tuple] = set()
     for other in others:
-        shared |= {unit[:3] for unit in first.conflicts(other)}
+        shared |= {au[:3] for au in first.conflicts(other)}
         first = first + other
     if shared:
         print(f"note: {len(shared)} AUs are in several plans; their scales add")
@@ -87,9 +88,9 @@ def _fold(args: argparse.Namespace, plan: Plan) -> None:
         f"{CERTIFICATE}"
     )
     if unchanged := sum(map(len, parity["unchanged_by_rounding"].values())):
-        print(f"note: {unchanged} rows and columns are what they were, rounded; the certificate names them")
+        print(f"note: rounding leaves {unchanged} rows and columns as they were; the certificate names them")
     if parity["steering_moves_logits_by"] <= algebra["allowed"]:
-        print("note: the plan moves these prompts' logits by less than what is allowed, so this proves little")
+        print("note: the plan moves these prompts' logits by less than the tolerance, so this proves little")
 
 
 def _arguments(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
@@ -99,12 +100,12 @@ def _arguments(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
     )  # fmt: skip
     add = parser.add_argument
     add("--model", help="checkpoint folder, or hub id")
-    to = parser.add_mutually_exclusive_group(required=True)
-    to.add_argument("--fold", metavar="OUT", help="write a checkpoint with the plan in its weights")
-    to.add_argument("--lora", metavar="OUT", help="write a PEFT LoRA adapter")
-    to.add_argument("--ia3", metavar="OUT", help="write a PEFT IA3 adapter")
-    to.add_argument("--gguf", metavar="OUT", help="write a LoRA adapter for llama.cpp, its scale the strength")
-    to.add_argument("--unfold", metavar="FOLDED", help="undo a folded checkpoint, into --out")
+    target = parser.add_mutually_exclusive_group(required=True)
+    target.add_argument("--fold", metavar="OUT", help="write a checkpoint with the plan in its weights")
+    target.add_argument("--lora", metavar="OUT", help="write a PEFT LoRA adapter")
+    target.add_argument("--ia3", metavar="OUT", help="write a PEFT IA3 adapter")
+    target.add_argument("--gguf", metavar="OUT", help="write a LoRA adapter for llama.cpp, its scale the strength")
+    target.add_argument("--unfold", metavar="FOLDED", help="undo a folded checkpoint, into --out")
     add("--out", help="for --unfold: where the checkpoint goes")
     add("--no-certificate", action="store_true", help="fold without loading the model to prove parity")
     args = parser.parse_args(argv)
@@ -113,29 +114,29 @@ def _arguments(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
 
 
 def _check(args: argparse.Namespace) -> None:
-    """One line for what is missing, and for what would be ignored."""
-    given = {name for name, value in vars(args).items() if value is not None and value is not False}
-    target = next(name for name in TARGETS if name in given)
-    for name in given & {*TARGETS, "out", "model", "ranks"}:
+    """Refuse missing options, and options that would be ignored, with a line that names them."""
+    options = {name for name, value in vars(args).items() if value is not None and value is not False}
+    target = next(name for name in TARGETS if name in options)
+    for name in options & {*TARGETS, "out", "model", "ranks"}:
         if not getattr(args, name):
             raise AUSteerError(f"--{name} is empty: give it a name")
     if target == "unfold":
         needed, source = {"out"}, set()
-    elif "plan" in given or "ranks" not in given:
+    elif "plan" in options or "ranks" not in options:
         needed, source = {"model", "plan"}, {"plan"}
     else:
         needed, source = {"model", "ranks", "k", "alpha"}, {"site"}
-    missing = [f"--{name}" for name in ("model", "plan", "ranks", "k", "alpha", "out") if name in needed - given]
+    missing = [f"--{name}" for name in ("model", "plan", "ranks", "k", "alpha", "out") if name in needed - options]
     if missing:
         instead = ", or --ranks with --k and --alpha" if "--plan" in missing else ""
         raise AUSteerError(f"--{target} needs {' and '.join(missing)}{instead}")
-    also = {"no_certificate"} if target == "fold" else set()
-    beside = sorted(f"--{name.replace('_', '-')}" for name in given - {target} - needed - source - also)
-    if beside:
-        of = f"--{target}" + (" with --plan" if "plan" in needed else "")
-        raise AUSteerError(f"{of} does not take {', '.join(beside)}")
-    if "site" in given and not Path(args.ranks).is_dir():
-        raise AUSteerError(f"{args.ranks} says its site itself: leave out --site, which is for the authors' .pt files")
+    extra = {"no_certificate"} if target == "fold" else set()
+    superfluous = sorted(f"--{name.replace('_', '-')}" for name in options - {target} - needed - source - extra)
+    if superfluous:
+        form = f"--{target}" + (" with --plan" if "plan" in needed else "")
+        raise AUSteerError(f"{form} does not take {', '.join(superfluous)}")
+    if "site" in options and not Path(args.ranks).is_dir():
+        raise AUSteerError(f"{args.ranks} names its site itself: leave out --site, which is for the authors' .pt files")
     if target == "gguf" and find_spec("gguf") is None:  # said before a large checkpoint is read
         raise missing_extra("gguf", "export")
     check_new(args.out if target == "unfold" else getattr(args, target))

@@ -1,10 +1,10 @@
 """Fold a plan into a checkpoint, and undo it bit for bit.
 
-    certificate = fold("meta-llama/Llama-2-7b-chat-hf", plan, "folded")      # an ordinary checkpoint
-    unfold("folded", "back")                                                # the original's very bytes
+    certificate = fold("meta-llama/Llama-2-7b-chat-hf", plan, "folded")      # writes an ordinary checkpoint
+    unfold("folded", "back")                                                # writes the original's very bytes
 
-Beside the weights, OUT/austeer/ holds the plan, the original rows and columns (undo) and the parity certificate. A
-folder of their own, because engines load every *.safetensors that lies beside the weights.
+OUT/austeer/ holds the plan, the original rows and columns (undo) and the parity certificate: in a folder of their own,
+because engines load every *.safetensors beside the weights.
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ from tqdm import tqdm
 import rmodels
 from austeer.errors import AUSteerError
 from austeer.export.certificate import certify
-from austeer.export.checkpoint import Checkpoint, check_new, local_folder, new_folder, sha256, write_one_by_one
+from austeer.export.checkpoint import Checkpoint, check_new, new_folder, sha256, write_one_by_one
 from austeer.export.weights import DIMENSIONS, Edit, Tally, find_edits
+from austeer.files import write_json
 from austeer.plan import Plan
 
 FORMAT = "austeer-undo-1"
-# what reading a damaged undo file may raise
+# errors that reading a damaged undo file may raise
 DAMAGE = (
     safetensors.SafetensorError,
     OSError,
@@ -43,19 +44,19 @@ PLAN, UNDO, CERTIFICATE = "austeer/plan.safetensors", "austeer/undo.safetensors"
 def fold(model: str | Path, plan: Plan, out: str | Path, *, certificate: bool = True) -> dict | None:
     """Write the checkpoint of `model` (folder or hub id) with the plan in its weights to the new folder `out`.
 
-    Without a certificate nothing is loaded: for models that do not fit where they are folded. Otherwise the
-    original, steered live, and the result are compared, and without parity there is no `out`.
+    With a certificate, the original steered live is compared with the result, and without parity there is no `out`.
+    certificate=False loads no model: for models that do not fit in the memory of this machine.
     """
     check_new(out)
-    source = Checkpoint(local_folder(model))
+    source = Checkpoint(model)
     if (source.folder / UNDO).exists():
         raise AUSteerError(
-            f"{model} is folded already: --unfold it and fold the sum of the plans (--plan A B), or, if it is the "
-            f"original to you, delete {source.folder / UNDO}"
+            f"{model} is folded already: --unfold it and fold the sum of the plans (--plan A B), or, to fold on top of "
+            f"it, delete {source.folder / UNDO}"
         )
     edits = find_edits(plan, source.shapes)
     for edit in edits:
-        source.dtype(edit.weight)  # refuses those that are no floats
+        source.dtype(edit.weight)  # refuses weights that are not floats
     tokenizer = rmodels.load_tokenizer(source.folder) if certificate else None
     source.check_plan(plan)
     with new_folder(out) as folder:
@@ -75,52 +76,54 @@ def fold(model: str | Path, plan: Plan, out: str | Path, *, certificate: bool = 
             "original": hashes,
             "folded": {name: sha256(folder / name) for name in result.files},
         }
-        (folder / CERTIFICATE).write_text(json.dumps(parity, indent=2) + "\n")
+        write_json(folder / CERTIFICATE, parity)
     return parity
 
 
 def unfold(folded: str | Path, back: str | Path) -> None:
-    """Write the checkpoint that was folded to the new folder `back`, and prove that its files are the original's."""
+    """Write the original of a folded checkpoint to the new folder `back`, and prove that its files are the original's."""
     source = Checkpoint(folded)
     hashes = _original_hashes(source)
     with new_folder(back) as folder:
         source.copy_to(folder)
         target = Checkpoint(folder)
         for part, name, index, old in tqdm(_original_parts(source), desc="undo", unit="tensor"):
-            tensor = target.read(name).clone()  # not a view into the file that is written next
+            tensor = target.read(name).clone()  # a view into the file would change while it is written
             target.write(name, tensor.index_copy_(DIMENSIONS[part], index, old))
         changed = [name for name in hashes if sha256(folder / name) != hashes[name]]
         if changed:
-            raise AUSteerError(f"{folded} was changed after it was folded: {changed[0]} does not come back as it was")
+            raise AUSteerError(f"{folded} was changed after it was folded: {changed[0]} cannot be restored")
 
 
 def _original_hashes(source: Checkpoint) -> dict[str, str]:
-    """The SHA-256 of every weight file before it was folded."""
+    """Return the SHA-256 of every weight file before it was folded."""
     path = source.folder / UNDO
     if not path.exists():
-        raise AUSteerError(f"{source.folder} has no {UNDO}: it was not folded here, or its undo file is lost")
+        raise AUSteerError(
+            f"{source.folder} has no {UNDO}: it was not folded by this project, or the undo file is lost"
+        )
     try:
         with safetensors.safe_open(path, framework="pt") as undo:
             metadata = undo.metadata()
         hashes = json.loads(metadata["sha256"])
-        fits = metadata["format"] == FORMAT and set(hashes) == set(source.files)
+        is_valid = metadata["format"] == FORMAT and set(hashes) == set(source.files)
     except DAMAGE:
-        fits = False
-    if not fits:
+        is_valid = False
+    if not is_valid:
         raise _damaged(path)
     return hashes
 
 
 def _original_parts(source: Checkpoint) -> Iterator[tuple[str, str, Tensor, Tensor]]:
-    """Of each changed tensor whether rows or columns, its name, which, and what was there; one after another."""
+    """Yield (rows or columns, name, index, original values) of each changed tensor, one at a time."""
     path = source.folder / UNDO
     try:
         with safetensors.safe_open(path, framework="pt") as undo:
             for key in [key for key in undo.keys() if key.startswith("at.")]:  # noqa: SIM118 - not a dict
                 _, part, name = key.split(".", 2)
                 index, old = undo.get_tensor(key).long(), undo.get_tensor(f"was.{part}.{name}")
-                there = source.read(name).index_select(DIMENSIONS[part], index)
-                if (old.dtype, old.shape) != (there.dtype, there.shape):
+                new = source.read(name).index_select(DIMENSIONS[part], index)
+                if (old.dtype, old.shape) != (new.dtype, new.shape):
                     raise _damaged(path)
                 yield part, name, index, old
     except DAMAGE:
@@ -128,11 +131,11 @@ def _original_parts(source: Checkpoint) -> Iterator[tuple[str, str, Tensor, Tens
 
 
 def _damaged(path: Path) -> AUSteerError:
-    return AUSteerError(f"{path} is damaged, or not of this checkpoint or version: it cannot be undone")
+    return AUSteerError(f"{path} is damaged, or belongs to another checkpoint or version: the fold cannot be undone")
 
 
 def _layout(source: Checkpoint, edits: list[Edit]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """Names, dtypes and shapes of what `_patch` yields."""
+    """Return names, dtypes and shapes of what `_patch` yields."""
     layout = {}
     for edit in edits:
         parts = [(edit.weight, part, len(index)) for part, index in edit.parts().items()]
@@ -147,7 +150,7 @@ def _layout(source: Checkpoint, edits: list[Edit]) -> dict[str, tuple[torch.dtyp
 
 
 def _patch(source: Checkpoint, target: Checkpoint, edits: list[Edit], tally: Tally) -> Iterator[Tensor]:
-    """Fold one tensor after another, handing out where and what was there before."""
+    """Fold one tensor after another, and yield the index and the original values of each change."""
     for edit in tqdm(edits, desc="fold", unit="tensor"):
         tensors = {name: source.read(name) for name in (edit.weight, edit.bias) if name is not None}
         changes = edit.changes(tensors[edit.weight], tensors.get(edit.bias))

@@ -3,8 +3,8 @@
     with folded(model, plan):
         model.generate(...)        # no gate, no hook: the steered rows and columns are in the weights
 
-They are written into the storage they have, so compiled code and captured CUDA graphs see them, too. Of quantised layers
-only the outputs of 8-bit ones can be: LLM.int8 keeps one float scale a row, so scaling an output scales that number.
+The weights keep their storage, so compiled code and captured CUDA graphs see the change, too. Of quantised layers only
+the outputs of 8-bit ones can be patched: LLM.int8 keeps one float scale per row, and scaling an output scales it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SCALES = ".scales"
 
 @contextmanager
 def folded(model: PreTrainedModel, plan: Plan, *, check: bool = True) -> Iterator[PreTrainedModel]:
-    """The plan in the weights inside a `with`; the old bits on the way out, whatever happens."""
+    """Put the plan into the weights for the length of a `with`, and the old bits back on the way out, always."""
     check_foldable(plan)
     shapes = {site: plan.shape(site) for site in plan.sites}
     check_made_for(model, shapes, plan.header if check else {"model": plan.header.get("model")}, "this plan was")
@@ -43,41 +43,41 @@ def folded(model: PreTrainedModel, plan: Plan, *, check: bool = True) -> Iterato
 def _changes(plan: Plan, weights: dict[str, Tensor]) -> list[Change]:
     if any(weight.is_meta for weight in weights.values()):
         raise AUSteerError(
-            "a part of the model is kept on disk or in other memory: its weights cannot be patched; steer it live"
+            "part of the model is offloaded to disk or other memory: its weights cannot be patched; steer it live"
         )
     if any(not weight.is_floating_point() and name + SCALES not in weights for name, weight in weights.items()):
-        raise AUSteerError("the model is quantised: a scaled row leaves its grid of numbers; steer it live")
+        raise AUSteerError("the model is quantised: a scaled row would leave the grid of its numbers; steer it live")
     edits = find_edits(plan, {name: tuple(weight.shape) for name, weight in weights.items()})
-    found = []
+    changes = []
     for edit in edits:
         weight = weights[edit.weight]
         if weight.is_floating_point():
-            found += edit.changes(weight, weights.get(edit.bias))
+            changes += edit.changes(weight, weights.get(edit.bias))
         else:
-            found += _eight_bit_changes(edit, weight, weights[edit.weight + SCALES])
+            changes += _eight_bit_changes(edit, weight, weights[edit.weight + SCALES])
     tally = Tally()
-    tally.count(found)
+    tally.count(changes)
     tally.check()
-    return found
+    return changes
 
 
 def _weights(model: PreTrainedModel) -> dict[str, Tensor]:
-    """By name; of an 8-bit layer what it computes with: int8 rows, and their scales under a name of their own."""
+    """Return weights by name; an 8-bit layer gives its int8 rows, and its row scales under a name of their own."""
     weights = dict(model.named_parameters())
     for name, layer in model.named_modules():
-        if type(layer).__name__ == "Linear8bitLt":  # of bitsandbytes, which need not be installed
+        if type(layer).__name__ == "Linear8bitLt":  # by name: bitsandbytes need not be installed
             if layer.state.SCB is None:
-                layer.init_8bit_state()  # otherwise done at the first forward
+                layer.init_8bit_state()  # otherwise the first forward does it
             weights |= {f"{name}.weight": layer.state.CB, f"{name}.weight{SCALES}": layer.state.SCB}
     return weights
 
 
 def _eight_bit_changes(edit: Edit, rows: Tensor, scales: Tensor) -> list[Change]:
-    """A row's scale takes the factor's size, its int8 numbers (-127 to 127) the sign: exact but for one rounding."""
+    """Put the factor's size into the row's scale and its sign into the int8 numbers: exact but for one rounding."""
     if edit.moves_bias or "columns" in edit.parts():
         raise AUSteerError(
-            f"the model is quantised: {edit.weight} has a scale per output only, so of its sites just ffn can be patched "
-            "in (where it has no bias); steer it live"
+            f"the model is quantised: {edit.weight} has one scale per output, so only site ffn can be patched in "
+            "(and only where there is no bias); steer it live"
         )
     index = edit.parts()["rows"].to(rows.device)
     factor = 1 + edit.out_scale.to(rows.device)[index]

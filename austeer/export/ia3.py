@@ -1,7 +1,7 @@
-"""A plan as a PEFT IA3 adapter: one factor per AU, 1 where nothing is scaled.
+"""Export a plan as a PEFT IA3 adapter: one factor per AU, 1 where nothing is scaled.
 
-IA3 multiplies the input of its "feedforward modules" and the output of its others, which are the attention and the
-ffn site as they are. PEFT can merge it, and train it further: a plan is then a starting point.
+IA3 multiplies the input of its "feedforward modules" and the output of its other modules: exactly the attention and
+the ffn site. PEFT can merge the adapter or train it further, with the plan as the starting point.
 """
 
 from __future__ import annotations
@@ -9,29 +9,27 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from transformers import PreTrainedModel
-
 from austeer.errors import AUSteerError
-from austeer.export.adapter import compose, open_model, touched, write_adapter
+from austeer.export.adapter import Source, compose, open_weights, scaled_modules, write_adapter
 from austeer.plan import Plan
 
 
-def save_ia3(source: str | Path | PreTrainedModel, plans: Plan | Sequence[Plan], out: str | Path) -> int:
-    """Write the plans, added up, as one adapter; returns how many modules it has. No weight is read."""
-    plan, model = compose(plans), open_model(source)
+def save_ia3(source: Source, plans: Plan | Sequence[Plan], out: str | Path) -> int:
+    """Write the plans, added up, as one adapter, and return how many modules it has. No weight is read."""
+    plan, weights = compose(plans), open_weights(source)
     tensors, on_inputs = {}, []
-    modules = touched(model, plan, "an IA3")
-    for name, module in modules.items():
-        if module.inputs is not None and module.outputs is not None:
+    edits = scaled_modules(weights, plan, "an IA3")
+    for name, edit in edits.items():
+        if edit.in_scale.any() and edit.out_scale.any():
             raise AUSteerError(
                 f"the plan scales both inputs and outputs of {name}, and IA3 has one vector per module; write a LoRA"
             )
-        if module.inputs is not None:
+        if edit.in_scale.any():
             on_inputs.append(name)
-            factors = (1 + module.inputs)[None]  # PEFT's shapes: a row for inputs, a column for outputs
+            factors = (1 + edit.in_scale)[None]  # PEFT's shapes: a row for inputs, a column for outputs
         else:
-            factors = (1 + module.outputs)[:, None]
+            factors = (1 + edit.out_scale)[:, None]
         tensors[f"base_model.model.{name}.ia3_l"] = factors
-    config = {"peft_type": "IA3", "target_modules": sorted(modules), "feedforward_modules": sorted(on_inputs)}
-    write_adapter(out, model, plan, tensors, config)
-    return len(modules)
+    config = {"peft_type": "IA3", "target_modules": sorted(edits), "feedforward_modules": sorted(on_inputs)}
+    write_adapter(out, weights, plan, tensors, config)
+    return len(edits)

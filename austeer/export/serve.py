@@ -20,34 +20,33 @@ from tempfile import TemporaryDirectory
 import torch
 
 from austeer.errors import STOPPING, AUSteerError, missing_extra, run_command
-from austeer.export.checkpoint import Checkpoint, local_folder
+from austeer.export.checkpoint import Checkpoint
 from austeer.export.lora import max_lora_rank, save_lora
 from austeer.plan import Plan
 
 
 def server_command(model: str, plans: Sequence[Path], flags: Sequence[str], folder: Path) -> list[str]:
-    """Write the adapters into the folder; the command that serves them."""
+    """Write the adapters into the folder, and return the command that serves them."""
     names = [plan.stem for plan in plans]
     if len(set(names)) < len(names):
-        raise AUSteerError(f"plans are served under their file names, and some of these are alike: {', '.join(names)}")
-    loaded, checkpoint = [Plan.load(plan) for plan in plans], Checkpoint(local_folder(model))
-    for plan in loaded:
+        raise AUSteerError(f"plans are served under their file names, which must differ: {', '.join(names)}")
+    by_name, checkpoint = {path.stem: Plan.load(path) for path in plans}, Checkpoint(model)
+    for plan in by_name.values():
         checkpoint.check_plan(plan)
-    made = [save_lora(model, plan, folder / name) for name, plan in zip(names, loaded, strict=True)]
-    for adapter in made:
+    adapters = [save_lora(checkpoint, plan, folder / name) for name, plan in by_name.items()]
+    for adapter in adapters:
         print(adapter, flush=True)
-    # on the CPU vLLM looks up "no adapter" as slot -1, the last one's: it must stay empty, or the plain model is steered
-    slots = len(made) + (not torch.cuda.is_available())
-    return [
-        *_server(model),
-        "--enable-lora", "--max-loras", str(slots), "--max-lora-rank", str(max_lora_rank(max(one.rank for one in made))),
-        "--lora-target-modules", *sorted({target for one in made for target in one.targets}),
-        "--lora-modules", *[f"{name}={folder / name}" for name in names], *flags,
-    ]  # fmt: skip
+    # on the CPU vLLM looks up "no adapter" in slot -1, the last one: it must stay empty, or the plain model is steered
+    slots = len(adapters) + (not torch.cuda.is_available())
+    targets = sorted({target for adapter in adapters for target in adapter.targets})
+    command = [*_server(model), "--enable-lora", "--max-loras", str(slots)]
+    command += ["--max-lora-rank", str(max_lora_rank(max(adapter.rank for adapter in adapters)))]
+    command += ["--lora-target-modules", *targets]
+    return [*command, "--lora-modules", *[f"{name}={folder / name}" for name in names], *flags]
 
 
 def _server(model: str) -> list[str]:
-    """`vllm serve`, which asks for its version under the name of the GPU package and so fails in the one for CPUs."""
+    """Return `vllm serve`, or for the CPU package the module: there the command fails to find its own version."""
     try:
         version("vllm")
     except PackageNotFoundError:
@@ -60,9 +59,9 @@ def main(argv: Sequence[str] | None = None, prog: str = "bash scripts/serve.sh")
     if argv[:1] in (["-h"], ["--help"]):
         print(__doc__.rstrip())
         return 0
-    own = next((place for place, word in enumerate(argv) if word.startswith("-")), len(argv))
-    model, plans, flags = argv[:1], [Path(plan) for plan in argv[1:own]], argv[own:]
-    if own < 2:
+    first_flag = next((place for place, word in enumerate(argv) if word.startswith("-")), len(argv))
+    model, plans, flags = argv[:1], [Path(plan) for plan in argv[1:first_flag]], argv[first_flag:]
+    if first_flag < 2:
         raise AUSteerError(
             f"name a model and at least one plan: {prog} MODEL PLAN.safetensors [PLAN...] [vLLM's own flags]"
         )
@@ -77,7 +76,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "bash scripts/serve.sh")
         while True:
             try:
                 return server.wait()
-            except KeyboardInterrupt:  # vLLM has had it, too, and is closing down
+            except KeyboardInterrupt:  # vLLM received it, too, and is shutting down
                 continue
 
 

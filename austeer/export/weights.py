@@ -1,14 +1,14 @@
-"""Which weights a plan touches, and what they become.
+"""Find the weights that a plan changes, and compute what they become. Folding, patching and adapters all start here.
 
-A site lies beside a linear map, y = W x + c, and a plan's x -> x * (1 + s) + b goes into it exactly:
+A site is the input or the output of a linear map y = W x + c, so a plan's x -> x * (1 + s) + b goes into W and c exactly:
 
     attention  input of o_proj      W (x (1 + s) + b) + c    =  [W (1 + s)] x + (c + W b)         columns of W
     neuron     input of down_proj   the same
     ffn        output of down_proj  (W x + c) (1 + s) + b    =  [(1 + s) W] x + (c (1 + s) + b)   rows of W
 
 The output of a mixture of experts is a weighted sum over them: its rows are those of every expert, and of a
-shared one. Gemma-2's norm comes behind the ffn site, so nothing is special about it. Weights have the same names
-in a checkpoint and in a live model, except that a checkpoint may hold experts one by one or fused into 3-D tensors.
+shared one. Gemma-2 is no exception: its norm comes after the ffn site. Weights have the same names in a checkpoint
+and in a live model, except that a checkpoint may hold experts one by one or fused into 3-D tensors.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ DIMENSIONS = {"rows": -2, "columns": -1}  # of a weight, also of fused experts; 
 
 @dataclass(frozen=True)
 class Change:
-    """These rows or columns of a tensor, as they were and as they become."""
+    """Hold rows or columns of a tensor, as they were and as they become."""
 
     tensor: str
-    part: str  # of DIMENSIONS
+    part: str  # a key of DIMENSIONS
     index: Tensor
     old: Tensor
     new: Tensor
 
     def unchanged(self) -> list[int]:
-        """Those that rounding leaves as they were, bit for bit. A bias counts as a whole: parts of it may stay."""
+        """Return those that rounding leaves bit for bit as they were. A bias counts as a whole: parts of it may stay."""
         if self.old.dim() == 1:
             return [] if not torch.equal(self.new, self.old) else self.index.tolist()
         same = (self.new == self.old).movedim(DIMENSIONS[self.part], 0).flatten(1).all(1)
@@ -47,7 +47,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Edit:
-    """What a plan does to one linear map: scales and shifts of its inputs and of its outputs, float32."""
+    """Say what a plan does to one linear map: scales and shifts of its inputs and of its outputs, float32."""
 
     weight: str
     bias: str | None
@@ -57,24 +57,24 @@ class Edit:
     out_shift: Tensor
 
     def parts(self) -> dict[str, Tensor]:
-        """The rows and columns of the weight that change."""
-        found = {"rows": self.out_scale.nonzero().flatten(), "columns": self.in_scale.nonzero().flatten()}
-        return {part: index for part, index in found.items() if len(index)}
+        """Return the rows and columns of the weight that change."""
+        indices = {"rows": self.out_scale.nonzero().flatten(), "columns": self.in_scale.nonzero().flatten()}
+        return {part: index for part, index in indices.items() if len(index)}
 
     @property
     def moves_bias(self) -> bool:
         return self.bias is not None and bool(torch.cat([self.in_shift, self.out_scale, self.out_shift]).any())
 
     def changes(self, weight: Tensor, bias: Tensor | None) -> list[Change]:
-        """Computed in float32 and rounded once, so the same from a file, on a CPU and on a GPU."""
+        """Compute the changes in float32 and round once: the same from a file, on a CPU and on a GPU."""
         side = {"rows": self.out_scale.to(weight.device), "columns": self.in_scale.to(weight.device)}
-        found = []
+        changes = []
         for part, index in self.parts().items():
             index = index.to(weight.device)
             old = weight.index_select(DIMENSIONS[part], index)
             scale = {**side, part: side[part][index]}
             new = _wide(old) * (1 + scale["rows"])[:, None] * (1 + scale["columns"])
-            found.append(Change(self.weight, part, index, old, _rounded(new, old, self.weight)))
+            changes.append(Change(self.weight, part, index, old, _rounded(new, old, self.weight)))
         if self.moves_bias:
             into, out = self.in_shift.to(bias.device), self.out_shift.to(bias.device)
             new = _wide(bias)
@@ -85,8 +85,8 @@ class Edit:
                 new = new + (columns @ into[at].cpu().to(columns.dtype)).to(bias.device)
             new = new * (1 + side["rows"].to(bias.device)) + out
             everywhere = torch.arange(len(bias), device=bias.device)
-            found.append(Change(self.bias, "columns", everywhere, bias.clone(), _rounded(new, bias, self.bias)))
-        return found
+            changes.append(Change(self.bias, "columns", everywhere, bias.clone(), _rounded(new, bias, self.bias)))
+        return changes
 
 
 def _wide(tensor: Tensor) -> Tensor:
@@ -104,7 +104,7 @@ def _rounded(new: Tensor, old: Tensor, name: str) -> Tensor:
 
 @dataclass
 class Tally:
-    """Of the rows and columns that a plan changes, those that rounding leaves as they were."""
+    """Count the rows and columns that a plan changes, and name those that rounding leaves as they were."""
 
     changed: int = 0
     unchanged: dict[str, list[int]] = field(default_factory=dict)
@@ -126,9 +126,9 @@ class Tally:
 
 
 def find_edits(plan: Plan, shapes: Mapping[str, tuple[int, ...]]) -> list[Edit]:
-    """One edit per weight that the plan touches, of tensors with these names and shapes; refuses what cannot be exact."""
+    """Return an edit for each weight the plan touches, of tensors with these shapes; refuse what cannot be exact."""
     check_foldable(plan)
-    found, reached = [], set()
+    edits, reached = [], set()
     for name, shape in shapes.items():
         match = PROJECTION.search(name)
         if match is None:
@@ -136,10 +136,11 @@ def find_edits(plan: Plan, shapes: Mapping[str, tuple[int, ...]]) -> list[Edit]:
         layer, attention = int(match[1]), match[2].endswith("o_proj")
         inside, outside = ("attention", None) if attention else ("neuron", "ffn")
         edit = Edit(
-            name, _bias(name, shapes),
+            name,
+            _bias(name, shapes),
             *(_values(plan, kind, inside, layer, shape[-1], name) for kind in ("scales", "shifts")),
             *(_values(plan, kind, outside, layer, shape[-2], name) for kind in ("scales", "shifts")),
-        )  # fmt: skip
+        )
         if edit.bias is None and (edit.in_shift.any() or edit.out_shift.any()):
             raise AUSteerError(
                 f"the plan shifts, and a shift becomes a bias, but {name} has none: "
@@ -148,19 +149,23 @@ def find_edits(plan: Plan, shapes: Mapping[str, tuple[int, ...]]) -> list[Edit]:
             )
         reached |= {(inside, layer), (outside, layer)}
         if edit.parts() or edit.moves_bias:
-            found.append(edit)
-    missing = sorted({unit[:2] for unit in plan.units()} - reached)
+            edits.append(edit)
+    missing = sorted({au[:2] for au in plan.aus()} - reached)
     if missing:
         site, layer = missing[0]
         raise AUSteerError(
-            f"there is no weight beside site {site} of layer {layer}: is this the plan's model, and whole?"
+            f"the checkpoint lacks the weight at site {site} of layer {layer}: get the whole checkpoint of the plan's model"
         )
-    return found
+    return edits
+
+
+def layer_of(weight: str) -> int:
+    return int(PROJECTION.search(weight)[1])
 
 
 def check_foldable(plan: Plan) -> None:
-    """Refuse a plan that weights cannot express."""
-    if "layer" in plan.sites:
+    """Refuse a plan that neither weights nor adapters can express."""
+    if any(au[0] == "layer" for au in plan.aus()):
         raise AUSteerError(
             "site layer cannot go into weights: the residual stream runs past every one of them, so no weight's "
             "rows or columns are its scale; steer live, or rank attention or ffn"

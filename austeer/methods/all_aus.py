@@ -1,14 +1,14 @@
 """Control: AUSteer's dynamic strength on every AU of a site (appendix J, Table 12, carried to its end).
 
-    x_i -> x_i + alpha r_i x_i for all i: what is left of the method when nothing is chosen.
+    x_i -> x_i + alpha r_i x_i for all i: what the method does when it chooses no AUs.
 
-Only alpha is searched, as finely as the budget allows: without a choice of AUs useful strengths are smaller.
+Only alpha is searched, as finely as the budget allows: steering all AUs calls for smaller strengths.
 """
 
 from __future__ import annotations
 
 from austeer.methods.austeer import AUSteer
-from austeer.methods.base import BUDGET, Settings
+from austeer.methods.base import BUDGET, GridPoint
 from austeer.plan import Plan
 from austeer.ranks import AURanks
 from set_MFU import set_MFU
@@ -21,12 +21,12 @@ class AllAUs(AUSteer):
     paper = "control: AUSteer, appendix J and Table 12"
     edits = "all AUs, scaled"
 
-    def grid(self, kind: str) -> list[Settings]:
+    def grid(self, kind: str) -> list[GridPoint]:
         ratio = (STRONGEST / WEAKEST) ** (1 / (BUDGET[kind] - 1))
         return [{"alpha": float(f"{WEAKEST * ratio**i:.2g}")} for i in range(BUDGET[kind])]
 
-    def plan(self, prepared: AURanks, settings: Settings, draw: int = 0) -> Plan:
-        return set_MFU(prepared, prepared.score.numel(), settings["alpha"])
+    def plan(self, prepared: AURanks, point: GridPoint, draw: int = 0) -> Plan:
+        return set_MFU(prepared, prepared.score.numel(), point["alpha"])
 
 
 METHODS = (AllAUs(),)

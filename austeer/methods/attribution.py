@@ -1,14 +1,14 @@
-"""Attribution patching: units, or heads, chosen by a first-order estimate of what a patch would do.
+"""Attribution patching: AUs, or heads, chosen by a first-order estimate of what a patch would do.
 
 Nanda 2023; Syed et al., arXiv 2310.10348: replacing activations z by z' changes a measure M by about dM/dz (z' - z).
-Here, for pair j, M is the log-odds of the right answer over the wrong one and the patch is the pair's own
-difference d = x(right text) - x(wrong text) at the last token. The two texts share their prompt, whose end decides
-the log-odds, and differ behind it, so the patch is made where steering acts, at all positions:
+Here, for pair j, M is the log-odds of the right answer over the wrong one, and the patch is the pair's own
+difference d = x(right text) - x(wrong text) at the last token. The end of the prompt decides the log-odds, and the two
+texts differ only after it, so the patch is made where steering acts, at all positions:
 
-    a_ij = d_ij * sum over positions of dM_j / dx_i,     score_i = mean over pairs; of a head, the sum of its units
+    a_ij = d_ij * sum over positions of dM_j / dx_i,     score_i = mean over pairs
 
-The k highest scores are shifted by alpha times their mean difference. Only positive ones: a shift the wrong way is
-no candidate, so there may be fewer. `mediation.py` makes the patch of a head instead of estimating it.
+A head scores the sum of its AUs. The k highest scores are shifted by alpha times their mean difference, but only where
+they are positive, since other shifts would lower M. `mediation.py` patches each head instead of estimating the effect.
 """
 
 from __future__ import annotations
@@ -20,14 +20,11 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from austeer.errors import AUSteerError
 from austeer.evidence import Evidence
 from austeer.forward import log_odds_and_gradients
-from austeer.identity import model_header
-from austeer.methods.base import Method, Settings
-from austeer.pairs import pairs_hash
+from austeer.methods.base import GridPoint, Method
+from austeer.methods.choice import by_head, highest
 from austeer.plan import Plan
 from austeer.tokens import EncodedPair
 
@@ -37,10 +34,10 @@ ALPHAS = {"small": (1.0, 2.0, 4.0, 8.0, 16.0), "full": (0.5, 1.0, 2.0, 4.0, 8.0,
 
 
 @dataclass
-class Scored:
-    """What shifting a unit or a head towards the right texts does, and by how much it would be shifted."""
+class Scores:
+    """Hold the effect of shifting each AU or head towards the right texts, and the shift itself."""
 
-    score: Tensor  # (layers, units), or (layers, heads)
+    score: Tensor  # (layers, width), or (layers, heads)
     shift: Tensor  # the mean difference, (layers, width)
     header: dict
 
@@ -50,23 +47,26 @@ class AttributionAUs(Method):
     paper = "Nanda 2023; Syed et al., arXiv 2310.10348"
     edits = "k AUs, shifted"
     sites = ("attention", "ffn", "layer", "neuron")
-    count: ClassVar[str] = "k"  # the setting that says how many
+    count: ClassVar[str] = "k"  # the key of a grid point that says how many
     counts: ClassVar[dict[str, tuple[int, ...]]] = KS
 
-    def grid(self, kind: str) -> list[Settings]:
+    def grid(self, kind: str) -> list[GridPoint]:
         return [{self.count: k, "alpha": alpha} for k, alpha in product(self.counts[kind], ALPHAS[kind])]
 
-    def prepare(self, evidence: Evidence) -> Scored:
+    def prepare(self, evidence: Evidence) -> Scores:
         difference = torch.sub(*evidence.activations())
-        return Scored(self.scores(evidence, difference), difference.mean(0), made_for(self, evidence))
+        header = evidence.header() | {"method": self.name}
+        return Scores(self.scores(evidence, difference), difference.mean(0), header)
 
     def scores(self, evidence: Evidence, difference: Tensor) -> Tensor:
         return (gradients(evidence) * difference).mean(0)
 
-    def plan(self, prepared: Scored, settings: Settings, draw: int = 0) -> Plan:
-        chosen = best(prepared.score, settings[self.count], prepared.shift.shape[1])
-        shift = torch.where(chosen, settings["alpha"] * prepared.shift, 0.0)
-        return Plan({}, {prepared.header["site"]: shift}, header=prepared.header | settings)
+    def plan(self, prepared: Scores, point: GridPoint, draw: int = 0) -> Plan:
+        score = prepared.score
+        mask = highest(score, point[self.count], self.count) & (score > 0)
+        mask = mask.repeat_interleave(prepared.shift.shape[1] // score.shape[1], 1)  # of a head all its AUs
+        shift = torch.where(mask, point["alpha"] * prepared.shift, 0.0)
+        return Plan({}, {prepared.header["site"]: shift}, header=prepared.header | point)
 
 
 class AttributionHeads(AttributionAUs):
@@ -76,38 +76,17 @@ class AttributionHeads(AttributionAUs):
     count, counts = "heads", HEADS  # not k: --k counts AUs
 
     def scores(self, evidence: Evidence, difference: Tensor) -> Tensor:
-        return by_head(evidence.model, super().scores(evidence, difference)).sum(-1)
-
-
-def made_for(method: Method, evidence: Evidence) -> dict:
-    """A plan's header: whose it is, and what it was made from."""
-    what = {"method": method.name, "site": evidence.site, "pairs_hash": pairs_hash(evidence.pairs)}
-    return model_header(evidence.model) | what
-
-
-def by_head(model: PreTrainedModel, values: Tensor) -> Tensor:
-    """(..., width of site attention) -> (..., heads, head_dim)."""
-    return values.unflatten(-1, (model.config.num_attention_heads, -1))
-
-
-def best(score: Tensor, k: int, width: int) -> Tensor:
-    """The units of the k highest positive scores, (layers, width) of bool; ties go to the lower layer, then unit."""
-    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= score.numel():
-        raise AUSteerError(f"there are 1 to {score.numel()} units or heads to choose, not {k}")
-    chosen = torch.zeros(score.numel(), dtype=torch.bool)
-    chosen[torch.sort(score.flatten(), descending=True, stable=True).indices[:k]] = True
-    chosen = chosen.view(score.shape) & (score > 0)
-    return chosen.repeat_interleave(width // score.shape[1], 1)
+        return by_head(super().scores(evidence, difference), evidence.model.config).sum(-1)
 
 
 def gradients(evidence: Evidence) -> Tensor:
-    """Of every pair's log-odds with respect to a shift of every unit at all positions, (pairs, layers, width)."""
+    """Return dM / dshift of every pair, each AU shifted at all positions: (pairs, layers, width)."""
 
     def measure(batch: Sequence[EncodedPair]) -> Tensor:
         _, by_place = log_odds_and_gradients(evidence.model, [evidence.site], batch, torch.add)
         return torch.stack([by_place[place].float().cpu() for place in sorted(by_place)], dim=1)
 
-    return evidence.of_each_pair(measure, "gradients")
+    return evidence.per_pair(measure, "gradients")
 
 
 METHODS = (AttributionAUs(), AttributionHeads())

@@ -1,7 +1,7 @@
-"""AUSteer (sections 4.1 and 4.2), its repair by sign, causal momentum, and controls with its ranks.
+"""AUSteer (sections 4.1 and 4.2), its sign-aware repair, causal momentum, and controls that use its ranks.
 
-A variant is a momentum to rank by and options of `set_MFU`. Those below the controls take the whole apart: what is
-gained by where (`causal-location`), by which way (`causal-sign`), by how strongly (Table 3).
+A variant is a momentum to rank by and options of `set_MFU`. The variants after the controls are ablations: where to
+steer (`causal-location`), in which direction (`causal-sign`), how strongly (Table 3).
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ from itertools import product
 from typing import ClassVar
 
 from austeer.evidence import Evidence
-from austeer.methods.base import Method, Settings
+from austeer.methods.base import GridPoint, Method
 from austeer.plan import Plan
 from austeer.ranks import AURanks
 from set_MFU import set_MFU
 
-# k and alpha. The paper steers at most 100 AUs and sweeps alpha to 100; the embedded models have 512 AUs a site
+# The paper steers at most 100 AUs and sweeps alpha up to 100; the embedded models have 512 AUs per site
 KS = {"small": (4, 16, 32), "full": (8, 32, 100)}
 ALPHAS = {"small": (0.5, 1.0, 2.0, 4.0, 8.0), "full": (0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0)}
-# Table 13: up to 99.95 % of the AUs, the least important, times .99 to .05
+# Table 13: up to 99.95 % of the AUs, the least important ones, are multiplied by 0.99 to 0.05
 SHARES = (0.25, 0.75, 0.9995)
 FACTORS = {"small": (0.99, 0.9, 0.75, 0.5, 0.05), "full": (0.99, 0.95, 0.9, 0.75, 0.5, 0.25, 0.05)}
 
@@ -32,14 +32,14 @@ class AUSteer(Method):
     momenta = ("activation",)
     options: ClassVar[dict] = {}
 
-    def grid(self, kind: str) -> list[Settings]:
+    def grid(self, kind: str) -> list[GridPoint]:
         return [{"k": k, "alpha": alpha} for k, alpha in product(KS[kind], ALPHAS[kind])]
 
     def prepare(self, evidence: Evidence) -> AURanks:
         return evidence.ranks(self.momentum)
 
-    def plan(self, prepared: AURanks, settings: Settings, draw: int = 0) -> Plan:
-        return set_MFU(prepared, settings["k"], settings["alpha"], **self.options, seed=draw)
+    def plan(self, prepared: AURanks, point: GridPoint, draw: int = 0) -> Plan:
+        return set_MFU(prepared, point["k"], point["alpha"], **self.options, seed=draw)
 
 
 class SignAware(AUSteer):
@@ -79,18 +79,18 @@ class FixedStrength(AUSteer):
 
 
 class Suppress(AUSteer):
-    """x_i -> factor * x_i at the lowest scores: the rest is what is left to speak."""
+    """Scale the lowest scores, x_i -> factor * x_i, so that the important AUs weigh more."""
 
     name, label = "suppress", "least important AUs suppressed"
     paper = "AUSteer, Table 13"
     edits = "most AUs, damped"
 
-    def grid(self, kind: str) -> list[Settings]:
+    def grid(self, kind: str) -> list[GridPoint]:
         return [{"share": share, "factor": factor} for share, factor in product(SHARES, FACTORS[kind])]
 
-    def plan(self, prepared: AURanks, settings: Settings, draw: int = 0) -> Plan:
-        k = max(1, int(settings["share"] * prepared.score.numel()))
-        return set_MFU(prepared, k, settings["factor"], location="lowest", strength="suppress")
+    def plan(self, prepared: AURanks, point: GridPoint, draw: int = 0) -> Plan:
+        k = max(1, int(point["share"] * prepared.score.numel()))
+        return set_MFU(prepared, k, point["factor"], location="lowest", strength="suppress")
 
 
 class CausalLocation(Causal):
@@ -112,7 +112,7 @@ class CausalSign(Causal):
 
 
 def located(evidence: Evidence, location: str, strength: str) -> AURanks:
-    """The AUs and their order by one momentum, what alpha multiplies by the other."""
+    """Order AUs by one momentum, and take the gain that alpha multiplies from the other."""
     ranks = evidence.ranks(location)
     header = ranks.header | {"momentum": f"{location}, strength by {strength}"}
     return replace(ranks, gain=evidence.ranks(strength).gain, header=header)

@@ -1,7 +1,7 @@
-"""What a method is: it takes evidence and makes plans. One file each beside this one; registry.py finds it there.
+"""The interface of a method: it takes evidence and makes plans. Each method is a file in this folder; registry.py finds it.
 
-A method looks at the evidence once (`prepare`: the costly part, timed) and then turns points of its grid into
-plans. All methods get the same pairs and as many grid points to choose from on validation. None sees a test item.
+A method looks at the evidence once (`prepare`: the costly part, timed) and then turns the points of its grid into
+plans. All methods get the same pairs and the same number of grid points to try on validation. None sees a test item.
 """
 
 from __future__ import annotations
@@ -12,30 +12,32 @@ from typing import Any, ClassVar
 from austeer.evidence import Evidence
 from austeer.plan import Plan
 
-Settings = dict[str, float]  # what the search chooses, such as {"k": 16, "alpha": 2.0}
+GridPoint = dict[str, float]  # what a search tries, such as {"k": 16, "alpha": 2.0}
 
 
 class Method(ABC):
+    """Turn evidence into plans."""
+
     name: ClassVar[str]
     label: ClassVar[str]  # in tables
-    paper: ClassVar[str]  # where it is from
-    edits: ClassVar[str]  # what it touches, in words
+    paper: ClassVar[str]  # its source
+    edits: ClassVar[str]  # what it changes, in words
     sites: ClassVar[tuple[str, ...]]  # where it can act
-    trains: ClassVar[bool] = False  # gradient descent on the pairs
-    foldable: ClassVar[bool] = True  # the plan can go into the weights: no `layer` site, all positions
-    draws: ClassVar[bool] = False  # a control with chance in it: repeated with other draws, shown as a band
-    momenta: ClassVar[tuple[str, ...]] = ()  # of the ranks it asks for; the first is the one it ranks by
+    trains: ClassVar[bool] = False  # by gradient descent on the pairs
+    foldable: ClassVar[bool] = True  # its plans can go into the weights: no `layer` site, all positions
+    draws: ClassVar[bool] = False  # a random control: repeated with other draws, and shown as a band
+    momenta: ClassVar[tuple[str, ...]] = ()  # the ranks it needs; it ranks by the first
 
     @abstractmethod
-    def grid(self, kind: str) -> list[Settings]:
-        """Return the grid points to choose from; kind is "small" or "full", and sets how many: `BUDGET`."""
+    def grid(self, kind: str) -> list[GridPoint]:
+        """Return the grid points to try, the gentlest first; kind is "small" or "full", and `BUDGET` limits them."""
 
     @abstractmethod
     def prepare(self, evidence: Evidence) -> Any:
         """Learn from the evidence what all grid points share."""
 
     @abstractmethod
-    def plan(self, prepared: Any, settings: Settings, draw: int = 0) -> Plan:
+    def plan(self, prepared: Any, point: GridPoint, draw: int = 0) -> Plan:
         """Make the plan of one grid point."""
 
     @property
@@ -43,12 +45,12 @@ class Method(ABC):
         return self.momenta[0]
 
 
-# grid points a method may try on validation, by kind of grid: the size of AUSteer's own
+# how many grid points a method may try on validation, by kind of grid: as many as AUSteer's own grid has
 BUDGET = {"small": 15, "full": 21}
-# a method that acts at several sites at once has one name for them
+# the name of several sites that a method steers at once
 TOGETHER = {"both": ("attention", "ffn")}
 
 
 def sites_of(site: str) -> tuple[str, ...]:
-    """Return the sites of the model behind the site of a cell."""
+    """Return the sites of the model that the site of a cell stands for."""
     return TOGETHER.get(site, (site,))

@@ -1,8 +1,8 @@
-"""Causal AUSteer over attention and ffn at once: one ranking, one k, one plan with two sites.
+"""Causal AUSteer over attention and ffn together: one ranking, one k, one plan with two sites.
 
     AUs of both sites by |t_i| of c = d log sigmoid(M) / d g;     the k largest: x_i -> x_i (1 + alpha sign t_i)
 
-t statistics over the same pairs compare across sites, where shares of an activation's sign would not.
+t statistics over the same pairs can be compared across sites; shares of an activation's signs cannot.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch
 
 from austeer.evidence import Evidence
 from austeer.methods.austeer import Causal
-from austeer.methods.base import TOGETHER, Settings
+from austeer.methods.base import TOGETHER, GridPoint
 from austeer.plan import Plan
 from austeer.ranks import AURanks
 from set_MFU import set_MFU
@@ -25,15 +25,15 @@ class CausalBoth(Causal):
     def prepare(self, evidence: Evidence) -> dict[str, AURanks]:
         return {site: evidence.ranks(self.momentum, site) for site in TOGETHER[evidence.site]}
 
-    def plan(self, prepared: dict[str, AURanks], settings: Settings, draw: int = 0) -> Plan:
-        found = list(prepared.values())
+    def plan(self, prepared: dict[str, AURanks], point: GridPoint, draw: int = 0) -> Plan:
+        by_site = list(prepared.values())
         score, gain = (
-            torch.cat([getattr(ranks, name).flatten() for ranks in found])[None] for name in ("score", "gain")
+            torch.cat([getattr(ranks, name).flatten() for ranks in by_site])[None] for name in ("score", "gain")
         )
-        joint = AURanks("both", score, gain, header=found[0].header)  # of equal ones, attention first
-        plan = set_MFU(joint, settings["k"], settings["alpha"])
-        parts = plan.scales["both"].flatten().split([ranks.score.numel() for ranks in found])
-        scales = {ranks.site: part.view(ranks.score.shape) for ranks, part in zip(found, parts, strict=True)}
+        joint = AURanks("both", score, gain, header=by_site[0].header)  # ties go to attention
+        plan = set_MFU(joint, point["k"], point["alpha"])
+        parts = plan.scales["both"].flatten().split([ranks.score.numel() for ranks in by_site])
+        scales = {ranks.site: part.view(ranks.score.shape) for ranks, part in zip(by_site, parts, strict=True)}
         return Plan(scales, header=plan.header)
 
 

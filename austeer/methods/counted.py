@@ -1,8 +1,8 @@
-"""Causal momentum counted as the paper counts: by the sign of every pair, not by a t statistic.
+"""Causal momentum scored as the paper scores: by counting signs of pairs, not by a t statistic.
 
     r_i = the larger of the shares of pairs with c_ij > 0 and with c_ij < 0, signed;     x_i -> x_i (1 + alpha r_i)
 
-with c of `austeer/momentum.py`. What is left between this and `published` is what is counted: effects, not differences.
+with c of `MFU_screening.py`. This differs from `published` only in what is counted: effects, not differences.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class CausalCounted(Causal):
             raise AUSteerError(
                 f"gradients are inf or nan in {evidence.model.dtype}; load the model in bfloat16 or float32"
             )
-        stats = {name: values.cpu() for name, values in counts.stats(evidence.site).items()}
+        stats = counts.stats(evidence.site)
         header = evidence.header() | {"momentum": "causal, counted", "pairs": len(evidence.pairs)}
         return AURanks(evidence.site, *CausalCounts.score(stats, len(evidence.pairs)), stats, header)
 

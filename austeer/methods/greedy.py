@@ -1,10 +1,10 @@
-"""Causal AUSteer, ranked again as it goes: a slope is true where it was taken, and steering moves on.
+"""Causal AUSteer with repeated ranking: a slope holds only near the point where it was taken, and steering moves away.
 
-    Repeat: rank by |t_i| of c = d log sigmoid(M) / d g_i, with those already steered at 1 + alpha sign t;
-    steer the best of the others too, up to 4, 16, 64, ... AUs in all
+    Repeat: rank by |t_i| of c = d log sigmoid(M) / d g_i, with the AUs chosen so far at 1 + alpha sign t;
+    add the best of the other AUs, up to 4, 16, 64, ... AUs in all
 
-The path depends on alpha and not on k, which cuts it. Cost: one pass of causal screening, and for each alpha log4(k) - 1
-more, rounded up: `passes` in the plan's header. Those come with the first plan of an alpha, not with `prepare`.
+The path depends on alpha but not on k, which only cuts it. Cost: one pass of causal screening, and for each alpha
+log4(k) - 1 more, rounded up (`passes` in the plan's header), made with the first plan of an alpha and not in `prepare`.
 """
 
 from __future__ import annotations
@@ -15,34 +15,34 @@ import torch
 
 from austeer.evidence import Evidence
 from austeer.methods.austeer import Causal
-from austeer.methods.base import Settings
+from austeer.methods.base import GridPoint
 from austeer.plan import Plan
 from austeer.ranks import AURanks
 from austeer.steering import steer
 from MFU_screening import screen
 from set_MFU import set_MFU
 
-GROWTH = 4  # AUs in the first round, and how many times as many after every other
+GROWTH = 4  # the number of AUs after the first round, and the factor by which each later round multiplies it
 
 
 @dataclass
 class Path:
-    """Flat unit numbers in the order they were steered, and each one's direction."""
+    """Hold flat AU numbers in the order they were chosen, with their directions."""
 
-    units: list[int] = field(default_factory=list)
+    aus: list[int] = field(default_factory=list)
     directions: list[float] = field(default_factory=list)
 
     def ranks(self, like: AURanks) -> AURanks:
-        """As ranks: the earlier steered, the higher the score; 0 for the others."""
+        """Return the path as ranks: the earlier an AU was chosen, the higher its score; 0 for the others."""
         score, gain = torch.zeros(2, like.score.numel())
-        gain[self.units] = torch.tensor(self.directions)
-        score[self.units] = torch.arange(len(self.units), 0, -1, dtype=torch.float32)
+        gain[self.aus] = torch.tensor(self.directions)
+        score[self.aus] = torch.arange(len(self.aus), 0, -1, dtype=torch.float32)
         shape = like.score.shape
         return AURanks(like.site, score.view(shape), gain.view(shape), header=like.header)
 
 
 @dataclass
-class Greedy:
+class Paths:
     evidence: Evidence
     ranks: AURanks  # of the unsteered model
     paths: dict[float, Path] = field(default_factory=dict)  # by alpha
@@ -52,33 +52,36 @@ class CausalGreedy(Causal):
     name, label = "causal-greedy", "causal AUSteer, ranked again as it goes"
     paper = "ours: causal momentum at the steered point"
 
-    def prepare(self, evidence: Evidence) -> Greedy:
-        return Greedy(evidence, evidence.ranks(self.momentum))
+    def prepare(self, evidence: Evidence) -> Paths:
+        return Paths(evidence, evidence.ranks(self.momentum))
 
-    def plan(self, prepared: Greedy, settings: Settings, draw: int = 0) -> Plan:
-        k, alpha = settings["k"], settings["alpha"]
-        set_MFU(prepared.ranks, k, alpha)  # refuses a k or alpha that makes no sense before the work
+    def plan(self, prepared: Paths, point: GridPoint, draw: int = 0) -> Plan:
+        k, alpha = point["k"], point["alpha"]
+        set_MFU(prepared.ranks, k, alpha)  # refuses an invalid k or alpha before the work
         path = prepared.paths.setdefault(alpha, Path())
-        while len(path.units) < k:
-            self._go_on(path, prepared, alpha)
+        while len(path.aus) < k:
+            self._extend(path, prepared, alpha)
         plan = set_MFU(path.ranks(prepared.ranks), k, alpha)
         plan.header["passes"] = 1 + sum(GROWTH**rounds < k for rounds in range(1, k.bit_length()))
         return plan
 
-    def _go_on(self, path: Path, prepared: Greedy, alpha: float) -> None:
+    def _extend(self, path: Path, prepared: Paths, alpha: float) -> None:
         ranks, evidence = prepared.ranks, prepared.evidence
-        if path.units:
-            with steer(evidence.model, set_MFU(path.ranks(ranks), len(path.units), alpha)):
+        if path.aus:
+            with steer(evidence.model, set_MFU(path.ranks(ranks), len(path.aus), alpha)):
                 ranks = screen(
-                    evidence.pairs, evidence.model, evidence.tokenizer, [evidence.site],
-                    momentum=self.momentum, progress=False,
-                )[evidence.site]  # fmt: skip
-        steered = set(path.units)
-        others = [unit for unit in ranks.order.tolist() if unit not in steered][
-            : (GROWTH - 1) * len(path.units) or GROWTH
-        ]
-        path.units += others
-        path.directions += ranks.gain.flatten()[others].tolist()
+                    evidence.pairs,
+                    evidence.model,
+                    evidence.tokenizer,
+                    [evidence.site],
+                    momentum=self.momentum,
+                    progress=False,
+                )[evidence.site]
+        steered = set(path.aus)
+        count = (GROWTH - 1) * len(path.aus) or GROWTH
+        best = [au for au in ranks.order.tolist() if au not in steered][:count]
+        path.aus += best
+        path.directions += ranks.gain.flatten()[best].tolist()
 
 
 METHODS = (CausalGreedy(),)

@@ -1,14 +1,14 @@
 """ITI: Li et al., Inference-Time Intervention, NeurIPS 2023, section 3 and equation 2.
 
-Every head of every layer gets a logistic probe that tells right from wrong texts by its output at the last token. The
-K heads whose probes are best on held-out pairs are shifted, before o_proj, by alpha standard deviations:
+For each head of each layer, a logistic probe learns to tell right from wrong texts by the head's output at the last
+token. The K heads whose probes are best on held-out pairs are shifted, before o_proj, by alpha standard deviations:
 
     x -> x + alpha * sigma * theta
 
 theta: unit direction from the mean of wrong to the mean of right texts ("mass-mean", the paper's choice), or the
-probe's weights. sigma: standard deviation of all texts along theta. Shifted are the prompt's last token and every new
-one. Unlike the authors' code, the pairs that directions come from also give sigma, and ties of accuracy go to the
-lower layer, then the lower head (theirs: as a sort that is not stable leaves them).
+probe's weights. sigma: standard deviation of all texts along theta. The prompt's last token and every new token are
+shifted. Unlike in the authors' code, sigma comes from the same pairs as the directions, and ties of accuracy go to the
+lower layer, then the lower head (their sort is not stable).
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from torch.nn.functional import softplus
 
 from austeer.errors import AUSteerError
 from austeer.evidence import Evidence
-from austeer.methods.base import Method, Settings
-from austeer.methods.units import by_head, highest
+from austeer.methods.base import GridPoint, Method
+from austeer.methods.choice import by_head, highest
 from austeer.plan import Plan
 
-HELD_OUT = 0.2  # of the pairs: the probes are judged on them
+HELD_OUT = 0.2  # the share of pairs that probes are judged on
 KS = {"small": (2, 4, 8), "full": (4, 16, 48)}  # heads; the authors' default is K = 48, alpha = 15
 ALPHAS = {"small": (1.0, 3.0, 5.0, 10.0, 15.0), "full": (1.0, 2.0, 3.0, 5.0, 10.0, 15.0, 20.0)}
 DIRECTIONS = ("mass-mean", "probe")
@@ -55,25 +55,25 @@ class ITI(Method):
         if direction == "probe":
             self.name, self.label = "iti-probe", "ITI, probe direction"
 
-    def grid(self, kind: str) -> list[Settings]:
+    def grid(self, kind: str) -> list[GridPoint]:
         return [{"heads": k, "alpha": alpha} for k, alpha in product(KS[kind], ALPHAS[kind])]
 
     def prepare(self, evidence: Evidence) -> Heads:
         right, wrong = (by_head(x, evidence.model.config).double() for x in evidence.activations("last"))
-        fitted, held_out = split(len(right), evidence.seed)
-        accuracy, weights = probe(right, wrong, fitted, held_out)
+        training, held_out = split(len(right), evidence.seed)
+        accuracy, weights = probe(right, wrong, training, held_out)
         direction = unit(weights if self.direction == "probe" else right.mean(0) - wrong.mean(0))
         sigma = spread(torch.cat([right, wrong]), direction, STDS[self.std])
         return Heads(accuracy, direction.float(), sigma.float(), {**evidence.header(), "method": self.name})
 
-    def plan(self, prepared: Heads, settings: Settings, draw: int = 0) -> Plan:
-        kept = highest(prepared.accuracy, settings["heads"], "heads")
-        shift = settings["alpha"] * (kept * prepared.sigma)[..., None] * prepared.direction
-        return Plan({}, {"attention": shift.flatten(-2)}, "last", {**prepared.header, **settings})
+    def plan(self, prepared: Heads, point: GridPoint, draw: int = 0) -> Plan:
+        mask = highest(prepared.accuracy, point["heads"], "heads")
+        shift = point["alpha"] * (mask * prepared.sigma)[..., None] * prepared.direction
+        return Plan({}, {"attention": shift.flatten(-2)}, "last", {**prepared.header, **point})
 
 
 def split(pairs: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Pairs to fit probes on, and pairs to judge them by: both texts of a pair stay on one side."""
+    """Split pairs into those that probes are fitted on and those that judge them. A pair's texts stay together."""
     if pairs < 2:
         raise AUSteerError("ITI needs at least two pairs: its probes are fitted on some and judged on the others")
     order = torch.randperm(pairs, generator=torch.Generator().manual_seed(seed))
@@ -81,34 +81,34 @@ def split(pairs: int, seed: int) -> tuple[Tensor, Tensor]:
     return order[held_out:], order[:held_out]
 
 
-def probe(right: Tensor, wrong: Tensor, fitted: Tensor, held_out: Tensor) -> tuple[Tensor, Tensor]:
-    """Accuracy (layers, heads) on held-out pairs, and weights (layers, heads, head_dim), of one probe a head."""
+def probe(right: Tensor, wrong: Tensor, training: Tensor, held_out: Tensor) -> tuple[Tensor, Tensor]:
+    """Return accuracy on held-out pairs (layers, heads) and weights (layers, heads, head_dim) of a probe per head."""
     accuracy, weights = [], []
     for layer in range(right.shape[1]):  # one at a time: all Hessians of a large model at once would not fit
-        x, y = _texts(right[fitted, layer], wrong[fitted, layer])
+        x, y = _texts(right[training, layer], wrong[training, layer])
         weight, bias = logistic(x, y)
-        unseen, truth = _texts(right[held_out, layer], wrong[held_out, layer])
-        said = (unseen @ weight[..., None])[..., 0] + bias[:, None] > 0
-        accuracy.append((said == truth.bool()).double().mean(1))
+        x, truth = _texts(right[held_out, layer], wrong[held_out, layer])
+        verdicts = (x @ weight[..., None])[..., 0] + bias[:, None] > 0
+        accuracy.append((verdicts == truth.bool()).double().mean(1))
         weights.append(weight)
     return torch.stack(accuracy), torch.stack(weights)
 
 
 def _texts(right: Tensor, wrong: Tensor) -> tuple[Tensor, Tensor]:
-    """(heads, texts, head_dim), and 1 for right, 0 for wrong."""
+    """Return texts as (heads, texts, head_dim), and their labels: 1 for right, 0 for wrong."""
     labels = torch.cat([torch.ones(len(right)), torch.zeros(len(wrong))]).to(right.dtype)
     return torch.cat([right, wrong]).transpose(0, 1), labels
 
 
 def logistic(x: Tensor, y: Tensor, steps: int = 100) -> tuple[Tensor, Tensor]:
-    """L2 logistic regression of y (texts) on x (heads, texts, dims), of all heads at once: weights and biases.
+    """Fit an L2 logistic regression of y (texts) on x (heads, texts, dims) for all heads: return weights and biases.
 
-    Minimises sum log(1 + exp(-+z)) + |w|^2 / 2, z = w x + b, the bias free: what the authors' library does by default.
-    Newton's method from zero, halving steps that do not lower the loss enough; deterministic.
+    It minimises sum log(1 + exp(-+z)) + |w|^2 / 2, z = w x + b, without a penalty on b: the authors' library's default.
+    Newton's method from zero halves steps that do not lower the loss enough, and is deterministic.
     """
     x = torch.cat([x, torch.ones_like(x[..., :1])], dim=-1)
     penalty = torch.ones(x.shape[-1], dtype=x.dtype)
-    penalty[-1] = 1e-9  # free, but never a singular Hessian
+    penalty[-1] = 1e-9  # practically none, but the Hessian is never singular
     sign = 2 * y - 1
 
     def loss(w: Tensor) -> Tensor:
@@ -120,7 +120,7 @@ def logistic(x: Tensor, y: Tensor, steps: int = 100) -> tuple[Tensor, Tensor]:
         gradient = ((p - y)[:, None] @ x)[:, 0] + penalty * w
         hessian = (x * (p * (1 - p))[..., None]).transpose(1, 2) @ x + torch.diag(penalty)
         step = torch.linalg.solve(hessian, gradient)
-        decrement = (gradient * step).sum(1)  # twice what the step can win
+        decrement = (gradient * step).sum(1)  # twice what the step can gain
         if bool((decrement < 1e-12).all()):
             break
         size, before = torch.ones_like(decrement), loss(w)
@@ -134,13 +134,13 @@ def logistic(x: Tensor, y: Tensor, steps: int = 100) -> tuple[Tensor, Tensor]:
 
 
 def unit(vectors: Tensor) -> Tensor:
-    """Of length one; zero stays zero."""
+    """Scale vectors to length one; zero stays zero."""
     length = vectors.norm(dim=-1, keepdim=True)
     return torch.where(length > 0, vectors / length, 0.0)
 
 
 def spread(x: Tensor, direction: Tensor, correction: int) -> Tensor:
-    """Standard deviation of x (texts, layers, heads, head_dim) along the direction, (layers, heads)."""
+    """Return the standard deviation of x (texts, layers, heads, head_dim) along the direction, (layers, heads)."""
     return (x * direction).sum(-1).std(0, correction=correction)
 
 

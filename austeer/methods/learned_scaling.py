@@ -1,13 +1,13 @@
-"""Activation scaling: one learned scalar per AU. The trained upper reference beside causal momentum.
+"""Activation scaling: one learned scalar per AU, a trained upper reference for causal momentum.
 
 After Stoehr et al., "Activation Scaling for Steering and Interpreting Language Models", arXiv 2410.04962, whose
-objective asks for effect (the right answer over the wrong one) and for few scalars (an L1 penalty). At a site
+objective asks for effect (the right answer over the wrong one) and for few scalars (an L1 penalty). At a site:
 
     x_i -> x_i (1 + g_i) at all positions,     loss = mean over pairs of -log sigmoid(M_j(g)) + l1 * sum_i |g_i|
 
 with M the log-odds of the pair, g = 0 at the start, and Adam. Causal momentum is the gradient of the first step of
-this training. The k largest scalars are kept and multiplied by alpha. Not theirs: they scale whole activation
-vectors of one prompt's positions and also ask that other tokens stay as they are.
+this training. The k largest scalars are kept and multiplied by alpha. The paper differs: it scales whole activation
+vectors at the positions of one prompt, and also asks that the probabilities of other tokens stay as they are.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from austeer.batching import pair_batches
 from austeer.errors import AUSteerError
 from austeer.evidence import Evidence
 from austeer.forward import PairTexts, input_device, tapped
-from austeer.methods.attribution import best, made_for
-from austeer.methods.base import Method, Settings
+from austeer.methods.base import GridPoint, Method
+from austeer.methods.choice import highest
 from austeer.plan import Plan
 from austeer.tokens import EncodedPair
 from rmodels import gates
 
 KS = {"small": (4, 16, 32), "full": (8, 32, 100)}
 ALPHAS = {"small": (0.5, 1.0, 1.5, 2.0, 3.0), "full": (0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 5.0)}
-PAIRS_A_STEP = 16
+PAIRS_PER_STEP = 16
 
 
 @dataclass
-class Learned:
+class Scalars:
     scale: Tensor  # g, (layers, width)
     header: dict
 
@@ -51,49 +51,50 @@ class LearnedScaling(Method):
     def __init__(self, l1: float = 0.001, rate: float = 0.02, epochs: int = 3):
         self.l1, self.rate, self.epochs = l1, rate, epochs
 
-    def grid(self, kind: str) -> list[Settings]:
+    def grid(self, kind: str) -> list[GridPoint]:
         return [{"k": k, "alpha": alpha} for k, alpha in product(KS[kind], ALPHAS[kind])]
 
-    def prepare(self, evidence: Evidence) -> Learned:
+    def prepare(self, evidence: Evidence) -> Scalars:
         training = {"l1": self.l1, "rate": self.rate, "epochs": self.epochs, "seed": evidence.seed}
-        return Learned(self._train(evidence), made_for(self, evidence) | training)
+        header = evidence.header() | {"method": self.name} | training
+        return Scalars(self._train(evidence), header)
 
-    def plan(self, prepared: Learned, settings: Settings, draw: int = 0) -> Plan:
-        kept = best(prepared.scale.abs(), settings["k"], prepared.scale.shape[1])
-        scale = torch.where(kept, settings["alpha"] * prepared.scale, 0.0)
-        return Plan({prepared.header["site"]: scale}, header=prepared.header | settings)
+    def plan(self, prepared: Scalars, point: GridPoint, draw: int = 0) -> Plan:
+        mask = highest(prepared.scale.abs(), point["k"], "k")
+        scale = torch.where(mask, point["alpha"] * prepared.scale, 0.0)
+        return Plan({prepared.header["site"]: scale}, header=prepared.header | point)
 
     @torch.enable_grad()
     def _train(self, evidence: Evidence) -> Tensor:
-        found, shuffle = evidence.encoded(), random.Random(evidence.seed)
+        pairs, shuffle = evidence.encoded(), random.Random(evidence.seed)
         model = evidence.model
         scale = {
             gate.layer: torch.zeros(gate.width, device=input_device(model), requires_grad=True)
             for gate in gates(model, evidence.site)
         }
-        steps = torch.optim.Adam(scale.values(), lr=self.rate)
+        adam = torch.optim.Adam(scale.values(), lr=self.rate)
         for _ in range(self.epochs):
-            shuffle.shuffle(found)
-            for start in range(0, len(found), PAIRS_A_STEP):
-                step = found[start : start + PAIRS_A_STEP]
-                steps.zero_grad()
+            shuffle.shuffle(pairs)
+            for start in range(0, len(pairs), PAIRS_PER_STEP):
+                step = pairs[start : start + PAIRS_PER_STEP]
+                adam.zero_grad()
                 for batch in pair_batches(step, model.device):  # as many as fit in memory; gradients add up
                     loss(evidence, batch, scale).div(len(step)).backward()
                 (self.l1 * sum(g.abs().sum() for g in scale.values())).backward()
-                steps.step()
-        learned = torch.stack([scale[layer].detach().float().cpu() for layer in sorted(scale)])
-        if not torch.isfinite(learned).all():
+                adam.step()
+        scalars = torch.stack([scale[layer].detach().float().cpu() for layer in sorted(scale)])
+        if not torch.isfinite(scalars).all():
             raise AUSteerError(f"training overflowed in {model.dtype}; load the model in bfloat16 or float32")
-        return learned
+        return scalars
 
 
 def loss(evidence: Evidence, batch: Sequence[EncodedPair], scale: dict[int, Tensor]) -> Tensor:
-    """Sum over pairs of -log sigmoid(log-odds), under the scalars."""
+    """Return the sum over pairs of -log sigmoid(log-odds), with activations scaled."""
 
-    def scaled(gate):
+    def multiply(gate):
         return lambda x: x + x * scale[gate.layer].to(x)
 
-    with tapped(evidence.model, [evidence.site], scaled):
+    with tapped(evidence.model, [evidence.site], multiply):
         return -functional.logsigmoid(PairTexts(evidence.model, batch, logits=True).log_odds()).sum()
 
 

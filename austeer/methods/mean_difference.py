@@ -1,7 +1,7 @@
 """Controls: k AUs shifted by their mean activation difference (AUSteer, Table 3).
 
-x_i -> x_i + alpha * mean over pairs of (x_i(right) - x_i(wrong)): no scaling; and, where the k AUs are those with the
-largest difference, no sign counts either.
+x_i -> x_i + alpha * mean over pairs of (x_i(right) - x_i(wrong)): nothing is scaled. `mean-difference` also chooses the
+AUs by the size of that difference, so no share of pairs enters; `fixed-vector` chooses them as AUSteer does.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from itertools import product
 
 from austeer.methods.attribution import ALPHAS, KS
 from austeer.methods.austeer import AUSteer
-from austeer.methods.base import Settings
+from austeer.methods.base import GridPoint
 
 
 class MeanDifference(AUSteer):
@@ -19,7 +19,7 @@ class MeanDifference(AUSteer):
     edits = "k AUs, shifted"
     options = {"location": "difference", "strength": "vector"}
 
-    def grid(self, kind: str) -> list[Settings]:
+    def grid(self, kind: str) -> list[GridPoint]:
         return [{"k": k, "alpha": alpha} for k, alpha in product(KS[kind], ALPHAS[kind])]
 
 

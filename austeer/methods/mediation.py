@@ -1,15 +1,15 @@
-"""Heads chosen by causal mediation: every head is patched, and the change of the log-odds measured.
+"""Heads chosen by causal mediation: each head is patched in turn, and the change of the log-odds is measured.
 
-After Sankaranarayanan et al., "Generative Causal Mediation", arXiv 2602.16080: the indirect effect of a head is what
-its activation alone, taken over from the contrasting run, does to the log-odds of the two answers. Their two
-prompts differ; ours is one, so the patch adds the pair's own difference d = x(right text) - x(wrong text) of the
-last token, at all positions, as the steering will:
+After Sankaranarayanan et al., "Generative Causal Mediation", arXiv 2602.16080: the indirect effect of a head is how
+far its activation alone, taken from the contrasting run, moves the log-odds of the two answers. They contrast two
+prompts. Here both texts have one prompt, so the patch adds the pair's own difference d = x(right text) - x(wrong text)
+of the last token, at all positions, as the steering will:
 
     effect_hj = M_j(head h shifted by d_hj) - M_j,     score_h = mean over pairs
 
-The k heads with the largest positive effects are shifted by alpha times their mean difference. Exact where
-`attribution.py` is first-order; it costs a forward per head and pair, so it looks at `most_pairs` pairs, evenly
-spread over all of them. Heads are rows of a batch: one pair in every row, each with another head patched.
+The k heads with the largest positive effects are shifted by alpha times their mean difference. This is exact where
+`attribution.py` is first-order, but costs a forward per head and pair, so it uses at most `most_pairs` pairs, evenly
+spread. Heads are rows of a batch: every row runs the same pair with another head patched.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from torch import Tensor
 from austeer.errors import AUSteerError
 from austeer.evidence import Evidence
 from austeer.forward import PairTexts, tapped
-from austeer.methods.attribution import AttributionHeads, by_head
+from austeer.methods.attribution import AttributionHeads
+from austeer.methods.choice import by_head
 from austeer.tokens import EncodedPair
 
-ROW_TOKENS = {"cpu": 1024, "cuda": 32768}  # tokens run at once, over all rows
+ROW_TOKENS = {"cpu": 1024, "cuda": 32768}  # how many tokens run at once, over all rows
 
 
 class Mediation(AttributionHeads):
@@ -34,10 +35,10 @@ class Mediation(AttributionHeads):
         self.most_pairs = most_pairs
 
     def scores(self, evidence: Evidence, difference: Tensor) -> Tensor:
-        found = evidence.encoded()
-        count = min(self.most_pairs, len(found))
-        chosen = [i * len(found) // count for i in range(count)]
-        total = sum(effects(evidence, found[i], difference[i]).double() for i in chosen)
+        pairs = evidence.encoded()
+        count = min(self.most_pairs, len(pairs))
+        sample = [i * len(pairs) // count for i in range(count)]
+        total = sum(effects(evidence, pairs[i], difference[i]).double() for i in sample)
         if not torch.isfinite(total).all():
             raise AUSteerError(
                 f"log-odds are inf or nan in {evidence.model.dtype}; load the model in bfloat16 or float32"
@@ -47,11 +48,11 @@ class Mediation(AttributionHeads):
 
 @torch.inference_mode()
 def effects(evidence: Evidence, pair: EncodedPair, difference: Tensor) -> Tensor:
-    """The indirect effect of every head on one pair, (layers, heads). difference: the pair's, (layers, width)."""
+    """Return the indirect effect of every head on one pair, (layers, heads). difference: the pair's, (layers, width)."""
     model = evidence.model
-    heads = by_head(model, difference)  # (layers, heads, head_dim)
+    heads = by_head(difference, model.config)  # (layers, heads, head_dim)
     layers, per_layer = heads.shape[:2]
-    # a row more than there are heads: the last has nothing patched, so what is compared was computed alike
+    # one more row than heads, with nothing patched: what is compared comes from the same batch
     rows = torch.arange(layers * per_layer)
     at_once = max(1, ROW_TOKENS.get(model.device.type, 32768) // pair.cost - 1)
     changes = []
@@ -62,7 +63,7 @@ def effects(evidence: Evidence, pair: EncodedPair, difference: Tensor) -> Tensor
 
 
 def _patched(evidence: Evidence, pair: EncodedPair, heads: Tensor, part: Tensor) -> Tensor:
-    """Log-odds with each head of `part` (layer * heads + head) patched, and at the end with none."""
+    """Return log-odds with each head of `part` (layer * heads + head) patched, and at the end with none."""
     per_layer = heads.shape[1]
 
     def patch(gate):
@@ -72,8 +73,8 @@ def _patched(evidence: Evidence, pair: EncodedPair, heads: Tensor, part: Tensor)
         shift = shift.flatten(1)[:, None]
 
         def tap(x: Tensor) -> Tensor:
-            each = len(x) // len(shift)  # 1 for the prompts, 2 for right and wrong answers behind them
-            return x + shift.to(x).repeat_interleave(each, 0)
+            rows_per_pair = len(x) // len(shift)  # 1 for the prompts, 2 for the right and wrong answers after them
+            return x + shift.to(x).repeat_interleave(rows_per_pair, 0)
 
         return tap
 

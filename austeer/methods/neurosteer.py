@@ -1,14 +1,14 @@
-"""NeuroSteer: SAE neurons that fire more often on texts of one kind than on those of the other, as one residual.
+"""NeuroSteer: SAE neurons that fire more often on one kind of text than on the other, decoded into one residual.
 
-Over all tokens of the texts of a kind, the BOS included: n_i, how often neuron i fires, and mu_i, its mean where it
-does. Right texts are the target, wrong ones the source; what both have is taken off ("denoised"):
+Over all tokens of the texts of a kind, BOS included, n_i counts how often neuron i fires, and mu_i is its mean where it
+fires. Right texts are the target and wrong ones the source; what both have in common is subtracted ("denoised"):
 
     dn = relu(n_target - n_source),   dmu = relu(mu_target - mu_source)
     residual = sum over the K largest dn of w_i W_dec[i],   w = dmu (dif_mean) or mu_target (tar_mean)
     h <- h + alpha * residual, at the layer that the SAE reads
 
-Several behaviours at once are plans added up. In the authors' code neurons of padding count too, so the kind with
-the shorter texts has more of them; here padding never counts.
+For several behaviours at once, add their plans. In the authors' code neurons also fire on padding, which the kind with
+shorter texts has more of; here padding never counts.
 """
 
 from __future__ import annotations
@@ -22,23 +22,22 @@ from torch import Tensor
 
 from austeer.errors import AUSteerError
 from austeer.evidence import Evidence
-from austeer.identity import model_header
-from austeer.methods.base import Method, Settings
+from austeer.methods.base import GridPoint, Method
 from austeer.plan import Plan
 from austeer.sae import SITE, find_sae, token_activations
 from rmodels import site_shape
 
-# K and alpha. Texts of a pair share their prompt, so means hardly differ and dmu is small: hence alphas of hundreds
+# Texts of a pair share their prompt, so their means hardly differ and dmu is small: hence alphas in the hundreds
 KS = {"small": (4, 16, 64), "full": (100, 150, 600)}
 ALPHAS = {"small": (16.0, 64.0, 256.0, 512.0, 1024.0), "full": (10.0, 15.0, 50.0, 100.0, 200.0, 400.0, 700.0)}
 WEIGHTS = ("dif_mean", "tar_mean")
-# last2: their code names it without defining it; this is its natural reading beside last
+# the authors' code names last2 without defining it; this is its natural reading beside last
 MODES = {"all": "every position", "last": "all but the last position", "last2": "all but the last two positions"}
 
 
 @dataclass(frozen=True)
 class Preset:
-    """What the authors' script of a task runs with."""
+    """Hold the values in the authors' script of a task."""
 
     alpha: float
     k: int
@@ -65,15 +64,15 @@ class Neurons:
 
 @dataclass(frozen=True)
 class NeuroSteer(Method):
-    """cache_trap: their hook leaves a pass of one token alone, so that with a key-value cache, which is how models
-    generate, the prompt is steered and the answer is not. True is their code; False steers the answer as well."""
+    """Steer along SAE neurons. cache_trap: the authors' hook skips passes of one token, so when a model generates with a
+    key-value cache, only the prompt is steered. True does as their code does; False steers the answer as well."""
 
-    sae: str | None = None  # for baselines.sae.find_sae
+    sae: str | None = None  # the name that austeer.sae.find_sae looks up
     weight: str = "dif_mean"
     normalize: bool = False  # the residual has norm 1
     mode: str = "all"
     cache_trap: bool = True
-    preset: str | None = None  # its alpha, k and mode, and no search
+    preset: str | None = None  # use the preset's alpha, k and mode, without a search
 
     name, label = "neurosteer", "NeuroSteer"
     paper = "NeuroSteer"
@@ -96,10 +95,12 @@ class NeuroSteer(Method):
         if mode == "all":
             return "prompt" if self.cache_trap else "all"
         if not self.cache_trap:
-            raise AUSteerError(f"mode {mode!r} steers {MODES[mode]} of a pass: only prompts have such (cache_trap)")
+            raise AUSteerError(
+                f"mode {mode!r} steers {MODES[mode]} of a pass, which only a prompt has; use mode all, or cache_trap=True"
+            )
         return {"last": "before-last", "last2": "before-last-2"}[mode]
 
-    def grid(self, kind: str) -> list[Settings]:
+    def grid(self, kind: str) -> list[GridPoint]:
         if self.preset:
             return [{"neurons": PRESETS[self.preset].k, "alpha": PRESETS[self.preset].alpha}]
         return [{"neurons": k, "alpha": alpha} for alpha, k in product(ALPHAS[kind], KS[kind])]
@@ -113,31 +114,31 @@ class NeuroSteer(Method):
                 firing.add([prompt, sae.encode(answer)])
         if torch.equal(right.count, wrong.count) and torch.equal(right.total, wrong.total):
             raise AUSteerError("no neuron of the SAE fires differently on right and wrong texts; is it of this model?")
-        header = {**model_header(evidence.model), "method": self.name, "sae": sae.header.get("source", self.sae)}
+        header = evidence.header() | {"method": self.name, "sae": sae.header.get("source", self.sae)}
         shape = site_shape(evidence.model, SITE)
         counts, means = (right.count, wrong.count), (right.mean, wrong.mean)
         return Neurons(counts, means, sae.W_dec.cpu(), sae.layer, shape, header)
 
-    def plan(self, prepared: Neurons, settings: Settings, draw: int = 0) -> Plan:
-        chosen = most_often(*prepared.counts, settings["neurons"])
-        residual = feature_residual(*prepared.means, chosen, prepared.W_dec, self.weight, self.normalize)
+    def plan(self, prepared: Neurons, point: GridPoint, draw: int = 0) -> Plan:
+        neurons = most_often(*prepared.counts, point["neurons"])
+        residual = feature_residual(*prepared.means, neurons, prepared.W_dec, self.weight, self.normalize)
         shift = torch.zeros(prepared.shape)
-        shift[prepared.layer] = settings["alpha"] * residual
-        return Plan({}, {SITE: shift}, self.tokens, {**prepared.header, **settings, "weight": self.weight})
+        shift[prepared.layer] = point["alpha"] * residual
+        return Plan({}, {SITE: shift}, self.tokens, {**prepared.header, **point, "weight": self.weight})
 
 
 class Firing:
-    """How often every neuron fires over tokens, and how strongly where it does."""
+    """Count how often each neuron fires over tokens, and sum how strongly."""
 
     def __init__(self, latents: int):
         self.count = torch.zeros(latents, dtype=torch.int64)
         self.total = torch.zeros(latents, dtype=torch.float64)
 
     def add(self, texts: Iterable[Tensor]) -> None:
-        """Each (tokens, latents)."""
+        """Add texts, each (tokens, latents)."""
         for z in texts:
             self.count += (z != 0).sum(0).cpu()
-            self.total += z.sum(0, dtype=torch.float64).cpu()
+            self.total += (z.cpu() if z.is_mps else z).sum(0, dtype=torch.float64).cpu()  # mps has no float64
 
     @property
     def mean(self) -> Tensor:
@@ -145,19 +146,19 @@ class Firing:
 
 
 def most_often(target: Tensor, source: Tensor, k: int) -> Tensor:
-    """The K neurons with the largest relu(n_target - n_source). Where fewer have any, the first ones fill up, as
-    theirs do: with dif_mean those may have a weight."""
+    """Return the K neurons with the largest relu(n_target - n_source). If fewer are above zero, the first other ones
+    fill up, as in the authors' code; with dif_mean their weights may be above zero."""
     if isinstance(k, bool) or k != int(k) or not 1 <= k <= len(target):
         raise AUSteerError(f"k must be a whole number from 1 to {len(target)} (the neurons of the SAE), not {k}")
     return (target - source).relu().sort(descending=True, stable=True).indices[: int(k)]
 
 
 def feature_residual(
-    target: Tensor, source: Tensor, chosen: Tensor, W_dec: Tensor, weight: str = "dif_mean", normalize: bool = False
+    target: Tensor, source: Tensor, neurons: Tensor, W_dec: Tensor, weight: str = "dif_mean", normalize: bool = False
 ) -> Tensor:
-    """Of the chosen neurons, from the means over texts of both kinds, (width,)."""
+    """Decode these neurons, weighted by their means over texts of both kinds, into a residual (width,)."""
     weights = (target - source).relu() if weight == "dif_mean" else target
-    residual = weights[chosen].to(W_dec) @ W_dec[chosen]
+    residual = weights[neurons].to(W_dec) @ W_dec[neurons]
     length = residual.norm()
     return residual / length if normalize and length > 0 else residual
 

@@ -1,12 +1,12 @@
-"""Pruning, for methods that repair a pruned model: magnitude, and Wanda (Sun et al., ICLR 2024).
+"""Pruning by magnitude or by Wanda (Sun et al., ICLR 2024), for methods that repair a pruned model.
 
-Every Linear of the decoder blocks is pruned, in place; embeddings and LM head are not. Sparsity is a share of the
-weights, or n:m, n zeros among every m neighbours of a row (2:4 is what GPUs speed up).
+Every Linear of the decoder blocks is pruned in place; embeddings and LM head are not. Sparsity is a share of the
+weights, or n:m, which is n zeros among every m neighbours of a row (GPUs speed up 2:4).
 
-magnitude: the smallest |w| go, compared over the whole matrix.
-wanda:     the smallest |w| * ||x|| go, compared within each row; ||x|| is the L2 norm of the weight's input feature
-           over all calibration tokens. Blocks in order: a block is calibrated on what the pruned blocks before it
-           put out, as its authors do.
+magnitude: zeroes the smallest |w|, compared over the whole matrix.
+wanda:     zeroes the smallest |w| * ||x||, compared within each row; ||x|| is the L2 norm of the weight's input feature
+           over all calibration tokens. As its authors do, blocks are pruned in order, and each is calibrated on the
+           output of the pruned blocks before it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from austeer.errors import AUSteerError
-from austeer.forward import input_device
+from austeer.forward import float64_device, input_device
 from rmodels import gates
 
 PRUNINGS = ("wanda", "magnitude")
@@ -30,8 +30,8 @@ Sparsity = float | tuple[int, int]  # a share of the weights, or (n, m): n zeros
 
 
 @dataclass(frozen=True)
-class Achieved:
-    """Exact zeros among the weights that were pruned, all together and by module."""
+class ZeroCounts:
+    """Count the exact zeros among the pruned weights, by module and in all."""
 
     by_module: dict[str, tuple[int, int]]  # zeros, weights
 
@@ -49,7 +49,7 @@ class Achieved:
 
 
 def parse_sparsity(text: str) -> Sparsity:
-    """ "0.5" or "2:4"."""
+    """Read a share such as "0.5", or a pattern such as "2:4"."""
     if pattern := re.fullmatch(r"(\d+):(\d+)", text):
         zeros, group = int(pattern[1]), int(pattern[2])
         if 0 < zeros < group:
@@ -60,8 +60,10 @@ def parse_sparsity(text: str) -> Sparsity:
 
 
 @torch.no_grad()
-def prune(model: PreTrainedModel, how: str, sparsity: Sparsity, calibration: Sequence[Sequence[int]] = ()) -> Achieved:
-    """Prune in place. calibration: texts as token ids, for Wanda."""
+def prune(
+    model: PreTrainedModel, how: str, sparsity: Sparsity, calibration: Sequence[Sequence[int]] = ()
+) -> ZeroCounts:
+    """Prune in place. calibration: texts as token ids, which Wanda needs."""
     if how not in PRUNINGS:
         raise AUSteerError(f"pruning {how!r} is unknown; use one of {', '.join(PRUNINGS)}")
     blocks = model.base_model.layers
@@ -83,19 +85,19 @@ def prune(model: PreTrainedModel, how: str, sparsity: Sparsity, calibration: Seq
             for text in texts:
                 text.hidden = text.run(block, index)
     counts = {name: linear for block in linears for name, linear in block.items()}
-    return Achieved({name: (int((one.weight == 0).sum()), one.weight.numel()) for name, one in counts.items()})
+    return ZeroCounts({name: (int((one.weight == 0).sum()), one.weight.numel()) for name, one in counts.items()})
 
 
 def same_length_batches(texts: Sequence[Sequence[int]], tokens: int = TOKENS_AT_ONCE) -> list[list[int]]:
-    """Indices of texts of equal length: together they need no padding, which would count in a sum or a norm."""
-    made: list[list[int]] = []
+    """Group the indices of texts of equal length. They need no padding, which would count in a sum or a norm."""
+    batches: list[list[int]] = []
     for index in sorted(range(len(texts)), key=lambda i: len(texts[i]), reverse=True):
         length = len(texts[index])
-        if made and len(texts[made[-1][0]]) == length and (len(made[-1]) + 1) * length <= tokens:
-            made[-1].append(index)
+        if batches and len(texts[batches[-1][0]]) == length and (len(batches[-1]) + 1) * length <= tokens:
+            batches[-1].append(index)
         else:
-            made.append([index])
-    return made
+            batches.append([index])
+    return batches
 
 
 def _linears(block: nn.Module, prefix: str) -> dict[str, nn.Linear]:
@@ -103,7 +105,7 @@ def _linears(block: nn.Module, prefix: str) -> dict[str, nn.Linear]:
 
 
 def _check(model: PreTrainedModel, linears: list[dict[str, nn.Linear]], sparsity: Sparsity) -> None:
-    """Everything that could go wrong, before the first weight is touched."""
+    """Refuse what could go wrong before the first weight is changed."""
     if any(not gate.idle for gate in gates(model)):
         raise AUSteerError("the model is steered; clear(model) before pruning it")
     everything = {name: linear for block in linears for name, linear in block.items()}
@@ -112,71 +114,73 @@ def _check(model: PreTrainedModel, linears: list[dict[str, nn.Linear]], sparsity
         raise AUSteerError("a quantised model cannot be pruned; load it in bfloat16 or float32")
     if any(linear.weight.is_meta for linear in everything.values()):
         raise AUSteerError("some weights are not in memory; load the model without offloading to prune it")
-    listed = {id(linear.weight) for linear in everything.values()}
-    fused = [name for name, w in model.base_model.layers.named_parameters() if w.dim() > 2 and id(w) not in listed]
+    in_linears = {id(linear.weight) for linear in everything.values()}
+    fused = [name for name, w in model.base_model.layers.named_parameters() if w.dim() > 2 and id(w) not in in_linears]
     if fused:  # most of such a model would stay dense, and the reported share would hide it
         raise AUSteerError(
-            f"{fused[0]} holds several experts in one tensor, not in Linear layers: cannot be pruned here"
+            f"{fused[0]} holds several experts in one tensor, and only Linear layers can be pruned: use a dense model"
         )
     if isinstance(sparsity, tuple):
         for name, linear in everything.items():
             if linear.in_features % sparsity[1]:
-                raise AUSteerError(f"{name} has {linear.in_features} inputs, which groups of {sparsity[1]} do not fill")
+                raise AUSteerError(
+                    f"{name} has {linear.in_features} inputs, not a multiple of {sparsity[1]}; use another pattern or a share"
+                )
 
 
 def _zero(linear: nn.Linear, score: Tensor, sparsity: Sparsity, by_row: bool) -> None:
-    """Zero the weights of the lowest scores; of equal ones the first go, so the count is exact."""
+    """Zero the weights of the lowest scores; among ties the first ones, so that the count is exact."""
     if isinstance(sparsity, tuple):
         groups, count = score.view(-1, sparsity[1]), sparsity[0]
     else:
         groups = score if by_row else score.view(1, -1)
         count = int(groups.shape[1] * sparsity)
     lowest = groups.sort(dim=1, stable=True).indices[:, :count]
-    kept = torch.ones_like(groups, dtype=torch.bool).scatter_(1, lowest, False)
-    linear.weight.masked_fill_(~kept.view_as(score), 0)
+    mask = torch.zeros_like(groups, dtype=torch.bool).scatter_(1, lowest, True)
+    linear.weight.masked_fill_(mask.view_as(score), 0)
 
 
 class _Inputs:
-    """One batch on its way through the blocks: its hidden states, and what each block gets beside them."""
+    """Hold one batch on its way through the blocks: its hidden states, and each block's other arguments."""
 
-    def __init__(self, hidden: Tensor, beside: list[dict]):
-        self.hidden, self.beside = hidden, beside
+    def __init__(self, hidden: Tensor, arguments: list[dict]):
+        self.hidden, self.arguments = hidden, arguments
 
     @classmethod
     def catch(cls, model: PreTrainedModel, batch: Sequence[Sequence[int]]) -> _Inputs:
-        """Run the dense model once, to see how its own forward calls each block (masks differ between them)."""
-        first: list[Tensor] = []
-        beside: list[dict] = []
+        """Run the dense model once, to see how its own forward calls each block (masks differ between blocks)."""
+        hidden: list[Tensor] = []
+        arguments: list[dict] = []
 
-        def note(block, args, kwargs):
-            first.append(args[0]) if not first else None
-            beside.append(kwargs)
+        def record(block, args, kwargs):
+            hidden.append(args[0]) if not hidden else None
+            arguments.append(kwargs)
 
-        hooks = [block.register_forward_pre_hook(note, with_kwargs=True) for block in model.base_model.layers]
+        hooks = [block.register_forward_pre_hook(record, with_kwargs=True) for block in model.base_model.layers]
         try:
             model.base_model(input_ids=torch.tensor(batch, device=input_device(model)), use_cache=False)
         finally:
             for hook in hooks:
                 hook.remove()
-        return cls(first[0], beside)
+        return cls(hidden[0], arguments)
 
     def run(self, block: nn.Module, index: int) -> Tensor:
-        out = block(self.hidden, **self.beside[index])
+        out = block(self.hidden, **self.arguments[index])
         return out[0] if isinstance(out, tuple) else out
 
 
 def _input_norms(
     block: nn.Module, linears: dict[str, nn.Linear], texts: list[_Inputs], index: int
 ) -> dict[str, Tensor]:
-    """||x|| of every input feature of every Linear of a block, over all tokens; no activation is kept."""
+    """Return ||x|| of every input feature of every Linear of a block, over all tokens; no activation is kept."""
     squares = {
-        name: torch.zeros(one.in_features, dtype=torch.float64, device=one.weight.device)
-        for name, one in linears.items()
+        name: torch.zeros(linear.in_features, dtype=torch.float64, device=float64_device(linear.weight.device))
+        for name, linear in linears.items()
     }
 
     def add(name):
         def hook(linear, args):
-            squares[name] += args[0].double().square().flatten(0, -2).sum(0)
+            squares[name] += args[0].to(squares[name].device).double().square().flatten(0, -2).sum(0)
 
         return hook
 
@@ -189,4 +193,4 @@ def _input_norms(
             hook.remove()
     if not all(torch.isfinite(total).all() for total in squares.values()):
         raise AUSteerError("activations are inf or nan on the calibration texts; load the model in bfloat16 or float32")
-    return {name: total.sqrt().float() for name, total in squares.items()}
+    return {name: total.sqrt().float().to(linears[name].weight.device) for name, total in squares.items()}

@@ -1,4 +1,4 @@
-"""Find every method by name. A new one is a file in this folder with a tuple METHODS; nothing else is edited."""
+"""Find every method by name. A new method is a file in this folder with a tuple METHODS; no table is edited."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ def _listed(name: str) -> list:
 
 METHODS: dict[str, Method] = {method.name: method for method in _listed("METHODS")}
 OWN_COMMAND: dict[str, type[Method]] = {method.name: method for method in _listed("OWN_COMMAND")}
-# the comparison of the first page
+# the methods that `python main.py` compares
 DEFAULT = ("random", "flipped", "published", "sign-aware", "causal")
 
 
 def with_options(name: str, options: dict[str, str]) -> Method:
-    """Build a method with other options than its own, given as text: {"readout": "answer"}."""
-    method, known = METHODS[name], options_of(name)
+    """Build a method with these options, given as text: {"readout": "answer"}."""
+    method, values = METHODS[name], options_of(name)
     for key, text in options.items():
-        if key not in known:
-            there = f"its options: {', '.join(known)}" if known else "it has none"
-            raise AUSteerError(f"{name} has no option {key!r}; {there}")
-        known[key] = _as_type(type(known[key]), text, f"{name}.{key}")
-    return type(method)(**known) if options else method
+        if key not in values:
+            choice = f"its options are {', '.join(values)}" if values else "it takes none"
+            raise AUSteerError(f"{name} has no option {key!r}; {choice}")
+        values[key] = _as_type(type(values[key]), text, f"{name}.{key}")
+    return type(method)(**values) if options else method
 
 
 def options_of(name: str) -> dict[str, object]:
-    """Return what a method can be built with, and what it is set to."""
+    """Return the options of a method with their values."""
     method = METHODS[name]
     return {key: getattr(method, key) for key in inspect.signature(type(method)).parameters if hasattr(method, key)}
 
@@ -46,11 +46,11 @@ def options_of(name: str) -> dict[str, object]:
 def _as_type(kind: type, text: str, what: str) -> object:
     if kind is bool:
         if text.lower() not in ("yes", "no", "true", "false"):
-            raise AUSteerError(f"{what} is yes or no, not {text!r}")
+            raise AUSteerError(f"{what} must be yes or no, not {text!r}")
         return text.lower() in ("yes", "true")
     if kind not in (int, float):
         return text
     try:
         return kind(text)
     except ValueError:
-        raise AUSteerError(f"{what} is a number, not {text!r}") from None
+        raise AUSteerError(f"{what} must be a number, not {text!r}") from None

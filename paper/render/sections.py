@@ -52,9 +52,7 @@ def _made_of(spec: Spec, manifest: Manifest) -> object:
 
 def _make(spec: Spec, manifest: Manifest) -> Section:
     made = Section(
-        spec,
-        blocks(spec, manifest) if spec.kind in TABLES else [],
-        draw(spec, manifest, manifest.folder / "figures"),
+        spec, blocks(spec, manifest) if spec.kind in TABLES else [], draw(spec, manifest, manifest.folder / "figures")
     )
     for block in made.blocks:
         ids = dict.fromkeys(id for row in block.rows for value in row.values for id in value.ids)

@@ -17,7 +17,7 @@ import rmodels
 from austeer.errors import AUSteerError
 from austeer.evidence import Evidence
 from austeer.methods.all_aus import AllAUs
-from austeer.methods.attribution import AttributionAUs, AttributionHeads, best, gradients
+from austeer.methods.attribution import AttributionAUs, AttributionHeads, Scores, gradients
 from austeer.methods.base import BUDGET
 from austeer.methods.learned_scaling import LearnedScaling, loss
 from austeer.methods.linear_act import ALL, LOWER, UPPER, LinearAcT, Transport, fit
@@ -96,7 +96,7 @@ def test_plans_steer_their_model_and_say_what_they_were_made_for(method, evidenc
 @pytest.mark.parametrize("method", FAST, ids=lambda method: method.name)
 def test_one_pair_is_enough_and_equal_answers_are_refused(method, llama, tokenizer):
     plan = method.plan(method.prepare(evidence_of(llama, tokenizer, PAIRS[:1])), settings_of(method))
-    assert all(math.isfinite(value) for unit in plan.units() for value in unit[3:])
+    assert all(math.isfinite(value) for unit in plan.aus() for value in unit[3:])
     with pytest.raises(AUSteerError, match=r"the same tokens|two different ones"):
         method.prepare(evidence_of(llama, tokenizer, [("Is it?", " yes", " yes")] * 2))
 
@@ -104,7 +104,7 @@ def test_one_pair_is_enough_and_equal_answers_are_refused(method, llama, tokeniz
 @pytest.mark.parametrize("method", FAST, ids=lambda method: method.name)
 def test_same_evidence_same_plan(method, llama, tokenizer):
     plans = [
-        method.plan(method.prepare(evidence_of(llama, tokenizer, PAIRS[:5])), settings_of(method)).units()
+        method.plan(method.prepare(evidence_of(llama, tokenizer, PAIRS[:5])), settings_of(method)).aus()
         for _ in range(2)
     ]
     assert plans[0] == plans[1]
@@ -129,7 +129,7 @@ def test_mean_difference(evidence):
     }
     wanted = sorted(differences, key=lambda unit: -abs(differences[unit]))[:5]
     plan = MeanDifference().plan(evidence.ranks("activation"), {"k": 5, "alpha": 2.0})
-    found = {unit[1:3]: unit[3:] for unit in plan.units()}
+    found = {unit[1:3]: unit[3:] for unit in plan.aus()}
     assert set(found) == set(wanted)
     for unit, (scale, shift) in found.items():
         assert scale == 0 and shift == pytest.approx(2 * differences[unit], rel=1e-4)
@@ -188,11 +188,11 @@ def test_transport_at_full_strength_turns_wrong_into_right():
 def test_transport_by_layers(evidence):
     prepared = LinearAcT().prepare(evidence)
     touched = {
-        layers: {unit[1] for unit in LinearAcT().plan(prepared, {"lambda": 0.5, "layers": layers}).units()}
+        layers: {unit[1] for unit in LinearAcT().plan(prepared, {"lambda": 0.5, "layers": layers}).aus()}
         for layers in (ALL, LOWER, UPPER)
     }
     assert touched == {ALL: {0, 1, 2}, LOWER: {0}, UPPER: {1, 2}}
-    with pytest.raises(AUSteerError, match="layers is 0"):
+    with pytest.raises(AUSteerError, match="layers must be 0"):
         LinearAcT().plan(prepared, {"lambda": 0.5, "layers": 3})
 
 
@@ -283,21 +283,27 @@ def test_the_best_heads_are_shifted_by_their_mean_difference(method, evidence):
     )[:2]
     assert order[1][0] > 0
     plan = method.plan(prepared, {"heads": 2, "alpha": 3.0})
-    assert {(unit[1], unit[2] // 16) for unit in plan.units()} == {(-layer, -head) for _, layer, head in order}
+    assert {(unit[1], unit[2] // 16) for unit in plan.aus()} == {(-layer, -head) for _, layer, head in order}
     assert len(plan) == 32 and not plan.scales
-    for _, layer, dim, scale, shift in plan.units():
+    for _, layer, dim, scale, shift in plan.aus():
         assert scale == 0 and shift == pytest.approx(3 * float(difference[layer, dim]), rel=1e-5)
 
 
-def test_best():
+def test_heads_and_aus_of_positive_score_are_shifted():
     score = torch.tensor([[0.5, -3.0, 2.0], [2.0, 0.0, 1.0]])
-    assert best(score, 1, 3).nonzero().tolist() == [[0, 2]]  # a tie: the lower layer
-    assert best(score, 3, 3).nonzero().tolist() == [[0, 2], [1, 0], [1, 2]]
-    assert best(score, 6, 3).sum() == 4  # never a shift the wrong way, nor one that does nothing
-    assert best(score, 2, 6)[0].tolist() == [False] * 4 + [True] * 2
-    for k in (0, 7, 1.0, True):
-        with pytest.raises(AUSteerError, match="there are 1 to 6"):
-            best(score, k, 3)
+    header, method = {"site": "attention"}, AttributionAUs()
+
+    def shifted(k, width=3):
+        prepared = Scores(score, torch.ones(2, width), header)
+        return method.plan(prepared, {"k": k, "alpha": 1.0}).shifts["attention"].bool()
+
+    assert shifted(1).nonzero().tolist() == [[0, 2]]  # a tie: the lower layer
+    assert shifted(3).nonzero().tolist() == [[0, 2], [1, 0], [1, 2]]
+    assert shifted(6).sum() == 4  # never a shift the wrong way, nor one that does nothing
+    assert shifted(2, width=6)[0].tolist() == [False] * 4 + [True] * 2
+    for k in (0, 7, 1.5, True):
+        with pytest.raises(AUSteerError, match="k must be a whole number from 1 to 6"):
+            shifted(k)
 
 
 def test_no_difference_no_shift(evidence, monkeypatch):
@@ -359,13 +365,13 @@ def test_the_largest_scalars_are_kept(evidence):
     method = LearnedScaling(epochs=2)
     prepared = method.prepare(evidence)
     plan = method.plan(prepared, {"k": 7, "alpha": 2.0})
-    kept = {unit[1:3] for unit in plan.units()}
+    kept = {unit[1:3] for unit in plan.aus()}
     smallest = min(abs(float(prepared.scale[unit])) for unit in kept)
     others = [
         abs(float(prepared.scale[layer, dim])) for layer in range(3) for dim in range(64) if (layer, dim) not in kept
     ]
     assert len(kept) == 7 and max(others) <= smallest and not plan.shifts
-    assert all(unit[3] == pytest.approx(2 * float(prepared.scale[unit[1:3]])) for unit in plan.units())
+    assert all(unit[3] == pytest.approx(2 * float(prepared.scale[unit[1:3]])) for unit in plan.aus())
 
 
 def test_nothing_is_left_on_the_model(evidence, llama):
@@ -423,7 +429,7 @@ def test_the_example_of_the_guide_is_a_method(tmp_path, monkeypatch, evidence, l
     plan = method.plan(prepared, settings)
     difference = torch.sub(*evidence.activations()).mean(0)
     assert torch.allclose(plan.shift("attention", 1), 2 * difference[1], atol=1e-6)
-    assert {unit[1] for unit in plan.units()} == {1}
+    assert {unit[1] for unit in plan.aus()} == {1}
     with steer(llama, plan):
         pass
 

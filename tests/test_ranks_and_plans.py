@@ -56,14 +56,14 @@ GOOD = '{"prompt": "p", "positive": "a", "negative": "b"}\n'
         (
             "a.jsonl",
             GOOD + '{"prompt": "p", "positive": "a"}',
-            r"line 2: no negative, or nothing in it \(fields there: prompt, positive\)",
+            r"line 2: negative is missing or empty \(fields there: prompt, positive\)",
         ),
         ("a.jsonl", '{"prompt": "p", "positive": "", "negative": "b"}', "line 1: positive is empty"),
         ("a.jsonl", GOOD + '{"prompt": "p", "positive": "b", "negative": "b"}', "line 2: both answers are 'b'"),
         ("a.jsonl", '{"prompt": 3, "positive": "a", "negative": "b"}', "line 1: prompt is int, not text"),
         ("a.jsonl", '["p", "a"]', "line 1: expected an object"),
-        ("a.csv", "prompt,positive\np,a\n", "line 2: no negative"),
-        ("a.csv", 'prompt,positive,negative\n"p,a,b\n', "not CSV|no positive"),
+        ("a.csv", "prompt,positive\np,a\n", "line 2: negative is missing"),
+        ("a.csv", 'prompt,positive,negative\n"p,a,b\n', "not CSV|positive is missing"),
     ],
 )
 def test_bad_pairs(tmp_path, name, text, message):
@@ -124,7 +124,7 @@ def test_the_authors_files(ranks, tmp_path):
     assert lists == list(ranks) and lists[2][1] == [1, 2]
     again = AURanks.load(tmp_path / "ffn")
     assert again.site == "ffn" and torch.equal(again.score, ranks.score) and torch.equal(again.order, ranks.order)
-    with pytest.raises(AUSteerError, match="do not say their site"):
+    with pytest.raises(AUSteerError, match="do not name their site"):
         AURanks.load_authors(tmp_path)
     assert AURanks.load(tmp_path / "ffn", "attention").site == "attention"
     (tmp_path / "ffn" / "all_indices.pt").unlink()
@@ -216,7 +216,7 @@ def test_plan_round_trip(ranks, tmp_path):
     plan = set_MFU(ranks, 7, -1.25, tokens="generated") + Plan({}, {"layer": torch.eye(3, 48)}, "generated")
     plan.save(tmp_path / "plan.safetensors")
     again = Plan.load(tmp_path / "plan.safetensors")
-    assert again.units() == plan.units() and again.tokens == "generated" and again.header == plan.header
+    assert again.aus() == plan.aus() and again.tokens == "generated" and again.header == plan.header
     assert torch.equal(again.scales["ffn"], plan.scales["ffn"]) and torch.equal(
         again.shifts["layer"], plan.shifts["layer"]
     )
@@ -225,7 +225,7 @@ def test_plan_round_trip(ranks, tmp_path):
 
 def test_plans_add_up_and_report_conflicts(ranks):
     one, two = set_MFU(ranks, 5, 1.0), set_MFU(ranks, 3, -0.5)
-    both = {unit[:3] for unit in one.units()} & {unit[:3] for unit in two.units()}
+    both = {unit[:3] for unit in one.aus()} & {unit[:3] for unit in two.aus()}
     assert {conflict[:3] for conflict in one.conflicts(two)} == both
     for *_, here, there in one.conflicts(two):
         assert there == (pytest.approx(-0.5 * here[0]), 0.0)
@@ -234,7 +234,7 @@ def test_plans_add_up_and_report_conflicts(ranks):
     assert torch.equal(total.scales["ffn"], one.scales["ffn"] + two.scales["ffn"])
     assert total.header["fingerprint"] == ranks.header["fingerprint"] and "alpha" not in total.header
     assert len(one + Plan({"layer": torch.ones(3, 48)})) == 5 + 144
-    with pytest.raises(AUSteerError, match="do not add up"):
+    with pytest.raises(AUSteerError, match="cannot be added"):
         one + set_MFU(ranks, 5, 1.0, tokens="last")
     with pytest.raises(AUSteerError, match="different models"):
         one + Plan({"ffn": torch.ones(2, 48)})
@@ -260,8 +260,10 @@ def test_a_plan_prints_as_a_table(ranks):
 
 def test_plan_refusals(ranks):
     plan = set_MFU(ranks, 4, 2.0)
-    for call, message in ((lambda: plan.scale("attention", 0), "does nothing at site 'attention'"),
-                          (lambda: plan.scale("ffn", 3), "no layer 3"),
-                          (lambda: Plan({"ffn": torch.tensor([[torch.nan]])}), "inf or nan")):  # fmt: skip
+    for call, message in (
+        (lambda: plan.scale("attention", 0), "does nothing at site 'attention'"),
+        (lambda: plan.scale("ffn", 3), "no layer 3"),
+        (lambda: Plan({"ffn": torch.tensor([[torch.nan]])}), "inf or nan"),
+    ):
         with pytest.raises(AUSteerError, match=message):
             call()

@@ -32,9 +32,17 @@ from experiments.executors import base
 from MFU_screening import screen
 
 SEARCHED = [
-    CausalBoth(), PublishedFDR(), CausalFDR(), CausalGreedy(), FixedStrength(), FixedVector(), Suppress(),
-    CausalLocation(), CausalSign(), CausalCounted(),
-]  # fmt: skip
+    CausalBoth(),
+    PublishedFDR(),
+    CausalFDR(),
+    CausalGreedy(),
+    FixedStrength(),
+    FixedVector(),
+    Suppress(),
+    CausalLocation(),
+    CausalSign(),
+    CausalCounted(),
+]
 # the tiny model finds every right answer unlikely: exchanged, some of them are likely
 MIXED = [(prompt, *answers[:: 1 if i % 3 else -1]) for i, (prompt, *answers) in enumerate(PAIRS)]
 OURS = [*SEARCHED, CausalPredicted(q=0.9)]  # untrained: hardly anything is significant
@@ -73,7 +81,7 @@ def upstream(checkpoints):
 
 
 def scales_of(plan, site="attention"):
-    return {unit[1:3]: unit[3] for unit in plan.units() if unit[0] == site}
+    return {unit[1:3]: unit[3] for unit in plan.aus() if unit[0] == site}
 
 
 def strongest(method):
@@ -128,7 +136,7 @@ def test_one_pair_and_equal_answers(method, llama, tokenizer):
     else:
         plan = method.plan(method.prepare(one), method.grid("small")[-1])
         assert (len(plan) == 0) == (method.name == "published-fdr")
-        assert all(math.isfinite(value) for unit in plan.units() for value in unit[3:])
+        assert all(math.isfinite(value) for unit in plan.aus() for value in unit[3:])
     with pytest.raises(AUSteerError, match=r"the same tokens|two different ones"):
         method.prepare(evidence_of(llama, tokenizer, [("Is it?", " yes", " yes")] * 2, site_of(method)))
 
@@ -410,8 +418,8 @@ def test_fixed_strength_and_fixed_vector(evidence):
     assert scales_of(fixed) == {unit: 1.5 * math.copysign(1, ranks.score[unit]) for unit in where}
     plan = FixedVector().plan(FixedVector().prepare(evidence), {"k": 5, "alpha": 1.5})
     difference = torch.sub(*evidence.activations()).mean(0)
-    assert {unit[1:3] for unit in plan.units()} == set(where) and not plan.scales
-    for _, layer, dim, _, shift in plan.units():
+    assert {unit[1:3] for unit in plan.aus()} == set(where) and not plan.scales
+    for _, layer, dim, _, shift in plan.aus():
         assert shift == pytest.approx(1.5 * float(difference[layer, dim]), rel=1e-4)
 
 

@@ -1,4 +1,4 @@
-"""Heads at the attention site, and the choice of the k best units, a unit being a head or an AU."""
+"""Choose the k best AUs or heads by score, and view activations at the attention site by head."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from austeer.errors import AUSteerError
 
 
 def by_head(activations: Tensor, config: PretrainedConfig) -> Tensor:
-    """(..., heads * head_dim) -> (..., heads, head_dim); the site is as wide as that, not as hidden_size."""
+    """View (..., heads * head_dim) as (..., heads, head_dim). That product is the site's width, not hidden_size."""
     return activations.unflatten(-1, (config.num_attention_heads, -1))
 
 
 def highest(scores: Tensor, k: float, what: str) -> Tensor:
-    """Which k of (layers, units) score highest, as bool; of equal ones the lower layer, then the lower unit."""
+    """Mark the k highest of (layers, n) scores, as bool; ties go to the lower layer, then the lower number."""
     if isinstance(k, bool) or k != int(k) or not 1 <= k <= scores.numel():
         raise AUSteerError(f"{what} must be a whole number from 1 to {scores.numel()} (all of this model), not {k}")
-    chosen = torch.zeros(scores.numel(), dtype=torch.bool)
-    chosen[torch.sort(scores.flatten(), descending=True, stable=True).indices[: int(k)]] = True
-    return chosen.view(scores.shape)
+    mask = torch.zeros(scores.numel(), dtype=torch.bool)
+    mask[torch.sort(scores.flatten(), descending=True, stable=True).indices[: int(k)]] = True
+    return mask.view(scores.shape)
