@@ -118,9 +118,14 @@ def find_sae(evidence: Evidence, name: str | None = None) -> SAE:
     return sae.to(model.device)
 
 
-def _beside_weights(model: PreTrainedModel) -> SAE:
+def files_beside(model: PreTrainedModel) -> dict[str, Path]:
+    """Return the SAE that the model's checkpoint folder holds, if it holds one."""
     file = Path(model.config.name_or_path) / BESIDE_WEIGHTS
-    if file.exists():
+    return {"sae": file} if file.exists() else {}
+
+
+def _beside_weights(model: PreTrainedModel) -> SAE:
+    for file in files_beside(model).values():
         return SAE.load(file)
     raise AUSteerError(
         "this method needs a sparse autoencoder of the model: give --option sta.sae=FILE, a file or RELEASE/ID of sae-lens, such as "

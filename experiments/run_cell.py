@@ -83,6 +83,7 @@ def cell_key(cell: Cell, bench: Bench) -> dict:
         "grid": points,
         "search": cell.search.kind if cell.steered and len(points) > 1 else None,
         "options": _options_by_content(cell.method) if cell.steered else None,
+        "files": _hashed(method_of(cell.method).files(model)) if cell.steered else {},
         "wording": task.wording,
         "protocol": cell.task.protocol,
         "measured": task.measured,
@@ -116,9 +117,12 @@ REGISTRIES = frozenset({
 def _options_by_content(method: MethodSpec) -> dict[str, str]:
     """Name a file by its content: another SAE under the same path is another question."""
     return {
-        key: hashlib.sha256(Path(value).read_bytes()).hexdigest() if Path(value).is_file() else value
-        for key, value in method.options
+        key: _hashed({key: Path(value)})[key] if Path(value).is_file() else value for key, value in method.options
     }
+
+
+def _hashed(files: dict[str, Path]) -> dict[str, str]:
+    return {name: hashlib.sha256(file.read_bytes()).hexdigest() for name, file in files.items()}
 
 
 def grid(cell: Cell) -> list[GridPoint]:

@@ -17,8 +17,9 @@ from dataclasses import dataclass
 
 from scipy.stats import binom
 
-Settings = dict[str, float]
-Ask = Callable[[Sequence[Settings], int, int], Sequence[Sequence[float]]]
+from austeer.methods.base import GridPoint
+
+Ask = Callable[[Sequence[GridPoint], int, int], Sequence[Sequence[float]]]
 
 SAMPLE = 100
 RACE_COST = 4  # a race may cost one part in so many of the full grid
@@ -27,15 +28,15 @@ CONFIDENCE = 0.95  # of the tests by which a setting leaves a race, or ends it
 
 @dataclass(frozen=True)
 class Found:
-    chosen: Settings | None  # None where nothing beats doing nothing
+    chosen: GridPoint | None  # None where nothing beats doing nothing
     scores: dict[str, float]  # by `key_of`: mean outcome of the items each was asked on
     outcomes: dict[str, list[float]]  # the first so many of the shuffled items
     asked: int  # item-runs spent
     n: int  # items there were
 
 
-def key_of(settings: Settings) -> str:
-    return ",".join(f"{value:g}" for value in settings.values())
+def key_of(point: GridPoint) -> str:
+    return ",".join(f"{value:g}" for value in point.values())
 
 
 def shuffled(n: int) -> list[int]:
@@ -45,16 +46,16 @@ def shuffled(n: int) -> list[int]:
     return order
 
 
-def full_grid(ask: Ask, vanilla: Sequence[float], grid: Sequence[Settings]) -> Found:
+def full_grid(ask: Ask, vanilla: Sequence[float], grid: Sequence[GridPoint]) -> Found:
     outcomes = list(map(list, ask(grid, 0, len(vanilla))))
     return _found(range(len(grid)), outcomes, vanilla, grid)
 
 
-def sample(ask: Ask, vanilla: Sequence[float], grid: Sequence[Settings]) -> Found:
+def sample(ask: Ask, vanilla: Sequence[float], grid: Sequence[GridPoint]) -> Found:
     return full_grid(ask, vanilla[:SAMPLE], grid)
 
 
-def racing(ask: Ask, vanilla: Sequence[float], grid: Sequence[Settings]) -> Found:
+def racing(ask: Ask, vanilla: Sequence[float], grid: Sequence[GridPoint]) -> Found:
     """Successive halving with early leave.
 
     What is left of the budget is shared out evenly over the rounds to come. A round asks every setting in the race
@@ -97,12 +98,12 @@ def worse(values: Sequence[float], best: Sequence[float]) -> bool:
 
 
 def _found(
-    racers: Sequence[int], outcomes: Sequence[list[float]], vanilla: Sequence[float], grid: Sequence[Settings]
+    racers: Sequence[int], outcomes: Sequence[list[float]], vanilla: Sequence[float], grid: Sequence[GridPoint]
 ) -> Found:
     """Of these settings, all asked on the same items, the best; None if doing nothing is as good on them."""
     best = max(racers, key=lambda i: (sum(outcomes[i]), -i), default=None)
     beats = best is not None and sum(outcomes[best]) > sum(vanilla[: len(outcomes[best])])
-    by_key = {key_of(settings): values for settings, values in zip(grid, outcomes, strict=True) if values}
+    by_key = {key_of(point): values for point, values in zip(grid, outcomes, strict=True) if values}
     scores = {key: sum(values) / len(values) for key, values in by_key.items()}
     return Found(grid[best] if beats else None, scores, by_key, sum(map(len, outcomes)), len(vanilla))
 

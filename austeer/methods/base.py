@@ -7,7 +7,10 @@ plans. All methods get the same pairs and the same number of grid points to try 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from pathlib import Path
 from typing import Any, ClassVar
+
+from transformers import PreTrainedModel
 
 from austeer.evidence import Evidence
 from austeer.plan import Plan
@@ -39,6 +42,10 @@ class Method(ABC):
     @abstractmethod
     def plan(self, prepared: Any, point: GridPoint, draw: int = 0) -> Plan:
         """Make the plan of one grid point."""
+
+    def files(self, model: PreTrainedModel) -> dict[str, Path]:
+        """Return the files beside the weights that decide its plans, by what they hold."""
+        return {}
 
     @property
     def momentum(self) -> str:

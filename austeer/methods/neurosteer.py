@@ -24,7 +24,7 @@ from austeer.errors import AUSteerError
 from austeer.evidence import Evidence
 from austeer.methods.base import GridPoint, Method
 from austeer.plan import Plan
-from austeer.sae import SITE, find_sae, token_activations
+from austeer.sae import SITE, files_beside, find_sae, token_activations
 from rmodels import site_shape
 
 # Texts of a pair share their prompt, so their means hardly differ and dmu is small: hence alphas in the hundreds
@@ -104,6 +104,9 @@ class NeuroSteer(Method):
         if self.preset:
             return [{"neurons": PRESETS[self.preset].k, "alpha": PRESETS[self.preset].alpha}]
         return [{"neurons": k, "alpha": alpha} for alpha, k in product(ALPHAS[kind], KS[kind])]
+
+    def files(self, model):
+        return {} if self.sae else files_beside(model)
 
     def prepare(self, evidence: Evidence) -> Neurons:
         sae = find_sae(evidence, self.sae)

@@ -23,7 +23,7 @@ from austeer.errors import AUSteerError
 from austeer.evidence import Evidence
 from austeer.methods.base import GridPoint, Method
 from austeer.plan import Plan
-from austeer.sae import SITE, find_sae, token_activations
+from austeer.sae import SITE, files_beside, find_sae, token_activations
 from rmodels import site_shape
 
 KEEPS = {"small": (0.05, 0.2, 0.35), "full": (0.05, 0.1, 0.2, 0.35, 0.5)}  # the paper: 0.35
@@ -54,6 +54,9 @@ class STA(Method):
 
     def grid(self, kind: str) -> list[GridPoint]:
         return [{"keep": keep, "alpha": alpha} for alpha, keep in product(ALPHAS[kind], KEEPS[kind])]
+
+    def files(self, model):
+        return {} if self.sae else files_beside(model)
 
     def prepare(self, evidence: Evidence) -> Atoms:
         sae = find_sae(evidence, self.sae)
