@@ -36,7 +36,7 @@ class StandIn:
         self.tokenizer, self.max_lora_rank = rmodels.load_tokenizer(checkpoint), max_lora_rank
         self.started.append(max_lora_rank)
 
-    def LiveAnswerer(self, prompts).answer(question, adapters):
+    def answers(self, prompts, question, adapters):
         self.asked.append((len(prompts), len(set(adapters))))
         found = {}
         for adapter in dict.fromkeys(adapters):
