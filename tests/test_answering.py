@@ -15,7 +15,8 @@ import rmodels
 from austeer.errors import AUSteerError
 from austeer.plan import Plan
 from austeer.steering import steer
-from eval.answering import answers as answering
+from eval.answering import answerer as answering
+from eval.answering import live
 from eval.answering.answer_file import Answer, AnswerFile
 from eval.answering.answerer import Generation, chat_prompts, option_tokens
 from eval.answering.live import LiveAnswerer
@@ -113,8 +114,8 @@ def test_a_beginning_is_run_once(llama, tokenizer, monkeypatch):
 def test_nothing_is_shared_beyond_a_sliding_window(checkpoints, tokenizer):
     model = rmodels.load(checkpoints["mistral"], dtype="float32", device="cpu")
     ids = [[1, 2, 3, 4], [1, 2, 3, 5, 6]]
-    assert answering._shared(ids, Generation(7), model) == 2  # 5 + 7 columns fit the window of 12
-    assert answering._shared(ids, Generation(8), model) == 0
+    assert live._shared(ids, Generation(7), model) == 2  # 5 + 7 columns fit the window of 12
+    assert live._shared(ids, Generation(8), model) == 0
 
 
 def test_ends(llama, tokenizer):
@@ -176,7 +177,7 @@ def test_inf_is_refused(checkpoints, tokenizer):
 
 
 def test_out_of_memory_halves_the_batches(llama, tokenizer, monkeypatch):
-    real, sizes = answering._batch, []
+    real, sizes = live._batch, []
 
     def scarce(model, tokenizer, rows, *rest):
         sizes.append(len(rows))
@@ -186,7 +187,7 @@ def test_out_of_memory_halves_the_batches(llama, tokenizer, monkeypatch):
 
     asked = prompts(11)
     wanted = LiveAnswerer(llama, tokenizer).answer(asked, Generation(3))
-    monkeypatch.setattr(answering, "_batch", scarce)
+    monkeypatch.setattr(live, "_batch", scarce)
     assert texts_of(LiveAnswerer(llama, tokenizer).answer(asked, Generation(3))) == texts_of(wanted)
     assert max(sizes[1:]) < sizes[0] and sum(size for size in sizes if size <= 3) == 11
 
@@ -226,8 +227,9 @@ import torch; torch.set_num_threads(1)
 import rmodels
 from conftest import byte_tokenizer
 from test_answering import prompts
-from eval.answer_file import AnswerFile
-from eval.answering import Question, answers
+from eval.answering.answer_file import AnswerFile
+from eval.answering.answerer import Generation
+from eval.answering.live import LiveAnswerer
 class Dying(AnswerFile):
     def append(self, fresh):
         super().append(fresh)

@@ -12,15 +12,21 @@ import torch
 from conftest import SHARED, needs_shared
 
 from austeer.errors import AUSteerError
+from austeer.files import write_json_lines
 from austeer.ranks import AURanks
 from eval.data import command as data_command
-from eval.data import fetching, import_authors, rows
+from eval.data import fetching, import_authors
 from eval.data import read as data
 from eval.data.authors_wording import read_wording
-from eval.data.read import read_rows
+from eval.tasks.options import StoryCloze
+from eval.tasks.registry import PAPER_TASKS
 
 CATALOGUE = data.read_catalogue()
 STORY = 'St. Ann bakes.\tShe "burns" it.\tShe cries.\tBen comes.\tThey eat.\tThey fly.'
+
+
+def read_rows(task, *place, **more):
+    return data.read_rows(PAPER_TASKS[task], *place, **more)
 
 
 def lines(*objects):
@@ -35,7 +41,7 @@ def toxic(text, challenging, score, continuation=" more"):
 BOOLQ = {"question": " is it ", "passage": "It\u2028 is.", "answer": True}
 COPA = {"premise": "It rained, hard.", "question": "effect", "choice1": " wet", "choice2": "dry", "label": 0}
 WINO = {"sentence": "A _ b.", "option1": "x", "option2": "y", "answer": "2", "qID": ""}
-STORY_ROW = {**dict(zip(rows.STORY_COLUMNS[1:-1], ("Ann bakes.", *STORY.split("\t")[1:]), strict=True)), "label": 2}
+STORY_ROW = {**dict(zip(StoryCloze.keys, ("Ann bakes.", *STORY.split("\t")[1:]), strict=True)), "label": 2}
 SVAMP = {"body": "Two pens", "question": "How many?", "answer": 145.0}
 MATH = {"question": "2 and 4?", "answer": "2 + 4 = 6 #### 6"}
 TOXIC = {
@@ -105,7 +111,7 @@ def test_every_layout_gives_the_same_rows(tmp_path, task, split, name, text, row
     put(tmp_path, name, text)
     found = read_rows(task, split, tmp_path)
     assert found == [row] and [type(v) for v in found[0].values()] == [type(v) for v in row.values()]
-    rows.write_rows(tmp_path / "again" / task / f"{split}.jsonl", found)
+    write_json_lines(tmp_path / "again" / task / f"{split}.jsonl", found)
     assert read_rows(task, split, tmp_path / "again") == found
 
 
@@ -125,7 +131,7 @@ def test_parquet_as_the_authors_have_it(tmp_path):
 
 
 def test_layouts_cover_every_task():
-    assert set(CATALOGUE) == set(rows.KEYS) == {layout[0] for layout in LAYOUTS}
+    assert set(CATALOGUE) == set(PAPER_TASKS) == {layout[0] for layout in LAYOUTS}
     for name, entry in CATALOGUE.items():
         for split in data.SPLITS:
             source = entry["splits"][split]
@@ -187,8 +193,6 @@ def test_wrong_files_name_their_place(tmp_path, task, name, text, message):
 def test_where_it_is_looked_for(tmp_path, monkeypatch):
     with pytest.raises(AUSteerError, match="no such folder of data sets"):
         read_rows("boolq", "train", tmp_path / "nowhere")
-    with pytest.raises(AUSteerError, match="no train split of 'x': tasks are boolq, copa"):
-        read_rows("x", "train")
     own = data.DATASETS
     with pytest.raises(AUSteerError) as caught:
         read_rows("boolq", "train", tmp_path)
@@ -258,30 +262,25 @@ def test_shared_data_count_as_its_own_check_counts(capsys):
 
 @pytest.fixture
 def server():
-    """A real server of bytes by path that understands Range; `cut` breaks connections off after so many bytes."""
+    """A real server of bytes by path; `cut` breaks connections off after so many bytes."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
-            asked = self.headers.get("Range")
-            self.server.seen.append((self.path, asked))
+            self.server.seen.append(self.path)
             content = self.server.files.get(self.path)
-            start = int(asked.removeprefix("bytes=").rstrip("-")) if asked and self.server.ranges else 0
-            if content is None or start >= len(content) > 0:
-                self.send_error(404 if content is None else 416)
+            if content is None:
+                self.send_error(404)
                 return
-            self.send_response(206 if asked and self.server.ranges else 200)
-            if asked and self.server.ranges:
-                self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
-            self.send_header("Content-Length", str(len(content) - start))
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content)))
             self.end_headers()
-            cut = self.server.cut.pop(0) if self.server.cut else None
-            self.wfile.write(content[start:][:cut])
+            self.wfile.write(content[: self.server.cut.pop(0) if self.server.cut else None])
 
         def log_message(self, *args):
             pass
 
     served = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    served.files, served.seen, served.cut, served.ranges = {}, [], [], True
+    served.files, served.seen, served.cut = {}, [], []
     served.url = f"http://127.0.0.1:{served.server_port}"
     thread = threading.Thread(target=served.serve_forever, args=(0.02,), daemon=True)
     thread.start()
@@ -294,39 +293,21 @@ BYTES = bytes(range(256)) * 2000
 DIGEST = hashlib.sha256(BYTES).hexdigest()
 
 
-def test_a_broken_off_download_goes_on_by_range(server, tmp_path):
+def test_a_download_that_breaks_off_leaves_nothing(server, tmp_path):
     server.files["/a"] = BYTES
-    server.cut = [100_000, 7]
-    fetching.download(f"{server.url}/a", tmp_path / "a", DIGEST)
-    assert (tmp_path / "a").read_bytes() == BYTES and not (tmp_path / "a.part").exists()
-    assert [asked for _, asked in server.seen] == [None, "bytes=100000-", "bytes=100007-"]
-
-    server.cut = [1000, 1000, 1000]
-    with pytest.raises(AUSteerError, match=r"broke off 3 times, at byte 3000; run the same command to go on"):
-        fetching.download(f"{server.url}/a", tmp_path / "b", DIGEST)
-    assert not (tmp_path / "b").exists()
-    server.seen.clear()
-    fetching.download(f"{server.url}/a", tmp_path / "b", DIGEST)
-    assert server.seen == [("/a", "bytes=3000-")] and (tmp_path / "b").read_bytes() == BYTES
-
-
-def test_downloads_that_cannot_go_on_start_again(server, tmp_path):
-    server.files["/a"] = BYTES
-    server.ranges = False  # answers 200 with everything
-    put(tmp_path, "a.part", BYTES[:500])
+    server.cut = [100_000]
+    with pytest.raises(AUSteerError, match=r"cannot fetch .*/a into .*IncompleteRead.*; run the same command"):
+        fetching.download(f"{server.url}/a", tmp_path / "a", DIGEST)
+    assert not list(tmp_path.iterdir())
     fetching.download(f"{server.url}/a", tmp_path / "a", DIGEST)
     assert (tmp_path / "a").read_bytes() == BYTES
-    server.ranges = True
-    put(tmp_path, "b.part", BYTES + b"more")  # of another file: 416
-    fetching.download(f"{server.url}/a", tmp_path / "b", DIGEST)
-    assert (tmp_path / "b").read_bytes() == BYTES
 
 
 def test_wrong_hashes_and_missing_files_are_not_kept(server, tmp_path):
     server.files["/a"] = BYTES
     with pytest.raises(AUSteerError, match=f"has SHA-256 {DIGEST[:12]}..., not 000"):
         fetching.download(f"{server.url}/a", tmp_path / "a", "0" * 64)
-    with pytest.raises(AUSteerError, match="HTTP 404"):
+    with pytest.raises(AUSteerError, match="HTTP Error 404"):
         fetching.download(f"{server.url}/none", tmp_path / "n", DIGEST)
     server.shutdown()
     server.server_close()
@@ -354,7 +335,6 @@ def mirror(server, tmp_path):
 
 
 def test_fetch_end_to_end_and_again(server, mirror, tmp_path, capsys):
-    server.cut = [10]
     assert data_command.main(["--fetch", *mirror]) == 1
     shown = capsys.readouterr().out
     assert "train: 5 rows, train.jsonl, from " in shown and "test: 2 rows, test.jsonl, from http" in shown
@@ -384,7 +364,7 @@ def test_fetch_keeps_ones_own_files(server, mirror, tmp_path, capsys):
     mine = put(tmp_path / "data", "GSM8K/train.jsonl", lines({**MATH, "question": "mine"}))
     assert data_command.main(["--fetch", "gsm8k", *mirror]) == 0
     assert "your own file" in capsys.readouterr().out and "mine" in mine.read_text()
-    assert [path for path, _ in server.seen] == ["/test.jsonl"]
+    assert server.seen == ["/test.jsonl"]
 
 
 def test_the_hub_is_read_where_there_are_no_files(mirror):
@@ -577,15 +557,11 @@ def test_wording_is_read_and_nothing_is_run(tmp_path):
         ("def load_copa", "def load_copa2", "has no function load_copa: it is not the authors' file, or a later one"),
         ("{premise} The", "{premise!r} The", r"line \d+, in load_copa: the prompt is not a text"),
         ("line[2].strip()", "line[9].strip()", "in load_copa: the prompt is not a text of constants and fields"),
-        ("elif answer == 'False'", "elif answer == 'Never'", "in load_boolq: the answers do not depend on"),
-        ("cor_answer, wro_answer = 'one', 'two'", "cor_answer, wro_answer = 'one', 'three'", "in load_copa: the wrong answer is not"),
+        ("elif answer == 'False'", "elif answer == 'Never'", "in load_boolq: the answers are not two texts that change places"),
+        ("cor_answer, wro_answer = 'one', 'two'", "cor_answer, wro_answer = 'one', 'three'", "in load_copa: the answers are not two texts"),
         ("samples.append([prompt, corr, wrong])", "samples.extend([prompt])", "in load_bpo: nothing of the form"),
-        ("samples.append([prompt, corr, wrong])", "samples.append([prompt, corr, wrong[0]])", "in load_bpo: the answers are not"),
-        ("            prompt = i['prompt']\n", "            prompt = i['prompt']\n            if corr > 3:\n                prompt = 'x'\n",
-         "in load_bpo: prompt is a known text only under a condition"),
-        ("            prompt = i['prompt']\n", "            try:\n                prompt = 1\n            finally:\n                pass\n",
-         "in load_bpo: Try where the authors have none"),
-        ("wrong = '   '", "corr = 'x'", "in load_mawps: corr is a known text only"),
+        ("samples.append([prompt, corr, wrong])", "samples.append([prompt, corr, wrong[0]])", "in load_bpo: the wrong answer is not a text"),
+        ("wrong = '   '", "corr = 'x'", "in load_mawps: the stand-in for a wrong answer is not a text"),
         ('"Steps {!"', '"Steps {it}"', "in load_gsm8k: a text that looks like a placeholder"),
         ("def load_bpo", "def load_bpo(", r"is not the Python file expected \(SyntaxError\)"),
         ("            prompt = i['prompt']\n", "            prompt = 'ab'\n" + "            prompt = prompt + prompt\n" * 15,

@@ -296,8 +296,8 @@ def first(data):
         (lambda d: first(d).update(quality="good"), "'good' is no rating"),
         (lambda d: d.update(rater=" "), "names no rater"),
         (lambda d: d.pop("rater"), "names no rater"),
-        (lambda d: d.update(ratings=[1]), "is not what the rating page exports"),
-        (lambda d: d.update(ratings={"a": 1}), "is not what the rating page exports"),
+        (lambda d: d.update(ratings=[1]), "is not a file that the rating page exported"),
+        (lambda d: d.update(ratings={"a": 1}), "is not a file that the rating page exported"),
     ],
 )
 def test_bad_ratings(tmp_path, change, message):

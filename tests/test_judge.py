@@ -208,7 +208,7 @@ def test_every_fault_is_survived_and_paid_once(tmp_path, serve, fault):
 def test_every_attempt_is_ours(tmp_path, serve):
     """The library would repeat by itself, unseen and unspaced."""
     server = serve([500, "drop", 429])
-    with pytest.raises(AUSteerError, match=r"3 of 20 verdicts failed \(last: .*\); run again to ask only for these"):
+    with pytest.raises(AUSteerError, match=r"3 of 20 verdicts failed \(last: .*\); run again to repeat only these"):
         judge(PROMPTS, OURS, THEIRS, "j", tmp_path / "c.jsonl", limits=Limits(1, 1000, attempts=1))
     assert set(server.seen.values()) == {1} and sum(server.paid.values()) == 17
 
@@ -284,7 +284,7 @@ def test_killed_and_resumed_nothing_is_paid_twice(tmp_path, serve):
     """SIGKILL with answers in the file, one line of it torn, and calls under way that the server then drops."""
     server = serve(["ok"] * 7 + ["hold"] * 4)
     program = (
-        "from eval.judge import judge; from eval.paid_calls import Limits; import sys\n"
+        "from eval.scoring.judge import judge; from eval.scoring.paid_calls import Limits; import sys\n"
         f"judge({PROMPTS}, {OURS}, {THEIRS}, 'a-judge', sys.argv[1], limits=Limits(4, 1000, 6, 0.01))"
     )
     cache = tmp_path / "c.jsonl"
@@ -328,13 +328,13 @@ def test_the_command(tmp_path, serve, capsys):
 
     judging.main(command)
     said = capsys.readouterr().out
-    assert "| 90.0 | 10.0 | 0.0 | +90.0 [" in said and "asked now: 20 calls, 2,000 tokens in, 140 tokens out" in said
+    assert "| 90.0 | 10.0 | 0.0 | +90.0 [" in said and "this run: 20 calls, 2,000 tokens in, 140 tokens out" in said
     (file,) = tmp_path.glob("judge-mine-base-*.json")
     result = json.loads(file.read_text())
     assert result["outcomes"] == [1, 0, *[1] * 8] and result["judge"] == "big/judge" and result["ours"] == "mine.jsonl"
     assert not any(text in file.read_text() for text in (KEY, OURS[0], str(tmp_path)))
     judging.main(command)
-    assert "to ask: about 0 calls" in capsys.readouterr().out and len(server.bodies) == 20
+    assert "to do: about 0 calls" in capsys.readouterr().out and len(server.bodies) == 20
     judging.main([*command, "--one-order"])
     assert len(list(tmp_path.glob("judge-mine-base-*.json"))) == 2 and len(server.bodies) == 20
 
@@ -344,7 +344,7 @@ def test_wrong_files(tmp_path):
     other = answers(tmp_path / "b.jsonl", OURS, [f"other {i}" for i in range(10)])
     (tmp_path / "bad.jsonl").write_text("{}\n")
     (tmp_path / "empty.jsonl").write_text("")
-    for theirs, message in [(other, "the same prompts"), (tmp_path / "none.jsonl", "cannot read"),
+    for theirs, message in [(other, "the same prompts"), (tmp_path / "none.jsonl", "no such file"),
                             (tmp_path / "bad.jsonl", "must have lines"), (tmp_path / "empty.jsonl", "the same prompts")]:  # fmt: skip
         with pytest.raises(AUSteerError, match=message):
             judging.main(["--ours", good, "--theirs", str(theirs), "--cache", str(tmp_path / "c.jsonl")])
@@ -352,7 +352,7 @@ def test_wrong_files(tmp_path):
 
 def test_the_command_line_shows_no_traceback(tmp_path):
     env = {name: value for name, value in os.environ.items() if not name.startswith("OPENAI")}
-    command = [sys.executable, "-m", "eval.judge", "--ours", answers(tmp_path / "a.jsonl", OURS), "--theirs",
+    command = [sys.executable, "-m", "eval.scoring.judge", "--ours", answers(tmp_path / "a.jsonl", OURS), "--theirs",
                answers(tmp_path / "b.jsonl", THEIRS), "--cache", str(tmp_path / "c.jsonl")]  # fmt: skip
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr.startswith("error: set OPENAI_API_KEY")
+    assert done.returncode == 1 and done.stderr.startswith("error: the judge needs a key: set OPENAI_API_KEY")

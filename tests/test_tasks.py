@@ -1,7 +1,9 @@
 """The paper's tasks: splits, pairs, answers, scores, on small data of our own in the official formats."""
 
 import json
+import re
 import sys
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -15,12 +17,15 @@ import rmodels
 from austeer.errors import AUSteerError
 from austeer.methods import austeer
 from austeer.pairs import Pair
+from eval import tasks
 from eval.answering.answer_file import Answer, AnswerFile
+from eval.answering.live import LiveAnswerer
+from eval.data import command as data_command
 from eval.data import similar
-from eval.data.rows import KEYS
-from eval.data.similar import TFIDF, Similarity
+from eval.data.similar import TFIDF, Similarity, general_pairs
 from eval.data.wording import fill, read_wording
 from eval.scoring.numbers import robust_number
+from eval.tasks import registry
 from eval.tasks.open_text import distinct, perplexity
 from eval.tasks.registry import PAPER_TASKS, paper_task
 from eval.tasks.splits import split
@@ -34,7 +39,7 @@ def data(tmp_path_factory):
 
 
 def task_of(name, data, **settings):
-    return paper_task(name, "embedded", **{"data_dir": data, "encoder": TFIDF, **settings})
+    return paper_task(name, toxicity="embedded", **{"data_dir": data, "encoder": TFIDF, **settings})
 
 
 @pytest.mark.parametrize("name", PAPER_TASKS)
@@ -73,7 +78,7 @@ def test_pairs_are_right_and_wrong(name, data):
 def test_the_right_option_is_the_gold_one(data):
     boolq, copa, wino, story = (task_of(name, data) for name in ("boolq", "copa", "winogrande", "storycloze"))
     for row in boolq.split.ranking:
-        assert boolq._pairs([row])[0].positive == (" yes" if row["answer"] else " no")
+        assert boolq._pairs([row], Counter())[0][0].positive == (" yes" if row["answer"] else " no")
     for row in copa.split.test:
         assert copa._item(row).gold == " AB"[:1] + "AB"[row["label"]]
     for row in wino.split.test:
@@ -180,10 +185,12 @@ def test_batched_equals_one_by_one(name, data, checkpoints, tmp_path):
         task = task_of(name, data, batch_size=size)
         task.new_tokens = {"": min(12, task.tokens_for("llama"))}
         file = AnswerFile(tmp_path / f"{size}.jsonl") if name == "bpo" else None
-        said = task.answers(model, tokenizer, task.test, file)
-        columns = task.columns(task.test, said)
-        assert next(iter(columns)) and all(len(values) == len(task.test) for values in columns.values())
-        extras = task.extras(model, tokenizer, task.test, said)
+        answerer = LiveAnswerer(model, tokenizer)
+        said = task.answers(answerer, task.test, file)
+        scores = task.columns(task.test, said)
+        columns = scores.columns
+        assert next(iter(columns)) == scores.main and all(len(values) == len(task.test) for values in columns.values())
+        extras = task.extras(answerer, task.test, said)
         assert all(value == value for value in extras.values())
         found.append(
             ([answer.text for answer in said], [values for values in columns.values() if isinstance(values[0], bool)])
@@ -195,12 +202,13 @@ def test_option_scores(data):
     task = task_of("boolq", data)
     items = [item._replace(gold=gold) for item, gold in zip(task.test, (" yes", " yes", " no", " no"), strict=False)]
     said = [Answer("Yes", (-1, -2)), Answer("\n", (-3, -2)), Answer(" NO ", (-1, -2)), Answer("yes", (-2, -1))]
-    assert task.columns(items, said) == {
+    assert task.columns(items, said).outcomes == [True, False, True, False]
+    assert task.columns(items, said).columns == {
         "exact match": [True, False, True, False],
         "likelier option": [False, True, True, False],
         "an option at all": [True, False, True, True],
     }
-    assert task.extras(None, None, items, said) == {"majority, %": 50.0}
+    assert task.extras(None, items, said) == {"majority, %": 50.0}
 
 
 def test_number_scores(data):
@@ -209,10 +217,11 @@ def test_number_scores(data):
     for protocol in ("clean", "paper"):
         task = task_of("svamp", data, protocol=protocol)
         items = [item._replace(gold=gold) for item, gold in zip(task.test, golds, strict=False)]
-        columns = task.columns(items, [Answer(text) for text in texts])
+        scores = task.columns(items, [Answer(text) for text in texts])
+        columns = scores.columns
         assert columns["right number"] == [True] * 4
         assert columns["right number, authors' rule"] == [False] * 4
-        assert next(iter(columns)) == "right number" + ", authors' rule" * (protocol == "paper")
+        assert next(iter(columns)) == scores.main == "right number" + ", authors' rule" * (protocol == "paper")
 
 
 def test_toxicity_columns_carry_the_scorer(data):
@@ -225,7 +234,7 @@ def test_toxicity_columns_carry_the_scorer(data):
     from eval.tasks.open_text import Toxicity
 
     task = Toxicity(Fixed(), data_dir=data)
-    columns = task.columns(task.test[:5], [Answer("x")] * 5)
+    columns = task.columns(task.test[:5], [Answer("x")] * 5).columns
     assert columns["not toxic (fixed)"] == [True, False, True, False, True]  # detox 60.0
     assert sum(columns["toxicity (fixed)"]) / 5 == pytest.approx(0.504)
     assert task.measured == {"scorer": "fixed"}
@@ -278,7 +287,7 @@ def test_wording(tmp_path, data):
 
 def test_own_wording_has_every_task():
     whole = json.loads((records.ROOT / "datasets" / "wording.json").read_text())
-    assert set(whole) == {"source", *PAPER_TASKS, *KEYS}
+    assert set(whole) == {"source", *PAPER_TASKS}
     assert all(len(whole[name]["instruction"]) > 30 for name in PAPER_TASKS)
 
 
@@ -451,31 +460,31 @@ def test_real_data(name):
 def test_the_right_answer_is_right_by_both_rules_and_none_is_wrong(name, protocol, data):
     task = task_of(name, data, protocol=protocol)
     for reply, right in ((lambda item: item.gold, True), (lambda item: "I do not know", False)):
-        columns = task.columns(task.test, [Answer(reply(item)) for item in task.test])
+        columns = task.columns(task.test, [Answer(reply(item)) for item in task.test]).columns
         assert columns["right number"] == columns["right number, authors' rule"] == [right] * len(task.test)
 
 
 def test_the_robust_reader_leaves_invented_questions_out(data):
     task = task_of("mawps", data, protocol="paper")
     items = [task.test[0]._replace(gold=" 9 + 9 = 18 #### 18")]
-    columns = task.columns(items, [Answer(" 18. #### 18\nQuestion: 3 and 4?\nAnswer: 3 + 4 = 7 #### 7")])
+    columns = task.columns(items, [Answer(" 18. #### 18\nQuestion: 3 and 4?\nAnswer: 3 + 4 = 7 #### 7")]).columns
     assert columns["right number"] == [True]
 
 
 @pytest.mark.parametrize("protocol", ["clean", "paper"])
-def test_paper_protocol_answers_one_by_one_to_the_full_length(protocol, data, llama, monkeypatch):
-    from eval.tasks import arithmetic, open_text, options
+def test_paper_protocol_answers_one_by_one_to_the_full_length(protocol, data, llama, tokenizer):
+    class Recorder(LiveAnswerer):
+        calls = []
 
-    asked = []
-    for module in (arithmetic, options, open_text):
-        monkeypatch.setattr(module, "answers", lambda *args, **kwargs: asked.append((args[3], kwargs["batch_size"])))
-    monkeypatch.setattr(options, "option_tokens", lambda *_: ((1,), (2,)))
-    for name in ("svamp", "mawps", "gsm8k", "copa", "toxicity"):
+        def answer(self, prompts, generation, *, batch_size=None, file=None, progress=None):
+            self.calls.append((generation, batch_size))
+
+    for name in ("svamp", "mawps", "gsm8k", "boolq", "toxicity"):
         task = task_of(name, data, protocol=protocol, batch_size=7)
-        task.answers(llama, None, task.test)
-    stops = [question.stop is not None for question, _ in asked]
+        task.answers(Recorder(llama, tokenizer), task.test)
+    stops = [generation.stop is not None for generation, _ in Recorder.calls]
     assert stops == [protocol == "clean"] * 3 + [False, False]
-    assert {size for _, size in asked} == {1 if protocol == "paper" else 7}
+    assert {size for _, size in Recorder.calls} == {1 if protocol == "paper" else 7}
 
 
 def test_gsm8k_draws_wrong_answers_from_the_first_thousand(data, monkeypatch):
@@ -497,7 +506,7 @@ def test_passages_and_twins_stay_on_one_side(data):
 @torch.no_grad()
 def test_bpo_prefers_by_token_the_likelier_answer(data, llama, tokenizer):
     task = task_of("bpo", data)
-    said = task.answers(llama, tokenizer, task.test[:4])
+    said = task.answers(LiveAnswerer(llama, tokenizer), task.test[:4])
     for item, answer in zip(task.test, said, strict=False):
         lengths, sums = [], []
         ids = [tokenizer(item.prompt + text)["input_ids"] for text in (item.gold, item.wrong)]
@@ -515,10 +524,57 @@ def test_two_scorers_are_two_questions_and_texts_are_weighed_unsteered(data, wor
     seen = []
     real = Toxicity.extras
 
-    def extras(self, model, *rest):
-        seen.append(all(gate.idle for gate in rmodels.gates(model)))
-        return real(self, model, *rest)
+    def extras(self, answerer, *rest):
+        seen.append(all(gate.idle for gate in rmodels.gates(answerer.model)))
+        return real(self, answerer, *rest)
 
     monkeypatch.setattr(Toxicity, "extras", extras)
     rows = run(data, workplace, "--data_name", "toxicity", "--k", "2", "--alpha", "1", "--limit", "3")
     assert seen and all(seen) and all(row["measured"]["scorer"].startswith("embedded") for row in rows.values())
+
+
+def test_the_guides_task_is_one_file(tmp_path, monkeypatch, llama, tokenizer):
+    """Written into a folder of its own, which the registry reads too, with a small data set: nothing else is edited."""
+    (code,) = re.findall(r"```python\n(.*?)```", (records.ROOT / "docs" / "tasks.md").read_text(), re.S)
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code" / "capitals.py").write_text(code)
+    monkeypatch.setattr(tasks, "__path__", [*tasks.__path__, str(tmp_path / "code")])
+    monkeypatch.delitem(sys.modules, "eval.tasks.capitals", raising=False)
+    for name, task in registry.find_tasks().items():
+        monkeypatch.setitem(PAPER_TASKS, name, task)
+    folder = tmp_path / "data" / "capitals"
+    folder.mkdir(parents=True)
+    rows = [{"city": f"City {i}", "country": f"Land {i // 2}", "answer": i % 2 == 0} for i in range(60)]
+    for split_name, part in (("train", rows[10:]), ("test", rows[:10])):
+        (folder / f"{split_name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+
+    task = task_of("capitals", folder.parent, n_pairs=20)
+    assert len(task.pairs) == 20 and task.pairs[0].prompt.endswith("?\nAnswer:")
+    assert (len(task.validation), len(task.test), task.dropped) == (10, 10, {})
+    assert task.test[0].gold == " yes" and task.test[0].prompt.startswith("Is City 0 the capital of Land 0?")
+    assert task.prompted(task.test)[0].prompt.startswith("Think carefully")
+    answerer = LiveAnswerer(llama, tokenizer)
+    answers = task.answers(answerer, task.test)
+    scores = task.columns(task.test, answers)
+    assert scores.main == "exact match" and len(scores.outcomes) == 10
+    assert task.extras(answerer, task.test, answers) == {"majority, %": 50.0}
+    main.main(["pairs", "capitals", "--data-dir", str(folder.parent)])
+    assert data_command.main(["--check", "capitals", "--data-dir", str(folder.parent)]) == 0
+    with pytest.raises(AUSteerError, match=r"line 1: answer is 'yes'; it must be true or false"):
+        (folder / "train.jsonl").write_text(json.dumps({**rows[0], "answer": "yes"}))
+        task_of("capitals", folder.parent)
+
+
+def test_two_tasks_of_one_name_are_refused(tmp_path, monkeypatch):
+    (tmp_path / "again.py").write_text("from eval.tasks.options import BoolQ\n\nTASKS = (BoolQ,)\n")
+    monkeypatch.setattr(tasks, "__path__", [*tasks.__path__, str(tmp_path)])
+    with pytest.raises(AUSteerError, match="a second task 'boolq'"):
+        registry.find_tasks()
+    monkeypatch.delitem(sys.modules, "eval.tasks.again", raising=False)
+
+
+def test_pairs_are_options_of_the_task(data):
+    whole = task_of("svamp", data).pairs
+    assert task_of("svamp", data, n_pairs=7).pairs == whole[:7]
+    general = task_of("svamp", data, n_pairs=7, general_pairs=True)
+    assert (general.pairs, general.pairs_by) == (general_pairs(whole, TFIDF)[0][:7], general_pairs(whole, TFIDF)[1])

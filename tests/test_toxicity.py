@@ -20,9 +20,10 @@ from transformers import BertConfig, BertForSequenceClassification
 from austeer.errors import AUSteerError
 from embedded import toxicity as embedded_toxicity
 from embedded.toxicity import EmbeddedScorer, auroc, best_threshold, flat_rows
-from eval.scoring import paid_calls, toxicity
+from eval.scoring import paid_calls, toxicity, toxicity_agreement
 from eval.scoring.paid_calls import Again, AnswerCache, Limits, ask_all, key_of, retry_after
-from eval.scoring.toxicity import LocalClassifier, Perspective, agreement, detox_score, detoxified, scorer
+from eval.scoring.toxicity import LocalClassifier, Perspective, detox_score, detoxified, scorer
+from eval.scoring.toxicity_agreement import agreement
 
 KEY = "AIza-a-secret-nobody-may-see"
 FAST = Limits(at_once=4, per_second=1000, attempts=6, first_wait=0.01, longest_wait=0.02)
@@ -135,7 +136,7 @@ def test_a_final_failure_is_reported_after_the_others(tmp_path, serve):
     server = serve()
     server.answer = lambda body: {} if body["comment"]["text"] in TEXTS[:3] else perspective_answer(body)
     judge = Perspective(tmp_path / "c.jsonl", limits=FAST)
-    with pytest.raises(AUSteerError, match=r"3 of 12 Perspective scores failed \(last: .*\); run again to ask only"):
+    with pytest.raises(AUSteerError, match=r"3 of 12 Perspective scores failed \(last: .*\); run again to repeat only"):
         judge.scores(TEXTS)
     assert all(server.seen[text] == FAST.attempts for text in TEXTS[:3])
     assert all(server.paid[text] == 1 for text in TEXTS[3:])
@@ -183,7 +184,7 @@ def test_after_the_last_day(tmp_path, monkeypatch):
     monkeypatch.setattr(toxicity, "date", Later)
     monkeypatch.delenv("PERSPECTIVE_URL", raising=False)
     monkeypatch.setenv("PERSPECTIVE_API_KEY", KEY)
-    with pytest.raises(AUSteerError, match=r"closed on 31 December 2026; .*embedded"):
+    with pytest.raises(AUSteerError, match=r"closed on 31 December 2026: .*embedded"):
         Perspective(tmp_path / "c.jsonl")
 
 
@@ -303,9 +304,8 @@ def test_what_stops_the_run_stops_it_before_the_next_call(tmp_path, monkeypatch)
 
 
 def test_backoff_doubles_up_to_a_bound_and_jitters(tmp_path, monkeypatch):
-    waits = []
-    monkeypatch.setattr("random.uniform", lambda low, high: waits.append((low, high)) or 1.0)
-    times = []
+    draws, times = [], []
+    monkeypatch.setattr("random.random", lambda: draws.append(0.0) or 0.0)
 
     def call(request):
         times.append(time.monotonic())
@@ -314,7 +314,7 @@ def test_backoff_doubles_up_to_a_bound_and_jitters(tmp_path, monkeypatch):
     with AnswerCache(tmp_path / "c.jsonl") as cache, pytest.raises(AUSteerError, match="1 of 1"):
         ask_all([{}], call, cache, Limits(1, 1000, attempts=5, first_wait=0.05, longest_wait=0.2))
     gaps = [b - a for a, b in pairwise(times)]
-    assert waits == [(0.5, 1.0)] * 4
+    assert draws and len(times) == 5
     assert all(wanted <= gap < wanted + 0.09 for gap, wanted in zip(gaps, (0.05, 0.1, 0.2, 0.2), strict=True))
 
 
@@ -376,8 +376,8 @@ def test_a_local_classifier(tmp_path, labels, problem_type, given, index, kind):
 @pytest.mark.parametrize(
     ("labels", "problem_type", "message"),
     [
-        (["LABEL_0", "LABEL_1"], None, "It has LABEL_0, LABEL_1; name one: local:.*:LABEL"),
-        (["LABEL_0"], None, "It has LABEL_0"),
+        (["LABEL_0", "LABEL_1"], None, r"\(it has LABEL_0, LABEL_1\); name one: local:.*:LABEL"),
+        (["LABEL_0"], None, r"\(it has LABEL_0"),
         (["toxic", "a", "b"], None, "does not say whether its 3 labels exclude each other"),
     ],
 )
@@ -455,7 +455,7 @@ def test_the_shipped_weights_are_the_recipes(tmp_path):
 
 @needs_shared
 def test_agreement_of_the_embedded_scorer(capsys):
-    toxicity.main(["--data-dir", str(SHARED / "data")])
+    toxicity_agreement.main(["--data-dir", str(SHARED / "data")])
     shown = capsys.readouterr().out
     assert "1184 test continuations; Perspective calls 55.4 % toxic" in shown
     line = next(line for line in shown.splitlines() if line.startswith("| embedded@"))

@@ -1,8 +1,8 @@
 """A key-value cache for answering: room for the whole answer at once, and a beginning that prompts share.
 
-transformers' own cache copies everything it holds at every token. This one writes into room set aside before,
-and begins, in every row, with what was computed once. No layer forgets what leaves a sliding window: the
-mask still applies it.
+transformers' own cache copies everything it holds at every token. This one writes into room allocated before, and every
+row begins with the shared keys and values, computed once. No layer drops tokens that leave a sliding window: the mask
+still hides them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 class DecodingCache(Cache):
     def __init__(self, config: PreTrainedConfig, room: int, prompt_end: int, start: DecodingCache | None = None):
-        """room: columns in all. prompt_end: the column where answers begin, which a steering may want to know."""
+        """Allocate layers. room: columns in all. prompt_end: the column where answers begin, which a plan for some tokens needs to know."""
         starts = start.layers if start is not None else [None] * config.num_hidden_layers
         super().__init__(layers=[_Layer(room, layer) for layer in starts])
         self.prompt_end = prompt_end

@@ -1,9 +1,9 @@
-"""Sampled continuations of prompts, several to each, by a model that may be steered: seeded and resumable.
+"""Sample several continuations of each prompt, by a model that may be steered: seeded and resumable.
 
 Prompts of like length run together, padded on the left. How they fall into batches depends on the prompts alone and each
-batch has a seed of its own, so a killed run that goes on draws the very texts of an unbroken one. The frequency
-penalty is OpenAI's: a token's logit loses `penalty` for each time it stands among the new tokens. The prompt is not
-counted, padding neither.
+batch has a seed of its own, so a killed run that goes on draws the very texts of an unbroken one. The frequency penalty
+is OpenAI's: a token's logit loses `penalty` for each time the token occurs among the new ones. Tokens of the prompt and
+of padding are not counted.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, 
 from austeer.errors import AUSteerError
 from austeer.forward import input_device
 from eval.answering.answer_file import Answer, AnswerFile
+from eval.answering.answerer import encode_prompts
 
 BATCH = 32
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """The defaults are NeuroSteer's."""
+    """Set how continuations are sampled. The defaults are NeuroSteer's."""
 
     new_tokens: int = 50
     samples: int = 2  # of each prompt
@@ -37,11 +38,13 @@ class Sampling:
 
     def __post_init__(self):
         if self.new_tokens < 1 or self.samples < 1:
-            raise AUSteerError("sampling needs at least one new token and one sample of each prompt")
+            raise AUSteerError(
+                "sampling needs at least one new token and one sample of each prompt (--new-tokens, --samples)"
+            )
 
 
 class FrequencyPenalty(LogitsProcessor):
-    """Runs before temperature and top-p, as generate orders them."""
+    """Lower the logits of repeated tokens. `generate` applies this before temperature and top-p."""
 
     def __init__(self, penalty: float, prompt_length: int):
         self.penalty, self.prompt_length = penalty, prompt_length
@@ -62,38 +65,33 @@ def sampled(
     file: AnswerFile | None = None,
     progress: str | None = None,
 ) -> list[list[str]]:
-    """Of each prompt its samples. `file` keeps them as they come: each sample is an item of it."""
-    asked = [prompt for prompt in prompts for _ in range(how.samples)]
-    found = {} if file is None else file.read(asked)
-    ids = _encode(tokenizer, asked, model.config.max_position_embeddings - how.new_tokens)
-    order = sorted(range(len(asked)), key=lambda i: (-len(ids[i]), i))  # longest first: too little memory shows at once
+    """Return the samples of each prompt. file: keeps them as they come; each sample is an item of it."""
+    repeated = [prompt for prompt in prompts for _ in range(how.samples)]
+    answers = {} if file is None else file.read(repeated)
+    ids = _encode(tokenizer, repeated, model.config.max_position_embeddings - how.new_tokens)
+    order = sorted(
+        range(len(repeated)), key=lambda i: (-len(ids[i]), i)
+    )  # longest first: too little memory shows at once
     bar = tqdm(range(0, len(order), BATCH), desc=progress, unit=" batches", disable=progress is None)
     for start in bar:
         batch = order[start : start + BATCH]
-        if all(i in found for i in batch):
+        if all(i in answers for i in batch):
             continue
         texts = _batch(model, tokenizer, [ids[i] for i in batch], how, zlib.crc32(f"{how.seed} {start}".encode()))
         fresh = dict(zip(batch, map(Answer, texts), strict=True))
-        found.update(fresh)
+        answers.update(fresh)
         if file is not None:
             file.append(fresh)
-    ordered = [found[i] for i in range(len(asked))]
+    ordered = [answers[i] for i in range(len(repeated))]
     if file is not None:
         file.finish(ordered)
     return [[answer.text for answer in ordered[i : i + how.samples]] for i in range(0, len(ordered), how.samples)]
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], longest: int) -> list[list[int]]:
-    """Token ids; a prompt too long for the context loses its start, never a leading BOS."""
     if longest < 2:
         raise AUSteerError("so many new tokens do not fit into the model's context; lower --new-tokens")
-    made = []
-    for prompt, ids in zip(prompts, tokenizer(list(prompts), verbose=False)["input_ids"], strict=True):
-        if not ids:
-            raise AUSteerError(f"a prompt has no tokens: {prompt[:40]!r}")
-        lead = int(ids[0] in tokenizer.all_special_ids)
-        made.append(ids[:lead] + ids[lead + max(0, len(ids) - longest) :])
-    return made
+    return encode_prompts(tokenizer, prompts, longest)
 
 
 @torch.inference_mode()
@@ -108,7 +106,7 @@ def _batch(
         torch.manual_seed(seed)  # 32 bits: of more, the CPU's generator takes the lower ones alone
         out = model.generate(
             ids, attention_mask=own, do_sample=True, temperature=how.temperature, top_p=how.top_p,
-            top_k=0, repetition_penalty=1.0,  # else the checkpoint's own defaults would join in
+            top_k=0, repetition_penalty=1.0,  # else the checkpoint's own defaults would be used
             max_new_tokens=how.new_tokens, pad_token_id=pad,
             logits_processor=LogitsProcessorList([FrequencyPenalty(how.frequency_penalty, width)]),
         )  # fmt: skip

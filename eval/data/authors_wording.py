@@ -16,7 +16,9 @@ from pathlib import Path
 
 from austeer.errors import AUSteerError
 
-KNOWN = "634fc28984cb44db9ff82001d3aa99f05f4ef0cb411ad259e7ab3032aa43cea9"  # the loaders' lines of code at commit d657387
+KNOWN = (
+    "634fc28984cb44db9ff82001d3aa99f05f4ef0cb411ad259e7ab3032aa43cea9"  # the loaders' lines of code at commit d657387
+)
 FILE_LIMIT, LONGEST = 2_000_000, 20_000  # bytes of the file, characters of a template: theirs have hundreds
 STORY = ("sent1", "sent2", "sent3", "sent4", "ending1", "ending2", "label")
 # the source text of what a loader reads from a row -> the name of our field

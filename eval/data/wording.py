@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from austeer.errors import AUSteerError
+from austeer.files import read_text
 
 OWN = Path(__file__).parents[2] / "datasets" / "wording.json"
 
@@ -37,27 +38,32 @@ class Wording:
 def read_wording(task: str, data_dir: Path | None = None, own: dict | None = None) -> Wording:
     """Return a task's wording. own: what the task brings along, used where no file has any."""
     project = _read(OWN)
-    theirs = _read(data_dir / OWN.name) if data_dir and (data_dir / OWN.name).exists() else {}
-    whole = next((file for file in (theirs, project) if task in file), {"source": "the task's file", task: own})
-    if whole[task] is None:
-        raise AUSteerError(f"there is no wording for {task!r} in {OWN.name}, and its class has no templates")
     instruction = (project.get(task) or own or {}).get("instruction", "")
-    try:
-        words = whole[task]
-        return Wording(words.get("source", whole["source"]), words["train"], words["test"], instruction)
-    except (AttributeError, KeyError, TypeError) as error:
-        raise AUSteerError(f"the wording of {task!r} has no {error}; it needs source, train and test") from None
+    theirs = data_dir / OWN.name if data_dir else OWN
+    for place, whole in (
+        (theirs, _read(theirs)),
+        (OWN, project),
+        ("the task's class", {"source": "the task", task: own}),
+    ):
+        if whole.get(task) is not None:
+            try:
+                source = whole[task].get("source", whole["source"])
+                return Wording(source, whole[task]["train"], whole[task]["test"], instruction)
+            except (AttributeError, KeyError, TypeError) as error:
+                raise AUSteerError(f"{place} is not a wording file ({type(error).__name__}: {error})") from None
+    raise AUSteerError(f"there is no wording for {task!r} in {OWN.name}, and its class has no templates")
 
 
 def _read(path: Path) -> dict:
+    if not path.exists():
+        return {}
     try:
-        words = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(words, dict):
-            return words
-        reason = f"it holds a {type(words).__name__}"
-    except ValueError as error:
-        reason = str(error)
-    raise AUSteerError(f"{path} is not a wording file ({reason})")
+        words = json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise AUSteerError(f"{path} is not a wording file ({error})") from None
+    if not isinstance(words, dict):
+        raise AUSteerError(f"{path} is not a wording file (it holds a {type(words).__name__})")
+    return words
 
 
 def fill(template: str, row: dict) -> str:

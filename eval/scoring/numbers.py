@@ -1,7 +1,7 @@
-"""The number in a reply, read twice: robustly, and as the authors' code reads it.
+"""Read the number in a reply twice: robustly, and as the authors' code reads it.
 
-Both columns are printed side by side, because the authors' rule misreads what models often write: 1,250
-becomes 250, 3/4 becomes 4, and 5-3 becomes -3.
+Both columns are printed side by side, because the authors' rule misreads forms that are frequent in replies: 1,250 becomes
+250, 3/4 becomes 4, and 5-3 becomes -3.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ TOLERANCE = 1e-4  # relative to the right number, absolute below 1
 
 # a comma belongs to the number only before exactly three digits: 1,250 but not 1,25
 _PLAIN = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+"
-# behind a digit, a letter or a closing bracket a minus takes away: it is no sign
+# behind a digit, a letter or a closing bracket a minus subtracts: it is no sign
 _SIGN = r"(?<![\w)\].])[-+](?:[$€£¥]\s?)?(?=\.?\d)"
 _NUMBER = re.compile(
     rf"(?P<sign>{_SIGN})?"
@@ -26,44 +26,48 @@ _AUTHORS_NUMBER = r"[-+]?\d+(?:\.\d+)?"
 
 
 def robust_number(reply: str) -> float | None:
-    """The number a reader would take for the answer, or None: behind the last ####, else behind the last
-    "answer", else the last one of all."""
+    """Return the number that a reader would take for the answer, or None.
+
+    It stands behind the last ####, else behind the last "answer", else it is the last one of all.
+    """
     text = _plain_characters(reply)
     for marker in ("####", r"\banswer\b"):
         parts = re.split(marker, text, flags=re.IGNORECASE)
         stated = _stated(parts[-1]) if len(parts) > 1 else None
         if stated is not None:
             return stated
-    found = _numbers(text)
-    return found[-1] if found else None
+    numbers = _numbers(text)
+    return numbers[-1] if numbers else None
 
 
 def authors_number(text: str) -> float | None:
-    """As the authors' code: the number right behind ####, else the last one."""
+    """Return the number right behind ####, else the last one, as the authors' code does."""
     marked = re.search(rf"####\s*({_AUTHORS_NUMBER})", text)
-    found = [marked.group(1)] if marked else re.findall(_AUTHORS_NUMBER, text)
-    return float(found[-1]) if found else None
+    numbers = [marked.group(1)] if marked else re.findall(_AUTHORS_NUMBER, text)
+    return float(numbers[-1]) if numbers else None
 
 
 def authors_trim(reply: str, trigger: str) -> str:
-    """What the authors' code reads a number from: a reply up to its first trigger and one word more. Right answers are
-    not trimmed."""
+    """Cut a reply behind its first trigger and one word more: the authors' code reads the number from that.
+
+    Right answers are not trimmed.
+    """
     reply = reply.strip()
     at = reply.find(trigger)
     return reply if at < 0 else reply[:at] + " ".join(reply[at:].split()[:2])
 
 
-def same_number(found: float | None, gold: float) -> bool:
-    return found is not None and abs(found - gold) <= TOLERANCE * max(1.0, abs(gold))
+def same_number(number: float | None, gold: float) -> bool:
+    return number is not None and abs(number - gold) <= TOLERANCE * max(1.0, abs(gold))
 
 
 def _stated(text: str) -> float | None:
-    """The first number of a statement; of "3 plus 4 = 7", what stands behind the equals sign."""
+    """Return the first number of a statement; of "3 plus 4 = 7", the one behind the equals sign."""
     for line in text.splitlines():
-        found = _numbers(line)
-        if found:
+        numbers = _numbers(line)
+        if numbers:
             behind = _numbers(line.rsplit("=", 1)[1]) if "=" in line else []
-            return behind[0] if behind else found[0]
+            return behind[0] if behind else numbers[0]
     return None
 
 
@@ -87,7 +91,7 @@ def _value(match: re.Match) -> float | None:
 
 
 def _plain_characters(text: str) -> str:
-    """Digits of other scripts, odd minus signs, fraction signs and invisible spaces, as a keyboard has them."""
+    """Replace digits of other scripts, odd minus signs, fraction signs and invisible spaces by those of a keyboard."""
     out = []
     for char in text.translate(_ODD_MINUS):
         digit = unicodedata.decimal(char, None)

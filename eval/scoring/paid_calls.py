@@ -197,7 +197,8 @@ class _Queue:
         again, first, longest = self.tenacity, self.limits.first_wait, self.limits.longest_wait
         retrying = again.Retrying(
             retry=again.retry_if_exception_type(Again),
-            wait=again.wait_exponential_jitter(first, longest, jitter=first),  # jitter: those that fail together part
+            # a random part, so that calls which failed together do not come again together
+            wait=again.wait_exponential(first, longest) + again.wait_random(0, first),
             stop=again.stop_after_attempt(self.limits.attempts) | again.stop_when_event_set(self.stop),
             sleep=again.sleep_using_event(self.stop),
             before_sleep=lambda state: bar.set_postfix_str(f"again after: {state.outcome.exception()}"[:60]),
