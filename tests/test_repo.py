@@ -145,17 +145,18 @@ def test_the_first_example_prints_what_it_says(monkeypatch, capsys):
 
 
 def commands(text):
-    """Every command of the project in indented blocks and in code spans, without its comment."""
+    """Yield every command of the project in indented blocks and in code spans: the program and its words."""
+    text = re.sub(r"^```.*?^```", "", text, flags=re.S | re.M)
     lines = re.sub(r"\\\n\s*", "", text).splitlines()
     shown = [line.partition(" #")[0] for line in lines if line.startswith("    ")]
-    for line in [*shown, *re.findall(r"`([^`]+)`", re.sub(r"\n", " ", text))]:
+    for line in [*shown, *re.findall(r"`([^`]+)`", text.replace("\n", " "))]:
         found = re.search(r"\b(main\.py|MFU_screening\.py|set_MFU\.py|reproduce\.sh|austeer)(?= |$)(.*)", line)
         if found and re.match(r"\s*(?:srun bash -c .*|\S*python|bash|accelerate launch|austeer|main\.py) ?", line):
             yield found[1], found[2].split()
 
 
 def options_of(module, seen=()):
-    """The options that a module and the `arguments` it imports add to a parser, those it hides aside."""
+    """Return the options that a module, and the `arguments` it imports, add to a parser and do not hide."""
     tree = ast.parse((ROOT / f"{module.replace('.', '/')}.py").read_text())
     options = set()
     for node in ast.walk(tree):
@@ -170,7 +171,7 @@ def options_of(module, seen=()):
 
 
 def commands_in(path):
-    """The dict COMMANDS of a file, as it stands there: its modules need not be importable."""
+    """Return the names and modules of the dict COMMANDS of a file, without importing it."""
     for node in ast.parse((ROOT / path).read_text()).body:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "COMMANDS":
             return {name: module for name, (module, _) in ast.literal_eval(node.value).items()}
@@ -203,15 +204,16 @@ def test_the_readme_shows_the_numbers_of_the_report():
     quoted = readme.split("## What the embedded models show")[1].split("\n## ")[0]
     found = report.split("## Findings")[1].split("\n## ")[0]
     gain = r"([+-][\d.]+)\s+\[([+-][\d.]+), ([+-][\d.]+)\]"
-    by_rule = dict(re.findall(r"(causal momentum|the published rule|random AUs) (Head .+?)[;.] ?(?=the|random|\()", found))
+    by_rule = dict(
+        re.findall(r"(causal momentum|the published rule|random AUs) (Head .+?)[;.] ?(?=the|random|\()", found)
+    )
     for name, text in by_rule.items():
         of_report = re.findall(gain, text)
         of_readme = re.findall(gain, re.split(rf"{name}(?: gains)? (?=\+)", quoted.replace("\n ", ""))[1])[:2]
         assert len(of_report) == 2 and of_readme == of_report, name
     assert len(by_rule) == 3
-    (ours, of, theirs, again) = re.search(r"momentum in (\d+) of (\d+), the published rule in (\d+) of (\d+)", found).groups()
-    flat = " ".join(quoted.split())
-    assert of == again
+    pattern = r"causal momentum in (\d+) of (\d+), the published rule in (\d+) of (\d+)"
+    (ours, of, theirs, _), flat = re.search(pattern, found).groups(), " ".join(quoted.split())
     assert f"in {ours} of {of} places (a task at a site), the published rule in {theirs} of {of}" in flat
     assert "random AUs recover 100 % of the largest gain" in found and "random AUs recover the whole gain" in flat
     assert "over 5 training seeds" in found and "five training seeds" in flat
