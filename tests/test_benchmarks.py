@@ -232,8 +232,8 @@ def test_table_and_picture_of_the_committed_figures(tmp_path):
     assert "| hot patch |" in said and (tmp_path / "picture.png").stat().st_size > 10_000
 
 
-def test_the_readme_shows_the_committed_figures():
-    lines = (ROOT / "README.md").read_text().splitlines()
+def test_the_guide_to_costs_shows_the_committed_figures():
+    lines = (ROOT / "docs" / "benchmarks.md").read_text().splitlines()
     figures = json.loads((ROOT / "benchmarks" / "results" / "steering-cpu.json").read_text())
     added = figures["peers"]["a vector added to every layer"]
     for label, ways, measured in (

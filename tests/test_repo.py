@@ -1,11 +1,14 @@
 """The repository as a whole: imports flow one way, documents tell the truth, nothing unsafe."""
 
 import ast
+import json
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parents[1]
 OWN = ("austeer", "rmodels", "MFU_screening", "set_MFU", "embedded", "eval", "experiments", "paper", "main")
@@ -97,37 +100,167 @@ def test_porting_guide_shows_the_file_as_it_is():
     assert code == (ROOT / "rmodels" / "modeling_mistral.py").read_text()
 
 
-@pytest.mark.parametrize(
-    "document",
-    [
-        "README.md",
-        "docs/install.md",
-        "docs/porting.md",
-        "docs/fidelity.md",
-        "docs/sign.md",
-        "docs/data.md",
-        "docs/scoring.md",
-        "docs/people.md",
-        "docs/methods.md",
-        "docs/scaling.md",
-        "docs/statistics.md",
-        "docs/serving.md",
-    ],
-)
+DOCUMENTS = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
 def test_paths_in_documents_exist(document):
     text = (ROOT / document).read_text()
-    named = re.findall(r"`((?:rmodels|tests|docs|benchmarks|eval|embedded|scripts)/[\w./-]+)`|\]\(([\w./-]+)\)", text)
+    folders = "rmodels|tests|docs|benchmarks|eval|embedded|experiments|paper|scripts"
+    named = re.findall(rf"`((?:{folders})/[\w./-]+|austeer/[\w./-]+(?:\.py|/))`|\]\(([\w./-]+)(?:#[\w-]+)?\)", text)
     named += re.findall(r"`(\w+\.(?:py|sh|txt|cff))`()", text)
     assert named or document != "README.md"
+    beside = {"": "rmodels", "docs/benchmarks.md": "benchmarks"}  # where names without a folder are
+    places = [ROOT, (ROOT / document).parent, ROOT / beside[""], ROOT / beside.get(document, "")]
     for path in [a or b for a, b in named]:
-        assert (
-            (ROOT / path).exists() or ((ROOT / document).parent / path).exists() or (ROOT / "rmodels" / path).exists()
-        ), path
+        assert any((place / path).exists() for place in places), path
 
 
-def test_readme_code_is_python():
-    for block in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S):
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_links_to_sections_lead_somewhere(document):
+    for path, section in re.findall(r"\]\(([\w./-]*)#([\w-]+)\)", (ROOT / document).read_text()):
+        text = ((ROOT / document).parent / path if path else ROOT / document).read_text()
+        headings = [re.sub(r"[^\w -]", "", heading).lower() for heading in re.findall(r"^#+ (.+)$", text, re.M)]
+        assert section in [heading.replace(" ", "-") for heading in headings], f"{path}#{section}"
+
+
+def test_the_readme_is_short_and_has_both_commands():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.split()) <= 1300
+    assert {"bash reproduce.sh", "bash tests/run.sh"} <= {line.partition("#")[0].strip() for line in text.splitlines()}
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/using.md"])
+def test_code_in_documents_is_python(document):
+    for block in re.findall(r"```python\n(.*?)```", (ROOT / document).read_text(), re.S):
         ast.parse(block)
+
+
+def test_the_first_example_prints_what_it_says(monkeypatch, capsys):
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    monkeypatch.chdir(ROOT)
+    exec(code, {})
+    promised = re.findall(r"print\(.*\)  # (.+)", code)
+    printed = capsys.readouterr().out.splitlines()
+    assert len(promised) == 2 and [line.partition("Reply : ")[2] for line in printed] == promised
+
+
+def commands(text):
+    """Yield every command of the project in indented blocks and in code spans: the program and its words."""
+    text = re.sub(r"^```.*?^```", "", text, flags=re.S | re.M)
+    lines = re.sub(r"\\\n\s*", "", text).splitlines()
+    shown = [line.partition(" #")[0] for line in lines if line.startswith("    ")]
+    for line in [*shown, *re.findall(r"`([^`]+)`", text.replace("\n", " "))]:
+        found = re.search(r"\b(main\.py|MFU_screening\.py|set_MFU\.py|reproduce\.sh|austeer)(?= |$)(.*)", line)
+        if found and re.match(r"\s*(?:srun bash -c .*|\S*python|bash|accelerate launch|austeer|main\.py) ?", line):
+            yield found[1], found[2].split()
+
+
+def options_of(module, seen=()):
+    """Return the options that a module, and the `arguments` it imports, add to a parser and do not hide."""
+    tree = ast.parse((ROOT / f"{module.replace('.', '/')}.py").read_text())
+    options = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and not any("SUPPRESS" in ast.unparse(word.value) for word in node.keywords):
+            names = [arg.value for arg in node.args if isinstance(arg, ast.Constant) and isinstance(arg.value, str)]
+            options |= {name for name in names if re.fullmatch(r"--[\w-]+", name)}
+        if isinstance(node, ast.ImportFrom):
+            shared = [f"{node.module}.{alias.name}" for alias in node.names if alias.name == "arguments"]
+            for name in [*shared, *([node.module] if node.module.endswith(".arguments") else [])]:
+                options |= options_of(name, (*seen, module)) if name not in seen else set()
+    return options
+
+
+def commands_in(path):
+    """Return the names and modules of the dict COMMANDS of a file, without importing it."""
+    for node in ast.parse((ROOT / path).read_text()).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "COMMANDS":
+            return {name: module for name, (module, _) in ast.literal_eval(node.value).items()}
+    raise AssertionError(f"{path} has no COMMANDS")
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_commands_in_documents_exist(document):
+    alone = {
+        "MFU_screening.py": "austeer.commands.rank",
+        "set_MFU.py": "austeer.commands.plan",
+        "reproduce.sh": "paper.reproduce",
+        "main.py": "experiments.compare",
+    }
+    several = {"main.py": "main.py", "austeer": "austeer/commands/__init__.py"}
+    for program, words in commands((ROOT / document).read_text()):
+        name = words[0] if program in several and words and re.fullmatch(r"[a-z][\w-]*", words[0]) else None
+        if name:
+            there = commands_in(several[program])
+            assert name in there, f"{program} has no command {name}"
+        if name or program in alone:
+            given = {word.partition("=")[0] for word in words if re.match(r"--[a-z]", word)}
+            unknown = given - options_of(there[name] if name else alone[program]) - {"--help"}
+            assert not unknown, f"{program} {' '.join(words)}: there is no {', '.join(unknown)}"
+
+
+def test_the_readme_shows_the_numbers_of_the_report():
+    """Its section on the embedded models quotes the findings on top of the committed report."""
+    readme, report = (ROOT / "README.md").read_text(), (ROOT / "docs" / "embedded" / "report.md").read_text()
+    quoted = readme.split("## What the embedded models show")[1].split("\n## ")[0]
+    found = report.split("## Findings")[1].split("\n## ")[0]
+    gain = r"([+-][\d.]+)\s+\[([+-][\d.]+), ([+-][\d.]+)\]"
+    by_rule = dict(
+        re.findall(r"(causal momentum|the published rule|random AUs) (Head .+?)[;.] ?(?=the|random|\()", found)
+    )
+    for name, text in by_rule.items():
+        of_report = re.findall(gain, text)
+        of_readme = re.findall(gain, re.split(rf"{name}(?: gains)? (?=\+)", quoted.replace("\n ", ""))[1])[:2]
+        assert len(of_report) == 2 and of_readme == of_report, name
+    assert len(by_rule) == 3
+    pattern = r"causal momentum in (\d+) of (\d+), the published rule in (\d+) of (\d+)"
+    (ours, of, theirs, _), flat = re.search(pattern, found).groups(), " ".join(quoted.split())
+    assert f"in {ours} of {of} places (a task at a site), the published rule in {theirs} of {of}" in flat
+    assert "random AUs recover 100 % of the largest gain" in found and "random AUs recover the whole gain" in flat
+    assert "over 5 training seeds" in found and "five training seeds" in flat
+
+
+def test_the_guide_to_tables(tmp_path, monkeypatch):
+    """Its example is a spec that is read as it says, and it names every field and every kind."""
+    from experiments.cell import FIELD_NAMES
+    from paper import specs
+
+    guide = (ROOT / "docs" / "tables.md").read_text()
+    (example,) = re.findall(r"```json\n(.*?)```", guide, re.S)
+    for shared in ("rows.json", "models.json"):
+        shutil.copy(specs.FOLDER / shared, tmp_path)
+    (tmp_path / "four-aus.json").write_text(example)
+    kinds = {json.loads(path.read_text()).get("kind") for path in specs.FOLDER.glob("*.json")} - {None}
+    monkeypatch.setattr(specs, "FOLDER", tmp_path)
+    assert specs.names() == ["four-aus"] and specs.read("paper") == []
+    (spec,) = specs.read("embedded")
+    cells = {cell for entry in spec.entries for cell in entry.cells}
+    (rows, columns, said) = re.search(r"It has (\d+) rows .*, (\d+) columns and (\d+) cells", guide).groups()
+    assert (len(spec.rows), len(spec.columns), len(cells)) == (int(rows), int(columns), int(said))
+    assert {cell.search.ks for cell in cells if cell.steered} == {(4,)}, "shared rows choose from the same values"
+    assert {cell.task.limit for cell in cells} == {200}
+    (limited,) = specs.read("embedded", limit=20)
+    assert {cell.task.limit for entry in limited.entries for cell in entry.cells} == {20}
+    of_a_file = {"title", "kind", "says", "blocks", "base", "averages", "panels"} | specs.OF_THE_SPEC
+    for word in FIELD_NAMES | specs.OF_THE_TABLE | of_a_file | kinds:
+        assert f"`{word}`" in guide, word
+
+
+def test_the_readme_traces_a_number_that_there_is():
+    from paper import specs
+
+    text = (ROOT / "README.md").read_text()
+    (table, row, column) = re.search(r"main\.py trace (\S+) (\S+) (\S+)", text).groups()
+    (spec,) = specs.read("embedded", [table])
+    assert any((entry.row, entry.column) == (row, column) for entry in spec.entries)
+
+
+def test_the_citation_file_cites_this_software_and_the_paper():
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert cited["type"] == "software" and cited["license"] == "Apache-2.0" and cited["authors"]
+    assert f"## {cited['version']}" in (ROOT / "CHANGELOG.md").read_text()
+    (paper,) = cited["references"]
+    assert paper["type"] == "conference-paper" and len(paper["authors"]) == 10
 
 
 def test_fidelity_names_every_switch():

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import SHARED, needs_shared
-from eval.data.general_pairs import general_pairs
 from samples import without_chance, write_datasets
 
 import main
