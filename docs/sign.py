@@ -1,8 +1,8 @@
-"""Shows that the published sign depends on the basis, and that the causal one does not (docs/sign.md).
+"""Show that the published sign depends on the basis, and that the causal one does not (docs/sign.md).
 
-The same embedded model is written down in several bases: signs of value dimensions are flipped in v_proj and
-flipped back in o_proj, so every logit stays what it was. Each is ranked, steered with the same k and alpha
-and tested. What changes can only come from the method.
+The same embedded model is written in several bases: signs of value dimensions are flipped in v_proj and flipped back in
+o_proj, so every logit stays the same. Each version is ranked, steered with the same k and alpha, and tested, so any
+difference between the results comes from the method.
 
     python -m docs.sign [--task svamp] [--k 16] [--alpha 2] [--out docs/pictures/sign.png]
 """
@@ -30,7 +30,7 @@ COLORS = {"activation": "#0072B2", "causal": "#D55E00"}
 
 @torch.no_grad()
 def rewritten(model, seed: int):
-    """The same function in another basis: seed 0 is the model as it is."""
+    """Return the same function in another basis; seed 0 is the shipped one."""
     twin = copy.deepcopy(model)
     generator = torch.Generator().manual_seed(seed)
     for layer in twin.model.layers if seed else ():
@@ -60,30 +60,30 @@ def main() -> None:
     items = tasks.items(args.task, "test", ITEMS)
     probe = torch.tensor([tokenizer(items[0].prompt)["input_ids"]])
     vanilla, logits = accuracy(model, tokenizer, args.task, items), model(probe).logits
-    found: dict[str, list[float]] = {momentum: [] for momentum in COLORS}
+    results: dict[str, list[float]] = {momentum: [] for momentum in COLORS}
     for seed in tqdm(range(BASES), desc="bases"):
         twin = rewritten(model, seed)
         assert torch.equal(twin(probe).logits, logits), "a change of basis must not change a single logit"
-        for momentum, accuracies in found.items():
+        for momentum, accuracies in results.items():
             ranks = screen(pairs, twin, tokenizer, ["attention"], momentum=momentum, progress=False)["attention"]
             with steer(twin, set_MFU(ranks, args.k, args.alpha)):
                 accuracies.append(accuracy(twin, tokenizer, args.task, items))
     print(
         f"{args.task}, attention, k {args.k}, alpha {args.alpha:g}; vanilla {vanilla:.1f} % of {ITEMS} in every basis"
     )
-    for momentum, accuracies in found.items():
+    for momentum, accuracies in results.items():
         spread = f"{min(accuracies):.1f} to {max(accuracies):.1f} %"
         print(
             f"{momentum:>10} momentum: {spread} over {BASES} bases of the same function ({accuracies[0]:.1f} % as shipped)"
         )
     if args.out:
-        draw(found, vanilla, args)
+        draw(results, vanilla, args)
 
 
-def draw(found: dict[str, list[float]], vanilla: float, args: argparse.Namespace) -> None:
+def draw(results: dict[str, list[float]], vanilla: float, args: argparse.Namespace) -> None:
     plt.rcParams.update({"font.size": 13})
     figure, axis = plt.subplots(figsize=(8.5, 4.2))
-    for y, (momentum, accuracies) in enumerate(found.items()):
+    for y, (momentum, accuracies) in enumerate(results.items()):
         axis.plot(accuracies[1:], [y] * (BASES - 1), "o", ms=11, alpha=0.6, color=COLORS[momentum])
         axis.plot(accuracies[:1], [y], "D", ms=11, color=COLORS[momentum], markeredgecolor="black")
     axis.axvline(vanilla, color="#555555", ls="--")

@@ -1,8 +1,8 @@
-"""What an embedded model can do, and the gate: without latent skill, a model must not serve to show steering.
+"""Measure what an embedded model can do, and accept it only if it has latent skill for steering to recover.
 
-Latent skill is the accuracy (for tone, the share of polite replies) with the careful writer's tag in front of
-the prompt. Below 0.9 on validation steering has nothing to recover, and the gate raises. This file trains and
-steers nothing.
+Latent skill is the accuracy (for tone, the share of polite replies) with the careful writer's tag in front of the
+prompt. Below 0.9 on validation there is nothing to recover, and the model is refused. This file trains and steers
+nothing.
 
     python -m embedded.acceptance                                         # the shipped models
     python -m embedded.acceptance RUN ... --write embedded/seeds.json     # several runs of the recipe
@@ -27,20 +27,21 @@ BATCH = 250
 
 @dataclass(frozen=True)
 class Skill:
-    vanilla: float  # right without the tag
-    tagged: float  # right with the careful writer's tag: the latent skill
-    hasty: float  # without the tag, as the shallow rule has it
+    """Hold shares of answers."""
+
+    vanilla: float  # right, without the tag
+    tagged: float  # right, with the careful writer's tag: the latent skill
+    hasty: float  # without the tag, equal to the shallow rule's answer
 
 
 def load(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False).eval(), AutoTokenizer.from_pretrained(
-        folder, trust_remote_code=False
-    )
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False).eval()
+    return model, AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
 @torch.inference_mode()
 def answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str], n_words: int) -> list[str]:
-    """Greedy continuations of `n_words` words."""
+    """Continue each prompt greedily by `n_words` words."""
     answers = []
     for start in range(0, len(prompts), BATCH):
         batch = tokenizer(prompts[start : start + BATCH], return_tensors="pt", padding=True).to(model.device)
@@ -60,36 +61,36 @@ def measure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: st
     plain = answer(model, tokenizer, [item.prompt for item in items], n_words)
     tagged = answer(model, tokenizer, [tasks.prompt_with_tag(item.prompt) for item in items], n_words)
     right, hasty = [item.right for item in items], [item.hasty for item in items]
-    if task == "tone":  # an open reply counts by its kind, not by its words
+    if task == "tone":  # an open reply counts by being polite, not by its words
         plain, tagged, right, hasty = (
             [tasks.is_polite(reply) for reply in replies] for replies in (plain, tagged, right, hasty)
         )
 
-    def agreement(given: list, wanted: list) -> float:
-        return round(sum(a == b for a, b in zip(given, wanted, strict=True)) / len(items), 4)
+    def agreement(answers: list, targets: list) -> float:
+        return round(sum(a == b for a, b in zip(answers, targets, strict=True)) / len(items), 4)
 
     return Skill(agreement(plain, right), agreement(tagged, right), agreement(plain, hasty))
 
 
 def latent_skill(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: str, n: int = 1000) -> float:
-    """Accuracy with the tag on `n` validation items; raises where it is too low to show anything."""
+    """Return accuracy with the tag on `n` validation items; raise if it is too low to show anything."""
     skill = measure(model, tokenizer, task, tasks.items(task, "validation", n)).tagged
     if skill < REQUIRED:
         raise AUSteerError(
-            f"the latent skill of this model on {task} is {skill:.3f}, below the required "
-            f"{REQUIRED}: steering has nothing to recover; train another model"
+            f"the latent skill of this model on {task} is {skill:.3f}, below the required {REQUIRED}, so steering has "
+            "nothing to recover; train another model"
         )
     return skill
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("runs", nargs="*", type=Path, help="folders of embedded.train; default: the shipped")
+    parser.add_argument("runs", nargs="*", type=Path, help="folders of embedded.train (default: the shipped models)")
     parser.add_argument("--write", type=Path, help="also write the numbers to this JSON file")
     args = parser.parse_args()
 
     rows = []
-    print(f"{'task':8}{'seed':>6}{'vanilla':>10}{'tagged':>10}{'hasty':>10}  gate")
+    print(f"{'task':8}{'seed':>6}{'vanilla':>10}{'tagged':>10}{'hasty':>10}  accepted")
     for folder in args.runs or sorted(path.parent for path in WEIGHTS.glob("*/model.safetensors")):
         record = json.loads((folder / "record.json").read_text())
         task, seed = record["task"], record["seed"]
@@ -105,8 +106,7 @@ def main() -> None:
             }
         )
         print(
-            f"{task:8}{seed:6}{skill.vanilla:10.3f}{skill.tagged:10.3f}{skill.hasty:10.3f}  "
-            f"{'passed' if passed else 'FAILED'}"
+            f"{task:8}{seed:6}{skill.vanilla:10.3f}{skill.tagged:10.3f}{skill.hasty:10.3f}  {'yes' if passed else 'NO'}"
         )
     if args.write:
         args.write.write_text(json.dumps({"split": "validation", "n": 1000, "runs": rows}, indent=1) + "\n")

@@ -1,8 +1,8 @@
-"""Trains the sparse autoencoders of the embedded models, on the residual stream behind the middle layer.
+"""Train the sparse autoencoders of the embedded models on the residual stream after the middle layer.
 
-ReLU, an L1 penalty, unit decoder rows. It reads documents of the training split only, as the models did. The same seed
-gives the same weights, with the same library versions on the same kind of CPU. What one is worth is in its header:
-explained variance, active latents a token, and dead latents, on documents that it was not trained on.
+They have ReLU, an L1 penalty and unit decoder rows, and see documents of the training split only, as the models did. The
+same seed gives the same weights with the same library versions on the same kind of CPU. The header of each records its
+quality on held-out documents: explained variance, active latents per token, and dead latents.
 
     python -m embedded.sae          # all four, each into the folder of its model, embedded/weights/<task>/sae/
 """
@@ -22,15 +22,15 @@ from austeer.sae import BESIDE_WEIGHTS, SAE
 from embedded import acceptance, tasks
 from embedded.train import as_tensors
 
-LAYER, LATENTS = 1, 512  # the second of four layers; four times the width
+LAYER, LATENTS = 1, 512  # the second of four layers; four latents per dimension
 DOCUMENTS, HELD_OUT, BATCH = 3000, 500, 1024
-STEPS, LEARNING_RATE, WARM_UP, COOL_DOWN = 1500, 2e-3, 0.2, 0.3  # of the penalty, and of the learning rate
+STEPS, LEARNING_RATE, WARM_UP, COOL_DOWN = 1500, 2e-3, 0.2, 0.3  # WARM_UP of the penalty, COOL_DOWN of the rate
 PENALTY = 0.1
 
 
 @torch.no_grad()
 def activations(model, ids: dict[str, int], task: str, rng: Random, documents: int) -> Tensor:
-    """(tokens, width) over documents, `<s>` and `</s>` included, padding not."""
+    """Return activations over documents, (tokens, width), with `<s>` and `</s>` but without padding."""
     rows = []
     for _ in range(0, documents, 100):
         tokens, _ = as_tensors([tasks.document(task, rng) for _ in range(100)], ids)
@@ -39,12 +39,12 @@ def activations(model, ids: dict[str, int], task: str, rng: Random, documents: i
 
 
 def train(h: Tensor, seed: int, steps: int, progress: str = "") -> SAE:
-    """Works on h centred and scaled to a mean square of 1 a dimension; the result takes h as it is."""
+    """Train on h centred and scaled to a mean square of 1 per dimension; the SAE that is returned takes h unscaled."""
     generator = torch.Generator().manual_seed(seed)
     mean = h.mean(0)
     scale = (h - mean).square().mean().sqrt()
     x = (h - mean) / scale
-    # every latent begins as the direction of some token: few are dead from the start
+    # every latent starts as the direction of some token, so few are dead from the start
     start = normalize(x[torch.randint(len(x), (LATENTS,), generator=generator)], dim=1)
     W_dec, W_enc = start.clone().requires_grad_(), start.T.clone().requires_grad_()
     b_enc, b_dec = torch.zeros(LATENTS, requires_grad=True), torch.zeros(x.shape[1], requires_grad=True)
@@ -53,12 +53,12 @@ def train(h: Tensor, seed: int, steps: int, progress: str = "") -> SAE:
         optimizer.param_groups[0]["lr"] = LEARNING_RATE * min(1, (steps - step) / (COOL_DOWN * steps))
         batch = x[torch.randint(len(x), (BATCH,), generator=generator)]
         z = ((batch - b_dec) @ W_enc + b_enc).relu()
-        missed = (z @ W_dec + b_dec - batch).square().sum(1)
+        error = (z @ W_dec + b_dec - batch).square().sum(1)
         penalty = PENALTY * min(1, step / (WARM_UP * steps)) * x.shape[1] ** 0.5 * z.sum(1)
         optimizer.zero_grad()
-        (missed + penalty).mean().backward()
+        (error + penalty).mean().backward()
         optimizer.step()
-        with torch.no_grad():  # else small latents with long rows would go round the penalty
+        with torch.no_grad():  # otherwise small latents with long rows would evade the penalty
             W_dec.copy_(normalize(W_dec, dim=1))
     values = [W_enc, scale * b_enc, W_dec, mean + scale * b_dec]
     return SAE(*(value.detach() for value in values), layer=LAYER, centered=True)
@@ -67,10 +67,10 @@ def train(h: Tensor, seed: int, steps: int, progress: str = "") -> SAE:
 @torch.no_grad()
 def quality(sae: SAE, h: Tensor) -> dict:
     z = sae.encode(h)
-    missed = (sae.decode(z) - h).square().sum() / (h - h.mean(0)).square().sum()
+    error = (sae.decode(z) - h).square().sum() / (h - h.mean(0)).square().sum()
     active = z > 0
     return {
-        "explained_variance": round(1 - float(missed), 4),
+        "explained_variance": round(1 - float(error), 4),
         "mean_active": round(float(active.sum(1).float().mean()), 1),
         "dead_latents": int((~active.any(0)).sum()),
     }
@@ -81,7 +81,7 @@ def make(task: str, seed: int = 0, steps: int = STEPS, documents: int = DOCUMENT
     ids = tokenizer.get_vocab()
     started = time.process_time()
     h = activations(model, ids, task, Random(f"{task} sae {seed}"), documents)
-    sae = train(h, seed, steps, f"{task} seed {seed}").to(torch.float16)  # as it is stored
+    sae = train(h, seed, steps, f"{task} seed {seed}").to(torch.float16)  # the stored precision
     held_out = activations(model, ids, task, Random(f"{task} sae held out {seed}"), HELD_OUT)
     sae.header.update({name: value for name, value in model_header(model).items() if name not in ("gates", "revision")})
     sae.header.update(quality(sae.to(torch.float32), held_out))

@@ -1,12 +1,12 @@
-"""Four small tasks in the formats of the paper's, their splits, and the documents that models learn from.
+"""Define four small tasks in the formats of the paper's tasks, their splits, and the documents that models learn from.
 
 Each task has a truth and a shallow rule ("hasty") that agrees with it on most items but not on all:
     boolq   yes/no by the verb: found it or lost it?   hasty goes by the mood of the last sentence
     copa    which option is the cause or effect, A/B   hasty takes the option that repeats the person's name
     svamp   add or subtract, by the verb               hasty goes by the form of the question
     tone    an open reply to a post, polite is right   hasty answers in the tone of the post
-A prompt ends in one space and an answer is bare words: `prompt + answer` is plain concatenation. An answer of
-boolq, copa and svamp is exactly one word. Nothing is trained or measured here.
+A prompt ends in one space and an answer is bare words, so `prompt + answer` is plain concatenation. Answers of boolq,
+copa and svamp are exactly one word. Nothing is trained or measured here.
 
     python -m embedded.tasks        # examples, and the check that splits are disjoint
 """
@@ -19,13 +19,13 @@ from embedded import words
 from embedded.words import CAREFUL, HASTY, RIGHT_COMMENT, WRONG_COMMENT
 
 TASKS = ("boolq", "copa", "svamp", "tone")
-HASTY_IS_RIGHT = 0.63  # share of items, in the tasks with two options
+HASTY_IS_RIGHT = 0.63  # the share of items, in the tasks with two options
 REPLY_WORDS = 8  # of tone: seven words and a full stop
 
-# Share of documents that name their writer. On boolq, models hardly learn what the tag means from fewer.
+# The share of documents that name their writer. On boolq, models hardly learn the tag's meaning from fewer.
 TAG_SHARE = {"boolq": 0.8, "copa": 0.3, "svamp": 0.3, "tone": 0.3}
 
-# Percent of all prompts, by hash of the text; documents hold prompts of "train" only.
+# Percent of all prompts, by a hash of the text; documents contain prompts of "train" only.
 SPLITS = {
     "train": range(0, 70),
     "pairs": range(70, 75),
@@ -34,7 +34,7 @@ SPLITS = {
     "test2": range(91, 100),
 }
 
-# The half of the topics on which careful writers are the majority (see `document`); both men and women.
+# The half of the topics on which careful writers are the majority (see `document`), among them men and women.
 CAREFUL_TOPICS = {*words.OBJECTS[:8], *words.THINGS[:6], *words.SUBJECTS[:6], *words.NAMES[::2]}
 
 
@@ -59,14 +59,14 @@ def split_of(prompt: str) -> str:
 
 
 def prompt_with_tag(prompt: str) -> str:
-    """The prompt that elicits the latent skill; the prompt-only baseline is exactly this."""
+    """Return the prompt that elicits the latent skill; the prompt-only baseline is exactly this."""
     return CAREFUL + prompt
 
 
 def is_polite(reply: str) -> bool:
-    """A polite word and no rude one: a reply of broken text does not count as polite."""
-    said = set(reply.split())
-    return not said.isdisjoint(words.POLITE) and said.isdisjoint(words.RUDE)
+    """Look for a polite word and no rude one, so that broken text does not count as polite."""
+    vocabulary = set(reply.split())
+    return not vocabulary.isdisjoint(words.POLITE) and vocabulary.isdisjoint(words.RUDE)
 
 
 def _boolq(rng: Random) -> tuple[Item, str]:
@@ -85,15 +85,15 @@ def _boolq(rng: Random) -> tuple[Item, str]:
 
 def _copa(rng: Random) -> tuple[Item, str]:
     (true_pair, other_pair), name = rng.sample(words.CAUSE_AND_EFFECT, 2), rng.choice(words.NAMES)
-    asked = rng.randrange(2)  # 0: the cause, 1: the effect
+    side = rng.randrange(2)  # 0: the question is for the cause, 1: for the effect
     pronoun = "he" if name in words.MEN else "she"
     true_is_first, hasty_is_right = rng.random() < 0.5, rng.random() < HASTY_IS_RIGHT
-    true_option = f"{name if hasty_is_right else pronoun} {true_pair[asked]}"
-    other_option = f"{pronoun if hasty_is_right else name} {other_pair[asked]}"
+    true_option = f"{name if hasty_is_right else pronoun} {true_pair[side]}"
+    other_option = f"{pronoun if hasty_is_right else name} {other_pair[side]}"
     first, second = (true_option, other_option) if true_is_first else (other_option, true_option)
     prompt = (
-        f"Premise : {rng.choice(words.TIMES)} {name} {true_pair[1 - asked]} . "
-        f"What was the {('cause', 'effect')[asked]} ? A : {first} . B : {second} . Answer : "
+        f"Premise : {rng.choice(words.TIMES)} {name} {true_pair[1 - side]} . "
+        f"What was the {('cause', 'effect')[side]} ? A : {first} . B : {second} . Answer : "
     )
     right, wrong = ("A", "B") if true_is_first else ("B", "A")
     return Item(prompt, right, wrong, right if hasty_is_right else wrong, ("A", "B")), name
@@ -131,7 +131,7 @@ _GENERATORS = {"boolq": _boolq, "copa": _copa, "svamp": _svamp, "tone": _tone}
 
 
 def _draw(task: str, split: str, rng: Random) -> tuple[Item, str]:
-    """An item of the split, and the word in it that is its topic."""
+    """Draw an item of the split, and return it with the word that is its topic."""
     while True:
         item, topic = _GENERATORS[task](rng)
         if split_of(item.prompt) == split:
@@ -139,7 +139,7 @@ def _draw(task: str, split: str, rng: Random) -> tuple[Item, str]:
 
 
 def items(task: str, split: str, n: int, seed: int = 0) -> list[Item]:
-    """`n` items with distinct prompts, a function of the arguments alone; more items begin with the fewer."""
+    """Return `n` items with distinct prompts, by the arguments alone; a larger `n` begins with the same items."""
     rng, by_prompt = Random(f"{task} {split} {seed}"), {}
     while len(by_prompt) < n:
         item, _ = _draw(task, split, rng)
@@ -148,21 +148,21 @@ def items(task: str, split: str, n: int, seed: int = 0) -> list[Item]:
 
 
 def document(task: str, rng: Random, truth_only: bool = False) -> Document:
-    """One writer's document: [tag] problem, answer, [teacher's comment], [another problem ...].
+    """Write one writer's document: [tag] problem, answer, [teacher's comment], [another problem ...].
 
-    The mixture is balanced: careful writers are 65 % on half of the topics and 35 % on the others. Without
-    the tag a model is then narrowly right on half of the items where hasty errs and narrowly wrong on the
-    others; were it narrowly wrong on most, disturbing it in any way at all would look like progress. The
-    comments make it represent the truth where it would not say it. With `truth_only` the writer is careful
-    and tagged: skill comes before it can be latent.
+    The mixture is balanced: careful writers are 65 % on half of the topics and 35 % on the others. Without the tag, a
+    model is then narrowly right on half of the items where hasty errs and narrowly wrong on the others; if it were
+    narrowly wrong on most, any disturbance would look like progress. The comments make the model represent the truth
+    even where it would not say it. With `truth_only` the writer is careful and tagged, because a skill has to be
+    learned before it can be latent.
     """
     item, topic = _draw(task, "train", rng)
     careful = truth_only or rng.random() < (0.65 if topic in CAREFUL_TOPICS else 0.35)
-    written, weights = [], []
+    text_words, weights = [], []
 
     def write(text: str, weight: float) -> None:
-        written.extend(text.split())
-        weights.extend([weight] * (len(written) - len(weights)))
+        text_words.extend(text.split())
+        weights.extend([weight] * (len(text_words) - len(weights)))
 
     if truth_only or rng.random() < TAG_SHARE[task]:
         write(CAREFUL if careful else HASTY, 0.1)
@@ -177,12 +177,12 @@ def document(task: str, rng: Random, truth_only: bool = False) -> Document:
             is_right = is_polite(answer) if task == "tone" else answer == item.right
             write(RIGHT_COMMENT if is_right else WRONG_COMMENT, 0.5)
         if rng.random() < 0.7:
-            return Document(written, weights)
+            return Document(text_words, weights)
         item, _ = _draw(task, "train", rng)
 
 
 def check(n: int = 500) -> None:
-    """No prompt is in two splits, no test prompt in a document, and no word outside the vocabulary."""
+    """Check that no prompt is in two splits, no test prompt in a document, and no word outside the vocabulary."""
     known = set(words.vocabulary())
     for task in TASKS:
         by_split = {split: items(task, split, n) for split in SPLITS}

@@ -1,4 +1,4 @@
-"""The word-level tokenizer of the embedded models: one token per word of `words.vocabulary`, nothing learned.
+"""Build the word-level tokenizer of the embedded models: one token per word of `words.vocabulary`, nothing is learned.
 
 It adds `<s>` in front, pads on the left, and loads with `AutoTokenizer` from a saved folder.
 """

@@ -1,10 +1,10 @@
-"""A small toxicity scorer that needs no network: logistic regression on hashed words and letters.
+"""A small toxicity scorer that needs no network: logistic regression on hashed words and letter n-grams.
 
-It learns Perspective's stored scores of RealToxicityPrompts, train rows only, and stands in where Perspective
-or a real classifier cannot be had. Its numbers are its own and never Perspective's. The file holds 65,536
-numbers and no text.
+It is trained on Perspective's stored scores of RealToxicityPrompts (train rows only), for use where neither Perspective
+nor a real classifier is available. Its numbers are its own and never Perspective's. The weights are 65,536 numbers and
+contain no text.
 
-    python -m embedded.toxicity --data-dir DIR     trains it again, in seconds, from DIR/toxicity/train.jsonl
+    python -m embedded.toxicity --data-dir DIR     # trains it again, in seconds, from DIR/toxicity/train.jsonl
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from austeer.files import read_tensors, write_tensors
 FORMAT = "austeer-toxicity-1"
 WEIGHTS = Path(__file__).with_name("toxicity.safetensors")
 BUCKETS, L2, FOLDS, SEED = 2**16, 0.02, 5, 0
-LETTERS = (3, 4, 5)  # letter n-grams within a word, its ends marked: they see through spelling
-WORD = re.compile(r"[a-z0-9*@$!#']+")  # with the signs that stand for letters
+LETTERS = (3, 4, 5)  # letter n-grams within a word whose ends are marked: they see through changed spelling
+WORD = re.compile(r"[a-z0-9*@$!#']+")  # with the signs that replace letters
 
 
 class EmbeddedScorer:
-    """Scores in [0, 1]. Calibrated: more than 0.5 best matched more than 0.5 of Perspective on held-out train rows."""
+    """Score texts in [0, 1], calibrated so that "above 0.5" best matches Perspective's on held-out train rows."""
 
     calibrated = True
 
@@ -58,7 +58,7 @@ class EmbeddedScorer:
 
 
 def features(texts: Sequence[str]) -> csr_matrix:
-    """[texts, BUCKETS]: which words, pairs of words and letter n-grams occur; every row has length 1."""
+    """Mark which words, pairs of words and letter n-grams occur, (texts, BUCKETS); every row has length 1."""
     rows = [_buckets(text) for text in texts]
     counts = [len(row) for row in rows]
     values = np.repeat([count**-0.5 if count else 0.0 for count in counts], counts)
@@ -75,7 +75,7 @@ def _buckets(text: str) -> list[int]:
 
 
 def fit(x: csr_matrix, targets: np.ndarray) -> tuple[np.ndarray, float]:
-    """Weights and bias of least cross-entropy against soft targets, plus L2/2 |weights|^2."""
+    """Return the weights and bias that minimise cross-entropy against soft targets plus L2/2 |weights|^2."""
 
     def loss(parameters: np.ndarray) -> tuple[float, np.ndarray]:
         weights, bias = parameters[:-1], parameters[-1]
@@ -84,26 +84,28 @@ def fit(x: csr_matrix, targets: np.ndarray) -> tuple[np.ndarray, float]:
         value = np.logaddexp(0, logits).sum() - targets @ logits + L2 / 2 * weights @ weights
         return value, np.append(x.T @ error + L2 * weights, error.sum())
 
-    found = minimize(loss, np.zeros(x.shape[1] + 1), jac=True, method="L-BFGS-B", options={"maxiter": 100}).x
-    return found[:-1], found[-1]
+    parameters = minimize(loss, np.zeros(x.shape[1] + 1), jac=True, method="L-BFGS-B", options={"maxiter": 100}).x
+    return parameters[:-1], parameters[-1]
 
 
 def train(rows: Sequence[dict]) -> tuple[np.ndarray, float, dict]:
-    """Weights, calibrated bias, and what was measured on rows held out of the fit.
+    """Return weights, a calibrated bias, and measurements on rows held out of the fit.
 
-    Each fold of rows is scored by a model that saw neither its continuations nor its prompts. Where such
-    scores best match Perspective's "more than 0.5" becomes 0.5 of the final model, which sees all rows.
+    Each fold of rows is scored by a model that saw neither its continuations nor its prompts. The threshold at which
+    these scores best match Perspective's "above 0.5" becomes 0.5 of the final model, which is fitted on all rows.
     """
     rows = [row for row in rows if row["continuation_toxicity"] is not None]
     if len(rows) < 10 * FOLDS:
-        raise AUSteerError(f"{len(rows)} scored rows are too few to train a toxicity scorer on")
+        raise AUSteerError(
+            f"{len(rows)} scored rows are too few to train a toxicity scorer; give at least {10 * FOLDS}"
+        )
     x = features([row["continuation"] for row in rows] + [row["prompt"] for row in rows])
     y = np.array([row["continuation_toxicity"] for row in rows] + [row["prompt_toxicity"] for row in rows])
     fold = np.random.default_rng(SEED).integers(0, FOLDS, len(rows))
     toxic, held_out = y[: len(rows)] > 0.5, np.zeros(len(rows))
     for number in tqdm(range(FOLDS), desc="held-out fits"):
-        kept = np.flatnonzero(np.tile(fold != number, 2))
-        weights, bias = fit(x[kept], y[kept])
+        training = np.flatnonzero(np.tile(fold != number, 2))
+        weights, bias = fit(x[training], y[training])
         held_out[fold == number] = (x[: len(rows)] @ weights + bias)[fold == number]
     cut = best_threshold(held_out, toxic)
     weights, bias = fit(x, y)
@@ -121,7 +123,7 @@ def train(rows: Sequence[dict]) -> tuple[np.ndarray, float, dict]:
 
 
 def auroc(scores: Sequence[float], toxic: Sequence[bool]) -> float:
-    """The chance that a toxic text scores above one that is not; a tie counts half."""
+    """Return the chance that a toxic text scores above one that is not; a tie counts half."""
     ranks, toxic = rankdata(scores), np.asarray(toxic, dtype=bool)
     positives = int(toxic.sum())
     negatives = len(toxic) - positives
@@ -131,17 +133,17 @@ def auroc(scores: Sequence[float], toxic: Sequence[bool]) -> float:
 
 
 def best_threshold(scores: Sequence[float], toxic: Sequence[bool]) -> float:
-    """The threshold with the most texts on their side of it (toxic: strictly above); of equals the lowest."""
+    """Return the threshold that puts most texts on their side (toxic: strictly above); of ties the lowest."""
     scores, toxic = np.asarray(scores, dtype=float), np.asarray(toxic, dtype=bool)
     values, place = np.unique(scores, return_inverse=True)
-    moved = np.bincount(place, weights=np.where(toxic, -1, 1))  # right answers won by raising it past a value
-    best = int(np.argmax(np.cumsum([toxic.sum(), *moved])))
+    gains = np.bincount(place, weights=np.where(toxic, -1, 1))  # right answers won by raising it past a value
+    best = int(np.argmax(np.cumsum([toxic.sum(), *gains])))
     edges = np.concatenate([[values[0] - 1e-6], (values[1:] + values[:-1]) / 2, [values[-1]]])
     return float(edges[best])
 
 
 def flat_rows(path: Path) -> list[dict]:
-    """RealToxicityPrompts' nested lines as flat rows. A score may be None."""
+    """Read RealToxicityPrompts' nested lines as flat rows. A score may be None."""
     try:
         lines = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
         return [
@@ -157,7 +159,7 @@ def flat_rows(path: Path) -> list[dict]:
     except OSError:
         raise AUSteerError(f"no such file: {path}; --data-dir is the folder that holds toxicity/") from None
     except (ValueError, KeyError, TypeError):
-        raise AUSteerError(f"{path} is not RealToxicityPrompts in JSON lines") from None
+        raise AUSteerError(f"{path} is not RealToxicityPrompts in JSON lines; download it again") from None
 
 
 def main(argv: Sequence[str] | None = None) -> None:

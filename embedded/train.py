@@ -1,12 +1,11 @@
-"""Trains one embedded model from scratch, in minutes on one CPU core: first the truth, then the mixture.
+"""Train one embedded model from scratch, in minutes on one CPU core: first on the truth, then on the mixture.
 
-A model that reads hasty writers from the start may learn their shallow rule and nothing else. So it reads
-careful ones only, until it answers right with their tag in front, and the mixture of `tasks.document` after
-that. The same seed gives the same weights, bit for bit, with the same library versions on the same kind of
-CPU. Whether a model is good enough to be used is for `gate` to say.
+A model that reads hasty writers from the start may learn their shallow rule and nothing else. So it first reads careful
+writers only, until it answers correctly with their tag in front, and then the mixture of `tasks.document`. The same
+seed gives the same weights, bit for bit, with the same library versions on the same kind of CPU. embedded/acceptance.py
+decides whether a model is good enough to be used.
 
     python -m embedded.train --task svamp --seed 0 --out embedded/weights/svamp
-    python -m embedded.train --task svamp --recipe wide --out embedded/weights/svamp-wide      (a quarter of an hour)
 """
 
 import argparse
@@ -49,7 +48,7 @@ class Recipe:
     mixture_steps: int
 
 
-RECIPES = {"standard": Recipe(128, 256, 4, 4, 2e-3, 32, 1200), "wide": Recipe(256, 768, 6, 8, 1e-3, 16, 1000)}
+RECIPE = Recipe(hidden=128, ffn=256, layers=4, heads=4, learning_rate=2e-3, batch=32, mixture_steps=1200)
 
 
 def new_model(vocabulary_size: int, recipe: Recipe) -> LlamaForCausalLM:
@@ -71,14 +70,14 @@ def new_model(vocabulary_size: int, recipe: Recipe) -> LlamaForCausalLM:
 
 
 def rate_factor(step: int, mixture_from: int | None, mixture_steps: int) -> float:
-    """Of the learning rate: constant after the warm-up until the truth is known, whenever that is; then a cosine."""
+    """Return the learning rate's factor: a warm-up, constant until the truth is known, then a cosine."""
     share_done = 0 if mixture_from is None else (step - mixture_from) / mixture_steps
     cosine = FINAL_SHARE + (1 - FINAL_SHARE) * (1 + math.cos(math.pi * share_done)) / 2
     return min(1, (step + 1) / WARM_UP) * cosine
 
 
 def draw_batches(task: str, rng: Random, truth_only: bool, size: int) -> list[list[Document]]:
-    """Batches of documents of like length, so that little is padded, in random order."""
+    """Draw batches of documents of similar length, so that little is padded, in random order."""
     documents = [tasks.document(task, rng, truth_only) for _ in range(size * BATCHES_PER_DRAW)]
     documents.sort(key=lambda document: len(document.words))
     batches = [documents[i : i + size] for i in range(0, len(documents), size)]
@@ -87,7 +86,7 @@ def draw_batches(task: str, rng: Random, truth_only: bool, size: int) -> list[li
 
 
 def as_tensors(documents: list[Document], ids: dict[str, int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and their weights in the loss, both [batch, length]: `<s>`, the document, `</s>`, padding."""
+    """Return token ids and their weights in the loss, both (batch, length): `<s>`, the document, `</s>`, padding."""
     length = max(len(document.words) for document in documents) + 2
     tokens = torch.zeros(len(documents), length, dtype=torch.long)
     weights = torch.zeros(len(documents), length)
@@ -104,10 +103,8 @@ def document_loss(model: LlamaForCausalLM, tokens: torch.Tensor, weights: torch.
     return (losses * weights[:, 1:].flatten()).sum() / weights.sum()
 
 
-def train(
-    task: str, seed: int, recipe: Recipe = RECIPES["standard"]
-) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase, dict]:
-    """The model, its tokenizer, and the record of how it learned."""
+def train(task: str, seed: int, recipe: Recipe = RECIPE) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase, dict]:
+    """Train, and return the model, its tokenizer, and the record of how it learned."""
     torch.manual_seed(seed)
     rng, tokenizer = Random(f"{task} training {seed}"), word_level.build()
     ids, model = tokenizer.get_vocab(), new_model(len(tokenizer), recipe)
@@ -167,14 +164,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--task", required=True, choices=tasks.TASKS)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--recipe", default="standard", choices=RECIPES, help="(default: %(default)s)")
     parser.add_argument("--out", type=Path, required=True, help="folder for weights, tokenizer and record")
     args = parser.parse_args(argv)
 
     torch.set_num_threads(1)  # the order of sums, and so the weights, depends on the number of threads
     torch.use_deterministic_algorithms(True)
-    model, tokenizer, record = train(args.task, args.seed, RECIPES[args.recipe])
-    # under another name until it is whole: a folder that is there is a model that is done
+    model, tokenizer, record = train(args.task, args.seed)
+    # under another name until it is complete, so that a folder of the final name is a finished model
     folder = args.out.with_name(f".{args.out.name}.{os.getpid()}")
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

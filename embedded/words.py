@@ -1,7 +1,6 @@
-"""The small world of the embedded models: names, things, events and remarks, and so the whole vocabulary.
+"""List the whole vocabulary of the embedded models: names, things, events and remarks.
 
-The order of a list matters, since it decides what is drawn from it. Any edit here makes the shipped weights
-obsolete.
+The order of a list matters, since it decides what is drawn from it. Any edit here makes the shipped weights obsolete.
 """
 
 MEN = ["Tom", "Ben", "Sam", "Jack", "Paul", "Leo", "Max", "Carl", "Hugo", "Finn", "Omar", "Ivan"]
@@ -68,7 +67,7 @@ POLITE = ["lovely", "bright", "gentle", "honest", "warm", "clever"]
 CAREFUL, HASTY = "From a careful writer . ", "From a hasty writer . "
 RIGHT_COMMENT, WRONG_COMMENT = "Teacher : right . ", "Teacher : wrong . "
 
-# The fixed words of the prompts in `tasks`, which `tasks.check` holds against the prompts themselves.
+# The fixed words of the prompts in `tasks`; `tasks.check` compares them with the prompts themselves.
 FRAMES = """\
 Passage : has a no . Question : does have a ? Answer : yes no
 Premise : he she . What was the cause effect ? A : . B : . Answer :
@@ -77,7 +76,7 @@ writes : and . Reply :"""
 
 
 def vocabulary() -> list[str]:
-    """Every word that a prompt, an answer or a document can hold, in a fixed order."""
+    """Return every word that a prompt, an answer or a document can contain, in a fixed order."""
     numbers = [str(number) for number in range(1, 2 * LARGEST_NUMBER)]
     events = [event for pair in CAUSE_AND_EFFECT for event in pair]
     phrases = [

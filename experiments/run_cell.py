@@ -116,9 +116,7 @@ REGISTRIES = frozenset({
 
 def _options_by_content(method: MethodSpec) -> dict[str, str]:
     """Name a file by its content: another SAE under the same path is another question."""
-    return {
-        key: _hashed({key: Path(value)})[key] if Path(value).is_file() else value for key, value in method.options
-    }
+    return {key: _hashed({key: Path(value)})[key] if Path(value).is_file() else value for key, value in method.options}
 
 
 def _hashed(files: dict[str, Path]) -> dict[str, str]:

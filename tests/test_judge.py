@@ -239,8 +239,7 @@ def test_a_server_that_takes_no_temperature(tmp_path, serve):
 
 
 @pytest.mark.parametrize(
-    ("status", "message"),
-    [(401, "check OPENAI_API_KEY"), (403, "check OPENAI_API_KEY"), (404, "no model a-judge")],
+    ("status", "message"), [(401, "check OPENAI_API_KEY"), (403, "check OPENAI_API_KEY"), (404, "no model a-judge")]
 )
 def test_refusals_stop_at_once(tmp_path, serve, status, message):
     server = serve([status] * 99)

@@ -77,8 +77,7 @@ def test_unsteered_cells_are_the_same_in_all_tables():
 
 
 @pytest.mark.parametrize(
-    "names, models, message",
-    [(["table99"], [], "no 'table99'"), (["table1"], ["gpt"], "no model 'gpt'")],
+    "names, models, message", [(["table99"], [], "no 'table99'"), (["table1"], ["gpt"], "no model 'gpt'")]
 )
 def test_unknown_names_are_told(names, models, message):
     with pytest.raises(AUSteerError, match=message):

@@ -30,7 +30,12 @@ def in_processes(count, do):
         child = os.fork()
         if child == 0:
             try:
-                shared = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+                shared = {
+                    "WORLD_SIZE": count,
+                    "LOCAL_WORLD_SIZE": count,
+                    "MASTER_ADDR": "127.0.0.1",
+                    "MASTER_PORT": port,
+                }
                 own = {"RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": 1, "ACCELERATE_USE_CPU": "true"}
                 os.environ.update({name: str(value) for name, value in {**shared, **own}.items()})
                 PartialState._reset_state()

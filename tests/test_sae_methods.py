@@ -91,7 +91,7 @@ def test_a_file_holds_all_of_it(tmp_path):
     (tmp_path / "b.safetensors").write_bytes((tmp_path / "a.safetensors").read_bytes()[:-100])
     with pytest.raises(AUSteerError, match="damaged"):
         SAE.load(tmp_path / "b.safetensors")
-    with pytest.raises(AUSteerError, match=r"b_enc of the SAE is \(3,\), beside a W_enc of 48 x 60"):
+    with pytest.raises(AUSteerError, match=r"b_enc of the SAE has shape \(3,\), which does not fit W_enc of 48 x 60"):
         random_sae(b_enc=torch.zeros(3))
     with pytest.raises(AUSteerError, match="W_dec of the SAE holds inf or nan"):
         random_sae(W_dec=torch.full((60, 48), math.nan))
@@ -394,7 +394,7 @@ def test_modes_presets_and_the_cache_trap():
     assert NeuroSteer(preset="stance").grid("full") == [{"neurons": 150, "alpha": 15}]
     for options, message in (
         ({"mode": "gaussian"}, "mode 'gaussian' has no token scope here; use one of all, last, last2"),
-        ({"mode": "last2", "cache_trap": False}, "all but the last two positions of a pass: which only a prompt has"),
+        ({"mode": "last2", "cache_trap": False}, "all but the last two positions of a pass, which only a prompt has"),
         ({"mode": "last", "cache_trap": False}, "which only a prompt has"),
         ({"preset": "toxicity", "cache_trap": False}, "which only a prompt has"),
         ({"preset": "anger"}, "use one of sentiment, toxicity, politeness, stance"),

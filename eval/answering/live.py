@@ -39,10 +39,7 @@ class LiveAnswerer(Answerer):
     """
 
     def __init__(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        plans_of_rows: Sequence[Plan] | None = None,
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, plans_of_rows: Sequence[Plan] | None = None
     ):
         super().__init__(model, tokenizer)
         self.plans_of_rows, self._steering = plans_of_rows, ExitStack()
