@@ -84,11 +84,15 @@ def compute(
 ) -> dict[str, str]:
     """Compute all that is missing. Return what failed, and why."""
     cells: list[Cell] = list(dict.fromkeys(cell for spec in wanted for entry in spec.entries for cell in entry.cells))
+    # the first table is finished, and on screen, before anything is ranked for the others
+    first = {cell for entry in wanted[0].entries for cell in entry.cells}
     pictures: list[Panel] = [panel for spec in wanted for panel in spec.panels]
     progress = Progress(wanted, manifest, publish)
     try:
-        for cell, record in run_cells(cells, store, executor):
-            progress.add(cell, record)
+        for wave in ([cell for cell in cells if cell in first], [cell for cell in cells if cell not in first]):
+            for cell, record in run_cells(wave, store, executor):
+                progress.add(cell, record)
+            progress.write()
         for panel, record in executor.map(partial(panels.attempt, store=store), pictures, "figures"):
             progress.add(panel, record)
     finally:
