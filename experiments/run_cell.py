@@ -167,7 +167,7 @@ class Run:
         """Return the outcomes of the measure that grid points are chosen by."""
         if not items:
             return []
-        with answering(self.bench, [plan], len(items)) as answerer:
+        with answering(self.bench, [plan], len(items)) as (answerer, _):
             answers = self.answers(answerer, items, name)
         return self.task.columns(items, answers).outcomes
 
@@ -176,14 +176,14 @@ class Run:
         positions that went through them, or the engine's adapter. A resumed run counts only its own positions: none."""
         file = self.kept("test")
         resumed = file is not None and file.path.exists()
-        with answering(self.bench, [plan], len(items)) as answerer:
+        with answering(self.bench, [plan], len(items)) as (answerer, receipt):
             answers = self.answers(answerer, items, "test")
-            receipt = answerer.receipt()
+            done = receipt()
         if resumed:
-            receipt.pop("positions", None)
-        with answering(self.bench, [None], len(items)) as unsteered:
+            done.pop("positions", None)
+        with answering(self.bench, [None], len(items)) as (unsteered, _):
             extras = self.task.extras(unsteered, items, answers)
-        return self.task.columns(items, answers), extras, receipt
+        return self.task.columns(items, answers), extras, done
 
     def answers(self, answerer, items: Sequence, name: str) -> list[Answer]:
         file = self.kept(name)
@@ -280,7 +280,7 @@ class SteeredRun(Run):
 
     def ask_together(self, items: Sequence, name: str, plans: Sequence[Plan]) -> list[list[bool]]:
         """Return the outcomes of the same items under each plan, asked in one batch."""
-        with answering(self.bench, plans, len(items)) as answerer:
+        with answering(self.bench, plans, len(items)) as (answerer, _):
             answers = self.answers(answerer, [*items] * len(plans), name)
         parts = [answers[start : start + len(items)] for start in range(0, len(answers), len(items))]
         return [self.task.columns(items, part).outcomes for part in parts]

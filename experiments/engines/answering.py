@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 
 from austeer.errors import AUSteerError
@@ -16,6 +16,7 @@ from experiments.cell import LIVE
 from experiments.engines.vllm_batches import adapters_code, vllm_answerer
 from experiments.engines.vllm_engine import installed
 
+Receipt = Callable[[], dict[str, int]]
 ENGINES = (LIVE, "vllm")
 # Token by token, a small batch costs nearly as much as a large one, and a search asks for the same few items again and
 # again: for answers of several tokens one batch of all plans pays up to so many items, for answers of one token it does
@@ -53,32 +54,31 @@ def pays_together(engine: str, task: Task, n_items: int) -> bool:
 
 
 def answering(bench: Bench, plans: Sequence[Plan | None], n_items: int):
-    """Open what answers `n_items` items under the first plan, then the same items under the second, ..."""
+    """Open what answers `n_items` items under the first plan, then the same items under the second, ...
+
+    Yields the answerer and a function that says what a single plan has done so far.
+    """
     return (live_answering if bench.model_spec.engine == LIVE else vllm_answering)(bench, plans, n_items)
 
 
 @contextmanager
-def live_answering(bench: Bench, plans: Sequence[Plan | None], n_items: int) -> Iterator[Answerer]:
+def live_answering(bench: Bench, plans: Sequence[Plan | None], n_items: int) -> Iterator[tuple[Answerer, Receipt]]:
     if len(plans) > 1:
-        yield LiveAnswerer(bench.model, bench.tokenizer, _of_rows(plans, n_items))
+        yield LiveAnswerer(bench.model, bench.tokenizer, _of_rows(plans, n_items)), dict
         return
     with _steered(bench, plans[0]) as steering:
-        answerer = LiveAnswerer(bench.model, bench.tokenizer)
-        answerer.receipt = steering.receipt if steering else dict
-        yield answerer
+        yield LiveAnswerer(bench.model, bench.tokenizer), steering.receipt if steering else dict
 
 
 @contextmanager
-def vllm_answering(bench: Bench, plans: Sequence[Plan | None], n_items: int) -> Iterator[Answerer]:
+def vllm_answering(bench: Bench, plans: Sequence[Plan | None], n_items: int) -> Iterator[tuple[Answerer, Receipt]]:
     """Steer the loaded model too where there is one plan: likelihoods are its own."""
     plan = plans[0] if len(plans) == 1 else None
     with (
         _steered(bench, plan) as steering,
         vllm_answerer(bench.model, bench.tokenizer, _of_rows(plans, n_items)) as vllm,
     ):
-        adapters = vllm.receipt
-        vllm.receipt = lambda: {"aus": steering.receipt()["aus"], **adapters()} if steering else {}
-        yield vllm
+        yield vllm, lambda: {"aus": steering.receipt()["aus"], **vllm.receipt()} if steering else {}
 
 
 def _steered(bench: Bench, plan: Plan | None):

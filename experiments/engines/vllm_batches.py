@@ -68,8 +68,6 @@ class VLLMAnswerer(Answerer):
 
     def receipt(self) -> dict[str, int]:
         """Return, once adapters were used, the largest rank, and how many modules they change."""
-        if all(plan is None for plan in self.plans_of_rows):
-            return {}
         loras = [lora for lora in self._adapters.values() if lora]
         return {"rank": max((one.rank for one in loras), default=0), "modules": sum(len(one.modules) for one in loras)}
 
