@@ -25,6 +25,7 @@ class Manifest:
     dry_run: bool = False  # tiny random checkpoints under the models' names
     entries: dict[str, dict[str, list[str]]] = field(default_factory=dict)  # spec -> "block|row|column" -> record ids
     panels: dict[str, dict[str, str]] = field(default_factory=dict)  # spec -> panel -> record id
+    orphans: int = 0  # records of the folder that no table names, at the end of the last run
     failed: dict[str, str] = field(default_factory=dict)  # "spec|block|row|column" -> why
 
     @classmethod
@@ -44,7 +45,7 @@ class Manifest:
         return before if (before.how, before.dry_run) == (how, dry_run) else fresh
 
     def write(self) -> None:
-        known = {key: getattr(self, key) for key in ("scale", "how", "dry_run", "entries", "panels", "failed")}
+        known = {key: getattr(self, key) for key in ("scale", "how", "dry_run", "entries", "panels", "orphans", "failed")}
         write_json(self.folder / NAME, known)
 
     def records(self, spec: str, block: str, row: str, column: str) -> list[dict]:
@@ -58,9 +59,10 @@ class Manifest:
     def load(path: Path) -> dict:
         return json.loads(path.read_text())
 
-    def orphans(self) -> list[str]:
-        """Return the ids of records in the folder that no table names: made by other code, or for other tables."""
-        return sorted({path.stem for path in (self.folder / "records").glob("*.json")} - set(self.ids))
+    def count_orphans(self) -> None:
+        """Count the records in the folder that no table names: other code or other options made them."""
+        self.orphans = len({path.stem for path in (self.folder / "records").glob("*.json")} - set(self.ids))
+        self.write()
 
     def why_missing(self, spec: str, block: str, row: str, column: str) -> str:
         return self.failed.get(f"{spec}|{block}|{row}|{column}", "not run")

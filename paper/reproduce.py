@@ -66,6 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
 
     executor = executor_for(args.jobs, args.ray, args.device, args.engine, tiny=args.scale == "embedded")
     failed = compute(computed, manifest, store, executor, publish)
+    manifest.count_orphans()
     report = publish()
     if args.keep:
         bundle(manifest, Path(args.keep))
@@ -73,9 +74,8 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     for where, why in failed.items():
         print(f"FAILED {where.replace('|', ', ')}: {why}", file=sys.stderr)
     print(f"report: {report}   tables: {report.with_suffix('.md')}   records: {store.records}")
-    orphans = manifest.orphans()
-    if orphans:
-        print(f"{len(orphans)} records in {store.records} belong to no table: other code, settings or tables made them")
+    if manifest.orphans:
+        print(f"{manifest.orphans} records in {store.records} belong to no table: other code or options made them")
     return 1 if failed else None
 
 

@@ -874,3 +874,11 @@ def test_dry_run_of_the_papers_scale(tmp_path):
             if entry.block == "llama3.3-70b-instruct-4bit":
                 bits |= {record["quantization"] for record in made}
     assert ran == {model["hub"] for model in specs.models().values()} and bits == {"4bit"}
+
+
+def test_records_of_other_code_are_counted(tmp_path):
+    spec, manifest = made_up(tmp_path, {("vanilla", "a"): [HALF]})
+    (tmp_path / "records" / "old.json").write_text("{}")
+    manifest.count_orphans()
+    page.write([spec], Manifest.read(tmp_path))
+    assert "because other code or options made them: 1." in (tmp_path / "report.md").read_text()
