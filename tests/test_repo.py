@@ -106,6 +106,7 @@ def test_porting_guide_shows_the_file_as_it_is():
         "docs/data.md",
         "docs/scoring.md",
         "docs/people.md",
+        "docs/tasks.md",
         "docs/methods.md",
         "docs/scaling.md",
         "docs/statistics.md",

@@ -50,9 +50,10 @@ class Task(ABC):
     batch_size: int | None = None
 
     def __init__(self, *, n_pairs: int | None = None, general_pairs: bool = False, encoder: str | None = None):
-        """n_pairs: rank on the first so many. general_pairs: take wrong answers by the paper's general recipe.
+        """Set how pairs are made.
 
-        encoder: of the sentences, to find similar answers.
+        n_pairs: rank on the first so many. general_pairs: take wrong answers by the paper's general recipe. encoder: finds
+        similar answers.
         """
         self.n_pairs, self.general_pairs, self.encoder = n_pairs, general_pairs, encoder
 
