@@ -1,4 +1,4 @@
-"""What answers prompts in words: the loaded model, or an engine in its place. Tasks see no difference.
+"""Answer prompts in words, by the loaded model or by an engine in its place. Tasks see no difference.
 
 An answerer also holds the loaded model and its tokenizer, of which tasks take likelihoods and perplexities.
 """
@@ -20,7 +20,7 @@ from eval.answering.answer_file import Answer, AnswerFile
 
 @dataclass(frozen=True)
 class Generation:
-    """How every prompt of a call is answered."""
+    """Say how every prompt of a call is answered."""
 
     new_tokens: int
     stop: str | None = None  # a pattern: an answer ends behind its first match

@@ -2,7 +2,7 @@
 
 Their repository has no licence file, so the templates are not passed on here: users take them from their own copy. Each
 loader appends [prompt, right, wrong]; these are traced back through its assignments to constants, and to fields of a row,
-which become placeholders such as {passage}. Of a file whose loaders are not the known ones the user is told to look.
+which become placeholders such as {passage}. If the loaders are not the known ones, a note asks the user to check.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from eval.data.similar import general_pairs
 
 @dataclass(frozen=True)
 class Scores:
-    """A value an item, by measure: True and False for what is right or wrong. Settings are chosen by `main`."""
+    """Hold a value an item, by measure: True and False for what is right or wrong. Settings are chosen by `main`."""
 
     main: str
     columns: dict[str, list[float]]

@@ -30,7 +30,7 @@ class Item(NamedTuple):
 
 
 class DatasetTask(RowSource, Task):
-    """Subclasses say what a row is, how it makes a pair and an item, and how answers are scored."""
+    """Make pairs and items of rows. Subclasses say what a row is, what it becomes, and how answers are scored."""
 
     new_tokens: ClassVar[dict[str, int]]  # by model family, "" for all others; the authors' lengths
     templates: ClassVar[dict | None] = None  # the wording, as datasets/wording.json has it, if it is not there
