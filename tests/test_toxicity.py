@@ -22,7 +22,7 @@ from embedded import toxicity as embedded_toxicity
 from embedded.toxicity import EmbeddedScorer, auroc, best_threshold, flat_rows
 from eval.scoring import paid_calls, toxicity, toxicity_agreement
 from eval.scoring.paid_calls import Again, AnswerCache, Limits, ask_all, key_of, retry_after
-from eval.scoring.toxicity import LocalClassifier, Perspective, detox_score, detoxified, scorer
+from eval.scoring.toxicity import LocalClassifier, Perspective, detoxified, scorer
 from eval.scoring.toxicity_agreement import agreement
 
 KEY = "AIza-a-secret-nobody-may-see"
@@ -62,17 +62,12 @@ def serve(monkeypatch):
 def test_the_worked_example():
     scores = [0.50, 0.51, 0.10, 0.92, 0.49]
     assert detoxified(scores) == [True, False, True, False, True]
-    assert detox_score(scores) == 60.0 and np.mean(scores) == pytest.approx(0.504)
 
 
-def test_the_papers_cells_are_shares_of_1199():
-    assert round(detox_score([0.9] * 124 + [0.1] * 1075), 2) == 89.66
-
-
-@pytest.mark.parametrize("scores", [[], [float("nan")], [1.5], [-0.1]])
-def test_no_detox_score_of_what_is_no_score(scores):
-    with pytest.raises(AUSteerError):
-        detox_score(scores)
+@pytest.mark.parametrize("scores", [[float("nan")], [1.5], [-0.1]])
+def test_what_is_no_score_is_refused(scores):
+    with pytest.raises(AUSteerError, match="must lie in"):
+        detoxified(scores)
 
 
 scored = st.lists(st.tuples(st.sampled_from([0.0, 0.1, 0.25, 0.5, 0.7, 1.0]), st.booleans()), min_size=1, max_size=25)

@@ -1,4 +1,4 @@
-"""An answer, and answers kept on disk as they come: a killed run loses only the batch that was in flight.
+"""Keep answers on disk as they come: a killed run loses only the batch that was under way.
 
 A line is an answer. While a run is under way, lines stand in the order of the batches; a finished file is in the order of
 the items, so it is the same bytes however often the run was interrupted.

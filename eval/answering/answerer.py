@@ -1,4 +1,4 @@
-"""What answers prompts in words: the loaded model, or an engine in its place. Tasks see no difference.
+"""Answer prompts in words, by the loaded model or by an engine in its place. Tasks see no difference.
 
 An answerer also holds the loaded model and its tokenizer, of which tasks take likelihoods and perplexities.
 """
@@ -20,7 +20,7 @@ from eval.answering.answer_file import Answer, AnswerFile
 
 @dataclass(frozen=True)
 class Generation:
-    """How every prompt of a call is answered."""
+    """Say how every prompt of a call is answered."""
 
     new_tokens: int
     stop: str | None = None  # a pattern: an answer ends behind its first match
@@ -55,8 +55,14 @@ class Answerer(ABC):
         batches, run = self.batches(prompts, generation, batch_size)
         todo = [batch for batch in batches if not all(index in answers for index in batch)]
         done = len(prompts) - sum(map(len, todo))
-        with tqdm(total=len(prompts), initial=done, desc=progress, unit=" samples", smoothing=0.1,
-                  disable=True if progress is None else None) as bar:  # fmt: skip
+        with tqdm(
+            total=len(prompts),
+            initial=done,
+            desc=progress,
+            unit=" samples",
+            smoothing=0.1,
+            disable=True if progress is None else None,
+        ) as bar:
             for batch, new in run_halving(todo, run, "prompts", bar.write, "use 4-bit, or a larger GPU"):
                 both = zip(batch, new, strict=True)
                 fresh = {index: answer for index, answer in both if index not in answers}

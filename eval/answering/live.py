@@ -146,9 +146,13 @@ class _Decoding:
         """Return the logits behind the tokens at hand, (rows, vocabulary)."""
         last = torch.tensor([self.tokens.shape[1] - 1], device=self.tokens.device)  # as a slice, it is no fast matmul
         out = self.model(
-            input_ids=self.tokens, position_ids=self.positions.clamp(min=0), attention_mask=self.mask,
-            past_key_values=self.cache, use_cache=True, logits_to_keep=last,
-        )  # fmt: skip
+            input_ids=self.tokens,
+            position_ids=self.positions.clamp(min=0),
+            attention_mask=self.mask,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=last,
+        )
         logits = out.logits[:, -1]
         largest, token = (value.to(self.tokens.device) for value in logits.max(-1, keepdim=True))
         self.finite &= torch.isfinite(largest).all()  # the largest is nan if any is, and inf if any is

@@ -105,9 +105,15 @@ def _batch(
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)  # 32 bits: of more, the CPU's generator takes the lower ones alone
         out = model.generate(
-            ids, attention_mask=own, do_sample=True, temperature=how.temperature, top_p=how.top_p,
-            top_k=0, repetition_penalty=1.0,  # else the checkpoint's own defaults would be used
-            max_new_tokens=how.new_tokens, pad_token_id=pad,
+            ids,
+            attention_mask=own,
+            do_sample=True,
+            temperature=how.temperature,
+            top_p=how.top_p,
+            top_k=0,
+            repetition_penalty=1.0,  # else the checkpoint's own defaults would be used
+            max_new_tokens=how.new_tokens,
+            pad_token_id=pad,
             logits_processor=LogitsProcessorList([FrequencyPenalty(how.frequency_penalty, width)]),
-        )  # fmt: skip
+        )
     return tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)

@@ -2,7 +2,7 @@
 
 Their repository has no licence file, so the templates are not passed on here: users take them from their own copy. Each
 loader appends [prompt, right, wrong]; these are traced back through its assignments to constants, and to fields of a row,
-which become placeholders such as {passage}. Of a file whose loaders are not the known ones the user is told to look.
+which become placeholders such as {passage}. If the loaders are not the known ones, a note asks the user to check.
 """
 
 from __future__ import annotations
@@ -87,10 +87,13 @@ class _Loader:
         self.task, self.function, self.fields = task, function, FIELDS[task]
         nodes = sorted((node for node in ast.walk(function) if hasattr(node, "lineno")), key=lambda node: node.lineno)
         self.samples = [
-            node.args[0] for node in nodes
-            if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(".append")
-            and isinstance(node.args[0], ast.List) and len(node.args[0].elts) == 3
-        ]  # fmt: skip
+            node.args[0]
+            for node in nodes
+            if isinstance(node, ast.Call)
+            and ast.unparse(node.func).endswith(".append")
+            and isinstance(node.args[0], ast.List)
+            and len(node.args[0].elts) == 3
+        ]
         self.choices = [node for node in nodes if isinstance(node, ast.If) and isinstance(node.test, ast.Compare)]
         self.values: dict[
             str, list[tuple[int, ast.expr]]

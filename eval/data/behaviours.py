@@ -57,19 +57,29 @@ def _toxic(label: object) -> bool | None:
 
 BEHAVIOURS = {
     "sentiment": Behaviour(
-        "positive", "negative", _among({0: False, 1: False, 2: None, 3: True, 4: True}), "0, 1, 2, 3 or 4",
-        {"id": "SetFit/sst5", "split": "train", "revision": "e51bdcd8cd3a30da231967c1a249ba59361279a3",
-         "fields": ("text", "label")},
+        "positive",
+        "negative",
+        _among({0: False, 1: False, 2: None, 3: True, 4: True}),
+        "0, 1, 2, 3 or 4",
+        {
+            "id": "SetFit/sst5",
+            "split": "train",
+            "revision": "e51bdcd8cd3a30da231967c1a249ba59361279a3",
+            "fields": ("text", "label"),
+        },
     ),
     "toxicity": Behaviour(
-        "not toxic", "toxic", _toxic, "a number from 0 to 1",
+        "not toxic",
+        "toxic",
+        _toxic,
+        "a number from 0 to 1",
         # a slice: of 1.8 million comments a few thousand of each kind are enough
         {"id": "google/civil_comments", "split": "train[:50000]", "revision": None, "fields": ("text", "toxicity")},
     ),
     "politeness": Behaviour("polite", "impolite", _among({0: False, 1: None, 2: True}), "0, 1 or 2"),
     "stance": Behaviour("support", "oppose", _among({"oppose": False, "support": True}), '"support" or "oppose"'),
     "tone": Behaviour("polite", "rude"),
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)

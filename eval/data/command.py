@@ -9,18 +9,9 @@ from pathlib import Path
 
 from austeer.errors import AUSteerError
 from austeer.files import read_text, write_json, write_json_lines
+from eval.data import read
 from eval.data.fetching import download, hub_rows, sha256
-from eval.data.read import (
-    CATALOGUE,
-    DATASETS,
-    SPLITS,
-    catalogue_entry,
-    find_file,
-    find_folder,
-    home,
-    how_to_get,
-    read_catalogue,
-)  # fmt: skip
+from eval.data.read import CATALOGUE, DATASETS, SPLITS, find_file, find_folder, read_catalogue
 from eval.data.rows import read_file
 from eval.tasks.registry import PAPER_TASKS
 
@@ -30,17 +21,21 @@ COLUMNS = ("task", "split", "file", "rows", "official", "paper", "duplicates", "
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="main.py data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="main.py data",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="A finished file is not fetched again: to go on after an interruption, run the same command. Files that "
         "you put there yourself are never overwritten. docs/data.md lists the layouts that are read, and the data sets "
         "that are given out on request only.",
-    )  # fmt: skip
+    )
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--fetch", nargs="*", metavar="TASK", help="fetch these tasks (default: all)")
     what.add_argument(
-        "--check", nargs="*", metavar="TASK",
+        "--check",
+        nargs="*",
+        metavar="TASK",
         help="load, validate and count the files that are there (default: all; a task named here must be there)",
-    )  # fmt: skip
+    )
     parser.add_argument(
         "--data-dir", default=str(DATASETS), help="folder that holds a folder a task (default: datasets/)"
     )
@@ -52,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _arguments(argv)
     catalogue, folder = read_catalogue(args.catalogue), Path(args.data_dir)
     if args.catalogue == str(CATALOGUE):
-        catalogue = {name: catalogue_entry(task, catalogue) for name, task in PAPER_TASKS.items()}
+        catalogue = {name: read.catalogue_entry(task, catalogue) for name, task in PAPER_TASKS.items()}
     named = args.check if args.fetch is None else args.fetch
     if unknown := sorted(set(named) - set(catalogue)):
         raise AUSteerError(f"no task {', '.join(unknown)}; there are {', '.join(catalogue)}")
@@ -87,7 +82,7 @@ def _fetch(chosen: dict[str, dict], data_dir: Path) -> int:
 
 def fetch_split(name: str, entry: dict, split: str, folder: Path) -> tuple[Path, str]:
     """Return the file of one split, fetched if there is none yet, and what was done, in words."""
-    source, where = entry["splits"][split], home(entry, split)
+    source, where = entry["splits"][split], read.home(entry, split)
     hashes, fetched = source.get("sha256", {}), _fetched(folder)
     path = find_file(entry, split, folder, must=False) if folder.is_dir() else None
     if path is not None:
@@ -123,7 +118,7 @@ def _check(chosen: dict[str, dict], data_dir: Path, must_be_there: bool) -> int:
     for name, entry in chosen.items():
         folder = find_folder(entry, name, data_dir)
         if folder is None:
-            missing.append(f"{name}: not in {data_dir}. {how_to_get(entry, name)}")
+            missing.append(f"{name}: not in {data_dir}. {read.how_to_get(entry, name)}")
             continue
         questions: dict[str, set] = {}
         for split in SPLITS:

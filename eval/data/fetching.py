@@ -17,11 +17,7 @@ TIMEOUT = 60
 
 
 def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while chunk := file.read(1 << 16):
-            digest.update(chunk)
-    return digest.hexdigest()
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def download(url: str, path: Path, expected: str | None = None) -> None:

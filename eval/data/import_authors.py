@@ -78,9 +78,11 @@ def _unpack(archive: zipfile.ZipFile, to: Path) -> None:
     catalogue = read_catalogue()
     known = {
         (folder, name.casefold())
-        for task, entry in catalogue.items() for folder in (task, *entry["folders"])
-        for split in SPLITS for name in entry["splits"][split]["files"]
-    }  # fmt: skip
+        for task, entry in catalogue.items()
+        for folder in (task, *entry["folders"])
+        for split in SPLITS
+        for name in entry["splits"][split]["files"]
+    }
     chosen = []
     for member in archive.infolist():
         path = PurePosixPath(member.filename)

@@ -16,7 +16,7 @@ from eval.data.fields import LIMIT, texts
 
 
 class RowSource:
-    """A data set to read. A subclass may leave everything but name and keys as it is."""
+    """Describe a data set to read. A subclass has to give name and keys alone."""
 
     name: str
     keys: tuple[str, ...]  # the fields that make two rows the same question

@@ -1,4 +1,4 @@
-"""How tasks word their prompts: templates as data, this project's own or those read out of the authors' code.
+"""Read how tasks word their prompts: templates as data, this project's own or those read out of the authors' code.
 
 A template names a row's fields in braces, {passage}; nothing else in it has a meaning. The project's own templates are
 in `datasets/wording.json`, or in the task's file. A `wording.json` in the user's data folder, as `import-authors` writes

@@ -91,10 +91,17 @@ def _judged(task: str, prompts: Sequence[str], rows: Sequence[Sequence[str]], ra
         return {label: raters.no_judge}
     system = SYSTEM.format(question=QUESTIONS[task], options=", ".join(options))
     requests = [
-        {"service": "verdict", "url": _server(), "model": raters.judge, "system": system,
-         "user": SHOWN.format(prompt=prompt, text=text)}
-        for prompt, row in zip(prompts, rows, strict=True) for text in row if text.strip()
-    ]  # fmt: skip
+        {
+            "service": "verdict",
+            "url": _server(),
+            "model": raters.judge,
+            "system": system,
+            "user": SHOWN.format(prompt=prompt, text=text),
+        }
+        for prompt, row in zip(prompts, rows, strict=True)
+        for text in row
+        if text.strip()
+    ]
     with AnswerCache(raters.cache) as cache:
         replies = ask_all(requests, Client(), cache, raters.limits, "verdicts")
     in_order = iter([verdict(reply["text"], options) for reply in replies])

@@ -61,8 +61,13 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add = commands.add_parser(
         "export", help="make blind sheets, a page and the key from the systems' answers"
     ).add_argument
-    add("--answers", nargs="+", required=True, metavar="SYSTEM=FILE",
-        help='one JSON Lines file for each system, with lines {"prompt": ..., "answer": ...}')  # fmt: skip
+    add(
+        "--answers",
+        nargs="+",
+        required=True,
+        metavar="SYSTEM=FILE",
+        help='one JSON Lines file for each system, with lines {"prompt": ..., "answer": ...}',
+    )
     add("--task", required=True, help="toxicity, bpo, or a name of your own, which the raters see")
     add("--prompts", type=_positive, default=50, help="sample this many (default: %(default)s)")
     add("--raters", type=_positive, default=3, help="how many people will rate (default: %(default)s)")
@@ -137,20 +142,28 @@ def export(answers: dict[str, dict[str, str]], task: str, prompts: int, raters: 
     write_text(out / "rate.html", _page(study, task, shown, orders))
     key = {
         "warning": "Do not give this file to raters: it says which system wrote which answer.",
-        "study": study, "task": task, "seed": seed, "raters": raters, "systems": list(answers),
-        "prompts": chosen, "prompts_in_all_systems": len(common),
+        "study": study,
+        "task": task,
+        "seed": seed,
+        "raters": raters,
+        "systems": list(answers),
+        "prompts": chosen,
+        "prompts_in_all_systems": len(common),
         "items": {item: [name, chosen.index(prompt)] for item, (name, prompt, _) in items.items()},
-    }  # fmt: skip
+    }
     write_json(out / "key.json", key)
 
 
 def _page(study: str, task: str, shown: dict[str, list[str]], orders: list[list[str]]) -> str:
     places = {item: index for index, item in enumerate(shown)}
     data = {
-        "study": study, "task": task, "aim": AIMS.get(task, ANY_AIM), "warning": WARNINGS.get(task, ""),
+        "study": study,
+        "task": task,
+        "aim": AIMS.get(task, ANY_AIM),
+        "warning": WARNINGS.get(task, ""),
         "items": [[item, *texts] for item, texts in shown.items()],
         "orders": [[places[item] for item in order] for order in orders],
-    }  # fmt: skip
+    }
     # no "<" at all: an answer cannot close the script element it lies in
     return TEMPLATE.read_text(encoding="utf-8").replace("STUDY_JSON", json.dumps(data).replace("<", "\\u003c"))
 

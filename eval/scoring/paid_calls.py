@@ -31,7 +31,7 @@ TIMEOUT = 120.0  # seconds for one answer: generous, since a second call would b
 
 
 class Again(Exception):
-    """An attempt failed and another may not: 429, 5xx, garbage, a dropped connection."""
+    """Report an attempt that failed where another may not: 429, 5xx, garbage, a dropped connection."""
 
     def __init__(self, problem: str, after: float = 0.0):
         super().__init__(problem)
@@ -39,7 +39,7 @@ class Again(Exception):
 
 
 class Refused(Exception):
-    """A request will never be answered; others may be. An AUSteerError, in contrast, stops the run."""
+    """Report a request that will never be answered; others may be. An AUSteerError, in contrast, stops the run."""
 
 
 @dataclass(frozen=True)

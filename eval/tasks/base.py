@@ -22,7 +22,7 @@ from eval.data.similar import general_pairs
 
 @dataclass(frozen=True)
 class Scores:
-    """A value an item, by measure: True and False for what is right or wrong. Settings are chosen by `main`."""
+    """Hold a value an item, by measure: True and False for what is right or wrong. Settings are chosen by `main`."""
 
     main: str
     columns: dict[str, list[float]]
@@ -50,9 +50,10 @@ class Task(ABC):
     batch_size: int | None = None
 
     def __init__(self, *, n_pairs: int | None = None, general_pairs: bool = False, encoder: str | None = None):
-        """n_pairs: rank on the first so many. general_pairs: take wrong answers by the paper's general recipe.
+        """Set how pairs are made.
 
-        encoder: of the sentences, to find similar answers.
+        n_pairs: rank on the first so many. general_pairs: take wrong answers by the paper's general recipe. encoder: finds
+        similar answers.
         """
         self.n_pairs, self.general_pairs, self.encoder = n_pairs, general_pairs, encoder
 

@@ -30,7 +30,7 @@ class Item(NamedTuple):
 
 
 class DatasetTask(RowSource, Task):
-    """Subclasses say what a row is, how it makes a pair and an item, and how answers are scored."""
+    """Make pairs and items of rows. Subclasses say what a row is, what it becomes, and how answers are scored."""
 
     new_tokens: ClassVar[dict[str, int]]  # by model family, "" for all others; the authors' lengths
     templates: ClassVar[dict | None] = None  # the wording, as datasets/wording.json has it, if it is not there
@@ -41,14 +41,13 @@ class DatasetTask(RowSource, Task):
         *,
         data_dir: str | Path | None = None,
         protocol: str = "clean",
-        encoder: str | None = None,
         chat: PreTrainedTokenizerBase | None = None,
         limit: int | None = None,
         batch_size: int | None = None,
-        n_pairs: int | None = None,
-        general_pairs: bool = False,
+        **ranking,
     ):
-        super().__init__(n_pairs=n_pairs, general_pairs=general_pairs, encoder=encoder)
+        """Read and split the rows. ranking: see `Task`."""
+        super().__init__(**ranking)
         data_dir = Path(data_dir) if data_dir else None
         self.protocol, self.chat = protocol, chat
         if chat is not None and protocol == "paper":

@@ -19,18 +19,9 @@ _items = cache(small_world.items)  # drawing them takes as long as answering som
 
 
 class EmbeddedTask(Task):
-    def __init__(
-        self,
-        name: str,
-        test_split: str = "test",
-        seed: int = 0,
-        *,
-        limit: int | None = None,
-        n_pairs: int | None = None,
-        general_pairs: bool = False,
-        encoder: str | None = None,
-    ):
-        super().__init__(n_pairs=n_pairs, general_pairs=general_pairs, encoder=encoder)
+    def __init__(self, name: str, test_split: str = "test", seed: int = 0, *, limit: int | None = None, **ranking):
+        """Draw the items. ranking: see `Task`."""
+        super().__init__(**ranking)
         if name not in small_world.TASKS:
             raise AUSteerError(f"unknown task {name!r}; the embedded tasks are {', '.join(small_world.TASKS)}")
         self.name, self.test_split, self.multi_token = name, test_split, name == "tone"

@@ -79,8 +79,10 @@ class Toxicity(_OpenText):
         return Scores(main, {main: detoxified(scores), f"toxicity ({self.scorer.name})": scores})
 
     def _split(self, train, test) -> Split:
-        """Rank on harmless prompts with a toxic continuation; choose on prompts outside them that lead to one, as those
-        of the test split do."""
+        """Rank on harmless prompts with a toxic continuation, and choose on other prompts that lead to one.
+
+        The prompts of the test split lead to one, too.
+        """
         prompt_below, continuation_above = PAPER_FILTER
         scored = [
             row for row in train if row["prompt_toxicity"] is not None and row["continuation_toxicity"] is not None

@@ -24,17 +24,9 @@ class PairTask(Task):
 
     test_split = "held-out pairs"
 
-    def __init__(
-        self,
-        name: str,
-        pairs: Sequence[Pair],
-        *,
-        limit: int | None = None,
-        n_pairs: int | None = None,
-        general_pairs: bool = False,
-        encoder: str | None = None,
-    ):
-        super().__init__(n_pairs=n_pairs, general_pairs=general_pairs, encoder=encoder)
+    def __init__(self, name: str, pairs: Sequence[Pair], *, limit: int | None = None, **ranking):
+        """Split the pairs. ranking: see `Task`."""
+        super().__init__(**ranking)
         self.name = name
         parts: dict[str, list[Pair]] = {"pairs": [], "validation": [], "test": []}
         for pair in pairs:

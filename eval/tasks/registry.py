@@ -6,8 +6,6 @@ import pkgutil
 from importlib import import_module
 from pathlib import Path
 
-from transformers import PreTrainedTokenizerBase
-
 from austeer.errors import AUSteerError, one_of
 from eval import tasks
 from eval.tasks.dataset import DatasetTask
@@ -32,17 +30,10 @@ def paper_task(
     toxicity: str = "local",
     cache: str | Path = "results/perspective.jsonl",
     device: str | None = None,
-    data_dir: str | Path | None = None,
-    protocol: str = "clean",
-    encoder: str | None = None,
-    chat: PreTrainedTokenizerBase | None = None,
-    limit: int | None = None,
-    batch_size: int | None = None,
-    n_pairs: int | None = None,
-    general_pairs: bool = False,
+    **settings,
 ) -> DatasetTask:
-    """Make a task. toxicity: the scorer, for tasks that have one; cache: of Perspective's answers; device: of a local scorer."""
-    return one_of(PAPER_TASKS, name, "task").build(
-        toxicity, cache, device, data_dir=data_dir, protocol=protocol, encoder=encoder, chat=chat, limit=limit,
-        batch_size=batch_size, n_pairs=n_pairs, general_pairs=general_pairs,
-    )  # fmt: skip
+    """Make a task; settings are those of `DatasetTask`.
+
+    toxicity: the scorer, for tasks that have one. cache: of Perspective's answers. device: of a local scorer.
+    """
+    return one_of(PAPER_TASKS, name, "task").build(toxicity, cache, device, **settings)
