@@ -1,6 +1,7 @@
-"""The relatives of AUSteer and the controls beside it, against their formulas as plain loops, and end to end."""
+"""AUSteer's rivals and controls: against their formulas as plain loops, and end to end."""
 
 import functools
+import importlib
 import json
 import math
 import re
@@ -12,9 +13,11 @@ from conftest import PAIRS
 from reference import hooked, last_activations, log_odds
 from transformers import AutoModelForCausalLM
 
+import austeer.methods
 import rmodels
 from austeer.errors import AUSteerError
 from austeer.evidence import Evidence
+from austeer.methods import registry
 from austeer.methods.all_aus import AllAUs
 from austeer.methods.attribution import AttributionAUs, AttributionHeads, Scores, gradients
 from austeer.methods.base import BUDGET
@@ -432,6 +435,17 @@ def test_the_example_of_the_guide_is_a_method(tmp_path, monkeypatch, evidence, l
     assert {unit[1] for unit in plan.aus()} == {1}
     with steer(llama, plan):
         pass
+
+
+def test_a_file_in_the_folder_is_a_method(tmp_path, monkeypatch):
+    (tmp_path / "dropped_in.py").write_text(
+        "from austeer.methods.all_aus import AllAUs\n\n\nclass DroppedIn(AllAUs):\n    name = 'dropped-in'\n\n\n"
+        "METHODS = (DroppedIn(),)\n"
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(austeer.methods, "__path__", [*austeer.methods.__path__, str(tmp_path)])
+        assert importlib.reload(registry).with_options("dropped-in", {}).label == "all AUs"
+    assert list(importlib.reload(registry).METHODS) == list(METHODS)
 
 
 def test_the_guide_names_every_method():

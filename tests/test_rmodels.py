@@ -1,4 +1,4 @@
-"""The contract of rmodels, every rule over every family. A ported family is tested by being in the table."""
+"""The contract of rmodels: every rule on every family. A ported family is tested once conftest.SPECIAL lists it."""
 
 import contextlib
 import copy
@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FAMILIES
+from conftest import COMMON, FAMILIES, SPECIAL
 from reference import hook_steering
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import rmodels
 from austeer.errors import AUSteerError
@@ -350,3 +350,11 @@ def test_missing_weights_are_an_error_not_random_numbers(checkpoints, tmp_path):
     save_file(weights, tmp_path / "part" / "model.safetensors", {"format": "pt"})
     with pytest.raises(AUSteerError, match=r"lacks 1 weights .model.layers.1.mlp.down_proj"):
         rmodels.load(tmp_path / "part")
+
+
+def test_a_file_in_the_folder_is_a_family(tmp_path, monkeypatch):
+    text = (Path(rmodels.__file__).parent / "modeling_mistral.py").read_text()
+    (tmp_path / "modeling_dropped_in.py").write_text(text)
+    monkeypatch.setattr(rmodels, "__path__", [*rmodels.__path__, str(tmp_path)])
+    config = AutoConfig.for_model("mistral", **COMMON, **SPECIAL["mistral"])
+    rmodels.check_gates(rmodels.family("dropped_in")(config))
