@@ -12,7 +12,7 @@ class LlamaAttention(upstream.LlamaAttention):
 
 
 class LlamaMLP(GatedMLP, upstream.LlamaMLP):
-    """Sites "neuron", the input of down_proj, and "ffn", its output: both in GatedMLP."""
+    """Gate the sites "neuron", the input of down_proj, and "ffn", its output: GatedMLP does both."""
 
 
 class LlamaDecoderLayer(upstream.LlamaDecoderLayer):  # upstream's name: _no_split_modules goes by it

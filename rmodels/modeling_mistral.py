@@ -12,7 +12,7 @@ class MistralAttention(upstream.MistralAttention):
 
 
 class MistralMLP(GatedMLP, upstream.MistralMLP):
-    """Sites "neuron", the input of down_proj, and "ffn", its output: both in GatedMLP."""
+    """Gate the sites "neuron", the input of down_proj, and "ffn", its output: GatedMLP does both."""
 
 
 class MistralDecoderLayer(upstream.MistralDecoderLayer):  # upstream's name: _no_split_modules goes by it

@@ -30,7 +30,7 @@ class Method(ABC):
 
     @abstractmethod
     def grid(self, kind: str) -> list[GridPoint]:
-        """Return the grid points to try, kind is "small" or "full", and `BUDGET` limits their number."""
+        """Return the grid points to try. kind is "small" or "full", and `BUDGET` limits their number."""
 
     @abstractmethod
     def prepare(self, evidence: Evidence) -> Any:

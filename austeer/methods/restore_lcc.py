@@ -116,7 +116,7 @@ class RestoreLCC(Method):
 
 
 class RandomHeads(RestoreLCC):
-    """Control: the same number of random heads, trained in the same way."""
+    """Train the same number of random heads in the same way, as a control."""
 
     name, label, draws = "restore-random", "random heads, trained alike", True
 
@@ -126,7 +126,7 @@ class RandomHeads(RestoreLCC):
 
 
 class MeanLost(RestoreLCC):
-    """Control: the best heads get alpha times their mean lost activation; nothing is trained."""
+    """Give the best heads alpha times their mean lost activation, as a control: nothing is trained."""
 
     name, label, trains = "restore-mean", "mean lost activation, untrained", False
 

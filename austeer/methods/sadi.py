@@ -42,7 +42,7 @@ class Scores:
 
 
 class SADI(Method):
-    """Share what the three kinds of units have in common. alpha is the paper's delta; the code's strength is 1 + delta."""
+    """Scale k units of one of the three kinds. alpha is the paper's delta; the authors' code has strength = 1 + delta."""
 
     paper = "Wang et al., ICLR 2025"
     foldable = False  # all but the prompt's last token stays unsteered
