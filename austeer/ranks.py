@@ -123,7 +123,8 @@ class AURanks:
                 ) from None
             except Exception as error:  # a refused unpickling raises many types of errors
                 raise AUSteerError(
-                    f"{folder / name} is damaged or is not a plain list of numbers, and was not read; save it as such a list"
+                    f"{folder / name} is damaged or is not a plain list of numbers, and was not read; "
+                    "save it as such a list"
                 ) from error
         return cls.from_lists(*lists, site=site, header={"source": "authors' files"})
 

@@ -17,7 +17,7 @@ from rmodels import gates
 
 
 class Steering:
-    """Hold plans that are set on a model: `clear` removes them, `check` raises on overflow, `receipt` counts the work."""
+    """Hold plans that are set on a model: `clear` removes them, `check` raises on overflow, `receipt` counts."""
 
     def __init__(
         self, model: PreTrainedModel, plans: list[Plan | None], rowwise: bool, prompt_end: int | Tensor | None

@@ -157,7 +157,7 @@ def test_sadi_by_hand():
 
 @pytest.mark.parametrize(("scale", "dims", "texts"), [(1.0, 5, 40), (300.0, 4, 30), (0.01, 3, 12), (5.0, 30, 14)])
 def test_the_probe_is_the_minimum_a_general_solver_finds(scale, dims, texts):
-    """The fit equals one head at a time. The last case has more dimensions than texts; the second is separable and large."""
+    """The fit equals one head at a time. The last case has few texts; the second is separable and large."""
     x = scale * noise(1, 2, texts, dims)
     y = (noise(2, texts) + x[0, :, 0] / scale > 0).astype(float)
     x[0, y > 0, 0] += scale

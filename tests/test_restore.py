@@ -570,7 +570,7 @@ def test_wrong_inputs(tmp_path, command, message):
 
 @pytest.mark.slow
 def test_the_claim_on_svamp(tmp_path):
-    """The restored model beats the pruned one beyond chance, and the untrained control; trained heads beat the dense model."""
+    """Restored beats pruned beyond chance, and the untrained control; trained heads beat the dense model."""
     restore.main(["--data_name", "svamp", "--draws", "1", "--device", "cpu", "--results", str(tmp_path)])
     (file,) = (tmp_path / "restore").glob("*.json")
     rows = {row["label"]: row for row in json.loads(file.read_text())["rows"]}

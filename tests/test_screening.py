@@ -1,4 +1,4 @@
-"""Screening: equal to the paper's formulas as plain loops, whatever the batches, the order or the number of processes."""
+"""Screening equals the paper's formulas as plain loops, in any batches, any order and any number of processes."""
 
 import os
 import subprocess

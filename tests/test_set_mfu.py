@@ -404,7 +404,7 @@ class Operators(TorchDispatchMode):
 
 
 def test_a_steered_forward_waits_for_no_value(llama, ranks):
-    """A steered forward only adds arithmetic to an idle one: a CUDA graph can capture it, and the CPU runs ahead of the GPU."""
+    """A steered forward only adds arithmetic: a CUDA graph can capture it, and the CPU runs ahead of the GPU."""
     plan = set_MFU(ranks, 7, 1.0)
     plan = Plan(plan.scales, plan.scales)
     with Operators() as idle:
