@@ -140,7 +140,10 @@ class AURanks:
             )
         grid = torch.zeros(int(layers.max()) + 1, int(dims.max()) + 1)
         if grid.numel() != len(scores):
-            raise AUSteerError(f"{len(scores)} scores do not fill {grid.shape[0]} layers of {grid.shape[1]} AUs")
+            raise AUSteerError(
+                f"{len(scores)} scores do not fill {grid.shape[0]} layers of {grid.shape[1]} AUs: give the files of one set of "
+                "ranks"
+            )
         grid[layers, dims] = scores.float()
         return cls(site, grid, grid.clone(), {}, header or {})
 

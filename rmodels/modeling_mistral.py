@@ -15,7 +15,7 @@ class MistralMLP(GatedMLP, upstream.MistralMLP):
     """Gate the sites "neuron", the input of down_proj, and "ffn", its output: GatedMLP does both."""
 
 
-class MistralDecoderLayer(upstream.MistralDecoderLayer):  # upstream's name: _no_split_modules goes by it
+class MistralDecoderLayer(upstream.MistralDecoderLayer):  # _no_split_modules matches this name
     def forward(self, *args, **kwargs):
         return self.au(super().forward(*args, **kwargs))  # site "layer": the residual stream
 

@@ -1,6 +1,6 @@
-"""GGUF adapters: what is in the file, and, where llama-cpp-python is installed, that llama.cpp steers as the live model.
+"""GGUF adapters: what the file holds, and, if llama-cpp-python is installed, that llama.cpp steers like the live model.
 
-pip install gguf llama-cpp-python        # the latter is built from source: minutes, and a compiler
+pip install gguf llama-cpp-python        # the latter is built from source: it takes minutes and a compiler
 """
 
 import pytest

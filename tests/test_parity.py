@@ -23,18 +23,18 @@ from austeer.export.lora import save_lora
 from austeer.plan import Plan
 from austeer.steering import steer
 
-# How far the logits of a way may be from the reference's.
-# float32: sums in another order, and one rounding where hooks have two. Logits here are up to 20.
+# How far the logits of each way may be from the reference's.
+# float32: sums run in another order, with one rounding where hooks have two. Logits here are up to 20.
 FLOAT32 = 1e-4
-# bfloat16: hooks round a steered activation, folding a weight, adapters the sum of two products, and none is the
-# right one. So all, hooks too, are compared with float32 arithmetic on the same bfloat16 weights, and none may be
-# further off than so many times what hooks are.
+# bfloat16: hooks round a steered activation, folding rounds a weight, adapters round the sum of two products, and none
+# of them is exact. So all, hooks included, are compared with float32 arithmetic on the same bfloat16 weights, and may
+# differ from it by this many times the difference of hooks.
 BFLOAT16 = 2.0
-# With experts such rounding sends a token elsewhere, a jump that no tolerance covers. There arithmetic is float32 on the
-# bfloat16 weights, and what is left, the rounding of folded weights, is a share of the largest logit (austeer/export/certificate.py).
+# With experts, rounding sends tokens elsewhere, which no tolerance covers. There the arithmetic is float32 on bfloat16
+# weights, and only the rounding of folded weights is left, a share of the largest logit (austeer/export/certificate.py).
 EXPERTS = 2e-2
-# 4-bit and 8-bit layers, as a share of what the plan moves: matrix products in bfloat16 (4-bit); a hair's difference
-# that falls to the other side in the rounding to int8, and a LoRA, whose own part of the product is not rounded (8-bit).
+# 4-bit and 8-bit layers, as a share of the plan's effect. 4-bit: matrix products are in bfloat16. 8-bit: a tiny
+# difference may round to another int8, and a LoRA's own part of the product is not rounded.
 QUANTISED = {"live": 0.0, "IA3": 0.05, "LoRA": 0.1, "hot patch": 0.02}
 
 IDS = torch.tensor([[1, 40, 77, 130, 9, 200, 31, 55, 88, 12], [1, 41, 7, 254, 17, 99, 43, 66, 71, 20]])
