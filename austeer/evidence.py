@@ -25,7 +25,7 @@ READOUTS = ("last", "before-last", "answer")
 
 @dataclass
 class Evidence:
-    """Hold a model, its tokenizer and pairs at one site; `ranks(momentum)` ranks this site, `ranks(momentum, site)` another."""
+    """Hold a model, its tokenizer, pairs and a site; `ranks(momentum)` ranks it, `ranks(momentum, site)` another."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase

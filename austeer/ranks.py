@@ -123,7 +123,8 @@ class AURanks:
                 ) from None
             except Exception as error:  # a refused unpickling raises many types of errors
                 raise AUSteerError(
-                    f"{folder / name} is damaged or is not a plain list of numbers, and was not read; save it as such a list"
+                    f"{folder / name} is damaged or is not a plain list of numbers, and was not read; "
+                    "save it as such a list"
                 ) from error
         return cls.from_lists(*lists, site=site, header={"source": "authors' files"})
 
@@ -139,7 +140,10 @@ class AURanks:
             )
         grid = torch.zeros(int(layers.max()) + 1, int(dims.max()) + 1)
         if grid.numel() != len(scores):
-            raise AUSteerError(f"{len(scores)} scores do not fill {grid.shape[0]} layers of {grid.shape[1]} AUs")
+            raise AUSteerError(
+                f"{len(scores)} scores do not fill {grid.shape[0]} layers of {grid.shape[1]} AUs: give the files of one set of "
+                "ranks"
+            )
         grid[layers, dims] = scores.float()
         return cls(site, grid, grid.clone(), {}, header or {})
 

@@ -2,7 +2,7 @@
 
     z = f((h - c) W_enc + b_enc)        h' = z W_dec + b_dec
 
-f is ReLU or, with a threshold, JumpReLU, for which pre-activations up to the threshold count as zero (Gemma Scope, Llama
+f is ReLU or, with a threshold, JumpReLU: pre-activations up to the threshold count as zero (Gemma Scope, Llama
 Scope). c is b_dec for SAEs that subtract it from their input, else 0. `layer` is the decoder layer whose output is h.
 
 An SAE is found by its name: a file of this project's format, or RELEASE/ID of sae-lens, such as
@@ -54,7 +54,8 @@ class SAE:
         for name, tensor in self._tensors().items():
             if tuple(tensor.shape) != shapes.get(name, (width, latents)):
                 raise AUSteerError(
-                    f"{name} of the SAE has shape {tuple(tensor.shape)}, which does not fit W_enc of {width} x {latents}"
+                    f"{name} of the SAE has shape {tuple(tensor.shape)}, which does not fit W_enc of "
+                    f"{width} x {latents}"
                 )
             if not torch.isfinite(tensor).all():
                 raise AUSteerError(f"{name} of the SAE holds inf or nan; download or train it again")
@@ -113,7 +114,8 @@ def find_sae(evidence: Evidence, name: str | None = None) -> SAE:
     # another precision has other bits, and then only the shapes can be compared
     if theirs and ours and theirs != ours and sae.header.get("precision") == precision(model):
         raise AUSteerError(
-            f"the SAE was trained on other weights ({sae.header.get('model')}); give the SAE of this model (--option sta.sae=FILE)"
+            f"the SAE was trained on other weights ({sae.header.get('model')}); "
+            "give the SAE of this model (--option sta.sae=FILE)"
         )
     return sae.to(model.device)
 
@@ -128,8 +130,8 @@ def _beside_weights(model: PreTrainedModel) -> SAE:
     for file in files_beside(model).values():
         return SAE.load(file)
     raise AUSteerError(
-        "this method needs a sparse autoencoder of the model: give --option sta.sae=FILE, a file or RELEASE/ID of sae-lens, such as "
-        "gemma-scope-9b-it-res/layer_20/width_16k/average_l0_91"
+        "this method needs a sparse autoencoder of the model: give --option sta.sae=FILE, a file or RELEASE/ID of "
+        "sae-lens, such as gemma-scope-9b-it-res/layer_20/width_16k/average_l0_91"
     )
 
 

@@ -17,7 +17,7 @@ from rmodels import gates
 
 
 class Steering:
-    """Hold plans that are set on a model: `clear` removes them, `check` raises on overflow, `receipt` counts the work."""
+    """Hold plans that are set on a model: `clear` removes them, `check` raises on overflow, `receipt` counts."""
 
     def __init__(
         self, model: PreTrainedModel, plans: list[Plan | None], rowwise: bool, prompt_end: int | Tensor | None
@@ -76,7 +76,7 @@ class Steering:
             )
 
     def _place(self, base, args, kwargs) -> None:
-        """Before a forward, check that every row has its plan, and mark the positions to steer."""
+        """Check before a forward that every row has its plan, and mark the positions to steer."""
         inputs = kwargs.get("input_ids", args[0] if args else None)
         inputs = kwargs["inputs_embeds"] if inputs is None else inputs
         batch, new = inputs.shape[:2]

@@ -74,7 +74,8 @@ def main() -> None:
     for momentum, accuracies in results.items():
         spread = f"{min(accuracies):.1f} to {max(accuracies):.1f} %"
         print(
-            f"{momentum:>10} momentum: {spread} over {BASES} bases of the same function ({accuracies[0]:.1f} % as shipped)"
+            f"{momentum:>10} momentum: {spread} over {BASES} bases of the same function "
+            f"({accuracies[0]:.1f} % as shipped)"
         )
     if args.out:
         draw(results, vanilla, args)

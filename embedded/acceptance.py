@@ -17,6 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from austeer.errors import AUSteerError
+from austeer.files import write_json
 from embedded import tasks
 from embedded.tasks import Item
 
@@ -109,7 +110,7 @@ def main() -> None:
             f"{task:8}{seed:6}{skill.vanilla:10.3f}{skill.tagged:10.3f}{skill.hasty:10.3f}  {'yes' if passed else 'NO'}"
         )
     if args.write:
-        args.write.write_text(json.dumps({"split": "validation", "n": 1000, "runs": rows}, indent=1) + "\n")
+        write_json(args.write, {"split": "validation", "n": 1000, "runs": rows})
     if not all(row["passes_gate"] for row in rows):
         raise SystemExit("at least one model has too little latent skill to show steering")
 

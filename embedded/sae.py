@@ -1,7 +1,7 @@
 """Train the sparse autoencoders of the embedded models on the residual stream after the middle layer.
 
-They have ReLU, an L1 penalty and unit decoder rows, and see documents of the training split only, as the models did. The
-same seed gives the same weights with the same library versions on the same kind of CPU. The header of each records its
+They have ReLU, an L1 penalty and unit decoder rows, and see documents of the training split only, as the models did.
+The same seed gives the same weights with the same library versions on the same kind of CPU. The header of each records its
 quality on held-out documents: explained variance, active latents per token, and dead latents.
 
     python -m embedded.sae          # all four, each into the folder of its model, embedded/weights/<task>/sae/

@@ -45,7 +45,9 @@ class Manifest:
         return before if (before.how, before.dry_run) == (how, dry_run) else fresh
 
     def write(self) -> None:
-        known = {key: getattr(self, key) for key in ("scale", "how", "dry_run", "entries", "panels", "orphans", "failed")}
+        known = {
+            key: getattr(self, key) for key in ("scale", "how", "dry_run", "entries", "panels", "orphans", "failed")
+        }
         write_json(self.folder / NAME, known)
 
     def records(self, spec: str, block: str, row: str, column: str) -> list[dict]:

@@ -35,16 +35,23 @@ __all__ = [
     "sites",
 ]
 
-# every file modeling_<config.model_type>.py of this folder is a family
-FAMILIES = [file.name.removeprefix("modeling_") for file in pkgutil.iter_modules(__path__) if "modeling_" in file.name]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def families() -> list[str]:
+    """List the model types of the files modeling_<config.model_type>.py in this folder: each is a family."""
+    names = [file.name for file in pkgutil.iter_modules(__path__)]
+    return [name.removeprefix("modeling_") for name in names if name.startswith("modeling_")]
+
+
+FAMILIES = families()
 
 
 def family(model_type: str) -> type[PreTrainedModel]:
     """Return the patched ForCausalLM class of a config's `model_type`."""
-    if model_type not in FAMILIES:
+    if model_type not in families():
         raise AUSteerError(
-            f"no patched family for model type {model_type!r}; there are {', '.join(FAMILIES)}. "
+            f"no patched family for model type {model_type!r}; there are {', '.join(families())}. "
             "docs/porting.md shows how to add one"
         )
     module = importlib.import_module(f"rmodels.modeling_{model_type}")

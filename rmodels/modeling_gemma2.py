@@ -16,10 +16,10 @@ class Gemma2Attention(upstream.Gemma2Attention):
 
 
 class Gemma2MLP(GatedMLP, upstream.Gemma2MLP):
-    """Sites "neuron", the input of down_proj, and "ffn", its output, before the post-norm: both in GatedMLP."""
+    """Gate "neuron", the input of down_proj, and "ffn", its output before the post-norm: GatedMLP does both."""
 
 
-class Gemma2DecoderLayer(upstream.Gemma2DecoderLayer):  # upstream's name: _no_split_modules goes by it
+class Gemma2DecoderLayer(upstream.Gemma2DecoderLayer):  # _no_split_modules matches this name
     def forward(self, *args, **kwargs):
         return self.au(super().forward(*args, **kwargs))  # site "layer": the residual stream
 

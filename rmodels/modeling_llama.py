@@ -12,10 +12,10 @@ class LlamaAttention(upstream.LlamaAttention):
 
 
 class LlamaMLP(GatedMLP, upstream.LlamaMLP):
-    """Sites "neuron", the input of down_proj, and "ffn", its output: both in GatedMLP."""
+    """Gate the sites "neuron", the input of down_proj, and "ffn", its output: GatedMLP does both."""
 
 
-class LlamaDecoderLayer(upstream.LlamaDecoderLayer):  # upstream's name: _no_split_modules goes by it
+class LlamaDecoderLayer(upstream.LlamaDecoderLayer):  # _no_split_modules matches this name
     def forward(self, *args, **kwargs):
         return self.au(super().forward(*args, **kwargs))  # site "layer": the residual stream
 

@@ -12,10 +12,10 @@ class MistralAttention(upstream.MistralAttention):
 
 
 class MistralMLP(GatedMLP, upstream.MistralMLP):
-    """Sites "neuron", the input of down_proj, and "ffn", its output: both in GatedMLP."""
+    """Gate the sites "neuron", the input of down_proj, and "ffn", its output: GatedMLP does both."""
 
 
-class MistralDecoderLayer(upstream.MistralDecoderLayer):  # upstream's name: _no_split_modules goes by it
+class MistralDecoderLayer(upstream.MistralDecoderLayer):  # _no_split_modules matches this name
     def forward(self, *args, **kwargs):
         return self.au(super().forward(*args, **kwargs))  # site "layer": the residual stream
 

@@ -12,10 +12,10 @@ class Qwen3Attention(upstream.Qwen3Attention):
 
 
 class Qwen3MLP(GatedMLP, upstream.Qwen3MLP):
-    """Sites "neuron", the input of down_proj, and "ffn", its output: both in GatedMLP."""
+    """Gate the sites "neuron", the input of down_proj, and "ffn", its output: GatedMLP does both."""
 
 
-class Qwen3DecoderLayer(upstream.Qwen3DecoderLayer):  # upstream's name: _no_split_modules goes by it
+class Qwen3DecoderLayer(upstream.Qwen3DecoderLayer):  # _no_split_modules matches this name
     def forward(self, *args, **kwargs):
         return self.au(super().forward(*args, **kwargs))  # site "layer": the residual stream
 

@@ -27,7 +27,7 @@ class Qwen3MoeMLP(upstream.Qwen3MoeMLP):
         return self.au(super().forward(x))  # site "ffn" of a dense layer
 
 
-class Qwen3MoeDecoderLayer(upstream.Qwen3MoeDecoderLayer):  # upstream's name: _no_split_modules goes by it
+class Qwen3MoeDecoderLayer(upstream.Qwen3MoeDecoderLayer):  # _no_split_modules matches this name
     def forward(self, *args, **kwargs):
         return self.au(super().forward(*args, **kwargs))  # site "layer": the residual stream
 

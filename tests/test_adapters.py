@@ -1,4 +1,4 @@
-"""Adapters do exactly what the live plan does; what they could not do is refused."""
+"""Adapters: they do exactly what the live plan does, and refuse what they cannot do."""
 
 import itertools
 import json
@@ -27,7 +27,7 @@ IDS = torch.tensor([[1, 40, 77, 130, 9, 200, 31, 55, 12, 300, 7, 90, 41, 66, 3, 
 
 
 def plan_for(model, sites, aus=5, strength=2.0, seed=0) -> Plan:
-    """A few AUs of some layers (of MoE families' ffn: of the dense one), unequally many in each."""
+    """Return a plan with a few AUs in some layers, not equally many (in MoE families' ffn only in the dense layer)."""
     generator = torch.Generator().manual_seed(seed)
     scales = {}
     for site in sites:
@@ -41,7 +41,7 @@ def plan_for(model, sites, aus=5, strength=2.0, seed=0) -> Plan:
 
 
 def sites_of(model):
-    """What LoRA can do: of a family with experts the attention only."""
+    """Return the sites that a LoRA can hold: of a family with experts only attention."""
     return ["attention"] if "neuron" not in rmodels.sites(model) else ["attention", "ffn", "neuron"]
 
 
@@ -51,7 +51,7 @@ def model(request, checkpoints):
 
 
 def changed_by_hand(model, folder):
-    """Upstream's model with W + B A written into its weights, as any reader of the adapter would have it."""
+    """Return upstream's model with W + B A in its weights, as any reader of the adapter computes it."""
     plain = AutoModelForCausalLM.from_pretrained(
         model.config.name_or_path,
         dtype=torch.float32,
@@ -73,14 +73,14 @@ def test_lora_equals_live(model, tmp_path):
     every = sites_of(model)
     for sites in [[site] for site in every] + [every] * (len(every) > 1):
         plan, out = plan_for(model, sites), tmp_path / "-".join(sites)
-        made = save_lora(model.config.name_or_path, plan, out)
+        result = save_lora(model.config.name_or_path, plan, out)
         with steer(model, plan):
             live = model(IDS).logits
         exported = changed_by_hand(model, out)(IDS).logits
         assert (live - model(IDS).logits).abs().max() > 0.05
         assert (live - exported).abs().max() < 1e-4
         per_module = sum(len(sites) > 1 and site != "attention" for site in sites) or 1
-        assert made.rank == 6 * per_module  # no more than its AUs
+        assert result.rank == 6 * per_module  # no more than its AUs
 
 
 def test_lora_of_several_plans_and_of_a_loaded_model(llama, tmp_path):
@@ -96,26 +96,26 @@ def test_lora_of_several_plans_and_of_a_loaded_model(llama, tmp_path):
 
 def test_lora_of_many_aus_has_the_rank_of_the_matrix(llama, tmp_path):
     plan = Plan({"attention": torch.full(rmodels.site_shape(llama, "attention"), 0.5)})  # 64 AUs into 48 outputs
-    made = save_lora(llama.config.name_or_path, plan, tmp_path / "all")
-    assert (made.rank, len(made.modules), made.targets) == (48, 3, ["o_proj"])
+    result = save_lora(llama.config.name_or_path, plan, tmp_path / "all")
+    assert (result.rank, len(result.modules), result.targets) == (48, 3, ["o_proj"])
     with steer(llama, plan):
         live = llama(IDS).logits
     assert (live - changed_by_hand(llama, tmp_path / "all")(IDS).logits).abs().max() < 1e-4
 
 
 def test_only_touched_matrices_are_read_from_the_right_shard(checkpoints, llama, tmp_path, monkeypatch):
-    folder, asked, read = tmp_path / "sharded", [], Checkpoint.read
+    folder, reads, read = tmp_path / "sharded", [], Checkpoint.read
     AutoModelForCausalLM.from_pretrained(checkpoints["llama"], trust_remote_code=False).save_pretrained(
         folder, max_shard_size="100KB"
     )
     assert len(list(folder.glob("*.safetensors"))) > 1
     plan = Plan({"attention": torch.zeros(rmodels.site_shape(llama, "attention"))})
     plan.scales["attention"][2, 7] = 1.0
-    monkeypatch.setattr(Checkpoint, "read", lambda self, name: asked.append(name) or read(self, name))
+    monkeypatch.setattr(Checkpoint, "read", lambda self, name: reads.append(name) or read(self, name))
     save_lora(folder, plan, tmp_path / "adapter")
     b = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     name = "model.layers.2.self_attn.o_proj"
-    assert asked == [f"{name}.weight"]
+    assert reads == [f"{name}.weight"]
     assert torch.equal(b[f"base_model.model.{name}.lora_B.weight"][:, 0], llama.get_submodule(name).weight[:, 7])
 
 
@@ -154,7 +154,7 @@ def test_bfloat16(checkpoints, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("bits", ["4bit", "8bit"])
 def test_lora_of_a_quantized_model(tmp_path, bits):
-    """Of a loaded 4- or 8-bit model the adapter holds the weights it computes with, not the checkpoint's."""
+    """The adapter of a loaded 4- or 8-bit model holds the weights it computes with, not the checkpoint's."""
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is in requirements2.txt")
     wide = {**COMMON, "hidden_size": 64, "intermediate_size": 128}  # 4-bit blocks hold 64 weights
     AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **wide)).save_pretrained(tmp_path / "model")
@@ -179,7 +179,7 @@ def test_lora_of_a_quantized_model(tmp_path, bits):
     if bits == "4bit":
         assert apart[model] < 0.05 * moved  # in bfloat16, as it computes
         assert apart[model] < 0.5 * apart[tmp_path / "model"]
-    else:  # live, activations are rounded to 8 bits behind the gate: no adapter can do the same
+    else:  # live, activations are rounded to 8 bits after the gate, which no adapter can imitate
         assert apart[model] < 0.1 * moved
 
 
@@ -221,8 +221,8 @@ def test_refusals_leave_nothing(checkpoints, llama, tmp_path):
         max_lora_rank(513)
 
 
-def test_a_bias_behind_the_ffn(tmp_path):
-    """A LoRA cannot scale it; IA3 can, and a scaled input of the same module is no trouble."""
+def test_a_bias_of_the_ffn(tmp_path):
+    """A LoRA cannot scale the bias; IA3 can, and both can scale the input of the same module."""
     model = biased(tmp_path / "biased")
     with pytest.raises(AUSteerError, match="has a bias"):
         save_lora(model, plan_for(model, ["ffn"]), tmp_path / "ffn")
@@ -231,14 +231,14 @@ def test_a_bias_behind_the_ffn(tmp_path):
 
 
 def biased(folder):
-    """A model whose biases are no zeros, which transformers makes them."""
+    """Return a model with nonzero biases, which transformers initialises to zero."""
     config = AutoConfig.for_model("llama", **{**COMMON, **SPECIAL["llama"]}, mlp_bias=True, attention_bias=True)
     torch.manual_seed(0)
-    made = AutoModelForCausalLM.from_config(config)
-    for name, weight in made.named_parameters():
+    result = AutoModelForCausalLM.from_config(config)
+    for name, weight in result.named_parameters():
         if name.endswith("bias"):
             torch.nn.init.normal_(weight, std=0.2)
-    made.save_pretrained(folder)
+    result.save_pretrained(folder)
     return rmodels.load(folder, dtype="float32", device="cpu")
 
 
@@ -307,7 +307,7 @@ def test_server_command(llama, tmp_path):
 
 
 def test_the_server_refuses_plans_of_other_weights(llama, tmp_path, monkeypatch):
-    """Of the same shapes: a base model's for its chat model, say. The weights are read once for all plans."""
+    """The shapes are the same, as with a base model and its chat model. The weights are read once for all plans."""
     plans, hashed = [tmp_path / "calm.safetensors", tmp_path / "brave.safetensors"], []
     as_loaded = Checkpoint.as_loaded
     monkeypatch.setattr(Checkpoint, "as_loaded", lambda self, name: hashed.append(name) or as_loaded(self, name))

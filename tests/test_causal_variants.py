@@ -81,7 +81,7 @@ def upstream(checkpoints):
 
 
 def scales_of(plan, site="attention"):
-    return {unit[1:3]: unit[3] for unit in plan.aus() if unit[0] == site}
+    return {au[1:3]: au[3] for au in plan.aus() if au[0] == site}
 
 
 def strongest(method):
@@ -90,9 +90,9 @@ def strongest(method):
 
 
 def by_magnitude(score):
-    """(layer, dim), the largest |score| first, ties to the lower layer and dimension: no sort of torch's."""
+    """Order (layer, dim) by |score|, ties to the lower layer and dimension, without torch's sort."""
     units = [(layer, dim) for layer in range(score.shape[0]) for dim in range(score.shape[1])]
-    return sorted(units, key=lambda unit: -abs(float(score[unit])))
+    return sorted(units, key=lambda au: -abs(float(score[au])))
 
 
 # what every method must do
@@ -128,7 +128,7 @@ def test_every_one_is_registered_and_the_authors_code_has_none_of_the_causal_one
 
 @pytest.mark.parametrize("method", OURS, ids=lambda method: method.name)
 def test_one_pair_and_equal_answers(method, llama, tokenizer):
-    """One pair has no t statistic; counts of it are what they are, and are never significant."""
+    """One pair has no t statistic; its counts are valid, but never significant."""
     one = evidence_of(llama, tokenizer, PAIRS[:1], site_of(method))
     if method.name.startswith("causal") and method.name != "causal-counted":
         with pytest.raises(AUSteerError, match="at least two pairs"):
@@ -136,7 +136,7 @@ def test_one_pair_and_equal_answers(method, llama, tokenizer):
     else:
         plan = method.plan(method.prepare(one), method.grid("small")[-1])
         assert (len(plan) == 0) == (method.name == "published-fdr")
-        assert all(math.isfinite(value) for unit in plan.aus() for value in unit[3:])
+        assert all(math.isfinite(value) for au in plan.aus() for value in au[3:])
     with pytest.raises(AUSteerError, match=r"the same tokens|two different ones"):
         method.prepare(evidence_of(llama, tokenizer, [("Is it?", " yes", " yes")] * 2, site_of(method)))
 
@@ -147,15 +147,15 @@ def test_one_pair_and_equal_answers(method, llama, tokenizer):
 def test_both_sites_are_ranked_together(llama, tokenizer):
     evidence = evidence_of(llama, tokenizer, site="both")
     alone = {site: evidence.ranks("causal", site).score for site in ("attention", "ffn")}
-    assert alone["attention"].shape != alone["ffn"].shape  # 64 and 48 a layer
-    wanted = sorted(
+    assert alone["attention"].shape != alone["ffn"].shape  # 64 and 48 per layer
+    expected = sorted(
         ((-abs(float(t)), place, i) for place, site in enumerate(alone) for i, t in enumerate(alone[site].flatten()))
     )[:20]
     plan = CausalBoth().plan(CausalBoth().prepare(evidence), {"k": 20, "alpha": 0.5})
     assert len(plan) == 20 and plan.sites == ["attention", "ffn"]
     for place, (site, t) in enumerate(alone.items()):
-        units = {divmod(i, t.shape[1]) for _, at, i in wanted if at == place}
-        assert units and scales_of(plan, site) == {unit: 0.5 * math.copysign(1, t[unit]) for unit in units}
+        units = {divmod(i, t.shape[1]) for _, at, i in expected if at == place}
+        assert units and scales_of(plan, site) == {au: 0.5 * math.copysign(1, t[au]) for au in units}
     with pytest.raises(AUSteerError, match="from 1 to 336"):  # 3 layers of 64 + 48
         CausalBoth().plan(CausalBoth().prepare(evidence), {"k": 337, "alpha": 1.0})
 
@@ -181,12 +181,12 @@ def test_both_sites_are_one_cell(tmp_path, monkeypatch):
 
 def test_sign_test_is_that_of_fair_coins():
     positive, negative = torch.tensor([[0, 10, 3], [7, 1, 250]]), torch.tensor([[0, 0, 3], [2, 1, 150]])
-    found = sign_test(positive.int(), negative.int())
+    actual = sign_test(positive.int(), negative.int())
     for place in [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]:
         fewer, n = int(min(positive[place], negative[place])), int(positive[place] + negative[place])
         tail = sum(math.comb(n, i) for i in range(fewer + 1)) / 2**n
-        assert float(found[place]) == pytest.approx(min(1.0, 2 * tail), rel=1e-9)
-    assert found[0, 0] == 1 and found[0, 1] == pytest.approx(2 / 1024)
+        assert float(actual[place]) == pytest.approx(min(1.0, 2 * tail), rel=1e-9)
+    assert actual[0, 0] == 1 and actual[0, 1] == pytest.approx(2 / 1024)
 
 
 def test_t_test_of_the_tables():
@@ -196,15 +196,15 @@ def test_t_test_of_the_tables():
 
 
 def test_benjamini_hochberg():
-    # largest i with p_(i) <= q i / n is what is called significant
+    # the first i are significant, for the largest i with p_(i) <= q i / n
     torch.manual_seed(0)
     p = torch.rand(4, 10).double() ** 4
     p[0, :3] = p[1, 0]  # ties
     for q in (0.001, 0.05, 0.3):
         ordered = sorted(p.flatten().tolist())
         passed = [value for i, value in enumerate(ordered, 1) if value <= q * i / 40]
-        wanted = p <= max(passed, default=-1)
-        assert torch.equal(significant(adjusted(p), q), wanted)
+        expected = p <= max(passed, default=-1)
+        assert torch.equal(significant(adjusted(p), q), expected)
     assert 0 < int(significant(adjusted(p), 0.05).sum()) < int((p <= 0.05).sum())  # stricter than each alone
     for q in (0, 1, 2.0):
         with pytest.raises(AUSteerError, match="between 0 and 1"):
@@ -215,22 +215,20 @@ def test_significant_aus_are_steered_as_published(evidence):
     ranks, method = evidence.ranks("activation"), PublishedFDR()
     prepared = method.prepare(evidence)
     plans = {q: method.plan(prepared, {"q": q, "alpha": 2.0}) for q in (1e-6, 0.05, 0.9)}
-    found = adjusted(sign_test(ranks.stats["positive"], ranks.stats["negative"]))
+    actual = adjusted(sign_test(ranks.stats["positive"], ranks.stats["negative"]))
     for q, plan in plans.items():
-        wanted = {unit: 2 * float(ranks.gain[unit]) for unit in by_magnitude(ranks.score) if float(found[unit]) <= q}
-        assert scales_of(plan) == wanted and plan.header["k"] == len(wanted)
+        expected = {au: 2 * float(ranks.gain[au]) for au in by_magnitude(ranks.score) if float(actual[au]) <= q}
+        assert scales_of(plan) == expected and plan.header["k"] == len(expected)
     assert len(plans[1e-6]) == 0 < len(plans[0.05]) < len(plans[0.9])  # 16 pairs: p is at least 2 / 2**16
 
 
 def test_significant_causal_aus(evidence):
     ranks, method = evidence.ranks("causal"), CausalFDR()
     plan = method.plan(method.prepare(evidence), {"q": 0.5, "alpha": 0.5})
-    found = adjusted(t_test(ranks.score, len(PAIRS)))
-    wanted = {
-        unit: 0.5 * math.copysign(1, ranks.score[unit]) for unit in by_magnitude(ranks.score) if found[unit] <= 0.5
-    }
-    assert scales_of(plan) == wanted and plan.header["k"] == len(wanted) > 0
-    assert set(wanted) == set(by_magnitude(ranks.score)[: len(wanted)])  # the best by |t|
+    actual = adjusted(t_test(ranks.score, len(PAIRS)))
+    expected = {au: 0.5 * math.copysign(1, ranks.score[au]) for au in by_magnitude(ranks.score) if actual[au] <= 0.5}
+    assert scales_of(plan) == expected and plan.header["k"] == len(expected) > 0
+    assert set(expected) == set(by_magnitude(ranks.score)[: len(expected)])  # the best by |t|
 
 
 def test_constant_activations_are_not_significant(llama):
@@ -249,22 +247,24 @@ def test_constant_activations_are_not_significant(llama):
 
 
 def test_slopes_under_steering_are_of_the_steered_model(mixed, llama, tokenizer, upstream):
-    """Against finite differences on the unpatched model in float64."""
+    """Slopes equal finite differences on the unpatched model in float64."""
     plan = Causal().plan(mixed.ranks("causal"), {"k": 6, "alpha": 0.7})
     with steer(llama, plan):
-        found = screen(mixed.pairs[:3], llama, tokenizer, ["attention"], momentum="causal", progress=False)["attention"]
+        actual = screen(mixed.pairs[:3], llama, tokenizer, ["attention"], momentum="causal", progress=False)[
+            "attention"
+        ]
     unsteered = screen(mixed.pairs[:3], llama, tokenizer, ["attention"], momentum="causal", progress=False)["attention"]
-    others = [unit for unit in by_magnitude(found.score) if unit not in scales_of(plan)]
-    for unit in (others[0], others[40]):
+    others = [au for au in by_magnitude(actual.score) if au not in scales_of(plan)]
+    for au in (others[0], others[40]):
         values = []
         for step in (1e-3, -1e-3):
             scale = plan.scales["attention"].double().clone()
-            scale[unit] = step
+            scale[au] = step
             with hooked(upstream, "attention", lambda layer, x, scale=scale: x * (1 + scale[layer].to(x))):
                 values.append(sum(log_sigmoid(log_odds(upstream, tokenizer, *pair)) for pair in MIXED[:3]))
         slope = (values[0] - values[1]) / 2e-3
-        assert float(found.stats["sum"][unit]) == pytest.approx(slope, rel=5e-3, abs=1e-4)
-        assert float(unsteered.stats["sum"][unit]) != pytest.approx(slope, rel=2e-2)
+        assert float(actual.stats["sum"][au]) == pytest.approx(slope, rel=5e-3, abs=1e-4)
+        assert float(unsteered.stats["sum"][au]) != pytest.approx(slope, rel=2e-2)
 
 
 def log_sigmoid(m):
@@ -273,8 +273,8 @@ def log_sigmoid(m):
 
 def by_hand(scales, shape):
     values = torch.zeros(shape)
-    for unit, scale in scales.items():
-        values[unit] = scale
+    for au, scale in scales.items():
+        values[au] = scale
     return Plan({"attention": values})
 
 
@@ -285,13 +285,13 @@ def test_greedy_ranks_again_after_4_and_16(evidence, llama, tokenizer):
             ranks = screen(evidence.pairs, llama, tokenizer, ["attention"], momentum="causal", progress=False)[
                 "attention"
             ]
-        for unit in by_magnitude(ranks.score):
-            if unit not in steered and len(steered) < reach:
-                steered[unit] = 0.5 * math.copysign(1, ranks.score[unit])
+        for au in by_magnitude(ranks.score):
+            if au not in steered and len(steered) < reach:
+                steered[au] = 0.5 * math.copysign(1, ranks.score[au])
     method = CausalGreedy()
     plan = method.plan(method.prepare(evidence), {"k": 20, "alpha": 0.5})
     assert scales_of(plan) == steered
-    assert set(steered) != set(by_magnitude(evidence.ranks("causal").score)[:20])  # not what ranking once finds
+    assert set(steered) != set(by_magnitude(evidence.ranks("causal").score)[:20])  # ranking once finds others
 
 
 def test_greedy_pays_once_for_an_alpha(evidence, monkeypatch):
@@ -301,16 +301,16 @@ def test_greedy_pays_once_for_an_alpha(evidence, monkeypatch):
     )
     method = CausalGreedy()
     prepared = method.prepare(evidence)
-    said, made = {}, {}
+    n_passes, scales = {}, {}
     for k in (1, 20, 4, 17, 16):
         plan = method.plan(prepared, {"k": k, "alpha": 1.0})
-        said[k], made[k] = plan.header["passes"], scales_of(plan)
-    assert said == {1: 1, 4: 1, 16: 2, 17: 3, 20: 3}
-    assert len(passes) == 2  # beside the ranks
-    assert made[1].items() < made[4].items() < made[16].items() < made[17].items() < made[20].items()
-    assert made[1] == scales_of(Causal().plan(evidence.ranks("causal"), {"k": 1, "alpha": 1.0}))
+        n_passes[k], scales[k] = plan.header["passes"], scales_of(plan)
+    assert n_passes == {1: 1, 4: 1, 16: 2, 17: 3, 20: 3}
+    assert len(passes) == 2  # in addition to the ranks
+    assert scales[1].items() < scales[4].items() < scales[16].items() < scales[17].items() < scales[20].items()
+    assert scales[1] == scales_of(Causal().plan(evidence.ranks("causal"), {"k": 1, "alpha": 1.0}))
     other = method.plan(prepared, {"k": 20, "alpha": 3.0})
-    assert len(passes) == 4 and scales_of(other).keys() != made[20].keys()
+    assert len(passes) == 4 and scales_of(other).keys() != scales[20].keys()
     with pytest.raises(AUSteerError, match="from 1 to 192"):
         method.plan(prepared, {"k": 193, "alpha": 1.0})
     assert len(passes) == 4
@@ -328,7 +328,7 @@ def test_greedy_with_hardly_any_strength_is_causal(evidence):
 
 
 def worked(slopes, score, pairs=100):
-    """Ranks of one layer with these mean slopes and t statistics."""
+    """Return ranks of one layer with these mean slopes and t statistics."""
     total = {"sum": pairs * torch.tensor([slopes]).double()}
     t = torch.tensor([score])
     return AURanks("attention", t, t.sign(), total, {"pairs": pairs})
@@ -340,12 +340,12 @@ def test_prediction_worked_by_hand():
     assert predict(ranks, -0.4, 0.05) == pytest.approx((2, 0.8, 0.4))
     assert predict(ranks, -0.05, 0.05) == pytest.approx((1, 0.25, 0.05))
     assert predict(ranks, -0.55, 0.05) == pytest.approx((3, 0.55 / 0.6, 0.55))
-    assert predict(ranks, -2.0, 0.05) == pytest.approx((3, 1.0, 0.6))  # not enough: as far as first order is trusted
+    assert predict(ranks, -2.0, 0.05) == pytest.approx((3, 1.0, 0.6))  # not enough, so as far as first order is trusted
     assert predict(worked([0.2, 0.1], [0.3, -0.2]), -0.4, 0.05) == (0, 0, 0)
     assert predict(ranks, 0.0, 0.05) == pytest.approx((1, 0.0, 0.0))  # nothing left to gain
 
 
-def test_what_was_predicted_and_what_came(mixed, upstream, tokenizer):
+def test_prediction_and_measurement_are_in_the_header(mixed, upstream, tokenizer):
     method = CausalPredicted(q=0.9)
     assert method.grid("full") == [{"q": 0.9}] == method.grid("small")
     plan = method.prepare(mixed)
@@ -355,16 +355,16 @@ def test_what_was_predicted_and_what_came(mixed, upstream, tokenizer):
         after = sum(log_sigmoid(log_odds(upstream, tokenizer, *pair)) for pair in MIXED) / len(MIXED)
     assert plan.header["measured"] == pytest.approx(after - before, rel=1e-3)
     slopes = mixed.ranks("causal").stats["sum"] / len(MIXED)
-    gain = sum(abs(float(slopes[unit])) for unit in scales_of(plan)) * plan.header["alpha"]
+    gain = sum(abs(float(slopes[au])) for au in scales_of(plan)) * plan.header["alpha"]
     assert plan.header["predicted"] == pytest.approx(gain, rel=1e-5) and gain <= -before * (1 + 1e-6)
     assert 0 < plan.header["alpha"] <= 1 and plan.header["k"] == len(plan)
 
 
-def test_first_order_is_right_in_the_small(mixed):
+def test_first_order_holds_for_small_steps(mixed):
     ranks = mixed.ranks("causal")
     plan = Causal().plan(ranks, {"k": 30, "alpha": 2e-3})
     slopes = (ranks.stats["sum"] / len(MIXED)).abs()
-    gain = 2e-3 * sum(float(slopes[unit]) for unit in scales_of(plan))
+    gain = 2e-3 * sum(float(slopes[au]) for au in scales_of(plan))
     assert mean_log_sigmoid(mixed, plan) - mean_log_sigmoid(mixed) == pytest.approx(gain, rel=0.05)
 
 
@@ -385,16 +385,16 @@ def test_nothing_significant_nothing_predicted(evidence, llama):
 # ablations
 
 
-def test_where_and_which_way_are_taken_apart(evidence):
+def test_location_and_direction_are_ablated_apart(evidence):
     published, causal = evidence.ranks("activation"), evidence.ranks("causal")
-    found = {}
+    actual = {}
     for method in (CausalLocation(), CausalSign()):
-        found[method.name] = scales_of(method.plan(method.prepare(evidence), {"k": 9, "alpha": 2.0}))
+        actual[method.name] = scales_of(method.plan(method.prepare(evidence), {"k": 9, "alpha": 2.0}))
     where = by_magnitude(causal.score)[:9]
-    assert found["causal-location"] == {unit: 2 * float(published.gain[unit]) for unit in where}
+    assert actual["causal-location"] == {au: 2 * float(published.gain[au]) for au in where}
     where = by_magnitude(published.score)[:9]
-    assert found["causal-sign"] == {unit: 2 * math.copysign(1, causal.score[unit]) for unit in where}
-    assert found["causal-location"].keys() != found["causal-sign"].keys()
+    assert actual["causal-sign"] == {au: 2 * math.copysign(1, causal.score[au]) for au in where}
+    assert actual["causal-location"].keys() != actual["causal-sign"].keys()
 
 
 def test_counted_effects_are_the_signs_of_single_pairs(evidence, llama, tokenizer):
@@ -404,21 +404,21 @@ def test_counted_effects_are_the_signs_of_single_pairs(evidence, llama, tokenize
         for pair in few.pairs[:5]
     ]
     ranks = CausalCounted().prepare(few)
-    for unit in by_magnitude(ranks.score):
-        up, down = sum(float(s[unit]) > 0 for s in signs), sum(float(s[unit]) < 0 for s in signs)
-        assert float(ranks.score[unit]) == pytest.approx((-down if up < down else up) / 6)  # of all pairs
+    for au in by_magnitude(ranks.score):
+        up, down = sum(float(s[au]) > 0 for s in signs), sum(float(s[au]) < 0 for s in signs)
+        assert float(ranks.score[au]) == pytest.approx((-down if up < down else up) / 6)  # of all pairs
     plan = CausalCounted().plan(ranks, {"k": 3, "alpha": 2.0})
-    assert scales_of(plan) == {unit: 2 * float(ranks.score[unit]) for unit in by_magnitude(ranks.score)[:3]}
+    assert scales_of(plan) == {au: 2 * float(ranks.score[au]) for au in by_magnitude(ranks.score)[:3]}
 
 
 def test_fixed_strength_and_fixed_vector(evidence):
     ranks = evidence.ranks("activation")
     where = by_magnitude(ranks.score)[:5]
     fixed = FixedStrength().plan(FixedStrength().prepare(evidence), {"k": 5, "alpha": 1.5})
-    assert scales_of(fixed) == {unit: 1.5 * math.copysign(1, ranks.score[unit]) for unit in where}
+    assert scales_of(fixed) == {au: 1.5 * math.copysign(1, ranks.score[au]) for au in where}
     plan = FixedVector().plan(FixedVector().prepare(evidence), {"k": 5, "alpha": 1.5})
     difference = torch.sub(*evidence.activations()).mean(0)
-    assert {unit[1:3] for unit in plan.aus()} == set(where) and not plan.scales
+    assert {au[1:3] for au in plan.aus()} == set(where) and not plan.scales
     for _, layer, dim, _, shift in plan.aus():
         assert shift == pytest.approx(1.5 * float(difference[layer, dim]), rel=1e-4)
 

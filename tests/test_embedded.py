@@ -1,4 +1,4 @@
-"""The embedded models: splits, tokenizer, latent skill, and that the weights are those of their records."""
+"""The embedded models: splits, tokenizer, latent skill, and weights that match their records."""
 
 import hashlib
 import json
@@ -62,13 +62,13 @@ def test_all_weights_are_small():
     assert sum(file.stat().st_size for folder in shipped for file in folder.glob("*.safetensors")) < 24e6
 
 
-def test_skill_is_imperfect_and_latent_skill_passes_the_gate(task, shipped):
+def test_skill_is_imperfect_and_latent_skill_is_accepted(task, shipped):
     measured = acceptance.measure(*shipped, task, tasks.items(task, "validation", 300))
     assert 0.65 < measured.vanilla < 0.92
     assert measured.tagged >= acceptance.REQUIRED
 
 
-def test_the_gate_refuses_a_model_without_skill(task, shipped):
+def test_a_model_without_latent_skill_is_refused(task, shipped):
     import copy
 
     import torch
@@ -91,7 +91,7 @@ def test_batched_answers_equal_single_ones_and_generate(task, shipped):
     assert together == acceptance.answer(model, words, prompts, count)
 
 
-def test_recorded_seeds_pass_the_gate():
+def test_recorded_seeds_are_accepted():
     runs = json.loads((acceptance.WEIGHTS.parent / "seeds.json").read_text())["runs"]
     assert {run["seed"] for run in runs if run["task"] == "svamp"} == {0, 1, 2}
     assert all(run["passes_gate"] == (run["tagged"] >= acceptance.REQUIRED) for run in runs)

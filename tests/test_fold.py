@@ -45,7 +45,7 @@ GREEDY = dict(max_new_tokens=5, do_sample=False, pad_token_id=0, attention_mask=
 
 
 def make(folder, name, dtype="float32", shard="100KB", **changes):
-    """A tiny checkpoint in several shards, none of whose weights and biases are zeros."""
+    """Save a tiny checkpoint in several shards, without zero weights or biases."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **{**COMMON, **SPECIAL[name], **changes}))
     with torch.no_grad():
@@ -94,17 +94,17 @@ def test_folded_is_live_and_undone_bit_for_bit(tmp_path, name, site, dtype):
     source = make(tmp_path / "source", name, dtype)
     plan = some_plan(load(source, dtype), site)
     fold(source, plan, tmp_path / "out", certificate=False)
-    live, ours = load(source), load(tmp_path / "out")  # float32 arithmetic: only the rounding of the weights is left
+    live, ours = load(source), load(tmp_path / "out")  # in float32 arithmetic only the rounding of the weights is left
     vanilla = live(IDS).logits
-    with steer(live, plan):  # made in dtype: other bits than these in float32, so only shapes are compared
-        wanted, text = live(IDS).logits, live.generate(IDS, **GREEDY)
-    difference = (ours(IDS).logits - wanted).abs().max()
-    assert (wanted - vanilla).abs().max() > 0.5
-    assert difference < (1e-4 if dtype == "float32" else 2e-2 * wanted.abs().max())
+    with steer(live, plan):  # the plan was made in dtype, whose bits differ from float32, so only shapes are compared
+        expected, text = live(IDS).logits, live.generate(IDS, **GREEDY)
+    difference = (ours(IDS).logits - expected).abs().max()
+    assert (expected - vanilla).abs().max() > 0.5
+    assert difference < (1e-4 if dtype == "float32" else 2e-2 * expected.abs().max())
     if dtype == "float32":
         assert torch.equal(ours.generate(IDS, **GREEDY), text)
     else:
-        assert (ours(IDS).logits.argmax(-1) == wanted.argmax(-1)).float().mean() > 0.97
+        assert (ours(IDS).logits.argmax(-1) == expected.argmax(-1)).float().mean() > 0.97
     unfold(tmp_path / "out", tmp_path / "back")
     assert bits(tmp_path / "back") == bits(source) != bits(tmp_path / "out")
     with folded(load(source, dtype), plan) as patched:
@@ -148,12 +148,12 @@ def test_shifts_become_biases_where_there_are_any(tmp_path):
     fold(source, plan, tmp_path / "out", certificate=False)
     vanilla = model(IDS).logits
     with steer(model, plan):
-        wanted = model(IDS).logits
-    assert (load(tmp_path / "out")(IDS).logits - wanted).abs().max() < 1e-4 < (wanted - vanilla).abs().max()
+        expected = model(IDS).logits
+    assert (load(tmp_path / "out")(IDS).logits - expected).abs().max() < 1e-4 < (expected - vanilla).abs().max()
     unfold(tmp_path / "out", tmp_path / "back")
     assert bits(tmp_path / "back") == bits(source)
     with folded(model, plan):
-        assert (model(IDS).logits - wanted).abs().max() < 1e-4
+        assert (model(IDS).logits - expected).abs().max() < 1e-4
     assert torch.equal(model(IDS).logits, vanilla)
 
 
@@ -210,7 +210,7 @@ FEW = [
     ],
 )
 def test_certificates_whatever_the_dtype_and_the_strength(tmp_path, name, dtype, strength):
-    """Refused is only what rounding erases: 1.001 is 1 in bfloat16. With experts, rounding sends tokens elsewhere."""
+    """Only what rounding erases is refused: 1.001 is 1 in bfloat16. With experts, rounding sends tokens elsewhere."""
     source = make(tmp_path / "source", name, dtype)
     plan = some_plan(load(source, dtype), "attention", "ffn")
     for scale in plan.scales.values():
@@ -227,7 +227,7 @@ def test_certificates_whatever_the_dtype_and_the_strength(tmp_path, name, dtype,
 
 
 def test_rounding_that_drowns_the_plan_is_refused(tmp_path):
-    """1.0022 is a step of bfloat16 for some numbers of a column, and none for most."""
+    """In bfloat16, 1.0022 changes only some numbers of a column."""
     source = make(tmp_path / "source", "llama", "bfloat16")
     plan = some_plan(load(source, "bfloat16"), "attention")
     for values in plan.scales.values():
@@ -253,7 +253,7 @@ def test_what_rounding_erases_is_refused_or_named(tmp_path):
 
 
 def wrong_file(monkeypatch):
-    """One number in one tensor, by one step."""
+    """Change one number of each tensor by one step."""
     write = Checkpoint.write
 
     def near(self, name, tensor):
@@ -349,7 +349,7 @@ def test_a_plan_made_in_another_precision_is_compared_too(source, tmp_path):
 
 @pytest.mark.parametrize("name", ["gemma2", "qwen3_moe"])
 def test_fingerprints_of_files_are_those_of_models(tmp_path, name):
-    """Tied heads and experts one by one: other tensors on disk than in memory."""
+    """With tied heads, and experts stored one by one, the tensors on disk are not those in memory."""
     source = make(tmp_path / "source", name)
     Checkpoint(source).check_plan(some_plan(load(source), "ffn"))
 
@@ -399,7 +399,7 @@ def test_checkpoints_that_are_refused_leave_nothing(source, plan, tmp_path):
     ],
 )
 def test_a_full_disk_leaves_nothing(source, plan, tmp_path, kind, size):
-    """A limit on the size of files stands in for the end of the disk: the kernel refuses the write."""
+    """A limit on the size of files stands in for a full disk: the kernel refuses the write."""
     save = {"fold": partial(fold, certificate=False), "lora": save_lora, "ia3": save_ia3, "gguf": save_gguf_lora}[kind]
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
@@ -452,7 +452,9 @@ def test_command(source, plan, tmp_path, capsys):
             f"--fold={tmp_path / 'out'}",
         ]
     )
-    assert "with 4 AUs in its weights" in (said := capsys.readouterr().out) and "greedy tokens agree on 100.0%" in said
+    assert (
+        "with 4 AUs in its weights" in (output := capsys.readouterr().out) and "greedy tokens agree on 100.0%" in output
+    )
     command.main([f"--unfold={tmp_path / 'out'}", f"--out={tmp_path / 'back'}"])
     assert bits(tmp_path / "back") == bits(source)
 
@@ -492,7 +494,7 @@ def test_a_place_that_is_taken_is_refused_before_the_weights_are_read(source, pl
         command.main([*given, f"--{kind}={tmp_path / 'plan.safetensors' / 'out'}"])
 
 
-def test_plans_that_share_aus_are_told_and_the_sum_knows_its_parts(source, plan, tmp_path, capsys):
+def test_shared_aus_are_reported_and_the_sum_keeps_its_parts(source, plan, tmp_path, capsys):
     paths = [str(tmp_path / f"{name}.safetensors") for name in "ab"]
     for k, path in enumerate(paths):
         plan.header["k"] = k
@@ -504,7 +506,7 @@ def test_plans_that_share_aus_are_told_and_the_sum_knows_its_parts(source, plan,
     assert [part.get("k") for part in (added + plan).header["sum_of"]] == [0, 1, 1]
 
 
-def test_what_the_certificate_needs_is_looked_for_before_the_copy(source, plan, tmp_path, monkeypatch):
+def test_what_the_certificate_needs_is_checked_before_the_copy(source, plan, tmp_path, monkeypatch):
     monkeypatch.setattr(Checkpoint, "copy_to", lambda *_: pytest.fail("it was copied"))
     whole = load_file(source / "model-00001-of-00004.safetensors")
     name = next(name for name in whole if name.endswith("o_proj.weight"))
@@ -548,12 +550,12 @@ def rewritten(path, tensors):
     save_file(tensors, path, metadata)
 
 
-def test_reading_errors_are_called_so(source, plan, tmp_path):
+def test_reading_errors_are_reported_as_such(source, plan, tmp_path):
     (source / "LICENSE").symlink_to(source / "nothing")
     (source / "notes.txt").mkdir()
     config = source / "generation_config.json"
     config.unlink()
-    config.symlink_to("/proc/self/mem")  # opens, and cannot be read
+    config.symlink_to("/proc/self/mem")  # can be opened but not read
     with pytest.raises(AUSteerError, match=r"cannot read .*generation_config.json: Input/output error"):
         fold(source, plan, tmp_path / "out", certificate=False)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
@@ -617,15 +619,15 @@ def test_what_a_killed_run_left_is_named(source, plan, tmp_path, capsys):
     (tmp_path / ".out.abcd1234").mkdir()
     (tmp_path / ".out.of.others").mkdir()
     fold(source, plan, tmp_path / "out", certificate=False)
-    said = capsys.readouterr().err
+    output = capsys.readouterr().err
     assert (
-        said.count("/.out.abcd1234: belongs to another run; if that run was killed, remove it") == 1
-        and "others" not in said
+        output.count("/.out.abcd1234: belongs to another run; if that run was killed, remove it") == 1
+        and "others" not in output
     )
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_hot_patch_comes_out_whatever_happens(source, dtype):
+def test_hot_patch_is_always_undone(source, dtype):
     model = load(source, dtype)
     plan = some_plan(model, "attention", "ffn", "neuron")
     before = {name: (weight.clone(), weight.data_ptr()) for name, weight in model.named_parameters()}
@@ -647,7 +649,7 @@ def test_hot_patch_comes_out_whatever_happens(source, dtype):
 
 @pytest.mark.parametrize("quantization", ["4bit", "8bit"])
 def test_hot_patch_of_quantised_layers(tmp_path, quantization):
-    """Into the scales of 8-bit rows, and out again; whatever would leave the grid of numbers is refused."""
+    """8-bit rows are patched through their scales, and restored; what would leave the grid of numbers is refused."""
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is in requirements2.txt")
     source = make(tmp_path / "wide", "llama", hidden_size=64, intermediate_size=128)
     model = load_quantised(source, quantization)
@@ -656,8 +658,8 @@ def test_hot_patch_of_quantised_layers(tmp_path, quantization):
             pass
     if quantization == "8bit":
         plan = some_plan(model, "ffn")
-        plan.scales["ffn"][:, 5] = -1.75  # beyond zero: the signs of the row turn
-        with folded(model, plan):  # before the first forward, which moves the scales
+        plan.scales["ffn"][:, 5] = -1.75  # beyond zero, so the signs of the row change
+        with folded(model, plan):  # before the first forward, which moves the scales to the state
             first = model(IDS).logits
         vanilla = model(IDS).logits
         with steer(model, plan):
@@ -675,9 +677,9 @@ def test_compiled_code_sees_the_hot_patch(source):
     compiled = torch.compile(model, fullgraph=True)
     before = compiled(IDS).logits
     with steer(model, plan):
-        wanted = model(IDS).logits
+        expected = model(IDS).logits
     with folded(model, plan):
-        assert (compiled(IDS).logits - wanted).abs().max() < 1e-4
+        assert (compiled(IDS).logits - expected).abs().max() < 1e-4
     assert torch.equal(compiled(IDS).logits, before) and torch.equal(model(IDS).logits, vanilla)
     torch.compiler.reset()
 
@@ -687,17 +689,17 @@ def test_a_captured_graph_sees_the_hot_patch(source):
     model = rmodels.load(source, dtype="float32", device="cuda")
     plan, ids = some_plan(model, "attention", "ffn"), IDS.cuda()
     with torch.no_grad(), steer(model, plan):
-        wanted = model(ids, use_cache=False).logits.clone()
+        expected = model(ids, use_cache=False).logits.clone()
     graph = torch.cuda.CUDAGraph()
     with torch.no_grad():
-        model(ids, use_cache=False)  # warms up what may not be captured
+        model(ids, use_cache=False)  # a warm-up, since this may not be captured
         with torch.cuda.graph(graph):
             captured = model(ids, use_cache=False).logits
     graph.replay()
     vanilla = captured.clone()
     with folded(model, plan):
         graph.replay()
-        assert (captured - wanted).abs().max() < 1e-3 < (vanilla - wanted).abs().max()
+        assert (captured - expected).abs().max() < 1e-3 < (vanilla - expected).abs().max()
     graph.replay()
     assert torch.equal(captured, vanilla)
 
@@ -718,7 +720,7 @@ def test_memory_stays_below_one_shard(tmp_path):
     assert len(shards) == 2
     model = load(source)
     some_plan(model, "attention", "ffn").save(tmp_path / "plan.safetensors")
-    script = (  # VmHWM, as ru_maxrss would begin with this process's own
+    script = (  # VmHWM, because ru_maxrss would start at this process's own value
         "import re, sys; from pathlib import Path; from transformers import LlamaForCausalLM;"
         "from austeer.export.fold import fold; from austeer.plan import Plan; plan = Plan.load(sys.argv[2]);"
         "peak = lambda: 1024 * int(re.search(r'VmHWM:\\s*(\\d+)', Path('/proc/self/status').read_text())[1]);"

@@ -1,6 +1,6 @@
-"""GGUF adapters: what is in the file, and, where llama-cpp-python is installed, that llama.cpp steers as the live model.
+"""GGUF adapters: what the file holds, and, if llama-cpp-python is installed, that llama.cpp steers like the live model.
 
-pip install gguf llama-cpp-python        # the latter is built from source: minutes, and a compiler
+pip install gguf llama-cpp-python        # the latter is built from source: it takes minutes and a compiler
 """
 
 import pytest
@@ -40,7 +40,7 @@ def test_the_file_holds_the_factors(llama, tmp_path):
 
 
 def write_base(model, path):
-    """The model as llama.cpp's converter would write it, without a vocabulary."""
+    """Write the model as llama.cpp's converter would, without a vocabulary."""
     config, state = model.config, model.state_dict()
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_context_length(config.max_position_embeddings)
@@ -57,7 +57,7 @@ def write_base(model, path):
     writer.add_vocab_size(config.vocab_size)
     writer.add_tokenizer_model("no_vocab")
 
-    def paired(name, heads):  # llama.cpp turns neighbouring pairs, transformers the two halves of a head
+    def paired(name, heads):  # llama.cpp rotates neighbouring pairs, transformers the two halves of a head
         weight = state[name]
         return weight.view(heads, 2, -1, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
 

@@ -1,4 +1,4 @@
-"""Number by number against what the authors' code computed (tests/golden), in the paper protocol."""
+"""The paper protocol against what the authors' code computed (tests/golden), number by number."""
 
 import json
 from pathlib import Path
@@ -38,7 +38,7 @@ def ranks(folder, model):
 
 
 def masks(folder, prefix=""):
-    """(site, k, alpha, mask) of every steering vector the authors' selection wrote."""
+    """Yield (site, k, alpha, mask) of every steering vector that the authors' selection wrote."""
     stored = np.load(folder / "masks.npz")
     for key in stored.files:
         if key.startswith(SITES):
@@ -93,20 +93,20 @@ def test_logits(folder, model):
     golden, runs = np.load(folder / "logits.npz"), _runs(folder)
     for key in golden.files:
         tag, prompt = key.rsplit("__p", 1)
-        wanted = torch.tensor(golden[key])
+        expected = torch.tensor(golden[key])
         with _steered(model, folder, tag):
             logits = model(torch.tensor([runs[tag, int(prompt)]["prompt_ids"]])).logits[0]
-        assert (logits[-len(wanted) :] - wanted).abs().max() <= 1e-4, key
+        assert (logits[-len(expected) :] - expected).abs().max() <= 1e-4, key
 
 
 def test_generations(folder, model):
     for (tag, prompt), run in _runs(folder).items():
-        ids, wanted = torch.tensor([run["prompt_ids"]]), run["new_ids"]
+        ids, expected = torch.tensor([run["prompt_ids"]]), run["new_ids"]
         if folder.name == "gemma2":  # their cache goes wrong once a short prompt outgrows the window
-            wanted = wanted[: {0: 3, 3: 14}.get(prompt, 20)]
+            expected = expected[: {0: 3, 3: 14}.get(prompt, 20)]
         with _steered(model, folder, tag):
             new = model.generate(ids, max_new_tokens=20, do_sample=False)[0, ids.shape[1] :].tolist()
-        assert new[: len(wanted)] == wanted, (tag, prompt)
+        assert new[: len(expected)] == expected, (tag, prompt)
 
 
 def _runs(folder):

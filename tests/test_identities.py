@@ -1,4 +1,4 @@
-"""Exact facts about the method: folding, and what the published sign depends on (docs/sign.md)."""
+"""Identities of the method: folding, and the dependence of the published sign on the basis (docs/sign.md)."""
 
 import copy
 
@@ -41,7 +41,7 @@ def test_weights_folded_by_hand_equal_live_steering(checkpoints, tokenizer, name
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_published_sign_is_a_matter_of_basis_and_the_causal_one_is_not(checkpoints, tokenizer, name):
-    """Flip row i of v_proj and the matching columns of o_proj: the same function, the other sign."""
+    """Flip row i of v_proj and the matching columns of o_proj: the function stays the same, and the sign changes."""
     model = rmodels.load(checkpoints[name], dtype="float32", device="cpu")
     flipped = copy.deepcopy(model)
     generator = torch.Generator().manual_seed(0)
@@ -62,8 +62,10 @@ def test_the_published_sign_is_a_matter_of_basis_and_the_causal_one_is_not(check
     assert torch.equal(model(IDS).logits, flipped(IDS).logits)
 
     def both(momentum):
-        made = [screen(PAIRS, m, tokenizer, ["attention"], momentum=momentum, progress=False) for m in (model, flipped)]
-        return [ranks["attention"] for ranks in made]
+        result = [
+            screen(PAIRS, m, tokenizer, ["attention"], momentum=momentum, progress=False) for m in (model, flipped)
+        ]
+        return [ranks["attention"] for ranks in result]
 
     ours, theirs = both("activation")
     assert torch.equal(theirs.stats["positive"], torch.where(sign > 0, ours.stats["positive"], ours.stats["negative"]))

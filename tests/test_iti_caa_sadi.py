@@ -34,8 +34,8 @@ IDS = torch.tensor([[1, 40, 77, 130, 9, 200, 31, 55, 88]])
 LETTERS = [Pair(f"Is {a} red?", *answers) for a in ("it", "a fox", "snow") for answers in ((" (A)", " (B)"),)]
 
 
-class Told:
-    """Evidence that is given its activations: (pairs, layers, width)."""
+class FakeEvidence:
+    """Stand in for Evidence with these activations, (pairs, layers, width)."""
 
     def __init__(self, right, wrong, heads=1, site="attention", seed=0):
         self.right, self.wrong, self.site, self.seed = torch.tensor(right), torch.tensor(wrong), site, seed
@@ -60,9 +60,9 @@ def noise(seed, *shape):
 
 
 def iti_example(std):
-    told = Told([[[2.0, 0.0, 1.0]], [[4.0, 2.0, 1.0]]], [[[0.0, 0.0, 1.0]], [[0.0, -2.0, 1.0]]])
+    fake = FakeEvidence([[[2.0, 0.0, 1.0]], [[4.0, 2.0, 1.0]]], [[[0.0, 0.0, 1.0]], [[0.0, -2.0, 1.0]]])
     method = ITI(std=std)
-    return method.prepare(told), method
+    return method.prepare(fake), method
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_iti_by_hand(std, sigma, shift):
     gate = rmodels.AUGate("attention", 0, 3)
     gate.set(None, plan.shift("attention", 0), like=torch.zeros(1))
     assert gate(torch.ones(1, 1, 3)).flatten().tolist() == pytest.approx([1 + s for s in shift], abs=1e-5)
-    if std == "n":  # what the shift is as a bias of o_proj
+    if std == "n":  # the shift as a bias of o_proj
         projected = torch.tensor([[1.0, 0, 2], [0, 1, 1]]) @ plan.shift("attention", 0)
         assert projected.tolist() == pytest.approx([26.076668, 17.384445], abs=1e-5)
 
@@ -105,7 +105,7 @@ def test_caa_by_hand():
 
 
 def test_caa_is_added_from_the_prompts_last_token_on(llama):
-    """Five positions, a prompt of three: rows 0 and 1 are as they were."""
+    """With five positions and a prompt of three, rows 0 and 1 stay the same."""
     shift = torch.zeros(3, 48)
     shift[1] = 1.5
     seen = []
@@ -123,8 +123,8 @@ SADI_WRONG = [[[[0.0, 2], [3, 1]], [[1, 1], [1, 1]]], [[[1, 1], [2, 2]], [[2, 2]
 
 def test_sadi_by_hand():
     right, wrong = np.array(SADI_RIGHT).reshape(2, 2, 4), np.array(SADI_WRONG).reshape(2, 2, 4)
-    told = Told(right, wrong, heads=2)
-    scores = SADIHead().prepare(told)
+    fake = FakeEvidence(right, wrong, heads=2)
+    scores = SADIHead().prepare(fake)
     assert scores.by_unit.tolist() == [[1.5, -1], [0, 2.5]] and scores.unit_width == 2
     order = [highest(scores.by_unit, k, "heads") for k in range(1, 5)]
     first_of_each = [
@@ -156,7 +156,7 @@ def test_sadi_by_hand():
 
 @pytest.mark.parametrize(("scale", "dims", "texts"), [(1.0, 5, 40), (300.0, 4, 30), (0.01, 3, 12), (5.0, 30, 14)])
 def test_the_probe_is_the_minimum_a_general_solver_finds(scale, dims, texts):
-    """One head at a time; the last case has more dimensions than texts, the second is separable and large."""
+    """The fit equals one head at a time. The last case has few texts; the second is separable and large."""
     x = scale * noise(1, 2, texts, dims)
     y = (noise(2, texts) + x[0, :, 0] / scale > 0).astype(float)
     x[0, y > 0, 0] += scale
@@ -182,11 +182,11 @@ def test_iti_by_loops(direction):
     right[:, 1, 4:8] += 1.5
     right[:, 0, :4] -= 0.7
     method = ITI(direction, "n")
-    found = method.prepare(Told(right, wrong, heads, seed=5))
+    actual = method.prepare(FakeEvidence(right, wrong, heads, seed=5))
     fitted, held_out = split(pairs, 5)
     assert sorted([*fitted.tolist(), *held_out.tolist()]) == list(range(pairs)) and len(held_out) == 3
     right, wrong = right.astype(np.float32).astype(float), wrong.astype(np.float32).astype(float)
-    wanted, accuracy = {}, {}
+    expected, accuracy = {}, {}
     for layer, head in itertools.product(range(layers), range(heads)):
         mine = slice(head * dim, (head + 1) * dim)
         x = np.array([texts[i, layer, mine] for texts in (right, wrong) for i in fitted.tolist()])
@@ -199,20 +199,20 @@ def test_iti_by_loops(direction):
         theta = right[:, layer, mine].mean(0) - wrong[:, layer, mine].mean(0) if direction == "mass-mean" else weights
         theta = theta / math.sqrt(sum(theta**2))
         along = [float(theta @ texts[i, layer, mine]) for texts in (right, wrong) for i in range(pairs)]
-        wanted[layer, head] = 2.0 * np.std(along) * theta
-    assert {place: float(found.accuracy[place]) for place in accuracy} == pytest.approx(accuracy)
+        expected[layer, head] = 2.0 * np.std(along) * theta
+    assert {place: float(actual.accuracy[place]) for place in accuracy} == pytest.approx(accuracy)
     chosen = sorted(accuracy, key=lambda place: (-accuracy[place], place))[:2]
-    plan = method.plan(found, {"heads": 2, "alpha": 2.0})
+    plan = method.plan(actual, {"heads": 2, "alpha": 2.0})
     shift = by_head(plan.shifts["attention"], SimpleNamespace(num_attention_heads=heads))
     for place in accuracy:
         assert shift[place].tolist() == pytest.approx(
-            (wanted[place] if place in chosen else np.zeros(dim)).tolist(), abs=1e-5
+            (expected[place] if place in chosen else np.zeros(dim)).tolist(), abs=1e-5
         )
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def both(request, checkpoints):
-    """A patched model and upstream's, of every family."""
+    """Return a patched model and upstream's, for every family."""
     model = rmodels.load(checkpoints[request.param], dtype="float32", device="cpu")
     kernel = model.config._attn_implementation.removeprefix("au_")
     upstream = AutoModelForCausalLM.from_pretrained(
@@ -224,15 +224,15 @@ def both(request, checkpoints):
 def test_caa_and_sadi_by_loops(both, tokenizer):
     model, upstream = both
     for method, site in ((CAA(), "layer"), (SADIHead(), "attention"), (SADIHidden(), "ffn"), (SADIHidden(), "layer")):
-        made = method.prepare(evidence(model, tokenizer, site))
+        result = method.prepare(evidence(model, tokenizer, site))
         total = 0
         for prompt, right, wrong in PAIRS:
             two = [last_activations(upstream, tokenizer, prompt + answer, site).double() for answer in (right, wrong)]
             if method.name == "sadi-head":
                 two = [torch.stack([x[:, h * 16 : h * 16 + 16].mean(1) for h in range(4)], 1) for x in two]
             total = total + (two[0] - two[1]) / len(PAIRS)
-        found = made.by_layer if method.name == "caa" else made.by_unit
-        assert found.shape == total.shape and torch.allclose(found, total.float(), atol=1e-4)
+        actual = result.by_layer if method.name == "caa" else result.by_unit
+        assert actual.shape == total.shape and torch.allclose(actual, total.float(), atol=1e-4)
 
 
 def test_sadi_neurons_are_chosen_by_the_nonlinearity(both, tokenizer):
@@ -252,7 +252,7 @@ def test_sadi_neurons_are_chosen_by_the_nonlinearity(both, tokenizer):
             total += sign * torch.stack([rows[i] for i in range(3)]) / len(PAIRS)
     seen = evidence(model, tokenizer, "neuron")
     assert torch.allclose(SADINeuron().prepare(seen).by_unit, total, atol=1e-4)
-    right, wrong = seen.activations("last")  # the product with up_proj is something else
+    right, wrong = seen.activations("last")  # the product with up_proj differs
     assert not torch.allclose((right - wrong).mean(0), total, atol=1e-2)
     assert not any(layer.mlp.act_fn._forward_hooks for layer in model.model.layers)
 
@@ -262,8 +262,8 @@ def test_the_last_token_but_one(llama, checkpoints, tokenizer):
     right, wrong = evidence(llama, tokenizer, "layer", LETTERS).activations("before-last")
     for row, pair in enumerate(LETTERS):
         for read, answer in ((right, pair.positive), (wrong, pair.negative)):
-            wanted = last_activations(upstream, tokenizer, pair.prompt + answer[:-1], "layer")  # without the bracket
-            assert torch.allclose(read[row], wanted, atol=1e-4)
+            expected = last_activations(upstream, tokenizer, pair.prompt + answer[:-1], "layer")  # without the bracket
+            assert torch.allclose(read[row], expected, atol=1e-4)
     bare = [Pair("Is it red?", " A", " B")]
     with pytest.raises(AUSteerError, match=r"the last token but one of some pair is in its prompt.*\(A\)"):
         CAA("before-last").prepare(evidence(llama, tokenizer, "layer", bare))
@@ -288,15 +288,15 @@ def test_clamped_is_the_overwriting_of_one_position(both):
                 return x
 
             answer = torch.tensor([[17, 99]])
-            with hooked(upstream, site, overwrite):  # as they do: the answer fed behind the prompt
-                wanted = upstream(torch.cat([IDS, answer], 1)).logits[0, IDS.shape[1] - 1 :]
+            with hooked(upstream, site, overwrite):  # as the authors do: the answer is fed after the prompt
+                expected = upstream(torch.cat([IDS, answer], 1)).logits[0, IDS.shape[1] - 1 :]
             with steer(model, clamped(model, plan, IDS)):
                 prefill = model(IDS, use_cache=True)
                 behind = model(answer, past_key_values=prefill.past_key_values).logits[0]
             ours = torch.cat([prefill.logits[0, -1:], behind])
-            assert torch.allclose(ours, wanted, atol=1e-3), site
+            assert torch.allclose(ours, expected, atol=1e-3), site
             with steer(model, plan):  # the paper's form lets layers react
-                assert not torch.allclose(model(IDS, use_cache=True).logits[0, -1], wanted[0], atol=1e-2)
+                assert not torch.allclose(model(IDS, use_cache=True).logits[0, -1], expected[0], atol=1e-2)
     with pytest.raises(AUSteerError, match="one plan per prompt"):
         clamped(model, plan, IDS.repeat(2, 1))
 
@@ -308,8 +308,8 @@ def test_every_option_changes_the_plan(llama, tokenizer):
     long = [Pair(p, right + " and so on", wrong + " or else") for p, right, wrong in PAIRS]
 
     def plan(method, site, settings, pairs=PAIRS):
-        made = method.plan(method.prepare(evidence(llama, tokenizer, site, pairs)), settings)
-        return torch.cat([*made.scales.values(), *made.shifts.values()])
+        result = method.plan(method.prepare(evidence(llama, tokenizer, site, pairs)), settings)
+        return torch.cat([*result.scales.values(), *result.shifts.values()])
 
     few, many, deep = {"heads": 3, "alpha": 2.0}, {"k": 30, "alpha": 2.0}, {"depth": 0.4, "alpha": 1.0}
     different = [
@@ -322,9 +322,9 @@ def test_every_option_changes_the_plan(llama, tokenizer):
             for method, site in ((SADIHead, "attention"), (SADINeuron, "neuron"), (SADIHidden, "layer"))
         ),
     ]
-    for made in different:
-        assert all(x.any() for x in made)
-        assert not any(torch.equal(x, y) for x, y in itertools.combinations(made, 2))
+    for result in different:
+        assert all(x.any() for x in result)
+        assert not any(torch.equal(x, y) for x, y in itertools.combinations(result, 2))
     for bad in (
         lambda: ITI("best"),
         lambda: ITI(std="n-2"),
@@ -337,25 +337,27 @@ def test_every_option_changes_the_plan(llama, tokenizer):
 
 
 def test_matching_norms_over_layers():
-    vectors = CAA(norm="mean").prepare(Told([[[3.0, 4], [0, 1], [0, 0]]], [[[0.0, 0], [0, 0], [0, 0]]], site="layer"))
+    vectors = CAA(norm="mean").prepare(
+        FakeEvidence([[[3.0, 4], [0, 1], [0, 0]]], [[[0.0, 0], [0, 0], [0, 0]]], site="layer")
+    )
     assert torch.allclose(vectors.by_layer, torch.tensor([[1.2, 1.6], [0, 2], [0, 0]]))
 
 
-def test_input_that_says_nothing():
+def test_uninformative_input():
     same = np.ones((6, 2, 8))
     for direction in ("mass-mean", "probe"):
-        heads = ITI(direction).prepare(Told(same, same, heads=2))
+        heads = ITI(direction).prepare(FakeEvidence(same, same, heads=2))
         assert torch.equal(heads.accuracy, torch.full((2, 2), 0.5, dtype=heads.accuracy.dtype))
         assert not ITI().plan(heads, {"heads": 4, "alpha": 15.0}).aus()
-    assert not CAA().plan(CAA().prepare(Told(same, same, site="layer")), {"depth": 0.5, "alpha": 3.0}).aus()
-    assert not CAA(norm="mean").prepare(Told(same, same)).by_layer.any()
+    assert not CAA().plan(CAA().prepare(FakeEvidence(same, same, site="layer")), {"depth": 0.5, "alpha": 3.0}).aus()
+    assert not CAA(norm="mean").prepare(FakeEvidence(same, same)).by_layer.any()
     for method in (SADIHead(), SADINeuron(), SADIHidden()):
         with pytest.raises(AUSteerError, match="nothing to choose by"):
-            method.prepare(Told(same, same, heads=2))
-    # a head whose two answers differ always alike has a direction, and a spread; one that never varies has neither
+            method.prepare(FakeEvidence(same, same, heads=2))
+    # a head with the same difference in every pair has a direction and a spread; one that never varies has neither
     right = same.copy()
     right[:, :, :4] += 1
-    heads = ITI().prepare(Told(right, same, heads=2))
+    heads = ITI().prepare(FakeEvidence(right, same, heads=2))
     assert heads.accuracy.tolist() == [[1, 0.5], [1, 0.5]] and not heads.sigma[:, 1].any() and heads.sigma[:, 0].all()
 
 
@@ -364,8 +366,8 @@ def test_one_pair_and_equal_pairs(llama, tokenizer):
     with pytest.raises(AUSteerError, match="at least two pairs"):
         ITI().prepare(evidence(llama, tokenizer, "attention", one))
     for method in ALL[2:]:
-        made = method.prepare(evidence(llama, tokenizer, method.sites[0], one))
-        assert method.plan(made, method.grid("small")[0]).aus()
+        result = method.prepare(evidence(llama, tokenizer, method.sites[0], one))
+        assert method.plan(result, method.grid("small")[0]).aus()
     ITI().prepare(evidence(llama, tokenizer, "attention", PAIRS[:2]))
     equal = [Pair("a", "b", "b")] * 3
     for method in ALL:
@@ -409,8 +411,8 @@ def test_grids_keep_to_the_budget(kind):
 def test_from_pairs_to_a_steered_model(both, tokenizer, method, tmp_path):
     model, _ = both
     for site in set(method.sites) & set(rmodels.sites(model)):
-        made = method.prepare(evidence(model, tokenizer, site))
-        plan = method.plan(made, method.grid("small")[-1])
+        result = method.prepare(evidence(model, tokenizer, site))
+        plan = method.plan(result, method.grid("small")[-1])
         assert plan.sites == [site] and plan.shape(site) == rmodels.site_shape(model, site)
         plan.save(tmp_path / "plan.safetensors")
         with torch.no_grad():
@@ -433,7 +435,7 @@ def test_a_plan_refuses_other_weights(checkpoints, llama, tokenizer):
 
 
 def test_neurons_are_atomic_units_too(llama, tokenizer):
-    """Equation 1 to the letter: AUSteer at the input of down_proj."""
+    """Equation 1, literally: AUSteer at the input of down_proj."""
     ranks = screen(PAIRS, llama, tokenizer, ["neuron"], progress=False)["neuron"]
     plan = AUSteer().plan(ranks, {"k": 5, "alpha": 1.0})
     assert plan.shape("neuron") == (3, 80) and len(plan) == 5

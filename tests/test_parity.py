@@ -23,18 +23,18 @@ from austeer.export.lora import save_lora
 from austeer.plan import Plan
 from austeer.steering import steer
 
-# How far the logits of a way may be from the reference's.
-# float32: sums in another order, and one rounding where hooks have two. Logits here are up to 20.
+# How far the logits of each way may be from the reference's.
+# float32: sums run in another order, with one rounding where hooks have two. Logits here are up to 20.
 FLOAT32 = 1e-4
-# bfloat16: hooks round a steered activation, folding a weight, adapters the sum of two products, and none is the
-# right one. So all, hooks too, are compared with float32 arithmetic on the same bfloat16 weights, and none may be
-# further off than so many times what hooks are.
+# bfloat16: hooks round a steered activation, folding rounds a weight, adapters round the sum of two products, and none
+# of them is exact. So all, hooks included, are compared with float32 arithmetic on the same bfloat16 weights, and may
+# differ from it by this many times the difference of hooks.
 BFLOAT16 = 2.0
-# With experts such rounding sends a token elsewhere, a jump that no tolerance covers. There arithmetic is float32 on the
-# bfloat16 weights, and what is left, the rounding of folded weights, is a share of the largest logit (austeer/export/certificate.py).
+# With experts, rounding sends tokens elsewhere, which no tolerance covers. There the arithmetic is float32 on bfloat16
+# weights, and only the rounding of folded weights is left, a share of the largest logit (austeer/export/certificate.py).
 EXPERTS = 2e-2
-# 4-bit and 8-bit layers, as a share of what the plan moves: matrix products in bfloat16 (4-bit); a hair's difference
-# that falls to the other side in the rounding to int8, and a LoRA, whose own part of the product is not rounded (8-bit).
+# 4-bit and 8-bit layers, as a share of the plan's effect. 4-bit: matrix products are in bfloat16. 8-bit: a tiny
+# difference may round to another int8, and a LoRA's own part of the product is not rounded.
 QUANTISED = {"live": 0.0, "IA3": 0.05, "LoRA": 0.1, "hot patch": 0.02}
 
 IDS = torch.tensor([[1, 40, 77, 130, 9, 200, 31, 55, 88, 12], [1, 41, 7, 254, 17, 99, 43, 66, 71, 20]])
@@ -140,11 +140,11 @@ def greedy(model):
     return model.generate(input_ids=IDS, attention_mask=torch.ones_like(IDS), **GREEDY)
 
 
-def assert_same_text(text, wanted, reference, allowed):
-    """Equal up to the first token whose two best logits in the reference are closer than the allowed differences."""
+def assert_same_text(text, expected, reference, allowed):
+    """Compare up to the first token whose two best reference logits are closer than the allowed difference."""
     best, second = reference.topk(2).values.unbind(-1)
     close = best - second <= 2 * allowed
-    for row, (a, b) in enumerate(zip(text, wanted, strict=True)):
+    for row, (a, b) in enumerate(zip(text, expected, strict=True)):
         differ = (a != b).nonzero()
         assert not len(differ) or close[row, differ[0] - 1], f"row {row} differs from its token {int(differ[0])} on"
 
@@ -168,7 +168,7 @@ EVERYWHERE += [(name, ["attention"], "bfloat16") for name in FAMILIES]
         for case in CASES
     ],
 )
-def test_every_way_is_the_reference(tmp_path, checkpoints, name, sites, dtype):
+def test_every_way_equals_the_reference(tmp_path, checkpoints, name, sites, dtype):
     source = checkpoints[name]
     if dtype != "float32":
         source = tmp_path / "source"
@@ -180,37 +180,37 @@ def test_every_way_is_the_reference(tmp_path, checkpoints, name, sites, dtype):
     with_all_layers = name == "qwen3_moe" and "ffn" in sites  # of its experts, too, which only folding can reach
     steered.scales = scales(case.ours(), sites) if with_all_layers else plan_for(case.ours(), sites).scales
     with hooks(case) as model:
-        wanted = greedy(model)
-        reference = logits(model, wanted)
+        expected = greedy(model)
+        reference = logits(model, expected)
     vanilla = case.upstream()
-    assert not torch.equal(greedy(vanilla), wanted)
+    assert not torch.equal(greedy(vanilla), expected)
     exact, allowed = reference, FLOAT32
     if rounds:
         with hooks(case, "float32") as model:
-            exact = logits(model, wanted)
+            exact = logits(model, expected)
         allowed = BFLOAT16 * float((reference - exact).abs().max())
     elif dtype == "bfloat16":
         allowed = EXPERTS * float(reference.abs().max())
-    assert (logits(vanilla, wanted) - exact).abs().max() > 10 * allowed
+    assert (logits(vanilla, expected) - exact).abs().max() > 10 * allowed
     for way, steering in WAYS.items():
         if with_all_layers and way.startswith(("LoRA", "IA3")):
             with pytest.raises(AUSteerError, match="sums many experts"), steering(case):
                 pass
             continue
         with steering(case) as model:
-            found = logits(model, wanted)
-            assert (found - exact).abs().max() <= allowed, way
-            assert_same_text(greedy(model), wanted, exact, allowed)
+            actual = logits(model, expected)
+            assert (actual - exact).abs().max() <= allowed, way
+            assert_same_text(greedy(model), expected, exact, allowed)
             if dtype == "float32":
-                assert torch.equal(found.argmax(-1), reference.argmax(-1)), way
+                assert torch.equal(actual.argmax(-1), reference.argmax(-1)), way
 
 
 def scales(model, sites):
-    """Two AUs in every layer."""
-    made = {site: torch.zeros(rmodels.site_shape(model, site)) for site in sites}
-    for scale in made.values():
+    """Scale two AUs in every layer."""
+    result = {site: torch.zeros(rmodels.site_shape(model, site)) for site in sites}
+    for scale in result.values():
         scale[:, 3], scale[:, -2] = 1.5, -0.6
-    return made
+    return result
 
 
 @pytest.mark.slow
@@ -218,7 +218,7 @@ def scales(model, sites):
 @pytest.mark.parametrize("name", ["llama", "gemma2", "qwen3"])
 @pytest.mark.parametrize("site", ["attention", "ffn", "neuron"])
 def test_quantised(tmp_path, name, bits, site):
-    """The adapter is made of the loaded model, and put by PEFT on upstream's, loaded with the same number of bits."""
+    """The adapter is made from the loaded model, and PEFT loads it on upstream's model with the same number of bits."""
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is in requirements2.txt")
     wide = {**COMMON, "hidden_size": 64, "intermediate_size": 128, **SPECIAL[name]}  # 4-bit blocks hold 64 weights
     torch.manual_seed(0)

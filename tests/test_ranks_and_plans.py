@@ -94,7 +94,7 @@ def test_ranks_round_trip(ranks, tmp_path):
     ties = again.header.pop("ties_at_cut")
     assert again.header == ranks.header and ties["8"] == ranks.ties(8)
     assert [file.name for file in (tmp_path / "deep").iterdir()] == ["ffn.safetensors"]
-    wanted = {
+    expected = {
         "model",
         "revision",
         "fingerprint",
@@ -106,7 +106,7 @@ def test_ranks_round_trip(ranks, tmp_path):
         "tie_rule",
         "versions",
     }
-    assert wanted <= set(ranks.header)
+    assert expected <= set(ranks.header)
 
 
 def test_ties_are_counted():
@@ -225,7 +225,7 @@ def test_plan_round_trip(ranks, tmp_path):
 
 def test_plans_add_up_and_report_conflicts(ranks):
     one, two = set_MFU(ranks, 5, 1.0), set_MFU(ranks, 3, -0.5)
-    both = {unit[:3] for unit in one.aus()} & {unit[:3] for unit in two.aus()}
+    both = {au[:3] for au in one.aus()} & {au[:3] for au in two.aus()}
     assert {conflict[:3] for conflict in one.conflicts(two)} == both
     for *_, here, there in one.conflicts(two):
         assert there == (pytest.approx(-0.5 * here[0]), 0.0)

@@ -1,4 +1,4 @@
-"""Pruning, and RestoreLCC, which gives a pruned model's lost components back."""
+"""Pruning, and RestoreLCC, which gives a pruned model its lost components back."""
 
 import copy
 import json
@@ -54,13 +54,13 @@ def load(checkpoints, name, dtype="float32"):
 
 
 def upstream(checkpoints, model, dtype=torch.float32):
-    """Upstream's unpatched model with this model's weights and kernel."""
+    """Return upstream's unpatched model with this model's weights and kernel."""
     kernel = model.config._attn_implementation.removeprefix("au_")
-    made = AutoModelForCausalLM.from_pretrained(
+    result = AutoModelForCausalLM.from_pretrained(
         checkpoints[model.config.model_type], dtype=dtype, attn_implementation=kernel, trust_remote_code=False
     )
-    made.load_state_dict(model.state_dict())
-    return made.eval().requires_grad_(False)
+    result.load_state_dict(model.state_dict())
+    return result.eval().requires_grad_(False)
 
 
 def linears(model):
@@ -68,7 +68,7 @@ def linears(model):
 
 
 def zero_lowest(scores, count):
-    """Places of the `count` lowest, the first of equal ones."""
+    """Return the places of the `count` lowest scores, the first ones among ties."""
     return sorted(range(len(scores)), key=lambda i: (scores[i], i))[:count]
 
 
@@ -104,13 +104,13 @@ def test_magnitude_equals_loops(checkpoints, sparsity):
     )
     for untouched in ("model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"):
         assert torch.equal(model.state_dict()[untouched], before.state_dict()[untouched])
-    assert fingerprint(model) != fingerprint(before)  # plans for the dense model are not for this one
+    assert fingerprint(model) != fingerprint(before)  # so plans for the dense model are refused
 
 
 @pytest.mark.parametrize("sparsity", [0.5, (2, 4)])
 @pytest.mark.parametrize("name", DENSE_FAMILIES)
 def test_wanda_equals_loops_over_the_upstream_model(checkpoints, name, sparsity):
-    """Text by text, block by block, and each block behind the pruned ones."""
+    """Prune text by text and block by block, each block after the pruned ones."""
     model = load(checkpoints, name, torch.float64)
     oracle = upstream(checkpoints, model, torch.float64)
     for layer in oracle.model.layers:
@@ -194,8 +194,8 @@ def test_sparsity_in_words():
 
 
 def test_batches_of_one_length():
-    made = same_length_batches([[1] * n for n in (3, 5, 3, 3, 5)], tokens=6)
-    assert made == [[1], [4], [0, 2], [3]]
+    result = same_length_batches([[1] * n for n in (3, 5, 3, 3, 5)], tokens=6)
+    assert result == [[1], [4], [0, 2], [3]]
 
 
 def test_worked_example():
@@ -240,7 +240,7 @@ def test_heads_are_slices_of_the_site():
 def test_probes_equal_one_at_a_time():
     drawn = torch.Generator().manual_seed(3)
     offered, right, wrong = (torch.randn(9, 31, 4, generator=drawn) for _ in range(3))
-    right[:, :, 1] += torch.linspace(0, 3, 9)[:, None]  # heads that know ever more
+    right[:, :, 1] += torch.linspace(0, 3, 9)[:, None]  # each head knows more than the one before
     drawn = torch.Generator().manual_seed(42)
     order = torch.randperm(31, generator=drawn)
     weight, bias = ((2 * torch.rand(*shape, generator=drawn) - 1) / 8**0.5 for shape in ((9, 8, 1), (9, 1)))
@@ -268,7 +268,7 @@ def test_probes_equal_one_at_a_time():
 
 
 def test_the_head_that_tells_answers_apart_is_the_one_shifted(llama):
-    """Three layers of four heads: the authors' numbering, layer * layers + head, would shift another one."""
+    """With three layers of four heads the authors' numbering, layer * layers + head, would shift another head."""
     right = torch.randn(12, 40, 16, generator=torch.Generator().manual_seed(0))
     wrong = torch.randn(12, 40, 16, generator=torch.Generator().manual_seed(1))
     right[1 * 4 + 2, :, 0] += 9.0
@@ -302,7 +302,7 @@ def test_training_equals_loops_over_the_upstream_model(checkpoints, tokenizer, n
             for question in (questions[i] for i in order[start : start + 8]):
 
                 def change(layer, x):
-                    for row, (at_layer, head) in enumerate(((2, 1), (0, 2))):  # heads 9 and 2 of four a layer
+                    for row, (at_layer, head) in enumerate(((2, 1), (0, 2))):  # heads 9 and 2, with four per layer
                         if layer == at_layer:
                             c = offset[row] + sum(beta[row, i] * basis[row, i] for i in range(16))
                             x = x + nn.functional.pad(c, (16 * head, x.shape[-1] - 16 * head - 16))
@@ -345,7 +345,7 @@ def test_last_activations_equal_hooks(checkpoints, llama):
 
 @pytest.fixture(scope="module")
 def repaired(checkpoints):
-    """A dense model, its pruned copy, and the evidence about the latter."""
+    """Return a dense model, and evidence on its pruned copy."""
     dense = load(checkpoints, "llama")
     pruned = copy.deepcopy(dense)
     prune(pruned, "magnitude", 0.5)
@@ -372,7 +372,7 @@ def test_training_lowers_the_loss_and_controls_are_like_it(repaired):
     lost = (last_activations(dense, prompts) - last_activations(evidence.model, prompts)).mean(0)
     touched = mean.shifts["attention"] != 0
     assert torch.allclose(mean.shifts["attention"], 0.5 * lost * touched, atol=1e-5) and touched.sum() == 48
-    with steer(evidence.model, plan):  # it is a plan for the pruned model, and for no other
+    with steer(evidence.model, plan):  # the plan is for the pruned model only
         pass
     with pytest.raises(AUSteerError, match="other weights"), steer(dense, plan):
         pass
@@ -392,7 +392,7 @@ def test_heads_are_scored_by_the_dense_models_answers(repaired, checkpoints, tok
 
 
 def test_the_papers_and_the_codes_number_of_components(repaired):
-    """The probe hardly feels c_K (it is the same for both answers), so this takes a huge loss to show."""
+    """c_K is the same for both answers and hardly affects the probe, so it takes a huge loss to show."""
     dense, _ = repaired
     far, seen = copy.deepcopy(dense), {}
     for layer in far.model.layers:
@@ -417,19 +417,19 @@ def test_grids_are_of_one_size_and_within_the_budget(llama):
 def test_degenerate_evidence(repaired):
     dense, evidence = repaired
 
-    def given(pairs, site="attention", model=evidence.model):
+    def with_pairs(pairs, site="attention", model=evidence.model):
         return Evidence(model, evidence.tokenizer, [Pair(*pair) for pair in pairs], site, None)
 
     method = RestoreLCC(dense)
     for few in (PAIRS[:1], [PAIRS[0], ("Same. ", "a", "a")], [("Same. ", "a", "a")] * 3):
         with pytest.raises(AUSteerError, match="at least two pairs"):
-            method.prepare(given(few))
+            method.prepare(with_pairs(few))
     with pytest.raises(AUSteerError, match="acts at the attention site"):
-        method.prepare(given(PAIRS, "ffn"))
+        method.prepare(with_pairs(PAIRS, "ffn"))
     with pytest.raises(AUSteerError, match="inf or nan"):
         lost_components(torch.full((1, 2, 2), torch.nan))
     for pairs, model in ((PAIRS[:2], evidence.model), ([PAIRS[0]] * 4, evidence.model), (PAIRS, dense)):
-        prepared = method.prepare(given(pairs, model=model))  # two pairs; four equal ones; nothing was pruned
+        prepared = method.prepare(with_pairs(pairs, model=model))  # two pairs; four equal ones; nothing was pruned
         assert torch.isfinite(prepared.lost.alpha).all()
         plan = method.plan(prepared, {"share": 0.125, "rate": 1e-3})
         assert torch.isfinite(plan.shifts["attention"]).all()
@@ -452,7 +452,7 @@ def test_a_restored_model_is_saved_by_folding(name, tmp_path):
     config = AutoConfig.for_model(name, **COMMON, **SPECIAL[name], attention_bias=True)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "dense")
     dense = rmodels.load(tmp_path / "dense", dtype="float32", device="cpu")
-    dense.model.layers[0].self_attn.o_proj.bias.fill_(0.5)  # what is there stays there
+    dense.model.layers[0].self_attn.o_proj.bias.fill_(0.5)  # an existing bias stays
     pruned = copy.deepcopy(dense)
     prune(pruned, "magnitude", 0.5)
     pruned.save_pretrained(tmp_path / "pruned")
@@ -503,8 +503,8 @@ def test_the_command_on_an_embedded_task(tmp_path, capsys, monkeypatch, small_gr
     command = ["--data_name", "svamp", "--sparsity", "2:4", "--limit", "100", "--draws", "1", "--device", "cpu"]
     command += ["--results", str(tmp_path)]
     restore.main(command)
-    shown = capsys.readouterr().out
-    assert "327,680 of 655,360 weights are zero (50.00 %)" in shown and "accuracy on 100 items of test" in shown
+    output = capsys.readouterr().out
+    assert "327,680 of 655,360 weights are zero (50.00 %)" in output and "accuracy on 100 items of test" in output
     (file,) = (tmp_path / "restore").glob("*.json")
     record = json.loads(file.read_text())
     rows = {row["label"]: row for row in record["rows"]}
@@ -517,12 +517,12 @@ def test_the_command_on_an_embedded_task(tmp_path, capsys, monkeypatch, small_gr
     assert sum(records.unpack(ours["columns"]["accuracy"])) == round(100 * ours["value"])
     for row in rows.values():
         assert row["n"] == 100 and row["perplexity"] > 1 and row["low"] <= row["value"] <= row["high"]
-        assert f"| {row['label']} |" in shown
-    assert (tmp_path / "embedded-svamp-restore-wanda-2of4.md").read_text().strip() in shown
+        assert f"| {row['label']} |" in output
+    assert (tmp_path / "embedded-svamp-restore-wanda-2of4.md").read_text().strip() in output
 
     monkeypatch.setattr(restore, "_rows", None)  # a finished record must not be computed again
     restore.main(command)
-    assert capsys.readouterr().out == shown
+    assert capsys.readouterr().out == output
 
 
 def test_nothing_is_done_where_nothing_beats_the_pruned_model(tmp_path, monkeypatch, small_grid):
@@ -538,8 +538,8 @@ def test_the_command_on_a_checkpoint_and_ones_own_pairs(checkpoints, tmp_path, c
     for name in ("qwen3", "gemma2"):
         command = ["--model", str(checkpoints[name]), "--pairs", str(tmp_path / "mine.jsonl"), "--device", "cpu"]
         restore.main([*command, "--dtype", "float32", "--draws", "0", "--results", str(tmp_path / name)])
-        shown = capsys.readouterr().out
-        assert "## mine" in shown and "right answer preferred on" in shown and "| RestoreLCC |" in shown
+        output = capsys.readouterr().out
+        assert "## mine" in output and "right answer preferred on" in output and "| RestoreLCC |" in output
 
 
 @pytest.mark.parametrize(
@@ -561,9 +561,9 @@ def test_wrong_inputs(tmp_path, command, message):
 
 @pytest.mark.slow
 def test_the_claim_on_svamp(tmp_path):
-    """Restored is above pruned beyond chance and above the untrained control; trained heads go beyond the dense model."""
+    """Restored beats pruned beyond chance, and the untrained control; trained heads beat the dense model."""
     restore.main(["--data_name", "svamp", "--draws", "1", "--device", "cpu", "--results", str(tmp_path)])
     (file,) = (tmp_path / "restore").glob("*.json")
     rows = {row["label"]: row for row in json.loads(file.read_text())["rows"]}
     assert rows["RestoreLCC"]["low"] > max(rows["pruned"]["high"], rows["mean lost activation, untrained"]["high"])
-    assert rows["RestoreLCC"]["low"] > rows["dense"]["high"]  # more than was lost: this is steering as well
+    assert rows["RestoreLCC"]["low"] > rows["dense"]["high"]  # more than was lost, so this is also steering

@@ -1,6 +1,7 @@
-"""The relatives of AUSteer and the controls beside it, against their formulas as plain loops, and end to end."""
+"""AUSteer's rivals and controls: against their formulas as plain loops, and end to end."""
 
 import functools
+import importlib
 import json
 import math
 import re
@@ -13,9 +14,11 @@ from one_cell import computed
 from reference import hooked, last_activations, log_odds
 from transformers import AutoModelForCausalLM
 
+import austeer.methods
 import rmodels
 from austeer.errors import AUSteerError
 from austeer.evidence import Evidence
+from austeer.methods import registry
 from austeer.methods.all_aus import AllAUs
 from austeer.methods.attribution import AttributionAUs, AttributionHeads, Scores, gradients
 from austeer.methods.base import BUDGET
@@ -54,7 +57,7 @@ def upstream_of(checkpoint):
 
 
 def shift_one(layer, dims, by):
-    """A hook that adds `by` at some dimensions of one layer, at all positions."""
+    """Return a hook that adds `by` to some dimensions of one layer, at all positions."""
 
     def change(index, x):
         if index != layer:
@@ -96,7 +99,7 @@ def test_plans_steer_their_model_and_say_what_they_were_made_for(method, evidenc
 @pytest.mark.parametrize("method", FAST, ids=lambda method: method.name)
 def test_one_pair_is_enough_and_equal_answers_are_refused(method, llama, tokenizer):
     plan = method.plan(method.prepare(evidence_of(llama, tokenizer, PAIRS[:1])), settings_of(method))
-    assert all(math.isfinite(value) for unit in plan.aus() for value in unit[3:])
+    assert all(math.isfinite(value) for au in plan.aus() for value in au[3:])
     with pytest.raises(AUSteerError, match=r"the same tokens|two different ones"):
         method.prepare(evidence_of(llama, tokenizer, [("Is it?", " yes", " yes")] * 2))
 
@@ -127,12 +130,12 @@ def test_mean_difference(evidence):
         for layer in range(right.shape[1])
         for dim in range(right.shape[2])
     }
-    wanted = sorted(differences, key=lambda unit: -abs(differences[unit]))[:5]
+    expected = sorted(differences, key=lambda au: -abs(differences[au]))[:5]
     plan = MeanDifference().plan(evidence.ranks("activation"), {"k": 5, "alpha": 2.0})
-    found = {unit[1:3]: unit[3:] for unit in plan.aus()}
-    assert set(found) == set(wanted)
-    for unit, (scale, shift) in found.items():
-        assert scale == 0 and shift == pytest.approx(2 * differences[unit], rel=1e-4)
+    actual = {au[1:3]: au[3:] for au in plan.aus()}
+    assert set(actual) == set(expected)
+    for au, (scale, shift) in actual.items():
+        assert scale == 0 and shift == pytest.approx(2 * differences[au], rel=1e-4)
 
 
 # Linear-AcT
@@ -161,15 +164,15 @@ def test_transport_equals_the_plain_loop():
     omega, beta = fit(source, target)
     for layer in range(2):
         for dim in range(5):
-            wanted = plain_fit(*(x[:, layer, dim].double().tolist() for x in (source, target)))
+            expected = plain_fit(*(x[:, layer, dim].double().tolist() for x in (source, target)))
             if (layer, dim) in ((0, 1), (0, 3)):
-                wanted = 1.0, float(target[:, layer, dim].mean() - source[0, layer, dim])
-            assert (float(omega[layer, dim]), float(beta[layer, dim])) == pytest.approx(wanted, abs=1e-5)
+                expected = 1.0, float(target[:, layer, dim].mean() - source[0, layer, dim])
+            assert (float(omega[layer, dim]), float(beta[layer, dim])) == pytest.approx(expected, abs=1e-5)
     assert (omega[1, 2], beta[1, 2]) == (1, 0)
 
 
 def test_transport_at_full_strength_turns_wrong_into_right():
-    """Whatever the order of the texts: right values that are an affine map of the wrong ones are met exactly."""
+    """Right values that are an affine map of the wrong ones are met exactly, whatever the order of the texts."""
     torch.manual_seed(0)
     wrong = torch.randn(20, 4, 6)
     right = 2.5 * wrong[torch.randperm(20)] - 1
@@ -188,7 +191,7 @@ def test_transport_at_full_strength_turns_wrong_into_right():
 def test_transport_by_layers(evidence):
     prepared = LinearAcT().prepare(evidence)
     touched = {
-        layers: {unit[1] for unit in LinearAcT().plan(prepared, {"lambda": 0.5, "layers": layers}).aus()}
+        layers: {au[1] for au in LinearAcT().plan(prepared, {"lambda": 0.5, "layers": layers}).aus()}
         for layers in (ALL, LOWER, UPPER)
     }
     assert touched == {ALL: {0, 1, 2}, LOWER: {0}, UPPER: {1, 2}}
@@ -212,7 +215,7 @@ def test_attribution_is_the_derivative_of_the_log_odds(checkpoints, tokenizer, n
     model, upstream = rmodels.load(checkpoints[name], dtype="float32", device="cpu"), upstream_of(checkpoints[name])
     pairs = PAIRS[:5]
     evidence = evidence_of(model, tokenizer, pairs, site)
-    found = gradients(evidence)
+    actual = gradients(evidence)
     scores = AttributionAUs().prepare(evidence).score
     for layer, dim in ((0, 3), (1, 40), (2, 17)):
         total = 0.0
@@ -222,15 +225,15 @@ def test_attribution_is_the_derivative_of_the_log_odds(checkpoints, tokenizer, n
                 with hooked(upstream, site, shift_one(layer, [dim], torch.tensor(step))):
                     odds.append(log_odds(upstream, tokenizer, *pair))
             slope = (odds[0] - odds[1]) / 6e-3
-            assert float(found[j, layer, dim]) == pytest.approx(slope, rel=3e-3, abs=1e-3)
+            assert float(actual[j, layer, dim]) == pytest.approx(slope, rel=3e-3, abs=1e-3)
             right, wrong = (last_activations(upstream, tokenizer, pair[0] + text, site) for text in pair[1:])
             total += slope * float(right[layer, dim] - wrong[layer, dim])
         assert float(scores[layer, dim]) == pytest.approx(total / len(pairs), rel=5e-3, abs=1e-3)
 
 
-def test_a_heads_attribution_is_the_sum_of_its_units(evidence):
+def test_a_heads_attribution_is_the_sum_of_its_aus(evidence):
     units, heads = AttributionAUs().prepare(evidence).score, AttributionHeads().prepare(evidence).score
-    assert heads.shape == (3, 4)  # 64 units a layer: 4 heads of 16, though the model is 48 wide
+    assert heads.shape == (3, 4)  # 64 AUs per layer: 4 heads of 16, though the model is 48 wide
     for layer in range(3):
         for head in range(4):
             assert float(heads[layer, head]) == pytest.approx(
@@ -247,13 +250,13 @@ def test_mediation_patches_one_head_at_a_time(checkpoints, tokenizer, name, toke
     for j in (0, 1, 2):  # one of them has a long answer
         pair = PAIRS[j]
         right, wrong = (last_activations(upstream, tokenizer, pair[0] + text, "attention") for text in pair[1:])
-        found = effects(evidence, evidence.encoded()[j], (right - wrong).float())
+        actual = effects(evidence, evidence.encoded()[j], (right - wrong).float())
         vanilla = log_odds(upstream, tokenizer, *pair)
         for layer, head in ((0, 0), (0, 3), (1, 2), (2, 1)):
             dims = list(range(16 * head, 16 * head + 16))
             with hooked(upstream, "attention", shift_one(layer, dims, (right - wrong)[layer, dims])):
-                wanted = log_odds(upstream, tokenizer, *pair) - vanilla
-            assert float(found[layer, head]) == pytest.approx(wanted, rel=2e-3, abs=2e-4)
+                expected = log_odds(upstream, tokenizer, *pair) - vanilla
+            assert float(actual[layer, head]) == pytest.approx(expected, rel=2e-3, abs=2e-4)
 
 
 def test_attribution_is_mediation_to_first_order(evidence):
@@ -283,7 +286,7 @@ def test_the_best_heads_are_shifted_by_their_mean_difference(method, evidence):
     )[:2]
     assert order[1][0] > 0
     plan = method.plan(prepared, {"heads": 2, "alpha": 3.0})
-    assert {(unit[1], unit[2] // 16) for unit in plan.aus()} == {(-layer, -head) for _, layer, head in order}
+    assert {(au[1], au[2] // 16) for au in plan.aus()} == {(-layer, -head) for _, layer, head in order}
     assert len(plan) == 32 and not plan.scales
     for _, layer, dim, scale, shift in plan.aus():
         assert scale == 0 and shift == pytest.approx(3 * float(difference[layer, dim]), rel=1e-5)
@@ -344,11 +347,11 @@ def test_loss_is_that_of_the_log_odds(evidence, llama, checkpoints, tokenizer):
     def change(layer, x):
         return x * (1 + scale[layer].to(x))
 
-    wanted = 0.0
+    expected = 0.0
     with hooked(upstream, "attention", change):
         for pair in PAIRS:
-            wanted += math.log1p(math.exp(-log_odds(upstream, tokenizer, *pair)))
-    assert mean_loss(evidence, scale) == pytest.approx(wanted, rel=1e-4)
+            expected += math.log1p(math.exp(-log_odds(upstream, tokenizer, *pair)))
+    assert mean_loss(evidence, scale) == pytest.approx(expected, rel=1e-4)
 
 
 def test_every_option_of_learned_scaling_changes_the_plan(evidence, llama, tokenizer):
@@ -365,13 +368,13 @@ def test_the_largest_scalars_are_kept(evidence):
     method = LearnedScaling(epochs=2)
     prepared = method.prepare(evidence)
     plan = method.plan(prepared, {"k": 7, "alpha": 2.0})
-    kept = {unit[1:3] for unit in plan.aus()}
-    smallest = min(abs(float(prepared.scale[unit])) for unit in kept)
+    kept = {au[1:3] for au in plan.aus()}
+    smallest = min(abs(float(prepared.scale[au])) for au in kept)
     others = [
         abs(float(prepared.scale[layer, dim])) for layer in range(3) for dim in range(64) if (layer, dim) not in kept
     ]
     assert len(kept) == 7 and max(others) <= smallest and not plan.shifts
-    assert all(unit[3] == pytest.approx(2 * float(prepared.scale[unit[1:3]])) for unit in plan.aus())
+    assert all(au[3] == pytest.approx(2 * float(prepared.scale[au[1:3]])) for au in plan.aus())
 
 
 def test_nothing_is_left_on_the_model(evidence, llama):
@@ -413,7 +416,7 @@ def test_on_an_embedded_task(tmp_path, registered, monkeypatch):
 
 
 def test_the_example_of_the_guide_is_a_method(tmp_path, monkeypatch, evidence, llama):
-    """The file in docs/methods.md, as it is there, is a method: prepared, planned, and it steers."""
+    """The file printed in docs/methods.md is a method that prepares, plans and steers."""
     (code,) = [
         block
         for block in re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "methods.md").read_text(), re.S)
@@ -429,9 +432,20 @@ def test_the_example_of_the_guide_is_a_method(tmp_path, monkeypatch, evidence, l
     plan = method.plan(prepared, settings)
     difference = torch.sub(*evidence.activations()).mean(0)
     assert torch.allclose(plan.shift("attention", 1), 2 * difference[1], atol=1e-6)
-    assert {unit[1] for unit in plan.aus()} == {1}
+    assert {au[1] for au in plan.aus()} == {1}
     with steer(llama, plan):
         pass
+
+
+def test_a_file_in_the_folder_is_a_method(tmp_path, monkeypatch):
+    (tmp_path / "dropped_in.py").write_text(
+        "from austeer.methods.all_aus import AllAUs\n\n\nclass DroppedIn(AllAUs):\n    name = 'dropped-in'\n\n\n"
+        "METHODS = (DroppedIn(),)\n"
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(austeer.methods, "__path__", [*austeer.methods.__path__, str(tmp_path)])
+        assert importlib.reload(registry).with_options("dropped-in", {}).label == "all AUs"
+    assert list(importlib.reload(registry).METHODS) == list(METHODS)
 
 
 def test_the_guide_names_every_method():

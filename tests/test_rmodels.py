@@ -1,4 +1,4 @@
-"""The contract of rmodels, every rule over every family. A ported family is tested by being in the table."""
+"""The contract of rmodels: every rule on every family. A ported family is tested once conftest.SPECIAL lists it."""
 
 import contextlib
 import copy
@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FAMILIES
+from conftest import COMMON, FAMILIES, SPECIAL
 from reference import hook_steering
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import rmodels
 from austeer.errors import AUSteerError
@@ -41,7 +41,7 @@ def load_upstream(checkpoints, name, dtype="float32", kernel=None):
 
 
 def some_plan(model, site, value=1.5, shift=0.0):
-    """Two AUs a layer, of differing strength."""
+    """Return a plan with two AUs per layer, of different strength."""
     scale = torch.zeros(rmodels.site_shape(model, site))
     scale[:, 3], scale[:, -2] = value, -0.4 * value
     return Plan({site: scale}, {site: (scale != 0) * shift} if shift else {})
@@ -96,15 +96,15 @@ def test_steered_equals_hooks_on_upstream(checkpoints, name, site, kernel, dtype
 @pytest.mark.parametrize(("name", "site"), FAMILY_SITES)
 def test_only_the_chosen_dimensions_move(checkpoints, name, site):
     model = load(checkpoints, name)
-    seen = {}
+    values = {}
     first = next(gate for gate in rmodels.gates(model, site) if gate.layer == 0)
-    first.register_forward_hook(lambda gate, args, out: seen.update(x=args[0], y=out))
+    first.register_forward_hook(lambda gate, args, out: values.update(x=args[0], y=out))
     with steer(model, some_plan(model, site)):
         model(IDS)
-    moved = (seen["x"] != seen["y"]).any(0).any(0).nonzero().flatten().tolist()
+    moved = (values["x"] != values["y"]).any(0).any(0).nonzero().flatten().tolist()
     assert moved == [3, first.width - 2]
-    assert torch.equal(seen["y"][..., 3], seen["x"][..., 3] + seen["x"][..., 3] * 1.5)
-    assert seen["x"].data_ptr() != seen["y"].data_ptr()  # never in place
+    assert torch.equal(values["y"][..., 3], values["x"][..., 3] + values["x"][..., 3] * 1.5)
+    assert values["x"].data_ptr() != values["y"].data_ptr()  # never in place
 
 
 def test_idle_gate_returns_its_very_input():
@@ -127,7 +127,7 @@ def test_compiles_without_a_graph_break(checkpoints, name):
 
 
 def test_experts_run_as_upstreams_in_a_process_that_never_built_upstream(checkpoints):
-    """transformers caches the answer on the class, so the tests above could not tell."""
+    """transformers caches the answer on the class, so the tests above could not see it."""
     script = (
         "import sys, torch, rmodels; from transformers import AutoModelForCausalLM as Upstream;"
         "ours = rmodels.load(sys.argv[1], dtype='bfloat16', device='cpu'); ids = torch.arange(3, 40)[None];"
@@ -218,7 +218,7 @@ def test_layers_survive_device_placement(checkpoints, name):
 
 
 def test_gates_survive_a_swap_of_linear_layers(checkpoints, name):
-    """What a quantiser does: every Linear becomes another module after the model was built."""
+    """A quantiser replaces every Linear by another module after the model was built."""
 
     class Swapped(torch.nn.Module):
         def __init__(self, linear):
@@ -230,21 +230,21 @@ def test_gates_survive_a_swap_of_linear_layers(checkpoints, name):
 
     model = load(checkpoints, name)
     plan = {site: some_plan(model, site) for site in rmodels.sites(model)}
-    wanted = {}
+    expected = {}
     for site in plan:
         with steer(model, plan[site]):
-            wanted[site] = model(IDS).logits
+            expected[site] = model(IDS).logits
     for parent in list(model.modules()):
         for child_name, child in list(parent.named_children()):
             if type(child) is torch.nn.Linear and not isinstance(parent, Swapped):
                 setattr(parent, child_name, Swapped(child))
     for site in plan:
         with steer(model, plan[site]):
-            assert torch.equal(model(IDS).logits, wanted[site])
+            assert torch.equal(model(IDS).logits, expected[site])
 
 
 def test_flash_kernels_see_their_own_name(llama, monkeypatch):
-    """No GPU here: a stand-in flash kernel checks what upstream's reads from the module's config."""
+    """Without a GPU, a stand-in flash kernel checks what upstream's kernel reads from the module's config."""
     from transformers import AttentionInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -255,11 +255,11 @@ def test_flash_kernels_see_their_own_name(llama, monkeypatch):
 
     monkeypatch.setitem(AttentionInterface._global_mapping, "flash_attention_2", stand_in)
     with steer(llama, some_plan(llama, "attention")):
-        wanted = llama(IDS).logits
+        expected = llama(IDS).logits
         kernel = llama.config._attn_implementation
         llama.config._attn_implementation = "au_flash_attention_2"
         try:
-            assert torch.equal(llama(IDS).logits, wanted)
+            assert torch.equal(llama(IDS).logits, expected)
         finally:
             llama.config._attn_implementation = kernel
 
@@ -350,3 +350,11 @@ def test_missing_weights_are_an_error_not_random_numbers(checkpoints, tmp_path):
     save_file(weights, tmp_path / "part" / "model.safetensors", {"format": "pt"})
     with pytest.raises(AUSteerError, match=r"lacks 1 weights .model.layers.1.mlp.down_proj"):
         rmodels.load(tmp_path / "part")
+
+
+def test_a_file_in_the_folder_is_a_family(tmp_path, monkeypatch):
+    text = (Path(rmodels.__file__).parent / "modeling_mistral.py").read_text()
+    (tmp_path / "modeling_dropped_in.py").write_text(text)
+    monkeypatch.setattr(rmodels, "__path__", [*rmodels.__path__, str(tmp_path)])
+    config = AutoConfig.for_model("mistral", **COMMON, **SPECIAL["mistral"])
+    rmodels.check_gates(rmodels.family("dropped_in")(config))

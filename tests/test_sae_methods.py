@@ -1,4 +1,4 @@
-"""SAEs as values, STA and NeuroSteer: the specification's numbers, plain loops, and both on tiny and embedded models."""
+"""SAEs, STA and NeuroSteer: their worked numbers, plain loops, and runs on tiny and embedded models."""
 
 import math
 import sys
@@ -45,10 +45,10 @@ def random_sae(width=48, latents=60, seed=0, **fields) -> SAE:
 
 @pytest.fixture
 def stored(tmp_path):
-    """Name of a file with an SAE of the tiny Llama; some latents never fire."""
-    made = random_sae(threshold=torch.full((60,), 2.0))
-    made.b_enc[:7] = -1e4
-    made.save(tmp_path / "tiny.safetensors")
+    """Save an SAE of the tiny Llama, some of whose latents never fire, and return its path."""
+    result = random_sae(threshold=torch.full((60,), 2.0))
+    result.b_enc[:7] = -1e4
+    result.save(tmp_path / "tiny.safetensors")
     return str(tmp_path / "tiny.safetensors")
 
 
@@ -132,29 +132,29 @@ def lens(monkeypatch, kind="jumprelu", hook="blocks.1.hook_resid_post", scaling=
         architecture=lambda: kind, metadata=metadata, normalize_activations=scaling, apply_b_dec_to_input=True
     )
     theirs = SimpleNamespace(cfg=config, **ours._tensors())
-    asked = []
+    requests = []
 
     def from_pretrained(release, sae_id):
-        asked.append((release, sae_id))
+        requests.append((release, sae_id))
         if release == "none":
             raise ValueError("Release none not found\nin the directory")
         return theirs
 
     package = SimpleNamespace(SAE=SimpleNamespace(from_pretrained=from_pretrained))
     monkeypatch.setitem(sys.modules, "sae_lens", package)
-    return ours, asked
+    return ours, requests
 
 
 def test_a_release_of_sae_lens(monkeypatch, llama, tokenizer):
-    ours, asked = lens(monkeypatch)
-    found = find_sae(evidence(llama, tokenizer), "gemma-scope-9b-it-res/layer_20/width_16k/average_l0_91")
-    assert asked == [("gemma-scope-9b-it-res", "layer_20/width_16k/average_l0_91")]
+    ours, requests = lens(monkeypatch)
+    actual = find_sae(evidence(llama, tokenizer), "gemma-scope-9b-it-res/layer_20/width_16k/average_l0_91")
+    assert requests == [("gemma-scope-9b-it-res", "layer_20/width_16k/average_l0_91")]
     h = torch.randn(6, 48)
-    assert torch.equal(found.encode(h), replace(ours, centered=True).encode(h))
-    assert found.layer == 1 and found.header["source"].startswith("gemma-scope-9b-it-res/")
+    assert torch.equal(actual.encode(h), replace(ours, centered=True).encode(h))
+    assert actual.layer == 1 and actual.header["source"].startswith("gemma-scope-9b-it-res/")
     lens(monkeypatch, hook="blocks.2.hook_resid_pre", kind="standard")
-    found = find_sae(evidence(llama, tokenizer), "llama_scope_lxr_8x/l15r_8x")
-    assert found.layer == 1 and found.threshold is None  # what goes into layer 2 came out of layer 1
+    actual = find_sae(evidence(llama, tokenizer), "llama_scope_lxr_8x/l15r_8x")
+    assert actual.layer == 1 and actual.threshold is None  # the input of layer 2 is the output of layer 1
 
 
 @pytest.mark.parametrize(
@@ -204,7 +204,7 @@ def test_objects_of_the_real_package(kind):
 
 @torch.no_grad()
 def residuals(model, text_ids, layer=LAYER):
-    """(tokens, width), from a whole forward of upstream's model."""
+    """Return (tokens, width) from a whole forward of upstream's model."""
     rows = {}
     with hooked(model, "layer", lambda index, x: rows.__setitem__(index, x[0].clone())):
         model(torch.tensor([text_ids]))
@@ -221,26 +221,26 @@ def test_activations_of_all_tokens_are_those_of_whole_texts(checkpoints, llama, 
         tokenizer.post_processor = None
         tokenizer._tokenizer.post_processor = None
         pairs += [("", "yes", "no"), ("", "a", "bcd")]
-    wanted = [
+    expected = [
         [residuals(upstream, [*pair.prefix, *tail]) for tail in (pair.positive, pair.negative)]
         for pair in encode([Pair(*p) for p in pairs], tokenizer, CLEAN, 256)[0]
     ]
-    found = list(token_activations(evidence(llama, tokenizer, pairs), LAYER))
-    assert len(found) == len(wanted) == len(pairs) - 1
-    for shared, right, wrong in found:
+    actual = list(token_activations(evidence(llama, tokenizer, pairs), LAYER))
+    assert len(actual) == len(expected) == len(pairs) - 1
+    for shared, right, wrong in actual:
         close = [
             len(shared) + len(right) == len(a)
             and len(shared) + len(wrong) == len(b)
             and torch.allclose(torch.cat([shared, right]), a, atol=1e-4)
             and torch.allclose(torch.cat([shared, wrong]), b, atol=1e-4)
-            for a, b in wanted
+            for a, b in expected
         ]
         assert sum(close) == 1  # batches go by length
-    assert (min(len(shared) for shared, _, _ in found) == 0) == (not bos)
+    assert (min(len(shared) for shared, _, _ in actual) == 0) == (not bos)
 
 
 def whole_texts(checkpoints, tokenizer, sae, pairs):
-    """z of each text, with where its own tokens begin."""
+    """Return z of each text, with the index where its own tokens begin."""
     upstream = AutoModelForCausalLM.from_pretrained(checkpoints["llama"]).eval()
     for pair in encode([Pair(*p) for p in pairs], tokenizer, CLEAN, 256)[0]:
         z = [sae.encode(residuals(upstream, [*pair.prefix, *tail])) for tail in (pair.positive, pair.negative)]
@@ -270,7 +270,7 @@ def test_sta_worked_example():
     prepared = Atoms(amplitude, frequency, DECODER, 5.0, 1, (3, 3), {})
     plan = STA().plan(prepared, {"keep": 0.4, "alpha": 1.0})
     assert plan.shift("layer", 1).tolist() == pytest.approx([3.841106, -3.200922, 0], abs=1e-5)
-    assert plan.tokens == "all" and {unit[1] for unit in plan.aus()} == {1} and plan.header["atoms"] == 2
+    assert plan.tokens == "all" and {au[1] for au in plan.aus()} == {1} and plan.header["atoms"] == 2
     unfiltered = target_vector(amplitude, keep_atoms(amplitude, frequency, 0.6), DECODER, 6.5**0.5)
     assert unfiltered.tolist() == pytest.approx([2, -1.5, 0.5], abs=1e-5)  # norm kept: |(2, -1.5, .5)|^2 = 6.5
     doubled = STA().plan(prepared, {"keep": 0.4, "alpha": 2.0})
@@ -278,7 +278,7 @@ def test_sta_worked_example():
 
 
 def sta_loops(right, wrong, keep):
-    """Atoms kept, one at a time, over rows z of pairs."""
+    """Choose atoms one at a time, over rows z of pairs."""
     pairs, atoms = len(right), len(right[0])
     amplitude = [sum(right[j][i] - wrong[j][i] for j in range(pairs)) / pairs for i in range(atoms)]
     frequency = [sum((right[j][i] > 0) - (wrong[j][i] > 0) for j in range(pairs)) for i in range(atoms)]
@@ -294,8 +294,8 @@ def test_sta_selects_as_plain_loops_do(keep):
     right[:, :5] = wrong[:, :5] = 0  # dead
     right[:, 5] = wrong[:, 5] = 1  # constant
     amplitude, frequency = contrast(zip(right, wrong, strict=True))
-    wanted, kept = sta_loops(right.tolist(), wrong.tolist(), keep)
-    assert torch.allclose(amplitude, torch.tensor(wanted, dtype=torch.float64))
+    expected, kept = sta_loops(right.tolist(), wrong.tolist(), keep)
+    assert torch.allclose(amplitude, torch.tensor(expected, dtype=torch.float64))
     assert keep_atoms(amplitude, frequency, keep).nonzero().flatten().tolist() == kept
 
 
@@ -337,9 +337,9 @@ SOURCE = torch.tensor([[[0.0, 2, 1, 0], [0, 2, 0, 0]], [[1, 0, 3, 0], [0, 0, 0, 
 
 
 def firing(texts):
-    made = Firing(texts.shape[-1])
-    made.add(texts)
-    return made
+    result = Firing(texts.shape[-1])
+    result.add(texts)
+    return result
 
 
 def test_neurosteer_worked_example():
@@ -372,14 +372,14 @@ def test_neurosteer_on_a_model_is_the_whole_text_recipe(checkpoints, llama, toke
     fired = [[[z[i] for z in kind if z[i] != 0] for i in range(60)] for kind in kinds]
     mean = [[sum(values) / len(values) if values else 0.0 for values in kind] for kind in fired]
     more = [max(len(fired[0][i]) - len(fired[1][i]), 0) for i in range(60)]
-    wanted = torch.zeros(48)
+    expected = torch.zeros(48)
     for i in sorted(range(60), key=lambda i: -more[i])[:6]:
-        wanted += (max(mean[0][i] - mean[1][i], 0) if weight == "dif_mean" else mean[0][i]) * sae.W_dec[i]
+        expected += (max(mean[0][i] - mean[1][i], 0) if weight == "dif_mean" else mean[0][i]) * sae.W_dec[i]
     method = NeuroSteer(sae=stored, weight=weight)
     prepared = method.prepare(evidence(llama, tokenizer))
     assert prepared.counts[0].tolist() == [len(values) for values in fired[0]] and prepared.counts[0][:7].sum() == 0
     plan = method.plan(prepared, {"neurons": 6, "alpha": 3.0})
-    assert torch.allclose(plan.shift("layer", LAYER), 3 * wanted, atol=1e-3) and wanted.any()
+    assert torch.allclose(plan.shift("layer", LAYER), 3 * expected, atol=1e-3) and expected.any()
 
 
 def test_modes_presets_and_the_cache_trap():
@@ -421,14 +421,14 @@ def test_k_is_a_number_of_neurons():
     for k in (0, 4, 2.5, True):
         with pytest.raises(AUSteerError, match=r"k must be a whole number from 1 to 3 \(the neurons of the SAE\)"):
             most_often(counts, counts, k)
-    assert most_often(counts, counts, 3).tolist() == [0, 1, 2]  # nothing fires more often: the first ones fill up
+    assert most_often(counts, counts, 3).tolist() == [0, 1, 2]  # nothing fires more often, so the first ones fill up
     nothing = feature_residual(torch.zeros(3), torch.ones(3), torch.tensor([0, 1]), torch.eye(3), normalize=True)
     assert nothing.tolist() == [0, 0, 0]
 
 
 @pytest.mark.parametrize(("tokens", "left"), [("before-last", 1), ("before-last-2", 2)])
 def test_the_prompt_without_its_last_tokens(llama, tokens, left):
-    """A shift at the last layer shows where it was added and nowhere else; and cached steps are the whole forward."""
+    """A shift at the last layer shows only where it was added, and cached steps equal the whole forward."""
     shift = torch.zeros(rmodels.site_shape(llama, "layer"))
     shift[-1] = 1.0
     plan, ids = Plan({}, {"layer": shift}, tokens), torch.tensor([[1, 40, 77, 130, 9, 200, 31]])
@@ -471,8 +471,8 @@ def test_degenerate_evidence(llama, tokenizer, tmp_path, stored, method):
     constant = random_sae(W_enc=torch.zeros(48, 60), b_enc=torch.ones(60))  # always on, always the same
     constant.save(tmp_path / "constant.safetensors")
     try:  # answers of unlike length still differ in how often a constant neuron fires
-        made = method(sae=str(tmp_path / "constant.safetensors")).prepare(evidence(llama, tokenizer, PAIRS[:2]))
-        assert not known.plan(made, {"neurons": 4, "keep": 0.2, "alpha": 2.0}).aus()
+        result = method(sae=str(tmp_path / "constant.safetensors")).prepare(evidence(llama, tokenizer, PAIRS[:2]))
+        assert not known.plan(result, {"neurons": 4, "keep": 0.2, "alpha": 2.0}).aus()
     except AUSteerError as error:
         assert "fires differently" in str(error)
 
@@ -527,17 +527,17 @@ def test_the_recipe_is_deterministic_and_sees_the_training_split_only(monkeypatc
     document = tasks.document
 
     def watched(task, rng, truth_only=False):
-        made = document(task, rng, truth_only)
-        seen.append(" ".join(made.words) + " ")
-        return made
+        result = document(task, rng, truth_only)
+        seen.append(" ".join(result.words) + " ")
+        return result
 
     monkeypatch.setattr(recipe.tasks, "document", watched)
     monkeypatch.setattr(recipe, "HELD_OUT", 100)
     two = [recipe.make("svamp", steps=5, documents=100) for _ in range(2)]
     assert torch.equal(two[0].W_enc, two[1].W_enc) and torch.equal(two[0].b_dec, two[1].b_dec)
     assert two[0].header["explained_variance"] == two[1].header["explained_variance"]
-    asked = [item.prompt for split in ("pairs", "validation", "test") for item in tasks.items("svamp", split, 300)]
-    assert seen and not any(prompt in text for prompt in asked for text in seen)
+    requests = [item.prompt for split in ("pairs", "validation", "test") for item in tasks.items("svamp", split, 300)]
+    assert seen and not any(prompt in text for prompt in requests for text in seen)
     h = torch.randn(300, 128, generator=torch.Generator().manual_seed(1))
     others = [recipe.train(h, seed, 3).W_enc for seed in (0, 1)]
     assert not torch.equal(*others)

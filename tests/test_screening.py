@@ -1,4 +1,4 @@
-"""Screening against the paper's formulas as plain loops, and that no batching, order or split changes it."""
+"""Screening equals the paper's formulas as plain loops, in any batches, any order and any number of processes."""
 
 import os
 import subprocess
@@ -22,7 +22,7 @@ from MFU_screening import ActivationMomentum, CausalMomentum, MFU_screening, scr
 from set_MFU import set_MFU
 
 ROOT = Path(__file__).parents[1]
-STEP = 1e-2  # upstream's norms compute in float32 also in a double model: a smaller step drowns in rounding
+STEP = 1e-2  # upstream's norms compute in float32 even in a double model, so a smaller step drowns in rounding
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -47,8 +47,8 @@ def upstream(checkpoints, name, model):
 def test_scores_equal_the_formula(model, upstream, tokenizer, protocol):
     ranks = screen(PAIRS, model, tokenizer, rmodels.sites(model), protocol=protocol, progress=False)
     for site in rmodels.sites(model):
-        wanted = activation_scores(upstream, tokenizer, PAIRS, site, half=protocol == "paper")
-        assert torch.equal(ranks[site].score, wanted), site
+        expected = activation_scores(upstream, tokenizer, PAIRS, site, half=protocol == "paper")
+        assert torch.equal(ranks[site].score, expected), site
 
 
 def test_any_batch_size_and_order_give_the_same_ranks(model, tokenizer):
@@ -62,7 +62,7 @@ def test_any_batch_size_and_order_give_the_same_ranks(model, tokenizer):
 
 
 def test_causal_momentum_equals_finite_differences(model, upstream, tokenizer):
-    """c = d log sigmoid(M) / d g, by nudging one AU at a time on the upstream model."""
+    """c = d log sigmoid(M) / d g equals finite differences, one AU at a time, on the upstream model."""
     pairs = [Pair(*pair) for pair in PAIRS[:3]]
     upstream = upstream.double()
     try:
@@ -72,7 +72,7 @@ def test_causal_momentum_equals_finite_differences(model, upstream, tokenizer):
         for site in rmodels.sites(model):
             for one in pairs:
                 total = ranks[one][site].stats["sum"]
-                for layer, dim in [divmod(int(unit), total.shape[1]) for unit in total.flatten().abs().topk(4).indices]:
+                for layer, dim in [divmod(int(au), total.shape[1]) for au in total.flatten().abs().topk(4).indices]:
                     logsig = {}
                     for step in (-2 * STEP, -STEP, STEP, 2 * STEP):
 
@@ -85,8 +85,8 @@ def test_causal_momentum_equals_finite_differences(model, upstream, tokenizer):
                             odds = torch.tensor(log_odds(upstream, tokenizer, *one), dtype=torch.float64)
                         logsig[step] = float(torch.nn.functional.logsigmoid(odds))
                     near, far = logsig[STEP] - logsig[-STEP], logsig[2 * STEP] - logsig[-2 * STEP]
-                    wanted = (8 * near - far) / (12 * STEP)  # five-point stencil
-                    assert float(total[layer, dim]) / 2 == pytest.approx(wanted, rel=5e-3), (site, layer, dim)
+                    expected = (8 * near - far) / (12 * STEP)  # five-point stencil
+                    assert float(total[layer, dim]) / 2 == pytest.approx(expected, rel=5e-3), (site, layer, dim)
     finally:
         upstream.float()
 
@@ -106,9 +106,9 @@ def test_causal_score_is_the_t_statistic(llama, tokenizer):
         for p in PAIRS
     ]
     c = torch.stack(each)
-    wanted = c.mean(0) / (c.std(0) / len(PAIRS) ** 0.5)
+    expected = c.mean(0) / (c.std(0) / len(PAIRS) ** 0.5)
     ranks = screen(PAIRS, llama, tokenizer, ["ffn"], momentum="causal", progress=False)["ffn"]
-    assert torch.allclose(ranks.score.double(), wanted, rtol=1e-3, atol=1e-3)
+    assert torch.allclose(ranks.score.double(), expected, rtol=1e-3, atol=1e-3)
     assert torch.equal(ranks.gain, ranks.score.sign())
 
 
@@ -134,7 +134,7 @@ def test_equal_token_sequences_have_momentum_zero(llama, tokenizer):
     without = MFU_screening(PAIRS[:3], llama, tokenizer, None, "ffn", protocol="paper", progress=False)
     assert torch.equal(with_equal.stats["positive"], without.stats["positive"])
     assert with_equal.header["pairs_with_equal_tokens"] == 1
-    assert torch.allclose(with_equal.score * 4, without.score * 3)  # it counts in N
+    assert torch.allclose(with_equal.score * 4, without.score * 3)  # the equal pair counts in N
 
 
 def test_clean_truncation_keeps_the_answer_and_paper_truncation_cuts_it(tokenizer):
@@ -170,7 +170,7 @@ def test_paper_protocol_uses_the_first_thousand_pairs(llama, tokenizer, monkeypa
 
 
 def test_rounding_to_half_is_the_papers(llama, tokenizer):
-    """Answers that differ far back leave nearly equal activations: rounding makes some momenta zero."""
+    """Answers that differ early leave nearly equal activations at the end, and rounding makes some momenta zero."""
     pairs = [[p, " once upon a time there was no", " Once upon a time there was no"] for p, _, _ in PAIRS]
     paper = MFU_screening(pairs, llama, tokenizer, None, "ffn", protocol="paper", progress=False)
     zeros = len(pairs) - paper.stats["positive"] - paper.stats["negative"]
@@ -190,7 +190,7 @@ def test_a_steered_model_is_screened_steered(llama, tokenizer):
     "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
 )
 def test_out_of_memory_halves_the_batch_and_counts_nothing_twice(llama, tokenizer, monkeypatch, momentum, error):
-    wanted = screen(PAIRS, llama, tokenizer, ["ffn"], momentum=momentum, batch_size=3, progress=False)["ffn"]
+    expected = screen(PAIRS, llama, tokenizer, ["ffn"], momentum=momentum, batch_size=3, progress=False)["ffn"]
     kind = {"activation": ActivationMomentum, "causal": CausalMomentum}[momentum]
     real, sizes = kind.add, []
 
@@ -203,7 +203,7 @@ def test_out_of_memory_halves_the_batch_and_counts_nothing_twice(llama, tokenize
     monkeypatch.setattr(kind, "add", small)
     ranks = screen(PAIRS, llama, tokenizer, ["ffn"], momentum=momentum, batch_size=16, progress=False)["ffn"]
     assert sizes[0] == 16 and sizes[1] == 8 and max(sizes[2:]) == 4 and sum(sizes[2:]) == len(PAIRS)
-    assert torch.allclose(ranks.score, wanted.score, atol=1e-4, rtol=1e-4)
+    assert torch.allclose(ranks.score, expected.score, atol=1e-4, rtol=1e-4)
 
 
 def test_other_runtime_errors_are_not_swallowed(llama, tokenizer, monkeypatch):
@@ -222,7 +222,7 @@ def test_overflow_is_reported_not_ranked(checkpoints, tokenizer, momentum):
 
 
 def test_the_paper_protocol_counts_overflow_by_its_sign(llama, tokenizer, monkeypatch):
-    """x beyond 65504 is fine in float32 and inf in the authors' float16: counted, not refused."""
+    """Values beyond 65504 are finite in float32 and inf in the authors' float16: they are counted, not refused."""
     ranks = MFU_screening(PAIRS, llama, tokenizer, None, "ffn", protocol="paper", progress=False)
     model = __import__("copy").deepcopy(llama)
     with torch.no_grad():
@@ -245,16 +245,16 @@ def test_batches_hold_the_token_budget_tails_included():
         for p, a, b in [(20, 1, 1)] * 400 + [(18, 1000, 3), (30, 2, 900), (5, 1, 1)]
     ]
     pairs += [EncodedPair((), (1,) * 40, (2,) * 9)]
-    made = pair_batches(pairs, torch.device("cuda"))
-    assert sorted(map(id, (pair for batch in made for pair in batch))) == sorted(map(id, pairs))
-    for batch in made:
+    result = pair_batches(pairs, torch.device("cuda"))
+    assert sorted(map(id, (pair for batch in result for pair in batch))) == sorted(map(id, pairs))
+    for batch in result:
         padded = max(len(p.prefix) for p in batch) + 2 * max(p.tail for p in batch)
         assert len(batch) == 1 or len(batch) * padded <= 8192
         assert len({bool(pair.prefix) for pair in batch}) == 1
-    assert len(made) < 12 and max(pair.cost for pair in made[0]) == max(pair.cost for pair in pairs)
+    assert len(result) < 12 and max(pair.cost for pair in result[0]) == max(pair.cost for pair in pairs)
 
 
-def test_constant_effects_and_silent_units_have_a_defined_score(llama, tokenizer):
+def test_constant_effects_and_silent_aus_have_a_defined_score(llama, tokenizer):
     ranks = screen([PAIRS[0], PAIRS[0]], llama, tokenizer, ["ffn"], momentum="causal", progress=False)["ffn"]
     assert torch.isfinite(ranks.score).all() and ranks.score.abs().max() > 1e6
 

@@ -1,4 +1,4 @@
-"""From ranks to a plan to a steered model: selection, every variant, scopes, batches, and clearing."""
+"""From ranks to a plan to a steered model: selection, every variant, scopes, batches and clearing."""
 
 import math
 from collections import Counter
@@ -34,7 +34,7 @@ def causal(llama, tokenizer):
 
 
 def worked_example():
-    """methods: four pairs, two layers, three AUs; signed shares as their code has them."""
+    """Return the worked example: four pairs, two layers, three AUs, with the signed shares of the authors' code."""
     beta = torch.tensor([[0.75, 0.5, 1.0], [0.0, -1.0, 0.75]])
     return AURanks("ffn", beta, beta.clone(), {}, {"pairs": 4})
 
@@ -112,7 +112,7 @@ def test_locations(ranks):
     assert top.isdisjoint(bottom) and len(bottom) == ranks.score.numel() - 10
     difference = ranks.stats["sum_momentum"].abs()
     by_difference = units(set_MFU(ranks, 3, 1.0, location="difference"))
-    assert min(difference[unit] for unit in by_difference) >= difference.flatten().topk(3).values[-1]
+    assert min(difference[au] for au in by_difference) >= difference.flatten().topk(3).values[-1]
 
 
 def test_strengths(ranks):
@@ -121,11 +121,11 @@ def test_strengths(ranks):
         return units(plan)
 
     paper, fixed, aware, flipped = (gamma(s) for s in ("adaptive", "fixed", "sign-aware", "flipped"))
-    for unit, value in paper.items():
-        assert value == pytest.approx(2 * float(ranks.score[unit]))
-        assert fixed[unit] == math.copysign(2.0, value)
-        assert aware[unit] == pytest.approx(value * math.copysign(1, ranks.stats["sum_activation"][unit]))
-        assert abs(flipped[unit]) == abs(value)
+    for au, value in paper.items():
+        assert value == pytest.approx(2 * float(ranks.score[au]))
+        assert fixed[au] == math.copysign(2.0, value)
+        assert aware[au] == pytest.approx(value * math.copysign(1, ranks.stats["sum_activation"][au]))
+        assert abs(flipped[au]) == abs(value)
     assert flipped != paper
     assert list(gamma("suppress", 0.3).values()) == pytest.approx([-0.7] * 8)
     vector = set_MFU(ranks, 8, 2.0, strength="vector")
@@ -137,7 +137,7 @@ def test_strengths(ranks):
 def test_causal_plans_scale_by_the_direction(causal):
     plan = set_MFU(causal, 6, 0.5)
     assert {abs(scale) for scale in units(plan).values()} == {0.5}
-    assert all(math.copysign(1, scale) == math.copysign(1, causal.score[unit]) for unit, scale in units(plan).items())
+    assert all(math.copysign(1, scale) == math.copysign(1, causal.score[au]) for au, scale in units(plan).items())
     with pytest.raises(AUSteerError, match="needs sum_activation, which these ranks lack"):
         set_MFU(causal, 6, 0.5, strength="sign-aware")
 
@@ -202,15 +202,15 @@ def test_set_and_cleared_by_hand(llama, ranks):
     steered = llama(IDS).logits
     assert not torch.equal(steered, vanilla)
     apply(llama, set_MFU(ranks, 2, 1.0))  # replaces, does not add
-    with steer_fresh(llama, set_MFU(ranks, 2, 1.0)) as wanted:
-        assert torch.equal(llama(IDS).logits, wanted)
+    with steer_fresh(llama, set_MFU(ranks, 2, 1.0)) as expected:
+        assert torch.equal(llama(IDS).logits, expected)
     clear(llama)
     steering.check()
     assert torch.equal(llama(IDS).logits, vanilla)
 
 
 class steer_fresh:
-    """The logits of a plan on a copy that was never steered before."""
+    """Yield the logits of a plan on a copy that was never steered before."""
 
     def __init__(self, model, plan):
         import copy
@@ -392,7 +392,7 @@ def test_cuda_graphs_may_change_the_receipt_in_place(llama, ranks, part):
 
 
 class Operators(TorchDispatchMode):
-    """The names of what a forward does on the device."""
+    """Return the names of the operations of a forward."""
 
     def __init__(self):
         super().__init__()
@@ -404,7 +404,7 @@ class Operators(TorchDispatchMode):
 
 
 def test_a_steered_forward_waits_for_no_value(llama, ranks):
-    """Beyond an idle one it does arithmetic only: a CUDA graph can capture it, and the CPU runs ahead of the GPU."""
+    """A steered forward only adds arithmetic: a CUDA graph can capture it, and the CPU runs ahead of the GPU."""
     plan = set_MFU(ranks, 7, 1.0)
     plan = Plan(plan.scales, plan.scales)
     with Operators() as idle:
@@ -436,18 +436,18 @@ def test_captured_and_replayed_graphs_steer_and_count(checkpoints, ranks):
     model, ids = rmodels.load(checkpoints["llama"], dtype="float32", device="cuda"), IDS.cuda()
     captured, counters = torch.cuda.CUDAGraph(), torch._dynamo.utils.counters["inductor"]
     with torch.no_grad(), steer(model, set_MFU(ranks, 7, 1.0)) as steering:
-        wanted = model(ids, use_cache=False).logits.clone()  # warms up what may not be captured
+        expected = model(ids, use_cache=False).logits.clone()  # a warm-up, since this may not be captured
         with torch.cuda.graph(captured):
             logits = model(ids, use_cache=False).logits
         before = steering.receipt()["positions"]
         for _ in range(3):
             captured.replay()
-        assert torch.allclose(logits, wanted, atol=1e-3)
+        assert torch.allclose(logits, expected, atol=1e-3)
         assert steering.receipt()["positions"] == before + 3 * ids.numel()
         compiled = torch.compile(model, mode="reduce-overhead", fullgraph=True)
         before, skipped = steering.receipt()["positions"], counters["cudagraph_skips"]
         for _ in range(4):  # runs, records, replays
             logits = compiled(ids, use_cache=False).logits
-        assert torch.allclose(logits, wanted, atol=1e-3) and counters["cudagraph_skips"] == skipped
+        assert torch.allclose(logits, expected, atol=1e-3) and counters["cudagraph_skips"] == skipped
         assert steering.receipt()["positions"] == before + 4 * ids.numel()
     torch.compiler.reset()

@@ -1,7 +1,7 @@
 """Prove that a folded checkpoint is the steered model: the parity certificate, in three parts.
 
     algebra    the original in float32 gives the same logits steered live as with the plan hot-patched into its weights
-    file       every tensor of the folded checkpoint is the patched one, rounded to the dtype it is stored in, to the bit
+    file       every tensor of the folded checkpoint is the patched one, rounded to its stored dtype, bit for bit
     rounding   how far the folded checkpoint's logits are from live steering's, for what the stored numbers cannot hold
 
 The first two together prove the fold in any dtype; rounding comes with the dtype, and is refused only where it would
@@ -36,8 +36,8 @@ PROMPTS = (
     "Once upon a time",
 )
 NEW_TOKENS = 16
-# float32 sums run in another order, and strong steering amplifies that. Logits may differ by these shares of the largest
-# logit and of how far steering moves them, and always by LEAST (measured: 7e-6 at scales of 1, 3e-4 at scales of 90)
+# float32 sums run in another order, and strong steering amplifies that. Logits may differ by these shares of the
+# largest logit and of how far steering moves them, or by LEAST (measured: 7e-6 at scales of 1, 3e-4 at scales of 90)
 OF_LARGEST, OF_EFFECT, LEAST = 1e-5, 1e-4, 1e-4
 ROUNDING = 0.5  # a share of how far steering moves the logits
 

@@ -208,14 +208,14 @@ class Checkpoint:
         try:
             return json.loads((self.folder / name).read_text())
         except (OSError, ValueError) as error:
-            raise AUSteerError(f"{self.folder} has no readable {name}: is it a checkpoint folder?") from error
+            raise AUSteerError(f"{self.folder} has no readable {name}: name a checkpoint folder") from error
 
     def _weight_files(self) -> list[str]:
         if (self.folder / SINGLE).exists():
             return [SINGLE]
         if not (self.folder / INDEX).exists():
             raise AUSteerError(
-                f"{self.folder} has no {SINGLE} and no {INDEX}: only safetensors checkpoints are exported"
+                f"{self.folder} has no {SINGLE} and no {INDEX}: only safetensors checkpoints can be exported: convert it first"
             )
         files = sorted(set(self._json(INDEX)["weight_map"].values()))
         if any(Path(file).name != file for file in files):

@@ -82,8 +82,8 @@ def _fold(args: argparse.Namespace, plan: Plan) -> None:
     algebra, rounding = parity["algebra"], parity["rounding"]
     print(
         f"parity with live steering at {parity['positions']} positions: logits differ by "
-        f"{algebra['max_logit_difference']:.2g} (allowed {algebra['allowed']:.2g}), and every tensor is the steered one in "
-        f"{parity['weights']}, whose rounding moves logits by {rounding['max_logit_difference']:.2g} (the plan by "
+        f"{algebra['max_logit_difference']:.2g} (allowed {algebra['allowed']:.2g}), and every tensor is the steered one "
+        f"in {parity['weights']}, whose rounding moves logits by {rounding['max_logit_difference']:.2g} (the plan by "
         f"{parity['steering_moves_logits_by']:.2g}); greedy tokens agree on {rounding['greedy_agreement']:.1%}; "
         f"{CERTIFICATE}"
     )

@@ -81,7 +81,7 @@ def fold(model: str | Path, plan: Plan, out: str | Path, *, certificate: bool = 
 
 
 def unfold(folded: str | Path, back: str | Path) -> None:
-    """Write the original of a folded checkpoint to the new folder `back`, and prove that its files are the original's."""
+    """Write the original of a folded checkpoint to the new folder `back`, and prove that its files are the same."""
     source = Checkpoint(folded)
     hashes = _original_hashes(source)
     with new_folder(back) as folder:

@@ -1,6 +1,6 @@
 """Find the weights that a plan changes, and compute what they become. Folding, patching and adapters all start here.
 
-A site is the input or the output of a linear map y = W x + c, so a plan's x -> x * (1 + s) + b goes into W and c exactly:
+A site is the input or output of a linear map y = W x + c, so a plan's x -> x * (1 + s) + b goes into W and c exactly:
 
     attention  input of o_proj      W (x (1 + s) + b) + c    =  [W (1 + s)] x + (c + W b)         columns of W
     neuron     input of down_proj   the same
@@ -38,7 +38,7 @@ class Change:
     new: Tensor
 
     def unchanged(self) -> list[int]:
-        """Return those that rounding leaves bit for bit as they were. A bias counts as a whole: parts of it may stay."""
+        """Return those that rounding leaves as they were, bit for bit. A bias counts as a whole: parts may stay."""
         if self.old.dim() == 1:
             return [] if not torch.equal(self.new, self.old) else self.index.tolist()
         same = (self.new == self.old).movedim(DIMENSIONS[self.part], 0).flatten(1).all(1)
@@ -120,8 +120,8 @@ class Tally:
         """Refuse a plan that changes nothing at all."""
         if self.changed == sum(map(len, self.unchanged.values())):
             raise AUSteerError(
-                f"{str(self.dtype).removeprefix('torch.')} cannot hold this plan: rounded, every row and column it scales "
-                "is what it was; raise alpha, use a float32 checkpoint, or steer live"
+                f"{str(self.dtype).removeprefix('torch.')} cannot hold this plan: rounded, every row and column it "
+                "scales is what it was; raise alpha, use a float32 checkpoint, or steer live"
             )
 
 
@@ -154,7 +154,8 @@ def find_edits(plan: Plan, shapes: Mapping[str, tuple[int, ...]]) -> list[Edit]:
     if missing:
         site, layer = missing[0]
         raise AUSteerError(
-            f"the checkpoint lacks the weight at site {site} of layer {layer}: get the whole checkpoint of the plan's model"
+            f"the checkpoint lacks the weight at site {site} of layer {layer}: get the whole checkpoint of the plan's "
+            "model"
         )
     return edits
 

@@ -1,4 +1,4 @@
-"""Control: AUSteer's dynamic strength on every AU of a site (appendix J, Table 12, carried to its end).
+"""Control: AUSteer's dynamic strength on every AU of a site (appendix J, Table 12, taken to the limit).
 
     x_i -> x_i + alpha r_i x_i for all i: what the method does when it chooses no AUs.
 

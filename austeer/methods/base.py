@@ -1,4 +1,4 @@
-"""The interface of a method: it takes evidence and makes plans. Each method is a file in this folder; registry.py finds it.
+"""The interface of a method, which turns evidence into plans. A method is a file in this folder; registry.py finds it.
 
 A method looks at the evidence once (`prepare`: the costly part, timed) and then turns the points of its grid into
 plans. All methods get the same pairs and the same number of grid points to try on validation. None sees a test item.
@@ -33,7 +33,7 @@ class Method(ABC):
 
     @abstractmethod
     def grid(self, kind: str) -> list[GridPoint]:
-        """Return the grid points to try, the gentlest first; kind is "small" or "full", and `BUDGET` limits them."""
+        """Return the grid points to try. kind is "small" or "full", and `BUDGET` limits their number."""
 
     @abstractmethod
     def prepare(self, evidence: Evidence) -> Any:

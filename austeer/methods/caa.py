@@ -42,7 +42,7 @@ class CAA(Method):
         """Take options: norm="mean" gives the vectors of all layers the same length, their mean, so that a multiplier
         means the same everywhere. The authors do so across behaviours; here there is one, so layers are made alike."""
         if readout not in READOUTS or norm not in NORMS:
-            raise AUSteerError(f"CAA has readouts {', '.join(READOUTS)} and norms {', '.join(NORMS)}")
+            raise AUSteerError(f"readout must be one of {', '.join(READOUTS)}, and norm one of {', '.join(NORMS)}")
         self.readout, self.norm = readout, norm
 
     def grid(self, kind: str) -> list[GridPoint]:

@@ -50,7 +50,7 @@ class ITI(Method):
 
     def __init__(self, direction: str = "mass-mean", std: str = "n-1"):
         if direction not in DIRECTIONS or std not in STDS:
-            raise AUSteerError(f"ITI has directions {', '.join(DIRECTIONS)} and std {', '.join(STDS)}")
+            raise AUSteerError(f"direction must be one of {', '.join(DIRECTIONS)}, and std one of {', '.join(STDS)}")
         self.direction, self.std = direction, std
         if direction == "probe":
             self.name, self.label = "iti-probe", "ITI, probe direction"

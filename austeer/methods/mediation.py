@@ -48,7 +48,7 @@ class Mediation(AttributionHeads):
 
 @torch.inference_mode()
 def effects(evidence: Evidence, pair: EncodedPair, difference: Tensor) -> Tensor:
-    """Return the indirect effect of every head on one pair, (layers, heads). difference: the pair's, (layers, width)."""
+    """Return every head's indirect effect on one pair, (layers, heads). difference: the pair's, (layers, width)."""
     model = evidence.model
     heads = by_head(difference, model.config)  # (layers, heads, head_dim)
     layers, per_layer = heads.shape[:2]

@@ -64,7 +64,7 @@ class Neurons:
 
 @dataclass(frozen=True)
 class NeuroSteer(Method):
-    """Steer along SAE neurons. cache_trap: the authors' hook skips passes of one token, so when a model generates with a
+    """Steer along SAE neurons. cache_trap: the authors' hook skips passes of one token, so if a model generates with a
     key-value cache, only the prompt is steered. True does as their code does; False steers the answer as well."""
 
     sae: str | None = None  # the name that austeer.sae.find_sae looks up
@@ -96,7 +96,8 @@ class NeuroSteer(Method):
             return "prompt" if self.cache_trap else "all"
         if not self.cache_trap:
             raise AUSteerError(
-                f"mode {mode!r} steers {MODES[mode]} of a pass, which only a prompt has; use mode all, or cache_trap=True"
+                f"mode {mode!r} steers {MODES[mode]} of a pass, which only a prompt has; use mode all or "
+                "cache_trap=True"
             )
         return {"last": "before-last", "last2": "before-last-2"}[mode]
 

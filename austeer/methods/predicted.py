@@ -4,8 +4,8 @@ L = mean over pairs of log sigmoid(M) is at most 0. With c_i its slope along the
 steering k AUs by alpha sign(c_i) is predicted to gain alpha * sum of |mean c_i|. So
 
     alpha = -L / (sum over the k AUs of |mean c_i|): the step at which the tangent reaches 0 (Polyak's step size)
-    k     = the fewest AUs, best |t| first, for which alpha <= 1; if even all significant ones (`significance.py`, q) are
-            too few for that, all of them with alpha = 1
+    k     = the fewest AUs, best |t| first, for which alpha <= 1; if even all significant ones (`significance.py`, q)
+            are too few for that, all of them with alpha = 1
 
 The first order is trusted up to alpha = 1, where an AU is at most doubled or silenced and never inverted. Validation is
 not used, and nothing is tried. Cost: the ranks and two forward passes over the pairs, the second only to measure:

@@ -124,7 +124,8 @@ def _check(model: PreTrainedModel, linears: list[dict[str, nn.Linear]], sparsity
         for name, linear in everything.items():
             if linear.in_features % sparsity[1]:
                 raise AUSteerError(
-                    f"{name} has {linear.in_features} inputs, not a multiple of {sparsity[1]}; use another pattern or a share"
+                    f"{name} has {linear.in_features} inputs, not a multiple of {sparsity[1]}; use another pattern "
+                    "or a share"
                 )
 
 

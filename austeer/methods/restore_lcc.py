@@ -116,7 +116,7 @@ class RestoreLCC(Method):
 
 
 class RandomHeads(RestoreLCC):
-    """Control: the same number of random heads, trained in the same way."""
+    """Train the same number of random heads in the same way, as a control."""
 
     name, label, draws = "restore-random", "random heads, trained alike", True
 
@@ -126,7 +126,7 @@ class RandomHeads(RestoreLCC):
 
 
 class MeanLost(RestoreLCC):
-    """Control: the best heads get alpha times their mean lost activation; nothing is trained."""
+    """Give the best heads alpha times their mean lost activation, as a control: nothing is trained."""
 
     name, label, trains = "restore-mean", "mean lost activation, untrained", False
 
@@ -156,7 +156,8 @@ def questions_of(evidence: Evidence) -> list[Question]:
         questions.append(Question(text[:seam], text[seam:]))
     if len(questions) < 2:
         raise AUSteerError(
-            f"RestoreLCC needs at least two pairs that differ in tokens, one of them to hold out; there are {len(questions)}"
+            "RestoreLCC needs at least two pairs that differ in tokens, one of them to hold out; "
+            f"there are {len(questions)}"
         )
     return questions
 
@@ -266,7 +267,7 @@ def train(
 
 
 def answer_loss(model: PreTrainedModel, batch: Sequence[Question], shift: Tensor) -> Tensor:
-    """Return the mean cross-entropy of a batch's answer tokens, with `shift` (layers, width) added at every position."""
+    """Return the mean cross-entropy of a batch's answer tokens, with `shift` (layers, width) added everywhere."""
     texts = [question.prompt + question.answer for question in batch]
     width = max(map(len, texts))
     # padded on the right: no token sees what comes after it

@@ -7,7 +7,7 @@ scaled by (1 + delta), so the query's own activation gives the direction: A' = A
     neuron  the MLP's nonlinearity; scaling it is the same as scaling its product with up_proj, which is done here
     hidden  a dimension of the MLP's output, as in the authors' code (site ffn), or of the residual stream (site layer)
 
-`plan` is the paper's form: it scales at the prompt's last token and every new one, and layers see each other's steering.
+`plan` is the paper's form: it scales at the prompt's last token and every new one, where layers see steered input.
 `clamped` is the authors' code: at the prompt's last token every layer is overwritten with the values of an unsteered
 run, the chosen ones times 1 + delta, so no layer reacts. Their code takes the largest signed differences; secondary
 sources of the paper speak of absolute ones: select="absolute".
@@ -42,7 +42,7 @@ class Scores:
 
 
 class SADI(Method):
-    """Share what the three kinds of units have in common. alpha is the paper's delta; the code's strength is 1 + delta."""
+    """Scale k units of one kind. alpha is the paper's delta; the authors' code has strength = 1 + delta."""
 
     paper = "Wang et al., ICLR 2025"
     foldable = False  # all but the prompt's last token stays unsteered
@@ -123,7 +123,8 @@ def clamped(model: PreTrainedModel, plan: Plan, prompt: Tensor) -> Plan:
     (site,) = plan.sites
     if prompt.dim() != 2 or len(prompt) != 1:
         raise AUSteerError(
-            f"the authors' SADI makes one plan per prompt: give token ids of shape (1, tokens), not {tuple(prompt.shape)}"
+            "the authors' SADI makes one plan per prompt: give token ids of shape (1, tokens), "
+            f"not {tuple(prompt.shape)}"
         )
     with read_at(model, [site], lambda x: x[0, -1].float().cpu()) as collected:
         model.base_model(prompt, use_cache=False)

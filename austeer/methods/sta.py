@@ -5,7 +5,7 @@ how often they fire, are decoded and added to the residual stream.
     f = pairs where it fires on the right answer - pairs where it fires on the wrong one
     v = (a of the atoms kept) W_dec,   scaled to the norm of the mean difference of activations (CAA's vector)
 
-An atom is kept if it is among the largest |a| and among the largest |f|, where f counts only if its sign is a's. alpha v
+An atom is kept if it is among the largest |a| and the largest |f|, where f counts only if its sign is a's. alpha v
 is added to the layer that the SAE reads, at every position. `keep` is the share kept by each criterion: STA's `trim`;
 EasyEdit's `trim` is 1 - keep. The answer's tokens are those that the two texts do not share.
 """
@@ -34,7 +34,7 @@ ALPHAS = {"small": (1.0, 2.0, 4.0, 32.0, 256.0), "full": (0.5, 1.0, 2.0, 4.0)}  
 @dataclass(frozen=True)
 class Atoms:
     amplitude: Tensor  # (latents,)
-    frequency: Tensor  # (latents,), in pairs
+    frequency: Tensor  # (latents,), a difference of two numbers of pairs
     W_dec: Tensor
     norm: float  # the length of CAA's vector
     layer: int

@@ -60,7 +60,9 @@ def environment(manifest: Manifest) -> list[str]:
         commit = known.pop("commit")[:10] + (" with local changes" if known.pop("changed", False) else "")
         where = ", ".join(f"{key} {value}" for key, value in known.items() if value)
         commits.setdefault(f"{where}, {record['device']}", Counter())[commit] += 1
-    orphans = f"Records in the folder that belong to no table, because other code or options made them: {manifest.orphans}."
+    orphans = (
+        f"Records in the folder that belong to no table, because other code or options made them: {manifest.orphans}."
+    )
     lines = [
         f"{where}: {', '.join(f'{count} records by commit {commit}' for commit, count in sorted(counts.items()))}"
         for where, counts in sorted(commits.items())
