@@ -26,8 +26,8 @@ from austeer.ranks import AURanks
 from austeer.steering import steer
 from embedded import acceptance
 from eval.answering.answer_file import AnswerFile
-from eval.statistics import mcnemar, summary
 from eval.answering.live import LiveAnswerer
+from eval.statistics import mcnemar, summary
 from eval.tasks.base import Scores, items_hash
 from eval.tasks.embedded import VALIDATION
 from experiments import records
@@ -270,7 +270,9 @@ def _scores(cell: Cell, items: Sequence, name: str, plan: Plan | None = None) ->
     return task.columns(items, answers) if items else Scores("", {"": []})
 
 
-def _tested(cell: Cell, items: Sequence, plan: Plan | None = None) -> tuple[dict[str, list[float]], dict[str, float], dict[str, int]]:
+def _tested(
+    cell: Cell, items: Sequence, plan: Plan | None = None
+) -> tuple[dict[str, list[float]], dict[str, float], dict[str, int]]:
     model, tokenizer, task = load(cell.setting)
     answers, receipt = _answers(cell, items, "test", plan)
     columns = task.columns(items, answers).columns
