@@ -535,13 +535,13 @@ WORDING = {
 }  # fmt: skip
 
 
-def test_wording_is_read_and_nothing_is_run(tmp_path):
+def test_wording_is_read_and_nothing_is_run(tmp_path, capsys):
     owned = tmp_path / "owned"
     hostile = f"open({str(owned)!r}, 'w').write('x')\n"
     trap = "@print(open({0!r}, 'w'))\ndef trap(x=open({0!r}, 'w')):\n    pass\n".format(str(owned))
     path = put(tmp_path, "load_dataset.py", hostile + trap + SOURCE + hostile)
     found = read_wording(path)
-    assert not owned.exists()
+    assert not owned.exists() and "check the prompts read from them" in capsys.readouterr().err  # not the authors' file
     digest = hashlib.sha256(path.read_bytes()).hexdigest()[:12]
     assert found.pop("source") == f"authors: utils/load_dataset.py, sha256 {digest}"
     assert found == WORDING

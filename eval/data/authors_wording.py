@@ -70,7 +70,7 @@ def read_wording(path: str | Path) -> dict:
         raise AUSteerError(f"{path} is not the Python file expected ({type(error).__name__})") from None
     if code.hexdigest() != KNOWN:
         print(
-            f"note: the loaders in {path} are not those of commit d657387; check the prompts read from them",
+            f"note: the loaders in {path} are not those of the authors' commit d657387; check the prompts read from them",
             file=sys.stderr,
         )
     return wording
