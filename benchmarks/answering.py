@@ -95,8 +95,10 @@ def main() -> None:
     )  # fmt: skip
     long = best_of(
         args.repeats,
-        lambda: plain(model, few, NEW), lambda: ours(model, few, NEW, BATCH), lambda: matmul_floor(model, [few], NEW),
-    )  # fmt: skip
+        lambda: plain(model, few, NEW),
+        lambda: ours(model, few, NEW, BATCH),
+        lambda: matmul_floor(model, [few], NEW),
+    )
     result = {
         "one token, samples/s, plain": PROMPTS / one[0],
         "one token, ours / plain, nothing shared": one[0] / one[1],
@@ -105,8 +107,10 @@ def main() -> None:
         f"{NEW} tokens, tokens/s, plain": BATCH * NEW / long[0],
         f"{NEW} tokens, ours at batch {BATCH} / plain": long[0] / long[1],
         f"{NEW} tokens, matmul floor at batch {BATCH} / plain": long[0] / long[2],
-        "threads": args.threads, "torch": torch.__version__, "machine": platform.machine(),
-    }  # fmt: skip
+        "threads": args.threads,
+        "torch": torch.__version__,
+        "machine": platform.machine(),
+    }
     show(result)
     keep(result, args.out)
 

@@ -104,9 +104,11 @@ def measure(path: Path, adapters: list, args) -> dict[str, float]:
 
     plans = [LoRARequest(str(i), i + 1, str(adapter.folder)) for i, adapter in enumerate(adapters)]
     lora = {
-        "enable_lora": True, "max_cpu_loras": MANY, "lora_target_modules": adapters[0].targets,
+        "enable_lora": True,
+        "max_cpu_loras": MANY,
+        "lora_target_modules": adapters[0].targets,
         "max_lora_rank": max_lora_rank(max(adapter.rank for adapter in adapters)),
-    }  # fmt: skip
+    }
     few = {UNSTEERED: [], "unsteered again": []} | {f"{count} plans": plans[:count] for count in DISTINCT}
     few = {name: requests_under(some, REQUESTS) for name, some in few.items()}
     many = {UNSTEERED: requests_under([], MANY), "plans": requests_under(plans, MANY)}

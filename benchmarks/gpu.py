@@ -183,9 +183,11 @@ def decoding(machine: Machine, upstream, ours, batch: int, compiled: bool) -> di
         base, own = zip(*taken[1:], strict=True)  # the first compiles
         ratio = statistics.median(b / a for a, b in taken[1:])
         result[name] = {
-            "ms": 1000 * statistics.median(own), "upstream ms": 1000 * statistics.median(base), "ratio": ratio,
+            "ms": 1000 * statistics.median(own),
+            "upstream ms": 1000 * statistics.median(base),
+            "ratio": ratio,
             "graphs skipped": counters["inductor"]["cudagraph_skips"],
-        }  # fmt: skip
+        }
     floor = machine.floor(*Work(ours).decode(batch, PROMPT + STEPS / 2))
     return {**result, "floor ms": 1000 * floor}
 

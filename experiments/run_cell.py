@@ -206,10 +206,12 @@ class SteeredRun(Run):
         learned, seconds = self.learned(method)
         sites = sites_of(self.cell.method.site)
         result: dict = {
-            "n_pairs": len(self.task.pairs), "grid_scores": {}, "asked": 0,
+            "n_pairs": len(self.task.pairs),
+            "grid_scores": {},
+            "asked": 0,
             # of all AUs where the method acts, to say what share it steers
             "aus": sum(gate.width for site in sites for gate in gates(self.bench.model, site)),
-        }  # fmt: skip
+        }
         chosen = points[0]
         if len(points) > 1:
             chosen, searched = self.search(method, learned, points, vanilla)
@@ -273,10 +275,12 @@ class SteeredRun(Run):
 
         search = SEARCHES[self.cell.search.kind](ask, [before[index] for index in order], points)
         return search.chosen, {
-            "grid_scores": search.scores, "asked": search.asked, "chosen_on": part,
+            "grid_scores": search.scores,
+            "asked": search.asked,
+            "chosen_on": part,
             "grid_vanilla": records.pack([before[index] for index in order]),
             "grid_outcomes": {key: records.pack(outcomes) for key, outcomes in search.outcomes.items()},
-        }  # fmt: skip
+        }
 
     def ask_together(self, items: Sequence, name: str, plans: Sequence[Plan]) -> list[list[bool]]:
         """Return the outcomes of the same items under each plan, asked in one batch."""

@@ -46,8 +46,10 @@ def main(argv: Sequence[str] | None = None) -> int | None:
             different += not _same(one, record)
     given = ("block", "data_dir", "device")
     also = "".join(f" --{name.replace('_', '-')} {json.dumps(vars(args)[name])}" for name in given if vars(args)[name])
-    print(f"again: python main.py trace {args.table} {json.dumps(args.row)} {args.column or ''}{also} "
-          f"--scale {args.scale} --results {args.results} --again")  # fmt: skip
+    print(
+        f"again: python main.py trace {args.table} {json.dumps(args.row)} {args.column or ''}{also} "
+        f"--scale {args.scale} --results {args.results} --again"
+    )
     return 1 if different else None
 
 

@@ -61,8 +61,10 @@ def test_a_worker_killed_in_mid_run(tmp_path):
 def test_what_fails_is_said_and_the_rest_goes_on(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     few = {"task": "svamp", "limit": 20, "ks": [4], "alphas": [1.0], "options": [["sta.sae", "nowhere"]]}
-    todo = [embedded_cell(**few, method=name, site=site)
-            for name, site in (("vanilla", None), ("published", "ffn"), ("sta", "layer"))]  # fmt: skip
+    todo = [
+        embedded_cell(**few, method=name, site=site)
+        for name, site in (("vanilla", None), ("published", "ffn"), ("sta", "layer"))
+    ]
     todo += [
         embedded_cell(**few | {"task": "nothing"}, method="vanilla"),
         embedded_cell(**few | {"task": "nothing"}, method="published", site="ffn"),

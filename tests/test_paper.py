@@ -114,11 +114,13 @@ def made_up(
     manifest.write()
     rows = {
         row: {
-            "label": row, "method": row, "site": None if row == "vanilla" else "ffn",
+            "label": row,
+            "method": row,
+            "site": None if row == "vanilla" else "ffn",
             "draws": max(len(draws) for (of, _), draws in outcomes.items() if of == row),
         }
         for row in names
-    }  # fmt: skip
+    }
     spec = specs.Spec("made", "embedded", "Made", "accuracy", "Up.", {"b": {}}, rows, {c: {} for c in columns},
                       {"avg": list(columns)}, tuple(entries), **more)  # fmt: skip
     return spec, manifest
@@ -205,8 +207,9 @@ def test_vanilla_may_be_a_column(tmp_path):
     spec, manifest = made_up(tmp_path, outcomes, show={"vanilla": {"column": "0"}})
     (block,) = tables.blocks(spec, manifest)
     assert {row.label: [value.sure for value in row.values[:2]] for row in block.rows[:2]} == {
-        "x": [False, True], "y": [False, False],
-    }  # fmt: skip
+        "x": [False, True],
+        "y": [False, False],
+    }
     assert [row.values[1].p is not None for row in block.rows] == [True, True, False]
     (spec,) = specs.read("embedded", ["table12"])
     assert spec.show["vanilla"]["column"] in spec.columns
@@ -317,8 +320,10 @@ def test_cheaper_searches_are_compared_site_by_site(tmp_path):
     rows = {row.label: [(value.text, value.small, value.facts) for value in row.values] for row in block.rows}
     assert rows["cheap, attention"] == [("25 %", "", []), ("50.0", "✓ inside", ["full grid 50.0 [40.4, 59.6]"])]
     assert rows["bad, ffn"] == [("20 %", "", []), ("50.0", "✗ below", ["full grid 80.0 [71.1, 86.7]"])]
-    assert block.notes == ["Search racing: 3 of 4 test results (methods, tasks and sites) lie inside the 95 % "
-                           "interval of the full grid, at 20 to 25 % of its cost."]  # fmt: skip
+    assert block.notes == [
+        "Search racing: 3 of 4 test results (methods, tasks and sites) lie inside the 95 % "
+        "interval of the full grid, at 20 to 25 % of its cost."
+    ]
 
 
 def test_table_7_compares_all_its_cheaper_searches():
@@ -512,9 +517,10 @@ def test_a_table_of_mixed_library_versions_says_so(tmp_path):
     )
     assert not any("library versions" in note for note in made.blocks[0].notes)
     spec, manifest = made_up(
-        tmp_path / "b", {("vanilla", "a"): [HALF], ("x", "a"): [ALL], ("random", "a"): [HALF, MOST]},
+        tmp_path / "b",
+        {("vanilla", "a"): [HALF], ("x", "a"): [ALL], ("random", "a"): [HALF, MOST]},
         {"x": {"environment": {"torch": "2.14", "commit": "0123456789ab"}}},
-    )  # fmt: skip
+    )
     page.write([spec], manifest)
     line = "Records of this table come from different library versions: torch 2 (3), torch 2.14 (1)."
     assert all(line in (tmp_path / "b" / name).read_text() for name in ("report.md", "report.html"))

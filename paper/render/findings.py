@@ -126,8 +126,9 @@ def _without_search(main: Section | None) -> Finding | None:
     predicted, searched = (sum(value.number for value in values) / len(pairs) for values in zip(*pairs, strict=True))
     return Finding(
         f"Causal momentum with k and alpha predicted, not searched, is {_compared(pairs)}.",
-        f"Mean accuracy {predicted:.1f} % predicted, {searched:.1f} % searched.", main,
-    )  # fmt: skip
+        f"Mean accuracy {predicted:.1f} % predicted, {searched:.1f} % searched.",
+        main,
+    )
 
 
 def _over_prompt(main: Section | None) -> Finding | None:

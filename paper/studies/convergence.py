@@ -63,7 +63,9 @@ def draw(found: dict, params: dict, path: Path) -> None:
     picture.write_labels(axis, values, image, texts)
     one, other = (f"AU {dim}" for dim in found["dims"])
     last = f"{found['strengths'][-1]:g}"
-    axis.set_xticks(range(3), [f"{one}: at s\nand at {last}", f"{other}: at s\nand at {last}", f"{one} and {other},\nboth at s"])  # fmt: skip
+    axis.set_xticks(
+        range(3), [f"{one}: at s\nand at {last}", f"{other}: at s\nand at {last}", f"{one} and {other},\nboth at s"]
+    )
     axis.set_yticks(range(len(values)), [f"{strength:g}" for strength in found["strengths"]])
     axis.set(ylabel="strength s", title=f"{found['task']}: {found['where']}, mean of {found['prompts']} prompts")
     figure.colorbar(image, ax=axis, label=f"KL / largest ({nats.max():.3g} nats)")
