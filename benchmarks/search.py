@@ -104,7 +104,7 @@ def searched(bench: Bench, site: str, name: str) -> dict:
             "validated_on": len(validated),
             "test": right / TEST,
             "interval": [round(end, 4) for end in wilson(right, TEST)],
-            "item_runs": found.asked,
+            "item_runs": found.n_evaluated,
             "seconds": round(seconds, 4),
         }
     against = {search: against_the_grid(row, rows["grid"]) for search, row in rows.items() if search != "grid"}
@@ -141,7 +141,7 @@ def resampled(tested: np.ndarray, grid: list[dict]) -> dict:
             reached = true[_row(found[search].chosen, grid)]
             tallied["inside"] += bool(reached >= low) / DRAWS
             tallied["regret"] += float(true[row] - reached) / DRAWS
-            tallied["item_runs"] += found[search].asked / DRAWS
+            tallied["item_runs"] += found[search].n_evaluated / DRAWS
     return {search: {key: round(value, 4) for key, value in tallied.items()} for search, tallied in tally.items()}
 
 

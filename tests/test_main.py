@@ -137,7 +137,7 @@ def test_the_verdict_says_when_controls_are_not_beaten():
     assert "does NOT beat every control (1 of 2 random AUs gain less)" in published
     assert "it beats every control (2 of 2 random AUs gain less)" in causal
     alone = report.verdict([rows[0], rows[4]], comparison.LABELS)
-    assert alone == ["causal AUSteer, FFN: +30.0 points; no controls were run beside it"]
+    assert alone == ["causal AUSteer, FFN: +30.0 points; no controls were run"]
     table = report.table(rows, comparison.LABELS)
     assert "| random AUs, FFN, 2 draws | | | | +5.0 / +12.5 / +20.0 (min / median / max) | | | |" in table
     assert "| causal AUSteer, FFN |  |  | 80.0 [71.1, 86.7] | +30.0 | 0 / 0 | 0.001 | 0.002 |" in table

@@ -51,7 +51,7 @@ def test_a_raced_setting_tests_inside_the_full_grids_interval_at_a_quarter_of_th
     for seed in range(60):
         vanilla, outcomes = simulated(case, 200, seed)
         full, raced = (search(asked_of(outcomes), vanilla, GRID) for search in (full_grid, racing))
-        assert full.asked == 3000 and raced.asked <= 750
+        assert full.n_evaluated == 3000 and raced.n_evaluated <= 750
         untouched, steered = simulated(case, 500, 1000 + seed)
         tested = [sum(steered[key_of(one.chosen)] if one.chosen else untouched) for one in (full, raced)]
         low, high = wilson(tested[0], 500)
@@ -68,8 +68,8 @@ def test_a_race_never_costs_more_than_a_quarter(n, settings):
     outcomes = {key_of(one): (rng.random(n) < 0.7).tolist() for one in grid}
     log = []
     found = racing(asked_of(outcomes, log), (rng.random(n) < 0.3).tolist(), grid)
-    assert found.asked == sum(stop - start for _, start, stop in log) <= settings * n / 4
-    assert found.asked == sum(map(len, found.outcomes.values())) and found.n == n
+    assert found.n_evaluated == sum(stop - start for _, start, stop in log) <= settings * n / 4
+    assert found.n_evaluated == sum(map(len, found.outcomes.values())) and found.n == n
     assert all(values == outcomes[key][: len(values)] for key, values in found.outcomes.items())
 
 
@@ -77,10 +77,10 @@ def test_a_clear_winner_ends_the_race_early():
     vanilla, best = [False] * 200, key_of(GRID[9])
     outcomes = {key_of(one): [key_of(one) == best] * 200 for one in GRID}
     found = racing(asked_of(outcomes), vanilla, GRID)
-    assert found.chosen == GRID[9] and found.asked < 300
+    assert found.chosen == GRID[9] and found.n_evaluated < 300
     # and where all are clearly worse than doing nothing, nothing is done, at once
     found = racing(asked_of({key: [False] * 200 for key in outcomes}), [True] * 200, GRID)
-    assert found.chosen is None and found.asked < 300
+    assert found.chosen is None and found.n_evaluated < 300
 
 
 @pytest.mark.parametrize("search", SEARCHES.values())
@@ -94,7 +94,7 @@ def test_ties_and_nothing_better(search):
 def test_the_sample_is_the_first_hundred():
     vanilla, outcomes = simulated("one good region", 200, 0)
     found = sample(asked_of(outcomes), vanilla, GRID)
-    assert found.asked == 1500 and all(values == outcomes[key][:100] for key, values in found.outcomes.items())
+    assert found.n_evaluated == 1500 and all(values == outcomes[key][:100] for key, values in found.outcomes.items())
     assert found == full_grid(asked_of(outcomes), vanilla[:100], GRID)
 
 
