@@ -616,9 +616,9 @@ def test_a_dry_run_draws_none_of_the_papers_numbers():
         "paper_dims": {"positive": [28, 82, 60], "mixed": [108]},
         "lines": {"the paper's": 70},
     }
-    fitted = dry_run.fitted(params)
-    assert fitted["lines"] == {} and fitted["paper_dims"] == {"positive": [28, 18, 29], "mixed": [12]}
-    assert fitted["dims"] == [12, 13, 4], "as many, and different ones"
+    shrunk = dry_run.shrink(params)
+    assert shrunk["lines"] == {} and shrunk["paper_dims"] == {"positive": [28, 18, 29], "mixed": [12]}
+    assert shrunk["dims"] == [12, 13, 4], "as many, and different ones"
     assert params["lines"], "the spec keeps them"
 
 
@@ -660,7 +660,7 @@ def test_run_report_trace(tmp_path, capsys, monkeypatch):
     path.write_text(json.dumps({**json.loads(path.read_text()), "right": 1}))
     assert trace.main(["table1", "austeer-head", "svamp", "--results", str(tmp_path), "--again"]) == 1
     assert "DIFFERS in right" in capsys.readouterr().out
-    with pytest.raises(AUSteerError, match="avg is an average, of columns boolq, copa, svamp, tone"):
+    with pytest.raises(AUSteerError, match="avg is an average of the columns boolq, copa, svamp, tone"):
         trace.main(["table1", "austeer-head", "avg", "--results", str(tmp_path)])
     with pytest.raises(AUSteerError, match="rows vanilla"):
         trace.main(["table1", "no-row", "svamp", "--results", str(tmp_path)])
@@ -676,7 +676,7 @@ def test_trace_of_a_measured_figure(tmp_path, capsys):
     )
     path.write_text(json.dumps({**json.loads(path.read_text()), "found": []}))
     assert trace.main(["figure4", "embedded", "--results", str(tmp_path), "--again"]) == 1
-    with pytest.raises(AUSteerError, match="has panels, and no columns: 'embedded'"):
+    with pytest.raises(AUSteerError, match="has no rows and columns, but panels: give one of 'embedded'"):
         trace.main(["figure4", "copa", "--results", str(tmp_path)])
 
 
@@ -693,9 +693,9 @@ def test_times_are_not_traced_again(tmp_path):
 def test_the_way_of_a_run_is_in_its_manifest(tmp_path):
     live = {"limit": 20, "batch_size": None, "engine": "live", "toxicity": "local"}
     Manifest(tmp_path, "paper", live, entries={"table1": {"a|b|c": ["x"]}}).write()
-    assert Manifest.begun(tmp_path, "paper", live, False).entries
+    assert Manifest.resume(tmp_path, "paper", live, False).entries
     for other in ({"engine": "vllm"}, {"batch_size": 8}, {"limit": None}):
-        assert not Manifest.begun(tmp_path, "paper", live | other, False).entries, "records of two ways in one table"
+        assert not Manifest.resume(tmp_path, "paper", live | other, False).entries, "records of two ways in one table"
 
 
 def test_what_engines_cannot_serve_answers_itself():
@@ -813,7 +813,7 @@ def test_shared_rows_stand_in_every_accuracy_table():
             methods = {cell.method.name for entry in spec.entries for cell in entry.cells}
             assert {"causal", "causal-both", "sign-aware", "causal-fdr", "causal-greedy", "causal-predicted"} <= methods
             assert {"random", "flipped", "prompt-only"} <= methods, spec.name
-            asked = [json.dumps(specs._asked(row), sort_keys=True) for row in spec.rows.values()]
+            asked = [json.dumps(specs._unlabelled(row), sort_keys=True) for row in spec.rows.values()]
             assert len(asked) == len(set(asked)), "one thing under two names"
 
 
@@ -826,7 +826,7 @@ def test_shared_rows_stand_in_every_accuracy_table():
         (["--device", "gpu"], "device 'gpu' is unknown"),
         (["--engine", "vllm"], "vLLM"),
         (["--scale", "paper", "--models", "gpt", "--estimate"], "there is no model 'gpt'"),
-        (["--scale", "paper", "--only", "ablation"], "nothing of that is in scale paper"),
+        (["--scale", "paper", "--only", "ablation"], "scale paper has nothing of --only"),
     ],
 )
 def test_wrong_input_is_told_in_a_line(arguments, message, tmp_path):
