@@ -155,7 +155,7 @@ def test_stars_and_bold_need_the_adjusted_test(tmp_path):
     )  # fmt: skip
     (block,) = tables.blocks(spec, manifest)
     rows = {row.label: row.values for row in block.rows}
-    assert rows["x"][0].sure and not rows["y"][0].sure and not rows["vanilla"][0].sure
+    assert rows["x"][0].significant and not rows["y"][0].significant and not rows["vanilla"][0].significant
     assert rows["x"][0].best, "better than every other"
     assert not rows["x"][1].best and not rows["y"][1].best, "two alike: neither is the best"
 
@@ -166,7 +166,7 @@ def ahead(n: int) -> list[bool]:
 
 
 def starred(block) -> list[str]:
-    return [row.label for row in block.rows if row.values[0].sure]
+    return [row.label for row in block.rows if row.values[0].significant]
 
 
 def bold(block) -> list[tuple[str, str]]:
@@ -206,7 +206,7 @@ def test_vanilla_may_be_a_column(tmp_path):
     outcomes |= {("random", "4"): [HALF, HALF]}
     spec, manifest = made_up(tmp_path, outcomes, show={"vanilla": {"column": "0"}})
     (block,) = tables.blocks(spec, manifest)
-    assert {row.label: [value.sure for value in row.values[:2]] for row in block.rows[:2]} == {
+    assert {row.label: [value.significant for value in row.values[:2]] for row in block.rows[:2]} == {
         "x": [False, True],
         "y": [False, False],
     }
@@ -239,9 +239,9 @@ def test_seeds_are_not_pooled_as_if_their_items_were_independent(tmp_path):
     assert (
         gain.text == "+3.2"
         and (gain.small, gain.facts) == ("[-3.8, +10.2]", ["by seed +13.0 +3.0 +0.0 +0.0 +0.0"])
-        and not gain.sure
+        and not gain.significant
     )
-    assert rows["steady"][1].sure and rows["random"][0].text == "52.0" and rows["random"][1].text == "+2.0"
+    assert rows["steady"][1].significant and rows["random"][0].text == "52.0" and rows["random"][1].text == "+2.0"
     assert rows["vanilla"][1].text == "" and not rows["vanilla"][1].why
     assert specs.read("embedded", ["ablation"])[0].show["over"] == "seeds"
 
@@ -253,7 +253,7 @@ def test_gains_over_seeds_are_adjusted_for_the_rows(tmp_path):
         outcomes = {("vanilla", f"seed {i}"): [HALF] for i in range(5)}
         outcomes |= {(row, f"seed {i}"): [ahead(gain)] for row in rows for i, gain in enumerate(gains)}
         (block,) = tables.blocks(*made_up(tmp_path / name, outcomes, show={"over": "seeds"}))
-        return [row.values[-1].sure for row in block.rows if row.label != "vanilla"]
+        return [row.values[-1].significant for row in block.rows if row.label != "vanilla"]
 
     assert sure("a", "x") == [True] and sure("b", "xy") == [False, False]
 
@@ -383,7 +383,7 @@ def test_of_two_sites_validation_chooses_not_the_test(tmp_path):
 
     def validated(path, outcomes):
         path.write_text(json.dumps({**json.loads(path.read_text()), "grid_outcomes": {"4,2": records.pack(outcomes)}}))
-        return tables.shown(spec, manifest, "b", "x", "a")[0]["id"]
+        return tables.selected_records(spec, manifest, "b", "x", "a")[0]["id"]
 
     validated(worse_on_test, [True] * 30)
     assert validated(other, [True] * 29 + [False]) == "x-a-0"
@@ -399,8 +399,8 @@ def test_what_was_chosen_on_test_is_not_tested_on_it(tmp_path):
     path.write_text(json.dumps({**json.loads(path.read_text()), "search": "test"}))
     (block,) = tables.blocks(spec, manifest)
     rows = {row.label: row.values[0] for row in block.rows}
-    assert rows["y"].text == "100.0" and rows["y"].marks == "†" and not rows["y"].sure and not rows["y"].best
-    assert rows["x"].sure and rows["x"].best, "nor does it keep others from being best"
+    assert rows["y"].text == "100.0" and rows["y"].marks == "†" and not rows["y"].significant and not rows["y"].best
+    assert rows["x"].significant and rows["x"].best, "nor does it keep others from being best"
 
 
 def test_the_report_of_a_bundle_is_the_same(tmp_path):
@@ -443,7 +443,7 @@ def test_findings_are_read_off_the_records(tmp_path):
         "Significantly better than every draw of its controls: causal momentum in 0 of 2, the published rule in 0 of 2 places.",
         "Causal momentum with k and alpha predicted, not searched, is significantly better in 2 and worse in 0 of 2 places.",
     ]
-    alike = "No method is at any site on a, b, where random AUs recover 2500 % of the largest gain"
+    alike = "On a, b, where random AUs recover 2500 % of the largest gain, no method beats them all at any site:"
     assert alike in findings.findings([made])[1].numbers
     one_draw_as_good, _ = sectioned(tmp_path / "c", outcomes | {("random", "a"): [HALF, ALL, HALF]})
     assert "causal momentum in 1 of 2" in verdicts(one_draw_as_good)[1]
@@ -572,7 +572,7 @@ def test_more_rows_than_markers_are_drawn_each_in_its_place(tmp_path):
     looks = {(curves.COLORS[n % len(curves.COLORS)], curves.MARKERS[n % len(curves.MARKERS)]) for n in range(56)}
     assert len(looks) == 56
     for log in (False, True):
-        places = curves._beside([1, 2, 100], log, 9)
+        places = curves._shifted_xs([1, 2, 100], log, 9)
         assert all(row[1] < other[2] < third[100] for row in places for other in places for third in places)
 
 
@@ -604,7 +604,7 @@ def test_grids_stand_beside_the_papers_and_win_rates_need_a_judge(tmp_path, monk
     ]
     assert maps[2][0][0][0] == pytest.approx(90 - 79.0)
     assert "needs a judge" in made.note
-    missing = dict(pictures.undrawn(spec, manifest))
+    missing = dict(pictures.missing_pictures(spec, manifest))
     assert "needs a judge" in missing["AUSteer-FFN / delta_win_rate"] and missing["AUSteer-FFN / mawps"] == "not run"
 
 

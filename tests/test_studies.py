@@ -94,9 +94,8 @@ def test_a_sweep_says_its_step_and_why_a_combination_is_missing():
         "paper": {"positive": {"dims": [8]}, "mixed": {"dims": [8, 4]}},
     }}  # fmt: skip
     assert dimension_sweep.note(found, {"step": 4}) == (
-        "Swept: one dimension in 4, 3 in all. Chosen on validation: no positive combination, as no swept dimension "
-        "helps there, and no mixed one therefore. Chosen on test: positive 4, 0; no mixed combination, as no swept dimension "
-        "harms there. The paper's dimensions: positive 8; mixed adds 4."
+        "Swept: one dimension in 4, 3 in all. Chosen on validation: no combination, because no swept dimension helps there. "
+        "Chosen on test: positive 4, 0; no mixed combination, because no swept dimension harms there. The paper's dimensions: positive 8; mixed adds 4."
     )
     assert dimension_sweep.note(found, {"step": 1}).startswith("Swept: all 3 dimensions.")
 
@@ -172,7 +171,12 @@ def test_top_tokens_are_the_likeliest(found):
     after = [any(right(s, [item]) for s in strengths.values() if s) for item in task.test]
     assert top["item"] == next((i for i in range(24) if after[i] > before[i]), 0)
     assert top["answer"] == task.test[top["item"]].right
-    assert [top_tokens._shown(token) for token in ("▁no", "Ġyes", "'s", "é")] == ["'_no'", "'_yes'", '"\'s"', r"'\xe9'"]
+    assert [top_tokens._printable(token) for token in ("▁no", "Ġyes", "'s", "é")] == [
+        "'_no'",
+        "'_yes'",
+        '"\'s"',
+        r"'\xe9'",
+    ]
 
 
 def test_extremes_are_best_neutral_and_worst(found):
@@ -250,7 +254,7 @@ def test_a_place_that_is_not_there_is_named():
     for wrong, said in (({"layer": 4}, "no layer 4"), ({"head": 4}, "no head 4"), ({"site": "ffn"}, "no head 1")):
         with pytest.raises(AUSteerError, match=said):
             Block.of(model, {**HEAD, **wrong})
-    with pytest.raises(AUSteerError, match="no dimension 32: layer 0, head 1 has 32"):
+    with pytest.raises(AUSteerError, match="no dimension 32: layer 0, head 1 has dimensions 0 to 31"):
         Block.of(model, HEAD).plan({32: 1.0})
     with pytest.raises(AUSteerError, match="at least three dimensions"):
         STUDIES["top_tokens"].measure(BENCH, {**SMALL["top_tokens"], "step": 16}, False)
