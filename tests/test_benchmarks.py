@@ -54,7 +54,7 @@ def test_ways_to_steer_agree_and_are_timed(steering, llama, tmp_path, monkeypatc
     monkeypatch.setattr(steering, "TURNS", {1: 3, 2: 3})
     made, way = {}, steering.way
     monkeypatch.setattr(steering, "way", lambda name, *rest: made.setdefault(name, way(name, *rest)))
-    with steering.KEPT:
+    with steering.PATCHES:
         figures = steering.decoding(llama, tmp_path)
     assert all(list(ways) == list(steering.WAYS) for ways in figures.values())
     assert all(one["low"] <= one["ratio"] <= one["high"] for ways in figures.values() for one in ways.values())
@@ -64,7 +64,7 @@ def test_ways_to_steer_agree_and_are_timed(steering, llama, tmp_path, monkeypatc
     own = {name for name, weight in folded.state_dict().items() if weight.data_ptr() not in held}
     assert own == {f"model.layers.{layer}.mlp.down_proj.weight" for layer in range(3)}
     with pytest.raises(AssertionError, match="folded checkpoint"):
-        steering.agreed(made | {steering.FOLDED: made["upstream"]})
+        steering.check_agreement(made | {steering.FOLDED: made["upstream"]})
 
 
 def test_the_table_has_every_way_that_was_measured(benchmark):
@@ -114,7 +114,7 @@ def test_requests_under_many_plans(benchmark, monkeypatch):
 def test_every_engine_has_the_slots_that_its_figures_say(benchmark, monkeypatch, tmp_path):
     engine, started = benchmark("engine"), []
 
-    def in_an_engine(path, args, at_once, *groups, **lora):
+    def run_engine(path, args, at_once, *groups, **lora):
         started.append((at_once, lora.get("max_loras"), [{len(some) for some in one.values()} for one in groups]))
         return [{name: 100.0 / (1 + len(set(some))) for name, some in one.items()} for one in groups]
 
@@ -122,7 +122,7 @@ def test_every_engine_has_the_slots_that_its_figures_say(benchmark, monkeypatch,
     monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace())
     monkeypatch.setitem(sys.modules, "vllm.lora", SimpleNamespace())
     monkeypatch.setitem(sys.modules, "vllm.lora.request", request)
-    monkeypatch.setattr(engine, "in_an_engine", in_an_engine)
+    monkeypatch.setattr(engine, "run_engine", run_engine)
     adapters = [SimpleNamespace(folder=tmp_path / str(i), rank=10, targets=["o_proj"]) for i in range(engine.MANY)]
     found = engine.measure(tmp_path, adapters, None)
     assert started == [(64, None, [{64}]), (64, 64, [{64}, {256}]), (256, 256, [{256}])]
@@ -159,7 +159,7 @@ def test_searches_are_held_against_the_grid(search, monkeypatch):
         momentum="causal", grid=search.METHODS["causal"].grid, plan=lambda ranks, settings: search.key_of(settings)
     )
     monkeypatch.setitem(search.METHODS, "simulated", method)
-    found["copa ffn simulated"] = one = search.searched(SimulatedBench(), "ffn", "simulated")
+    found["copa ffn simulated"] = one = search.compare_searches(SimulatedBench(), "ffn", "simulated")
     grid, raced = one["searches"]["grid"], one["searches"]["racing"]
     assert grid["chosen"] == raced["chosen"] == "32,8" and grid["test"] == raced["validation"] == 1.0
     assert grid["interval"] == [pytest.approx(end, abs=1e-4) for end in wilson(1000, 1000)]
@@ -174,7 +174,7 @@ def test_searches_are_held_against_the_grid(search, monkeypatch):
 
 def test_what_no_search_improves_has_the_accuracy_of_doing_nothing(search, monkeypatch):
     monkeypatch.setattr(SimulatedBench, "outcomes", lambda self, items, plan=None: [bool(item % 4) for item in items])
-    for row in search.searched(SimulatedBench(), "ffn", "causal")["searches"].values():
+    for row in search.compare_searches(SimulatedBench(), "ffn", "causal")["searches"].values():
         assert row["chosen"] is None and row["validation"] == row["test"] == 0.75
 
 
