@@ -158,6 +158,14 @@ def main(argv: Sequence[str] | None = None) -> int | None:
 def _check(args: argparse.Namespace) -> None:
     if args.ray and args.device not in (None, "cpu"):
         raise AUSteerError("--ray assigns devices itself: drop --device (except cpu)")
+    check_engine(
+        args.engine,
+        args.device,
+        pairs=args.pairs,
+        quantization=args.quantization,
+        batch_size=args.batch_size,
+        ray=args.ray,
+    )
     check(args, "draws", "jobs", "batch_size")
     if any(k < 1 for k in args.k):
         raise AUSteerError(f"--k must be whole numbers of at least 1, not {min(args.k)}")
@@ -181,14 +189,6 @@ def _check(args: argparse.Namespace) -> None:
         if name not in METHODS:
             raise AUSteerError(f"--option {key}: there is no method {name!r}; --list-methods lists them")
         with_options(name, {option: value})
-    check_engine(
-        args.engine,
-        args.device,
-        pairs=args.pairs,
-        quantization=args.quantization,
-        batch_size=args.batch_size,
-        ray=args.ray,
-    )
 
 
 def _tasks(args: argparse.Namespace) -> list[TaskSpec]:

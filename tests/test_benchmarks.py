@@ -80,7 +80,7 @@ def test_memory_of_the_folded_checkpoint_is_that_of_loading_it(steering, llama, 
     steering.way(steering.FOLDED, llama, tmp_path)
     monkeypatch.setattr(steering, "build", lambda: pytest.fail("nothing else is loaded"))
     steering.print_peak(steering.FOLDED, tmp_path)
-    assert float(capsys.readouterr().out) >= 0
+    assert float(capsys.readouterr().out) > -1  # MB; the kernel counts pages in batches
 
 
 class FakeEngine:

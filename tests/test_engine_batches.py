@@ -161,7 +161,7 @@ def test_a_plan_that_is_no_adapter_fails_its_cell_alone(data, folder, engine, tm
     code, rows = run(data, folder, tmp_path / "results", *command, "--engine", "vllm")
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("FAILED")]
     assert code == 1 and set(rows) == {"vanilla", "prompt-only", "random"}
-    assert len(said) == 1 and "a LoRA adapter works on all of them. Steer live" in said[0]
+    assert len(said) == 1 and "a LoRA adapter has no bias to hold it; steer live" in said[0]
     receipt = rows["random"]["receipt"]
     assert receipt["aus"] == 4 and 1 <= receipt["rank"] <= 4 and 1 <= receipt["modules"] <= 3
 
