@@ -67,14 +67,14 @@ def cpu_seconds(works: dict[str, Callable], repeats: int = 2) -> dict[str, float
 
 
 def shared(model: nn.Module, but: str | None = None) -> nn.Module:
-    """Copy the modules of a model but share its weights, except those of one name: where copies lie is worth 3 %."""
+    """Copy the modules of a model but share its weights, except those of one name: the place of a copy is worth 3 %."""
     weights = {id(weight): weight for name, weight in model.named_parameters() if but is None or but not in name}
     return copy.deepcopy(model, weights)
 
 
 @torch.no_grad()
 def on_weights_of(model: nn.Module, other: nn.Module) -> nn.Module:
-    """Return the other model, its bit-equal weights moved into the first one's memory, for the same reason."""
+    """Return the other model with its bit-equal weights in the first one's memory, since their place costs time."""
     known = model.state_dict()
     equal = {name: known[name] for name, weight in other.state_dict().items() if torch.equal(known[name], weight)}
     other.load_state_dict(equal, strict=False, assign=True)

@@ -65,7 +65,7 @@ SHAPES = {  # as in the models' own config.json
     ),
 }  # fmt: skip
 BATCHES, PROMPT, STEPS, ROUNDS = (1, 32), 128, 64, 5
-ASKED, SCREENED = 256, 256
+N_PROMPTS, N_PAIRS = 256, 256
 BYTES = 2  # of a bfloat16 number
 
 
@@ -221,7 +221,7 @@ class Decoder:
             self.step(column.contiguous(), past_key_values=self.cache, use_cache=True)
 
 
-def measure(shape: str, device: str, asked: int, screened: int) -> dict:
+def measure(shape: str, device: str, n_prompts: int, n_pairs: int) -> dict:
     machine = Machine(device)
     upstream, ours = build(shape, device)
     work = Work(ours)
@@ -230,14 +230,14 @@ def measure(shape: str, device: str, asked: int, screened: int) -> dict:
         "transformers": transformers.__version__, "parameters, 1e9": sum(w.numel() for w in ours.parameters()) / 1e9,
         "bandwidth, GB/s": machine.bandwidth / 1e9, "matmul, TFLOP/s": machine.matmul_rate / 1e12,
     }  # fmt: skip
-    data = pairs(screened)
+    data = pairs(n_pairs)
     seconds = machine.best(lambda: screen_ours(ours, data, "activation"), 2)
     floor = machine.floor(*work.prefill([pair.cost for pair in data], 0))
-    result["screening"] = {"pairs/s": screened / seconds, "floor / time": floor / seconds, "peak GB": machine.peak_gb()}
-    texts = prompts(asked, 0)
+    result["screening"] = {"pairs/s": n_pairs / seconds, "floor / time": floor / seconds, "peak GB": machine.peak_gb()}
+    texts = prompts(n_prompts, 0)
     seconds = machine.best(lambda: LiveAnswerer(ours, Tokens()).answer(texts, Generation(1)), 2)
-    floor = machine.floor(*work.prefill([len(text) for text in texts], asked))
-    result["one-token answers"] = {"prompts/s": asked / seconds, "floor / time": floor / seconds}
+    floor = machine.floor(*work.prefill([len(text) for text in texts], n_prompts))
+    result["one-token answers"] = {"prompts/s": n_prompts / seconds, "floor / time": floor / seconds}
     for batch in BATCHES:
         for compiled in (False, True):
             name = f"decoding, batch {batch}, {'compiled' if compiled else 'eager'}"
@@ -256,13 +256,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", required=True, choices=SHAPES)
     parser.add_argument("--device", default="cuda:0")
-    parser.add_argument("--asked", type=int, default=ASKED, help="prompts to answer (default: %(default)s)")
-    parser.add_argument("--screened", type=int, default=SCREENED, help="pairs to screen (default: %(default)s)")
+    parser.add_argument("--n-prompts", type=int, default=N_PROMPTS, help="prompts to answer (default: %(default)s)")
+    parser.add_argument("--n-pairs", type=int, default=N_PAIRS, help="pairs to screen (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="write the figures to this file, as JSON")
     args = parser.parse_args()
     if args.out and not args.out.parent.is_dir():
         raise AUSteerError(f"there is no folder {args.out.parent}: make it first")
-    figures = measure(args.shape, rmodels.check_device(args.device), args.asked, args.screened)
+    figures = measure(args.shape, rmodels.check_device(args.device), args.n_prompts, args.n_pairs)
     print(json.dumps(figures, indent=1))
     keep(figures, args.out)
 

@@ -37,7 +37,7 @@ class ModelSpec:
 
 @dataclass(frozen=True)
 class PairsSpec:
-    """Which contrastive pairs methods learn from. Unsteered cells do not depend on it."""
+    """Select the contrastive pairs that methods learn from. Unsteered cells do not depend on them."""
 
     n_pairs: int | None = None  # use only the first n
     general_pairs: bool = False  # wrong answers by the paper's general recipe

@@ -221,9 +221,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--dtype", default="auto", help="auto, float32, bfloat16, float16")
     args = parser.parse_args(argv)
     if (args.model == EMBEDDED) != (args.task == "tone"):
-        raise AUSteerError(
-            "tone is the embedded model's task, and its only one: other tasks need --model, and tone takes none"
-        )
+        raise AUSteerError("tone is the embedded model's task: drop --model for tone, and give one for other tasks")
     return args
 
 

@@ -148,7 +148,7 @@ def _rows(bench: Bench, pruned: PreTrainedModel, components: str, draws: int) ->
         # where no grid point beats the pruned model on validation, it stays as it is
         rows.append(test_row(label, pruned, plan, **details) if plan else {**rows[1], "label": label, **details})
         if candidate is method and plan:
-            # what training alone gains: this model has lost nothing, so only a gain beyond it is a restoration
+            # the gain of training alone, on a model that has lost nothing: restoration is what exceeds it
             on_dense = replace(prepared, model=dense, header=model_header(dense))
             rows.append(test_row("dense, trained alike", dense, method.plan(on_dense, chosen), settings=chosen))
     return rows

@@ -1,8 +1,8 @@
 """Read the tables and figures from specs/*.json, and turn them into the cells and panels of a scale.
 
 A spec of kind `accuracy`, `lines` or `heatmap` has blocks x rows x columns; its rows are its own and, by `with`, groups
-that many tables share (rows.json). An entry is one cell or several (the draws of a control, or two sites, of which the better
-on validation is shown). Fields of a cell are merged in the order scale, block, row, column (experiments/cell.py has
+that many tables share (rows.json). An entry is one cell or several: the draws of a control, or two sites, of which the
+better on validation is shown. Fields of a cell are merged in the order scale, block, row, column (experiments/cell.py has
 them all). A spec of kind `study` has panels, each a measurement of paper/studies/. Other kinds read the records of
 another spec, their `source`. `printed` has the paper's numbers. docs/tables.md says how to add a spec.
 """
@@ -28,7 +28,7 @@ SPEC_FIELDS = {"title", "kind", "says", "rows", "with", "scales", "printed", "sh
 
 @dataclass(frozen=True)
 class Entry:
-    """One number of a table, and the cells behind it."""
+    """Hold the place of one number in a table, and the cells behind it."""
 
     block: str
     row: str
@@ -39,7 +39,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Panel:
-    """One picture of a study."""
+    """Hold one measurement of a study, which is one picture."""
 
     name: str
     study: str

@@ -55,17 +55,17 @@ def test_the_embedded_scale_never_stands_beside_the_papers_numbers():
 
 @pytest.mark.skipif(not PRINTED.exists(), reason="needs ../shared, which users do not have")
 def test_printed_numbers_are_the_papers():
-    paper, mine = json.loads(PRINTED.read_text()), {spec.name: spec.printed for spec in specs.read("paper")}
+    paper, printed = json.loads(PRINTED.read_text()), {spec.name: spec.printed for spec in specs.read("paper")}
     for model, rows in paper["table1"].items():
         for row, columns in rows.items():
-            wanted = {column: value for column, value in columns.items() if value is not None}
-            assert mine["table1"][model][row] == wanted
-    assert mine["table10"] == paper["table10"] and mine["table4"] == paper["table4"]
-    assert mine["table13"]["llama2-7b-chat"] == paper["table13_llama2"]
-    large, copa = mine["table11"]["llama3.3-70b-instruct-4bit"], paper["table11_text_llama3.3-70b-4bit_copa"]
+            expected = {column: value for column, value in columns.items() if value is not None}
+            assert printed["table1"][model][row] == expected
+    assert printed["table10"] == paper["table10"] and printed["table4"] == paper["table4"]
+    assert printed["table13"]["llama2-7b-chat"] == paper["table13_llama2"]
+    large, copa = printed["table11"]["llama3.3-70b-instruct-4bit"], paper["table11_text_llama3.3-70b-4bit_copa"]
     assert [large[row]["inference_s"] for row in ("vanilla", "austeer")] == [copa["vanilla_s"], copa["austeer_s"]]
     assert large["austeer"]["prepare_s"] == 60 * copa["prepare_min"] and large["austeer"]["gb"] == copa["gpu_gb"]
-    assert mine["table12"]["llama2-7b-chat"]["austeer"] == paper["table12_copa_llama2_by_number_of_aus"]
+    assert printed["table12"]["llama2-7b-chat"]["austeer"] == paper["table12_copa_llama2_by_number_of_aus"]
 
 
 def test_unsteered_cells_are_the_same_in_all_tables():
@@ -90,9 +90,9 @@ def test_unknown_names_are_told(names, models, message):
 
 
 def made_up(
-    folder: Path, outcomes: dict[tuple[str, str], list[list[bool]]], said: dict | None = None, **more
+    folder: Path, outcomes: dict[tuple[str, str], list[list[bool]]], fields_of_row: dict | None = None, **more
 ) -> tuple[specs.Spec, Manifest]:
-    """A spec of one block, one column a task; outcomes by (row, column), a list a draw; what else records say, by row."""
+    """Make up a spec of one block. outcomes: by (row, column), a list per draw; fields_of_row: further fields of records."""
     manifest, entries = Manifest(folder, "embedded"), []
     names = dict.fromkeys(row for row, _ in outcomes)
     columns = dict.fromkeys(column for _, column in outcomes)
@@ -105,7 +105,7 @@ def made_up(
                 "outcomes": records.pack(hits), "settings": {"k": 4, "alpha": 2.0}, "search": "grid", "device": "cpu", "extras": {},
                 "grid_scores": {"4,2": sum(hits) / len(hits)}, "grid_outcomes": {"4,2": records.pack(hits)},
                 "chosen": "4,2", "options": {}, "environment": {"torch": "2", "commit": "0123456789ab"},
-                **(said or {}).get(row, {}),
+                **(fields_of_row or {}).get(row, {}),
             }  # fmt: skip
             (folder / "records").mkdir(parents=True, exist_ok=True)
             (folder / "records" / f"{id}.json").write_text(json.dumps(record))
@@ -163,7 +163,7 @@ def test_stars_and_bold_need_the_adjusted_test(tmp_path):
 
 
 def ahead(n: int) -> list[bool]:
-    """n items more than HALF; of 6, McNemar's p is 0.03 alone."""
+    """Return n more right items than HALF; for 6, McNemar's p is 0.03 unadjusted."""
     return [True] * (50 + n) + [False] * (50 - n)
 
 
@@ -263,10 +263,10 @@ def test_gains_over_seeds_are_adjusted_for_the_rows(tmp_path):
 def test_how_many_aus_a_row_changes(tmp_path):
     outcomes = {(row, column): [HALF] for row in ("vanilla", "x", "fdr") for column in "ab"}
     outcomes |= {("random", column): [HALF, MOST] for column in "ab"}
-    said = {"x": {"touched": 4, "aus": 512}, "random": {"touched": 32, "aus": 512}}
-    said |= {"fdr": {"touched": 371, "aus": 512, "settings": {"q": 0.05}}}
+    fields_of_row = {"x": {"touched": 4, "aus": 512}, "random": {"touched": 32, "aus": 512}}
+    fields_of_row |= {"fdr": {"touched": 371, "aus": 512, "settings": {"q": 0.05}}}
     printed = {"b": {"x": {"acts": "<=100"}}}
-    spec, manifest = made_up(tmp_path, outcomes, said, printed=printed)
+    spec, manifest = made_up(tmp_path, outcomes, fields_of_row, printed=printed)
     (block,) = tables.blocks(spec, manifest)
     assert block.heads[0] == "AUs"
     rows = {row.label: row.values for row in block.rows}
@@ -423,8 +423,8 @@ def sectioned(folder: Path, outcomes: dict, **more) -> tuple[sections.Section, M
     return sections.section(spec, manifest), manifest
 
 
-def verdicts(*made: sections.Section) -> list[str]:
-    return [finding.verdict for finding in findings.findings(made)]
+def verdicts(*section: sections.Section) -> list[str]:
+    return [finding.verdict for finding in findings.findings(section)]
 
 
 def test_findings_are_read_off_the_records(tmp_path):
@@ -432,53 +432,57 @@ def test_findings_are_read_off_the_records(tmp_path):
     outcomes = {("vanilla", c): [HALF] for c in "ab"} | {("flipped", c): [HALF, HALF] for c in "ab"}
     outcomes |= {("causal", c): good for c in "ab"} | {("random", c): bad * 3 for c in "ab"}
     outcomes |= {("published", c): bad for c in "ab"} | {("causal-predicted", c): good for c in "ab"}
-    made, _ = sectioned(tmp_path / "a", outcomes)
-    assert verdicts(made) == [
+    section, _ = sectioned(tmp_path / "a", outcomes)
+    assert verdicts(section) == [
         "Significantly better than vanilla: causal momentum in 2 of 2, the published rule in 0 of 2 places.",
         "Significantly better than every draw of its controls: causal momentum in 2 of 2, the published rule in 0 of 2 places.",
         "Causal momentum with k and alpha predicted, not searched, is significantly different in none of 2 places.",
     ]
     swapped = outcomes | {("causal", c): bad for c in "ab"} | {("random", c): good * 3 for c in "ab"}
-    made, _ = sectioned(tmp_path / "b", swapped)
-    assert verdicts(made) == [
+    section, _ = sectioned(tmp_path / "b", swapped)
+    assert verdicts(section) == [
         "Significantly better than vanilla: causal momentum in 0 of 2, the published rule in 0 of 2 places.",
         "Significantly better than every draw of its controls: causal momentum in 0 of 2, the published rule in 0 of 2 places.",
         "Causal momentum with k and alpha predicted, not searched, is significantly better in 2 and worse in 0 of 2 places.",
     ]
     alike = "On a, b, where random AUs recover 2500 % of the largest gain, no method beats them all at any site:"
-    assert alike in findings.findings([made])[1].numbers
+    assert alike in findings.findings([section])[1].numbers
     one_draw_as_good, _ = sectioned(tmp_path / "c", outcomes | {("random", "a"): [HALF, ALL, HALF]})
     assert "causal momentum in 1 of 2" in verdicts(one_draw_as_good)[1]
 
 
 def test_findings_over_seeds_need_the_adjusted_test(tmp_path):
-    def said(name, **gains):
+    def first_verdict(name, **gains):
         outcomes = {("vanilla", f"seed {i}"): [HALF] for i in range(5)}
         for row, of_seeds in gains.items():
             outcomes |= {(row, f"seed {i}"): [ahead(gain)] for i, gain in enumerate(of_seeds)}
-        made, _ = sectioned(tmp_path / name, outcomes, show={"over": "seeds"})
-        return verdicts(made)[0]
+        section, _ = sectioned(tmp_path / name, outcomes, show={"over": "seeds"})
+        return verdicts(section)[0]
 
     steady, lucky = (10, 11, 9, 10, 11), (13, 3, 0, 0, 0)
     over = "Significant gain over vanilla over 5 training seeds: "
-    assert said("a", causal=steady, published=lucky) == over + "causal momentum at b, the published rule nowhere."
-    assert said("b", causal=lucky, published=steady) == over + "causal momentum nowhere, the published rule at b."
+    assert (
+        first_verdict("a", causal=steady, published=lucky) == over + "causal momentum at b, the published rule nowhere."
+    )
+    assert (
+        first_verdict("b", causal=lucky, published=steady) == over + "causal momentum nowhere, the published rule at b."
+    )
 
 
 def test_findings_without_records_are_left_out_and_a_dry_run_has_none(tmp_path):
-    made, manifest = sectioned(
+    section, manifest = sectioned(
         tmp_path, {("vanilla", "a"): [HALF], ("causal", "a"): [ALL], ("prompt-only", "a"): [MOST]}
     )
-    assert verdicts(made) == ["Significantly better than vanilla: causal momentum in 1 of 1 places."]
-    page.write([made.spec], replace(manifest, dry_run=True))
+    assert verdicts(section) == ["Significantly better than vanilla: causal momentum in 1 of 1 places."]
+    page.write([section.spec], replace(manifest, dry_run=True))
     text = (tmp_path / "report.md").read_text()
     assert "Nothing yet" in text and "ignificantly better" not in text.replace("Bold: significantly better", "")
 
 
 def test_every_number_links_to_its_records(tmp_path):
     outcomes = {("vanilla", "a"): [HALF], ("causal", "a"): [ALL], ("random", "a"): [HALF, MOST]}
-    made, manifest = sectioned(tmp_path, outcomes)
-    page.write([made.spec], manifest)
+    section, manifest = sectioned(tmp_path, outcomes)
+    page.write([section.spec], manifest)
     text = (tmp_path / "report.html").read_text()
     links = set(re.findall('href="#r-([^"]+)"', text))
     assert links == set(manifest.ids) == set(re.findall('<li id="r-([^"]+)"', text))
@@ -487,15 +491,15 @@ def test_every_number_links_to_its_records(tmp_path):
     cells = re.findall("<td.*?</td>", text, re.DOTALL)
     numbers = [cell for cell in cells if re.search(r'class="number">\d', cell)]
     assert len(numbers) == 6 and all('tabindex="0"' in cell and 'href="#r-' in cell for cell in numbers)
-    ids = {id for row in made.blocks[0].rows for value in row.values for id in value.ids}
+    ids = {id for row in section.blocks[0].rows for value in row.values for id in value.ids}
     assert ids == set(manifest.ids)
 
 
 def test_a_cell_shows_number_and_interval_and_the_rest_on_demand(tmp_path):
-    made, manifest = sectioned(
+    section, manifest = sectioned(
         tmp_path, {("vanilla", "a"): [HALF], ("causal", "a"): [ALL], ("random", "a"): [HALF, MOST]}
     )
-    page.write([made.spec], manifest)
+    page.write([section.spec], manifest)
     cell = next(c for c in re.findall("<td.*?</td>", (tmp_path / "report.html").read_text(), re.DOTALL) if "100.0" in c)
     shown, _, on_demand = cell.partition('<div class="more">')
     assert "100.0" in shown and "[96.3, 100.0]" in shown and "alpha" not in shown
@@ -506,18 +510,18 @@ def test_a_cell_shows_number_and_interval_and_the_rest_on_demand(tmp_path):
 
 
 def test_the_page_needs_nothing_beside_it_and_no_script(tmp_path):
-    made, manifest = sectioned(tmp_path, {("vanilla", "a"): [HALF], ("causal", "a"): [ALL]})
-    page.write([made.spec], manifest)
+    section, manifest = sectioned(tmp_path, {("vanilla", "a"): [HALF], ("causal", "a"): [ALL]})
+    page.write([section.spec], manifest)
     text = (tmp_path / "report.html").read_text()
     assert 'src="data:image/png' in text
     assert not re.search(r"<script|<link|https?://|url\(|@import", text)
 
 
 def test_a_table_of_mixed_library_versions_says_so(tmp_path):
-    made, manifest = sectioned(
+    section, manifest = sectioned(
         tmp_path, {("vanilla", "a"): [HALF], ("causal", "a"): [ALL], ("random", "a"): [HALF, MOST]}
     )
-    assert not any("library versions" in note for note in made.blocks[0].notes)
+    assert not any("library versions" in note for note in section.blocks[0].notes)
     spec, manifest = made_up(
         tmp_path / "b",
         {("vanilla", "a"): [HALF], ("x", "a"): [ALL], ("random", "a"): [HALF, MOST]},
@@ -529,20 +533,20 @@ def test_a_table_of_mixed_library_versions_says_so(tmp_path):
 
 
 def test_a_page_is_rewritten_without_making_again_what_did_not_change(tmp_path, monkeypatch):
-    made, manifest = sectioned(tmp_path, {("vanilla", "a"): [HALF], ("causal", "a"): [ALL]})
-    made_anew, make = [], sections._make
-    monkeypatch.setattr(sections, "_make", lambda *of: made_anew.append(of) or make(*of))
-    page.write([made.spec], manifest)
+    section, manifest = sectioned(tmp_path, {("vanilla", "a"): [HALF], ("causal", "a"): [ALL]})
+    new_sections, make = [], sections._make
+    monkeypatch.setattr(sections, "_make", lambda *of: new_sections.append(of) or make(*of))
+    page.write([section.spec], manifest)
     before = (tmp_path / "report.html").read_bytes(), (tmp_path / "figures" / "findings.png").stat().st_mtime_ns
-    page.write([made.spec], manifest)
-    assert not made_anew
+    page.write([section.spec], manifest)
+    assert not new_sections
     assert before == (
         (tmp_path / "report.html").read_bytes(),
         (tmp_path / "figures" / "findings.png").stat().st_mtime_ns,
     )
     manifest.entries["made"]["b|causal|a"] = []
-    page.write([made.spec], manifest)
-    assert len(made_anew) == 1 and "causal / a" in (tmp_path / "report.md").read_text()
+    page.write([section.spec], manifest)
+    assert len(new_sections) == 1 and "causal / a" in (tmp_path / "report.md").read_text()
 
 
 # ---- pictures, from made-up records -------------------------------------------------------------------------------
@@ -563,8 +567,8 @@ def test_points_of_vanilla_are_hollow_and_vanilla_is_read_off_any_record(tmp_pat
     a, b, drawn = (curves._point(spec, manifest, "b", *at) for at in (("x", "a"), ("x", "b"), ("random", "a")))
     assert (a.accuracy, a.unchosen, a.vanilla) == (80, 0, 50) and (b.accuracy, b.unchosen, b.vanilla) == (50, 1, 50)
     assert (drawn.accuracy, drawn.low, drawn.high, drawn.draws, drawn.unchosen) == (75, 50, 100, 2, 1)
-    (made,) = pictures.draw(spec, manifest, tmp_path)
-    assert made.path.exists() and "In 2 of 6 searches nothing beat vanilla." in made.note
+    (picture,) = pictures.draw(spec, manifest, tmp_path)
+    assert picture.path.exists() and "In 2 of 6 searches nothing beat vanilla." in picture.note
 
 
 def test_more_rows_than_markers_are_drawn_each_in_its_place(tmp_path):
@@ -596,7 +600,7 @@ def test_grids_stand_beside_the_papers_and_win_rates_need_a_judge(tmp_path, monk
         manifest.entries.setdefault("figure10", {})[f"gemma2-9b-it|austeer-ffn|{column}"] = [column]
     maps = []
     monkeypatch.setattr("paper.render.heat_maps.heat_map", lambda axis, ks, alphas, *drawn, **look: maps.append(drawn))
-    (made,) = pictures.draw(spec, manifest, tmp_path)
+    (picture,) = pictures.draw(spec, manifest, tmp_path)
     assert [title for _, title, *_ in maps] == [
         "copa: AUSteer-FFN\ndrawn, vanilla 50.0",
         "copa: AUSteer-FFN, the paper",
@@ -605,7 +609,7 @@ def test_grids_stand_beside_the_papers_and_win_rates_need_a_judge(tmp_path, monk
         "bpo: AUSteer-FFN, the paper\nwin rate, by a judge",
     ]
     assert maps[2][0][0][0] == pytest.approx(90 - 79.0)
-    assert "needs a judge" in made.note
+    assert "needs a judge" in picture.note
     missing = dict(pictures.missing_pictures(spec, manifest))
     assert "needs a judge" in missing["AUSteer-FFN / delta_win_rate"] and missing["AUSteer-FFN / mawps"] == "not run"
 
@@ -639,12 +643,12 @@ def test_run_report_trace(tmp_path, capsys, monkeypatch):
     read = specs.read
 
     def fewer(*args, **shared):
-        """Two rows of one task: the whole of Table 1 is minutes."""
-        found = []
+        """Keep two rows of one task: the whole of Table 1 takes minutes."""
+        fewer_specs = []
         for spec in read(*args, **shared):
-            kept = tuple(e for e in spec.entries if e.row in ("vanilla", "austeer-head") and e.column == "svamp")
-            found.append(replace(spec, entries=kept))
-        return found
+            entries = tuple(e for e in spec.entries if e.row in ("vanilla", "austeer-head") and e.column == "svamp")
+            fewer_specs.append(replace(spec, entries=entries))
+        return fewer_specs
 
     monkeypatch.setattr(specs, "read", fewer)
     assert run.main(small) is None
@@ -701,12 +705,14 @@ def test_the_way_of_a_run_is_in_its_manifest(tmp_path):
 
 
 def test_what_engines_cannot_serve_answers_itself():
-    """Mixtures of experts and 4-bit weights, and all that is measured inside of the model."""
-    found = specs.read("paper", engine="vllm")
-    engines = {cell.model.name: cell.model.engine for spec in found for entry in spec.entries for cell in entry.cells}
+    """Check that mixtures of experts, 4-bit weights and the studies keep the live model."""
+    all_specs = specs.read("paper", engine="vllm")
+    engines = {
+        cell.model.name: cell.model.engine for spec in all_specs for entry in spec.entries for cell in entry.cells
+    }
     own = {model for model, engine in engines.items() if engine == "live"}
     assert own == {"Qwen/Qwen3-30B-A3B", "meta-llama/Llama-3.3-70B-Instruct"}
-    assert {panel.model.engine for spec in found for panel in spec.panels} == {"live"}
+    assert {panel.model.engine for spec in all_specs for panel in spec.panels} == {"live"}
 
 
 def test_a_failed_cell_is_said_and_the_rest_goes_on(tmp_path, capsys, monkeypatch):
@@ -731,10 +737,11 @@ def test_runs_of_other_tables_add_to_the_report(tmp_path, monkeypatch):
     read = specs.read
 
     def fewer(*args, **shared):
-        """Vanilla alone: whole tables are minutes."""
-        found = read(*args, **shared)
+        """Keep vanilla alone: whole tables take minutes."""
+        all_specs = read(*args, **shared)
         return [
-            replace(s, entries=tuple(e for e in s.entries if e.row == "vanilla" and e.column == "svamp")) for s in found
+            replace(s, entries=tuple(e for e in s.entries if e.row == "vanilla" and e.column == "svamp"))
+            for s in all_specs
         ]
 
     monkeypatch.setattr(specs, "read", fewer)
@@ -756,7 +763,7 @@ def test_the_estimate_loads_nothing_and_lists_every_cell(tmp_path):
 
 
 def test_the_estimate_counts_what_is_there_and_current(tmp_path, monkeypatch, capsys):
-    """Records of another way to ask, or of other code, are not done."""
+    """Check that records with other options or of other code do not count as done."""
     fewer = [replace(spec, entries=spec.entries[:2]) for spec in specs.read("embedded", ["table3"], limit=20)]
     monkeypatch.setattr(specs, "read", lambda *args, **shared: fewer)
     monkeypatch.setattr(progress, "EVERY", 0.0)
@@ -773,16 +780,16 @@ def test_the_estimate_counts_what_is_there_and_current(tmp_path, monkeypatch, ca
     with pytest.raises(KeyboardInterrupt):
         run.main(small)
 
-    def planned(*arguments):
+    def counts_of_estimate(*arguments):
         capsys.readouterr()
         run.main([*arguments, "--estimate"])
         return next(line for line in capsys.readouterr().out.splitlines() if line.startswith("table3")).split()[1:3]
 
-    assert planned(*small) == ["2", "1"], "noted as it went"
-    assert planned(*small[:-2]) == ["2", "0"], "of all items, not of 20"
+    assert counts_of_estimate(*small) == ["2", "1"], "noted as it went"
+    assert counts_of_estimate(*small[:-2]) == ["2", "0"], "of all items, not of 20"
     monkeypatch.setattr(run_cell, "code_hash", lambda *roots, cut: "other code")
     estimate._code.cache_clear()
-    assert planned(*small) == ["2", "0"]
+    assert counts_of_estimate(*small) == ["2", "0"]
 
 
 def test_a_figure_that_fails_now_is_not_the_one_of_before(tmp_path):
@@ -815,8 +822,8 @@ def test_shared_rows_stand_in_every_accuracy_table():
             methods = {cell.method.name for entry in spec.entries for cell in entry.cells}
             assert {"causal", "causal-both", "sign-aware", "causal-fdr", "causal-greedy", "causal-predicted"} <= methods
             assert {"random", "flipped", "prompt-only"} <= methods, spec.name
-            asked = [json.dumps(specs._unlabelled(row), sort_keys=True) for row in spec.rows.values()]
-            assert len(asked) == len(set(asked)), "one thing under two names"
+            fields = [json.dumps(specs._unlabelled(row), sort_keys=True) for row in spec.rows.values()]
+            assert len(fields) == len(set(fields)), "one thing under two names"
 
 
 @pytest.mark.parametrize(
@@ -847,9 +854,9 @@ def test_committed_tables_and_figures_are_rebuilt_byte_for_byte(tmp_path):
     manifest = Manifest.read(tmp_path)
     page.write(specs.read("embedded"), manifest)
     assert (tmp_path / "report.md").read_bytes() == (COMMITTED / "report.md").read_bytes()
-    kept = sorted(file.name for file in (COMMITTED / "figures").iterdir())
-    assert kept == sorted(file.name for file in (tmp_path / "figures").iterdir())
-    for name in kept:
+    names = sorted(file.name for file in (COMMITTED / "figures").iterdir())
+    assert names == sorted(file.name for file in (tmp_path / "figures").iterdir())
+    for name in names:
         assert (tmp_path / "figures" / name).read_bytes() == (COMMITTED / "figures" / name).read_bytes(), name
 
 
@@ -863,7 +870,7 @@ def test_killed_three_times_it_ends_in_the_same_bytes(tmp_path):
 
 @pytest.mark.slow
 def test_dry_run_of_the_papers_scale(tmp_path):
-    """Every cell of every table of the paper, on tiny random checkpoints of the eight models' architectures."""
+    """Run every cell of every table of the paper on tiny random checkpoints of the eight models' architectures."""
     from samples import write_datasets
 
     data = write_datasets(tmp_path / "data", train=120)
@@ -871,7 +878,7 @@ def test_dry_run_of_the_papers_scale(tmp_path):
     manifest = Manifest.read(tmp_path / "paper-dry-run")
     text = (tmp_path / "paper-dry-run" / "report.md").read_text()
     assert "DRY RUN" in text and not re.search(r"paper [\d.]+ \(", text)
-    # an SAE of the real model is a download, and fits no tiny one
+    # the real model's SAE would be a download, and fits no tiny model
     assert manifest.failed and all(why.startswith("the SAE") for why in manifest.failed.values()), manifest.failed
     ran, bits = set(), set()
     for spec in specs.read("paper"):

@@ -98,7 +98,7 @@ def _stored(cells: Sequence[Cell], store: Store) -> dict:
 
 @dataclass(frozen=True)
 class Ranking:
-    """The ranks that some cells of one model and one set of pairs need."""
+    """Name the ranks that some cells of one model and one set of pairs need."""
 
     model: ModelSpec
     task: TaskSpec

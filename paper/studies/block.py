@@ -22,7 +22,7 @@ from rmodels import site_shape
 
 @dataclass(frozen=True)
 class Block:
-    """One head, or one layer's output at a site. Dimensions count from its own first, as in the paper: 0 to 127 in a head."""
+    """Locate one head, or one layer's output at a site. Dimensions count from its own first, as in the paper: 0 to 127 in a head."""
 
     site: str
     layer: int

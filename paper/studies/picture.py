@@ -49,7 +49,7 @@ def write_labels(axis, values: np.ndarray, image, texts: list[list[str]]) -> Non
 
 @dataclass(frozen=True)
 class Level:
-    """A number drawn as a line over the whole width."""
+    """Describe a number that is drawn as a line over the whole width."""
 
     y: float
     name: str
