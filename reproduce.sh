@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# bash reproduce.sh [options]   sets itself up, then makes every table and figure, and results/<scale>/report.html
+# bash reproduce.sh [options]   installs what it needs, then makes every table and figure, and results/<scale>/report.html
 #   --scale embedded|small|paper   tiny shipped models (default; two cores, no GPU), one 24 GB GPU, the paper's models
-#   --only table1,figure10   --models llama2-7b-chat   --limit N   --plan   --dry-run   --help
-# Resumable: run it again and it goes on where it stopped. In the background: nohup bash reproduce.sh > log 2>&1 &
+#   --only table1,figure10   --models llama2-7b-chat   --limit N   --estimate   --dry-run   --help
+# To resume, run it again: it continues where it stopped. In the background: nohup bash reproduce.sh > log 2>&1 &
 # Several GPUs or nodes: docs/scaling.md
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"

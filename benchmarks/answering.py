@@ -2,9 +2,9 @@
 
     python benchmarks/answering.py [--threads 1] [--repeats 3] [--out FILE.json]
 
-A random Llama (hidden 512, 8 layers, as in core.py), prompts of about 146 tokens. "plain" is the authors' way: one
-prompt at a time through `generate`. One-token answers are timed twice: on prompts that share nothing, and on
-prompts that begin with the same instruction of 24 tokens, as those of a task do. "matmul floor" is the matrix
+The model is a random Llama (hidden 512, 8 layers, as in core.py), with prompts of about 146 tokens. "plain" is the
+authors' way: one prompt at a time through `generate`. One-token answers are timed twice: on prompts that share nothing,
+and on prompts that begin with the same instruction of 24 tokens, as those of a task do. "matmul floor" runs the matrix
 products alone, in the shapes of the plain way for one token and in the shapes of a batch for many.
 """
 
@@ -25,7 +25,7 @@ PROMPTS, LENGTH, INSTRUCTION, NEW, BATCH = 32, 146, 24, 64, 16
 
 
 class Tokens:
-    """Stands for a tokenizer: prompts are token ids already, so that only the model is timed."""
+    """Stand in for a tokenizer: prompts are token ids already, so that only the model is timed."""
 
     all_special_ids: tuple = ()
 
@@ -39,32 +39,32 @@ class Tokens:
 def prompts(count: int, shared: int) -> list[tuple[int, ...]]:
     generator = torch.Generator().manual_seed(1)
     beginning = torch.randint(3, VOCABULARY, (shared,), generator=generator).tolist()
-    made = []
+    rows = []
     for _ in range(count):
         length = LENGTH - shared + int(torch.randint(-8, 9, (), generator=generator))
-        made.append((*beginning, *torch.randint(3, VOCABULARY, (length,), generator=generator).tolist()))
-    return made
+        rows.append((*beginning, *torch.randint(3, VOCABULARY, (length,), generator=generator).tolist()))
+    return rows
 
 
-def plain(model, asked, new_tokens: int) -> list[list[int]]:
-    made = []
-    for prompt in asked:
+def plain(model, inputs, new_tokens: int) -> list[list[int]]:
+    answers = []
+    for prompt in inputs:
         ids = torch.tensor([prompt])
         out = model.generate(
             input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False, pad_token_id=0
         )  # fmt: skip
-        made.append(out[0, len(prompt) :].tolist())
-    return made
+        answers.append(out[0, len(prompt) :].tolist())
+    return answers
 
 
-def ours(model, asked, new_tokens: int, size: int | None = None) -> list[list[int]]:
-    found = LiveAnswerer(model, Tokens()).answer(asked, Generation(new_tokens), batch_size=size)
-    return [[int(token) for token in answer.text.split()] for answer in found]
+def ours(model, inputs, new_tokens: int, size: int | None = None) -> list[list[int]]:
+    answers = LiveAnswerer(model, Tokens()).answer(inputs, Generation(new_tokens), batch_size=size)
+    return [[int(token) for token in answer.text.split()] for answer in answers]
 
 
 @torch.inference_mode()
 def matmul_floor(model, batches, new_tokens: int = 1) -> None:
-    """The matrix products of prompts and of every further token, the LM head for last tokens only."""
+    """Run the matrix products of prompts and of every further token, with the LM head for last tokens only."""
     linear = [module.weight for module in model.model.modules() if isinstance(module, torch.nn.Linear)]
     for batch in batches:
         rows = len(batch)
@@ -95,8 +95,10 @@ def main() -> None:
     )  # fmt: skip
     long = best_of(
         args.repeats,
-        lambda: plain(model, few, NEW), lambda: ours(model, few, NEW, BATCH), lambda: matmul_floor(model, [few], NEW),
-    )  # fmt: skip
+        lambda: plain(model, few, NEW),
+        lambda: ours(model, few, NEW, BATCH),
+        lambda: matmul_floor(model, [few], NEW),
+    )
     result = {
         "one token, samples/s, plain": PROMPTS / one[0],
         "one token, ours / plain, nothing shared": one[0] / one[1],
@@ -105,8 +107,10 @@ def main() -> None:
         f"{NEW} tokens, tokens/s, plain": BATCH * NEW / long[0],
         f"{NEW} tokens, ours at batch {BATCH} / plain": long[0] / long[1],
         f"{NEW} tokens, matmul floor at batch {BATCH} / plain": long[0] / long[2],
-        "threads": args.threads, "torch": torch.__version__, "machine": platform.machine(),
-    }  # fmt: skip
+        "threads": args.threads,
+        "torch": torch.__version__,
+        "machine": platform.machine(),
+    }
     show(result)
     keep(result, args.out)
 

@@ -2,9 +2,9 @@
 
     python benchmarks/core.py [--threads 1] [--repeats 5] [--out FILE.json]
 
-A random Llama (hidden 512, 8 layers, inter 1376), 64 pairs of about 146 tokens with short answers.
-"plain" is what a straightforward script does: one full text per forward, batch 1, all hidden states, LM
-head, every activation kept. "floor" is the matrix products of the plain way alone, measured in the same run.
+The model is a random Llama (hidden 512, 8 layers, inter 1376), with 64 pairs of about 146 tokens and short answers.
+"plain" does what a straightforward script does: one full text per forward, batch 1, all hidden states, the LM head,
+and every activation kept. "floor" runs the matrix products of the plain way alone, in the same run.
 """
 
 from __future__ import annotations
@@ -42,19 +42,19 @@ def build() -> torch.nn.Module:
 
 def pairs(count: int) -> list[EncodedPair]:
     generator = torch.Generator().manual_seed(1)
-    made = []
+    rows = []
     for _ in range(count):
         length = PROMPT + int(torch.randint(-8, 9, (), generator=generator))
         ids = torch.randint(3, VOCABULARY, (length + 4,), generator=generator).tolist()
-        made.append(EncodedPair(tuple(ids[:length]), tuple(ids[length : length + 2]), tuple(ids[length + 2 :])))
-    return made
+        rows.append(EncodedPair(tuple(ids[:length]), tuple(ids[length : length + 2]), tuple(ids[length + 2 :])))
+    return rows
 
 
 @torch.inference_mode()
 def screen_plain(model, data) -> None:
-    kept = {gate.layer: [] for gate in rmodels.gates(model, "ffn")}
+    activations = {gate.layer: [] for gate in rmodels.gates(model, "ffn")}
     hooks = [
-        gate.register_forward_hook(lambda gate, args, out: kept[gate.layer].append(out[0, -1].clone()))
+        gate.register_forward_hook(lambda gate, args, out: activations[gate.layer].append(out[0, -1].clone()))
         for gate in rmodels.gates(model, "ffn")
     ]
     for pair in data:
@@ -62,7 +62,7 @@ def screen_plain(model, data) -> None:
             model(torch.tensor([pair.prefix + tail]), output_hidden_states=True, use_cache=False)
     for hook in hooks:
         hook.remove()
-    x = torch.stack([torch.stack(rows) for rows in kept.values()]).unflatten(1, (-1, 2))
+    x = torch.stack([torch.stack(rows) for rows in activations.values()]).unflatten(1, (-1, 2))
     momentum = x[:, :, 0] - x[:, :, 1]
     (momentum > 0).sum(1), (momentum < 0).sum(1)
 
@@ -75,7 +75,7 @@ def screen_ours(model, data, momentum: str, size: int | None = None) -> None:
 
 @torch.inference_mode()
 def matmul_floor(model, data) -> None:
-    """Only the matrix products of the plain way: every Linear on every full text."""
+    """Run only the matrix products of the plain way: every Linear on every full text."""
     shapes = {}
     for module in model.model.modules():
         if isinstance(module, torch.nn.Linear):
@@ -90,44 +90,44 @@ def matmul_floor(model, data) -> None:
 
 
 def best_of(repeats: int, *works) -> list[float]:
-    """Seconds of each work, interleaved so that they meet the same machine; the median of the repeats."""
+    """Return the median seconds of each work, interleaved so that all meet the same load."""
     times = [[] for _ in works]
     for work in works:
         work()
     for _ in range(repeats):
-        for taken, work in zip(times, works, strict=True):
+        for times_of_work, work in zip(times, works, strict=True):
             start = time.perf_counter()
             work()
-            taken.append(time.perf_counter() - start)
-    return [statistics.median(taken) for taken in times]
+            times_of_work.append(time.perf_counter() - start)
+    return [statistics.median(times_of_work) for times_of_work in times]
 
 
 @torch.inference_mode()
 def time_per_token(base, other, tokens: int) -> float:
-    """other / base, decoding token by token in turn. CPU time: what else the machine does cancels."""
+    """Return CPU time per token, other / base, decoding in turn, so that other load on the machine cancels."""
     prompt = torch.randint(3, VOCABULARY, (1, 32), generator=torch.Generator().manual_seed(2))
     out = {model: model(prompt, use_cache=True) for model in (base, other)}
-    taken = {base: [], other: []}
+    times = {base: [], other: []}
     for turn in range(tokens):
         for model in (base, other) if turn % 2 else (other, base):
             token = out[model].logits[:, -1].argmax(-1, keepdim=True)
             start = time.process_time()
             out[model] = model(token, past_key_values=out[model].past_key_values, use_cache=True)
-            taken[model].append(time.process_time() - start)
-    return statistics.median(b / a for a, b in zip(taken[base], taken[other], strict=True))
+            times[model].append(time.process_time() - start)
+    return statistics.median(b / a for a, b in zip(times[base], times[other], strict=True))
 
 
 def memory(count: int) -> float:
-    """MB above the loaded model at the peak of screening `count` pairs, in a process of its own (Linux)."""
-    done = subprocess.run(
+    """Return the peak MB above the loaded model while a process of its own screens `count` pairs (Linux)."""
+    process = subprocess.run(
         [sys.executable, __file__, "--memory", str(count)], capture_output=True, text=True, check=True
     )
-    return float(done.stdout)
+    return float(process.stdout)
 
 
 def print_memory(count: int) -> None:
     model, data = build(), pairs(count)
-    screen_ours(model, data[:2], "activation", 1)  # one-time buffers of the libraries
+    screen_ours(model, data[:2], "activation", 1)  # fills one-time buffers of the libraries
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = _status("VmRSS")
     screen_ours(model, data, "activation")
@@ -143,7 +143,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--out", type=Path, help="also write the figures here, as JSON")
+    parser.add_argument("--out", type=Path, help="also write the figures to this file, as JSON")
     parser.add_argument("--memory", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -162,9 +162,9 @@ def main() -> None:
     }
     seconds = dict(zip(works, best_of(args.repeats, *works.values()), strict=True))
     print(f"screening {PAIRS} pairs, {args.threads} thread(s)      pairs/s   against plain")
-    for name, taken in seconds.items():
-        figures[f"screening {name}"] = {"pairs_per_s": PAIRS / taken, "ratio": seconds["plain"] / taken}
-        print(f"  {name:<34} {PAIRS / taken:>8.1f} {seconds['plain'] / taken:>14.2f}")
+    for name, elapsed in seconds.items():
+        figures[f"screening {name}"] = {"pairs_per_s": PAIRS / elapsed, "ratio": seconds["plain"] / elapsed}
+        print(f"  {name:<34} {PAIRS / elapsed:>8.1f} {seconds['plain'] / elapsed:>14.2f}")
 
     scale = torch.zeros(8, 512)
     scale.view(-1)[torch.randperm(8 * 512, generator=torch.Generator().manual_seed(3))[:100]] = 0.01

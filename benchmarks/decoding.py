@@ -1,4 +1,4 @@
-"""Ways to steer the same model, timed against the first of them while they decode in turn, token by token."""
+"""Time ways to steer the same model against the first of them, while they decode in turn, token by token."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ class Ratio:
     @classmethod
     def of(cls, taken: list[float], base: list[float]) -> Ratio:
         ratios = sorted(a / b for a, b in zip(taken, base, strict=True))
-        half = 0.98 * math.sqrt(len(ratios))  # of the ranks around the median
+        half = 0.98 * math.sqrt(len(ratios))  # half the width of the interval, in ranks around the median
         low, high = (ratios[min(max(round(len(ratios) / 2 + step), 0), len(ratios) - 1)] for step in (-half, half))
         return cls(statistics.median(ratios), low, high, 1000 * statistics.median(taken))
 
 
 @torch.inference_mode()
 def against_first(ways: dict[str, Callable], batch: int, turns: int, prompt: int = 32) -> dict[str, Ratio]:
-    """Every way has a cache of its own and gets the same tokens. CPU time: what else the machine does cancels."""
+    """Return each way's CPU time per token over the first's. Every way has its own cache and gets the same tokens."""
     generator = torch.Generator().manual_seed(2)
     ids = torch.randint(3, VOCABULARY, (batch, prompt + turns), generator=generator)
     positions = torch.arange(prompt + turns).expand(batch, -1)
@@ -47,7 +47,7 @@ def against_first(ways: dict[str, Callable], batch: int, turns: int, prompt: int
     names = list(ways)
     for turn in range(turns):
         at = slice(prompt + turn, prompt + turn + 1)
-        first = turn % len(names)  # what ran before a way may have left the machine's caches warm: everyone's turn
+        first = turn % len(names)  # take turns at being first, since the way before may leave caches warm
         for name in names[first:] + names[:first]:
             start = time.process_time()
             ways[name](input_ids=ids[:, at], position_ids=positions[:, at], past_key_values=cache[name], use_cache=True)
@@ -56,7 +56,7 @@ def against_first(ways: dict[str, Callable], batch: int, turns: int, prompt: int
 
 
 def cpu_seconds(works: dict[str, Callable], repeats: int = 2) -> dict[str, float]:
-    """The least of each, in turn: the first run also pays what is done once."""
+    """Return the least CPU seconds of each work, run in turn, since the first run also pays what is done once."""
     least = dict.fromkeys(works, math.inf)
     for _ in range(repeats):
         for name, work in works.items():
@@ -67,14 +67,14 @@ def cpu_seconds(works: dict[str, Callable], repeats: int = 2) -> dict[str, float
 
 
 def shared(model: nn.Module, but: str | None = None) -> nn.Module:
-    """Modules of its own on the same weights (but those of this name): where copies lie in memory is worth 3 %."""
-    kept = {id(weight): weight for name, weight in model.named_parameters() if but is None or but not in name}
-    return copy.deepcopy(model, kept)
+    """Copy the modules of a model but share its weights, except those of one name: the place of a copy is worth 3 %."""
+    weights = {id(weight): weight for name, weight in model.named_parameters() if but is None or but not in name}
+    return copy.deepcopy(model, weights)
 
 
 @torch.no_grad()
 def on_weights_of(model: nn.Module, other: nn.Module) -> nn.Module:
-    """The other, with its weights that are bit-equal to the model's in the model's memory, for the same reason."""
+    """Return the other model with its bit-equal weights in the first one's memory, since their place costs time."""
     known = model.state_dict()
     equal = {name: known[name] for name, weight in other.state_dict().items() if torch.equal(known[name], weight)}
     other.load_state_dict(equal, strict=False, assign=True)
@@ -82,14 +82,14 @@ def on_weights_of(model: nn.Module, other: nn.Module) -> nn.Module:
 
 
 def sparse_plan(site: str, shape: tuple[int, int], k: int = 100) -> Plan:
-    """k random AUs, doubled."""
+    """Return a plan that doubles k random AUs."""
     scale = torch.zeros(shape)
     scale.view(-1)[torch.randperm(scale.numel(), generator=torch.Generator().manual_seed(3))[:k]] = 1.0
     return Plan({site: scale})
 
 
 def hook(model: nn.Module, plan: Plan) -> nn.Module:
-    """What one writes without a library: a forward hook on every MLP, or every layer, of upstream's model."""
+    """Steer as one does without a library: by a forward hook on every MLP or layer of upstream's model."""
     for index, layer in enumerate(model.model.layers):
         for site, module in (("ffn", layer.mlp), ("layer", layer)):
             if site in plan.sites:

@@ -1,11 +1,11 @@
-"""Speed at the true shapes of large models, with random bfloat16 weights made on one GPU, beside what is physically possible.
+"""Speed at the true shapes of large models, with random bfloat16 weights on one GPU, beside the hardware's limit.
 
     python benchmarks/gpu.py --shape llama2-7b [--out benchmarks/results/gpu-llama2-7b.json]
     python benchmarks/gpu.py --shape tiny --device cpu          # the same code on any machine
 
-The floor of a figure is the larger of two times: its bytes over the bandwidth and its FLOPs over the matmul rate, both
-measured in the same run. Decoding is timed in blocks, each beside one of upstream's; "compiled" is torch.compile on a static cache,
-on a GPU with CUDA graphs. `graphs skipped` counts where those were not possible.
+The floor of a figure is the larger of two times: its bytes over the bandwidth, and its FLOPs over the matmul rate, both
+measured in the same run. Decoding is timed in blocks, each beside one of upstream's; "compiled" is torch.compile on a
+static cache, with CUDA graphs on a GPU. `graphs skipped` counts the graphs that could not be captured.
 """
 
 from __future__ import annotations
@@ -65,12 +65,12 @@ SHAPES = {  # as in the models' own config.json
     ),
 }  # fmt: skip
 BATCHES, PROMPT, STEPS, ROUNDS = (1, 32), 128, 64, 5
-ASKED, SCREENED = 256, 256
+N_PROMPTS, N_PAIRS = 256, 256
 BYTES = 2  # of a bfloat16 number
 
 
 class Machine:
-    """Bandwidth and matmul rate as measured, a clock that waits for the device, and floors by the two."""
+    """Measure bandwidth and matmul rate, time work on the device, and compute floors from the two rates."""
 
     def __init__(self, device: str):
         self.device = device
@@ -109,7 +109,7 @@ class Machine:
 
 
 class Work:
-    """Bytes and FLOPs that no way of computing can do without."""
+    """Count the bytes and FLOPs that any way of computing needs."""
 
     def __init__(self, model):
         config = self.config = model.config
@@ -123,20 +123,20 @@ class Work:
         self.cached = 2 * config.num_hidden_layers * config.num_key_value_heads * width * BYTES  # bytes per token
 
     def decode(self, batch: int, context: float) -> tuple[float, float]:
-        """One token of every row."""
-        met = 1 - (1 - self.share) ** batch  # of the experts, if all are as likely
-        read = BYTES * (self.dense + self.head + met * self.experts) + batch * context * self.cached
+        """Return the bytes and FLOPs of one token of every row."""
+        share = 1 - (1 - self.share) ** batch  # of the experts that some row uses, if all are equally likely
+        read = BYTES * (self.dense + self.head + share * self.experts) + batch * context * self.cached
         return read, batch * (2 * (self.dense + self.head + self.share * self.experts) + context * self.attention)
 
     def prefill(self, lengths: list[int], heads: int) -> tuple[float, float]:
-        """Prompts, `heads` of whose tokens get logits; the weights are read once."""
+        """Return the bytes and FLOPs of prompts, `heads` of whose tokens get logits; the weights are read once."""
         read = BYTES * (self.dense + self.experts + (self.head if heads else 0))
         flops = sum(2 * (self.dense + self.share * self.experts) * n + self.attention * n * n / 2 for n in lengths)
         return read, flops + 2 * heads * self.head
 
 
 def build(shape: str, device: str):
-    """Upstream's model with random weights, and the patched one with the same tensors: memory for one."""
+    """Return upstream's model with random weights, and ours on the same tensors, in the memory of one."""
     config = AutoConfig.for_model(**SHAPES[shape])
     kernel = rmodels.family(config.model_type).DEFAULT_KERNEL or "sdpa"
     config._attn_implementation = kernel
@@ -148,7 +148,7 @@ def build(shape: str, device: str):
     with torch.device("meta"):
         ours = rmodels.family(config.model_type)(AutoConfig.for_model(**SHAPES[shape], attn_implementation=kernel))
     ours.load_state_dict(upstream.state_dict(), assign=True)
-    for name, buffer in upstream.named_buffers():  # rotary frequencies, in no state dict
+    for name, buffer in upstream.named_buffers():  # such as rotary frequencies, which no state dict holds
         owner, _, leaf = name.rpartition(".")
         setattr(ours.get_submodule(owner), leaf, buffer)
     assert not any(tensor.is_meta for tensor in [*ours.parameters(), *ours.buffers()])
@@ -160,7 +160,7 @@ def build(shape: str, device: str):
 
 
 def decoding(machine: Machine, upstream, ours, batch: int, compiled: bool) -> dict:
-    """Milliseconds per token and the ratio to upstream's (of upstream: the noise), blocks of the two in turn."""
+    """Return milliseconds per token and their ratio to upstream's, in alternating blocks; upstream's own ratio is noise."""
     shapes = {site: rmodels.site_shape(ours, site) for site in ("attention", "ffn")}
     plans = {site: sparse_plan(site, shape) for site, shape in shapes.items()}
     ways = {
@@ -175,23 +175,25 @@ def decoding(machine: Machine, upstream, ours, batch: int, compiled: bool) -> di
     run = {model: Decoder(model, batch, compiled, machine.cuda) for model in (upstream, ours)}
     result = {}
     for name, (model, steering) in ways.items():
-        taken = []
+        seconds = []
         counters.clear()
-        with steering():  # once: compiled code is specialised on what is set
+        with steering():  # set once, since compiled code is specialised on what is set
             for _ in range(ROUNDS + 1):
-                taken.append([run[one].seconds(machine, ids) / STEPS for one in (upstream, model)])
-        base, own = zip(*taken[1:], strict=True)  # the first compiles
-        ratio = statistics.median(b / a for a, b in taken[1:])
+                seconds.append([run[one].seconds(machine, ids) / STEPS for one in (upstream, model)])
+        base, own = zip(*seconds[1:], strict=True)  # the first compiles
+        ratio = statistics.median(b / a for a, b in seconds[1:])
         result[name] = {
-            "ms": 1000 * statistics.median(own), "upstream ms": 1000 * statistics.median(base), "ratio": ratio,
+            "ms": 1000 * statistics.median(own),
+            "upstream ms": 1000 * statistics.median(base),
+            "ratio": ratio,
             "graphs skipped": counters["inductor"]["cudagraph_skips"],
-        }  # fmt: skip
+        }
     floor = machine.floor(*Work(ours).decode(batch, PROMPT + STEPS / 2))
     return {**result, "floor ms": 1000 * floor}
 
 
 class Decoder:
-    """Token by token: eagerly on a growing cache, or compiled on one that stays where it is."""
+    """Decode token by token: eagerly on a growing cache, or compiled on a static one."""
 
     def __init__(self, model, batch: int, compiled: bool, cuda: bool):
         self.model, self.cache, self.step = model, None, model
@@ -204,7 +206,7 @@ class Decoder:
 
     @torch.no_grad()
     def seconds(self, machine: Machine, ids) -> float:
-        """Of all tokens behind the prompt."""
+        """Return the seconds of all tokens after the prompt."""
         if self.compiled:
             self.cache.reset()
         else:
@@ -219,7 +221,7 @@ class Decoder:
             self.step(column.contiguous(), past_key_values=self.cache, use_cache=True)
 
 
-def measure(shape: str, device: str, asked: int, screened: int) -> dict:
+def measure(shape: str, device: str, n_prompts: int, n_pairs: int) -> dict:
     machine = Machine(device)
     upstream, ours = build(shape, device)
     work = Work(ours)
@@ -228,20 +230,20 @@ def measure(shape: str, device: str, asked: int, screened: int) -> dict:
         "transformers": transformers.__version__, "parameters, 1e9": sum(w.numel() for w in ours.parameters()) / 1e9,
         "bandwidth, GB/s": machine.bandwidth / 1e9, "matmul, TFLOP/s": machine.matmul_rate / 1e12,
     }  # fmt: skip
-    data = pairs(screened)
+    data = pairs(n_pairs)
     seconds = machine.best(lambda: screen_ours(ours, data, "activation"), 2)
     floor = machine.floor(*work.prefill([pair.cost for pair in data], 0))
-    result["screening"] = {"pairs/s": screened / seconds, "floor / time": floor / seconds, "peak GB": machine.peak_gb()}
-    texts = prompts(asked, 0)
+    result["screening"] = {"pairs/s": n_pairs / seconds, "floor / time": floor / seconds, "peak GB": machine.peak_gb()}
+    texts = prompts(n_prompts, 0)
     seconds = machine.best(lambda: LiveAnswerer(ours, Tokens()).answer(texts, Generation(1)), 2)
-    floor = machine.floor(*work.prefill([len(text) for text in texts], asked))
-    result["one-token answers"] = {"prompts/s": asked / seconds, "floor / time": floor / seconds}
+    floor = machine.floor(*work.prefill([len(text) for text in texts], n_prompts))
+    result["one-token answers"] = {"prompts/s": n_prompts / seconds, "floor / time": floor / seconds}
     for batch in BATCHES:
         for compiled in (False, True):
             name = f"decoding, batch {batch}, {'compiled' if compiled else 'eager'}"
             try:
                 result[name] = decoding(machine, upstream, ours, batch, compiled)
-            except Exception as error:  # the compiler's are of many kinds; the other figures stand
+            except Exception as error:  # the compiler raises many kinds; the other figures stand
                 result[name] = {"failed": f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"}
             print(name, json.dumps(result[name]), flush=True)
             torch.compiler.reset()
@@ -254,13 +256,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", required=True, choices=SHAPES)
     parser.add_argument("--device", default="cuda:0")
-    parser.add_argument("--asked", type=int, default=ASKED, help="prompts to answer (default: %(default)s)")
-    parser.add_argument("--screened", type=int, default=SCREENED, help="pairs to screen (default: %(default)s)")
-    parser.add_argument("--out", type=Path, help="write the figures here, as JSON")
+    parser.add_argument("--n-prompts", type=int, default=N_PROMPTS, help="prompts to answer (default: %(default)s)")
+    parser.add_argument("--n-pairs", type=int, default=N_PAIRS, help="pairs to screen (default: %(default)s)")
+    parser.add_argument("--out", type=Path, help="write the figures to this file, as JSON")
     args = parser.parse_args()
     if args.out and not args.out.parent.is_dir():
-        raise AUSteerError(f"{args.out.parent} is no folder")
-    figures = measure(args.shape, rmodels.check_device(args.device), args.asked, args.screened)
+        raise AUSteerError(f"there is no folder {args.out.parent}: make it first")
+    figures = measure(args.shape, rmodels.check_device(args.device), args.n_prompts, args.n_pairs)
     print(json.dumps(figures, indent=1))
     keep(figures, args.out)
 

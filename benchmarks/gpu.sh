@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# bash benchmarks/gpu.sh [SHAPE...]   benchmarks/gpu.py on one GPU, at every true shape that fits in its memory.
-#                                      Nothing is downloaded; figures go to benchmarks/results/gpu-SHAPE.json.
+# bash benchmarks/gpu.sh [SHAPE...]   runs benchmarks/gpu.py on one GPU, at the true shapes of four models, or of those
+#                                     named. Nothing is downloaded; figures go to benchmarks/results/gpu-SHAPE.json.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash scripts/setup.sh requirements.txt requirements2.txt

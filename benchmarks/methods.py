@@ -1,10 +1,10 @@
-"""What every method costs on an embedded model: preparation, memory, time per token, activations touched.
+"""What every method costs on an embedded model: preparation, memory, time per token, AUs steered.
 
     python benchmarks/methods.py [--task svamp] [--method NAME ...] [--out benchmarks/results/methods-cpu.json]
 
-Every method prepares on the task's pairs in a process of its own, with the ranks it needs made anew. Time per token is
-a ratio from one run: the model with the plan live against the same model idle, in turn. Touched is of the
-strongest setting of the method's grid; memory is the peak above the loaded model (Linux).
+Every method prepares on the task's pairs in a process of its own, and makes the ranks it needs anew. Time per token is
+a ratio from one run: the model with the plan live against the same model idle, in turn. `touched` counts the AUs of the
+last grid point, the strongest one; memory is the peak above the loaded model (Linux).
 """
 
 from __future__ import annotations
@@ -38,14 +38,15 @@ TOKENS = 300
 
 
 def measure(method: Method, task: EmbeddedTask) -> dict:
-    """In a process of its own. Of the method's sites, the first."""
+    """Measure a method at the first of its sites; run this in a process of its own."""
     folder, site = checkpoint(*bench_of(model=EMBEDDED, task=task.name)), method.sites[0]
     model, tokenizer = rmodels.load(folder, device="cpu"), rmodels.load_tokenizer(folder)
 
     def ranks(momentum: str, at: str = site, pairs=task.pairs):
         return screen(pairs, model, tokenizer, [at], momentum=momentum, progress=False)[at]
 
-    ranks("causal", sites_of(site)[0], task.pairs[:2])  # one-time buffers of the libraries, forwards and backwards
+    # fills one-time buffers of the libraries, forwards and backwards
+    ranks("causal", sites_of(site)[0], task.pairs[:2])
     Path("/proc/self/clear_refs").write_text("5")  # the peak so far was of loading
     before, start = memory_mb("VmRSS"), time.perf_counter()
     prepared = method.prepare(Evidence(model, tokenizer, task.pairs, site, ranks))
@@ -70,11 +71,11 @@ def memory_mb(field: str) -> float:
 
 @torch.inference_mode()
 def time_per_token(model, plan: Plan) -> float:
-    """Live over idle, decoding token by token in turn; CPU time, so what else the machine does cancels."""
+    """Return CPU time per token, live over idle, decoding in turn, so that other load on the machine cancels."""
     prompt = torch.randint(3, model.config.vocab_size, (1, 16), generator=torch.Generator().manual_seed(2))
     ratios = []
     for turn in range(TOKENS // 50):
-        taken = {}
+        seconds = {}
         for live in (False, True) if turn % 2 else (True, False):
             if live:
                 apply(model, plan)
@@ -82,37 +83,37 @@ def time_per_token(model, plan: Plan) -> float:
             start = time.process_time()
             for token in range(50):
                 cache = model(torch.tensor([[3 + token]]), past_key_values=cache, use_cache=True).past_key_values
-            taken[live] = time.process_time() - start
+            seconds[live] = time.process_time() - start
             clear(model)
-        ratios.append(taken[True] / taken[False])
+        ratios.append(seconds[True] / seconds[False])
     return median(ratios)
 
 
-def in_own_process(name: str, task: str) -> dict:
+def measure_in_process(name: str, task: str) -> dict:
     command = [sys.executable, __file__, "--one", "--method", name, "--task", task]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        return {"error": (done.stderr.strip().splitlines() or ["failed"])[-1]}
-    return json.loads(done.stdout)
+    process = subprocess.run(command, capture_output=True, text=True)
+    if process.returncode:
+        return {"error": (process.stderr.strip().splitlines() or ["failed"])[-1]}
+    return json.loads(process.stdout)
 
 
 def table(rows: dict[str, dict]) -> str:
     head = ["method", "site", "prepare, s", "memory, MB", "time per token", "touched", "trains", "foldable"]
-    yes, lines = {True: "yes", False: "no"}, []
+    yes_no, lines = {True: "yes", False: "no"}, []
     for name, row in rows.items():
         if "error" in row:
             lines.append([name, row["error"]])
             continue
         costs = [f"{row['prepare_s']:.1f}", f"{row['memory_mb']:.0f}", f"{row['time_per_token']:.2f}"]
-        lines.append([name, row["site"], *costs, str(row["touched"]), yes[row["trains"]], yes[row["foldable"]]])
+        lines.append([name, row["site"], *costs, str(row["touched"]), yes_no[row["trains"]], yes_no[row["foldable"]]])
     return markdown(head, lines, words=2)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", default="svamp", help="of the embedded models (default: %(default)s)")
+    parser.add_argument("--task", default="svamp", help="task of the embedded models (default: %(default)s)")
     parser.add_argument("--method", nargs="+", default=list(METHODS), choices=METHODS, metavar="NAME")
-    parser.add_argument("--out", type=Path, help="also write the figures here, as JSON")
+    parser.add_argument("--out", type=Path, help="also write the figures to this file, as JSON")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -121,14 +122,14 @@ def main() -> None:
     if args.one:
         print(json.dumps(measure(METHODS[args.method[0]], task)))
         return
-    rows = {name: in_own_process(name, args.task) for name in args.method}
+    rows = {name: measure_in_process(name, args.task) for name in args.method}
     print(table(rows))
     if args.out:
         figures = {"machine": platform.machine(), "torch": torch.__version__, "threads": 1, "task": args.task}
         figures |= {"pairs": len(task.pairs), "methods": rows}
         keep(figures, args.out)
     if any("error" in row for row in rows.values()):
-        raise AUSteerError("some methods failed; the table says which")
+        raise AUSteerError("some methods failed: the table shows their errors")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
-"""Two installed peers, `repeng` and `steering-vectors`, beside this project: the same model, pairs and plan, one process.
+"""Compare this project with `repeng` and `steering-vectors`: the same model, pairs and plan, in one process.
 
     bash benchmarks/peers.sh && .venv-peers/bin/python benchmarks/peers.py [--out FILE.json]
 
-Their plans are one added vector per layer, so that is compared: here a plan with shifts at site "layer". Of the rest, both
-can be given a function of activation and vector, so steering-vectors can scale the output of MLP blocks (site "ffn"), and
-repeng that of layers. Neither reaches the input of `o_proj` or `down_proj`, steers rows of a batch by plans of their own, or
-writes what it does into weights or adapters. Before anything is timed, logits are compared.
+Their plans add one vector per layer, which is a plan with shifts at site "layer" here, so that is compared. Both also accept
+a function of activation and vector, so steering-vectors can scale the output of MLP blocks (site "ffn"), and repeng that of
+layers. Neither reaches the input of `o_proj` or `down_proj`, steers rows of a batch by plans of their own, or writes what it
+does into weights or adapters. Logits are compared before anything is timed.
 
-Screening is their training of a vector: hidden states of both texts of a pair at the last token. Ours ranks the same site.
+"screening" is their training of a vector, from the hidden states of both texts of a pair at the last token, against our
+ranking of the same site.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ TURNS = {1: 80, 8: 60, 32: 30}
 
 
 def ways_to_add(model, plan: Plan) -> dict:
-    """Each with modules of its own, since some take the model apart."""
+    """Return the ways to add a vector, each with modules of its own, since some take the model apart."""
     shift = plan.shifts["layer"]
     upstream = build_upstream(model)
     upstream.load_state_dict(model.state_dict(), assign=True)
@@ -53,7 +54,7 @@ def ways_to_add(model, plan: Plan) -> dict:
 
 
 def ways_to_scale(model, plan: Plan) -> dict:
-    """Scaled AUs at the ffn site, which of the two only steering-vectors reaches."""
+    """Return the ways to scale AUs at the ffn site, which repeng does not reach."""
     upstream = build_upstream(model)
     upstream.load_state_dict(model.state_dict(), assign=True)
     patched = shared(upstream)
@@ -64,24 +65,26 @@ def ways_to_scale(model, plan: Plan) -> dict:
 
 
 @torch.inference_mode()
-def same_logits(ways: dict) -> float:
+def check_logits(ways: dict) -> float:
     ids = torch.randint(3, VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(5))
-    found = {name: way(input_ids=ids, position_ids=torch.arange(24).expand(2, -1)).logits for name, way in ways.items()}
-    apart = max(float((one - found["ours, live"]).abs().max()) for name, one in found.items() if name != "upstream")
-    moved = float((found["upstream"] - found["ours, live"]).abs().max())
+    logits = {
+        name: way(input_ids=ids, position_ids=torch.arange(24).expand(2, -1)).logits for name, way in ways.items()
+    }
+    apart = max(float((one - logits["ours, live"]).abs().max()) for name, one in logits.items() if name != "upstream")
+    moved = float((logits["upstream"] - logits["ours, live"]).abs().max())
     assert apart < 1e-4 < moved / 10, (apart, moved)
     return apart
 
 
 def words() -> PreTrainedTokenizerFast:
-    """A word per token id, so that the pairs of core.py are texts, of the same tokens for everybody."""
+    """Return a tokenizer of one word per token id, which makes the pairs of core.py texts, the same for all."""
     core = Tokenizer(models.WordLevel({str(i): i for i in range(VOCABULARY)}, unk_token="0"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="0", eos_token="2", padding_side="left")
 
 
 def screening(model) -> dict[str, float]:
-    """Pairs per second."""
+    """Return pairs per second."""
     tokenizer, upstream = words(), build_upstream(model)
     texts = [tuple(" ".join(map(str, ids)) for ids in (p.prefix, p.positive, p.negative)) for p in pairs(PAIRS)]
     rows = [[prompt, " " + right, " " + wrong] for prompt, right, wrong in texts]
@@ -107,7 +110,7 @@ def screening(model) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="also write the figures here, as JSON")
+    parser.add_argument("--out", type=Path, help="also write the figures to this file, as JSON")
     args = parser.parse_args()
     torch.set_num_threads(1)
     model = build()
@@ -118,7 +121,7 @@ def main() -> None:
         ("a vector added to every layer", ways_to_add(build(), added)),
         ("100 AUs scaled, ffn", ways_to_scale(build(), sparse_plan("ffn", (8, 512)))),
     ):
-        same_logits(ways)
+        check_logits(ways)
         result[name] = {}
         for batch in BATCHES:
             ratios = against_first(ways, batch, TURNS[batch])

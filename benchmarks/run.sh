@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# bash benchmarks/run.sh [DIR]   every benchmark that this machine can run, one after another; figures go to DIR
-#                                (default: benchmarks/results), half an hour on a CPU. vLLM's part runs where
-#                                `bash scripts/setup-vllm.sh` was run, the part on a GPU where there is one.
+# bash benchmarks/run.sh [DIR]   runs every benchmark that this machine can run, in half an hour on a CPU; figures go to
+#                                DIR (default: benchmarks/results). vLLM's part needs `bash scripts/setup-vllm.sh` first,
+#                                and the GPU's part a GPU.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash scripts/setup.sh requirements.txt requirements2.txt

@@ -1,14 +1,15 @@
-"""Searches of settings against each other, and plans in one batch against plans one at a time.
+"""Compare searches with each other, and plans in one batch with plans one at a time.
 
     python benchmarks/search.py [--only searches|batches] [--out benchmarks/results/search-cpu.json]
 
-searches: at every place (task, site, kind of ranks) of the embedded models, every search live on 200 validation items,
-and what it chose on 1000 test items, with 95 % intervals. Where a search chose nothing, its accuracies are those of doing
-nothing. "against the grid" is what a search costs as a share of the full grid, in item-runs and in seconds (of CPU time on
-one thread: what else the machine does cancels), and whether the test accuracy of its choice is inside the interval of the
-grid's choice, or above or below it. Behind it "resampled": 200 times, 200 of those test items stand for validation, and how
-often the choice of each search has its true accuracy (on all 1000) inside the interval around the validation score of the
-full grid's choice, or above it; "regret" is the mean accuracy lost against the full grid.
+searches: at every place (task, site, kind of ranks) of the embedded models, every search runs live on 200 validation
+items, and its choice is tested on 1000 items, with 95 % intervals. A search that chooses nothing has the accuracy of
+vanilla. "against the grid" has the cost of a search as a share of the full grid's, in item-runs and in seconds of CPU time
+on one thread, and whether the test accuracy of its choice is inside, above or below the interval of the grid's choice.
+"resampled" lets 200 of the test items stand for validation, 200 times: "inside" is how often the true accuracy of the
+choice (on all 1000) lies inside the interval around the validation score of the full grid's choice, or above it; "regret"
+is the mean accuracy lost against the full grid.
+
 batches: seconds of one plan at a time over seconds of all plans in one batch (above 1, the batch is faster), on embedded
 models and on the random Llama of core.py (hidden 512, 8 layers) with prompts of about 24 tokens.
 """
@@ -27,7 +28,6 @@ import numpy as np
 import torch
 from answering import Tokens
 from core import VOCABULARY, build
-from experiments.engines.grid_batches import FEW
 from figures import keep, markdown
 from transformers.utils import logging as transformers_logging
 
@@ -42,6 +42,7 @@ from eval.answering.answerer import Generation
 from eval.answering.live import LiveAnswerer
 from eval.statistics import wilson
 from eval.tasks.embedded import EmbeddedTask
+from experiments.engines.answering import FEW
 from experiments.search import SEARCHES, key_of, shuffled
 
 TASKS, SITES, NAMES = ("copa", "svamp", "tone"), ("attention", "ffn"), ("causal", "published")
@@ -51,7 +52,7 @@ RANKS = Path(__file__).parents[1] / "AU_ranks" / "embedded"
 
 
 class Bench:
-    """One task with its model, and outcomes of items under a plan."""
+    """Score items of one task under plans, on the task's embedded model."""
 
     def __init__(self, name: str):
         folder = str(acceptance.WEIGHTS / name)
@@ -69,7 +70,7 @@ class Bench:
         return self.task.columns(items, answers).outcomes
 
     def under(self, plans, items) -> list[list[bool]]:
-        """Outcomes under each plan, asked as experiments/run_cell.py does: few items with answers of several tokens in one batch."""
+        """Return outcomes under each plan, batched as experiments/run_cell.py does."""
         if not (self.task.multi_token and len(plans) > 1 and 0 < len(items) <= FEW):
             return [self.outcomes(items, plan) for plan in plans]
         plans_of_rows = [plan for plan in plans for _ in items]
@@ -79,40 +80,42 @@ class Bench:
         return [self.task.columns(items, answers[start : start + len(items)]).outcomes for start in starts]
 
 
-def searched(bench: Bench, site: str, name: str) -> dict:
+def compare_searches(bench: Bench, site: str, name: str) -> dict:
     method: AUSteer = METHODS[name]
     ranks = AURanks.load(RANKS / bench.task.name / method.momentum / f"{site}.safetensors")
     grid = method.grid("small")
     plans = {key_of(settings): method.plan(ranks, settings) for settings in grid}
     vanilla = bench.outcomes(bench.validation)
-    tested = np.array([bench.outcomes(bench.test), *(bench.outcomes(bench.test, plan) for plan in plans.values())])
+    test_outcomes = np.array(
+        [bench.outcomes(bench.test), *(bench.outcomes(bench.test, plan) for plan in plans.values())]
+    )
 
-    def ask(some, start, stop):
-        return bench.under([plans[key_of(settings)] for settings in some], bench.validation[start:stop])
+    def ask(points, start, stop):
+        return bench.under([plans[key_of(settings)] for settings in points], bench.validation[start:stop])
 
     rows = {}
     for search in COMPARED:
         start = time.process_time()
-        found = SEARCHES[search](ask, vanilla, grid)
+        result = SEARCHES[search](ask, vanilla, grid)
         seconds = time.process_time() - start
-        chosen = None if found.chosen is None else key_of(found.chosen)
-        validated = vanilla[: found.n] if chosen is None else found.outcomes[chosen]
-        right = int(tested[_row(found.chosen, grid)].sum())
+        chosen = None if result.chosen is None else key_of(result.chosen)
+        validated = vanilla[: result.n] if chosen is None else result.outcomes[chosen]
+        right = int(test_outcomes[_row(result.chosen, grid)].sum())
         rows[search] = {
             "chosen": chosen,
             "validation": round(sum(validated) / len(validated), 4),
             "validated_on": len(validated),
             "test": right / TEST,
             "interval": [round(end, 4) for end in wilson(right, TEST)],
-            "item_runs": found.asked,
+            "item_runs": result.n_evaluated,
             "seconds": round(seconds, 4),
         }
     against = {search: against_the_grid(row, rows["grid"]) for search, row in rows.items() if search != "grid"}
     return {
-        "vanilla_test": float(tested[0].mean()),
+        "vanilla_test": float(test_outcomes[0].mean()),
         "searches": rows,
         "against the grid": against,
-        "resampled": resampled(tested, grid),
+        "resampled": resampled(test_outcomes, grid),
     }
 
 
@@ -129,19 +132,19 @@ def resampled(tested: np.ndarray, grid: list[dict]) -> dict:
     rng, true = np.random.default_rng(0), tested.mean(1)
     tally = {search: {"inside": 0, "regret": 0.0, "item_runs": 0} for search in COMPARED}
     for _ in range(DRAWS):
-        drawn = tested[:, rng.choice(TEST, 200, replace=False)].tolist()
+        sample = tested[:, rng.choice(TEST, 200, replace=False)].tolist()
 
-        def ask(some, start, stop, drawn=drawn):
-            return [drawn[_row(settings, grid)][start:stop] for settings in some]
+        def ask(points, start, stop, sample=sample):
+            return [sample[_row(settings, grid)][start:stop] for settings in points]
 
-        found = {search: SEARCHES[search](ask, drawn[0], grid) for search in COMPARED}
-        row = _row(found["grid"].chosen, grid)
-        low, _ = wilson(sum(drawn[row]), 200)
+        results = {search: SEARCHES[search](ask, sample[0], grid) for search in COMPARED}
+        row = _row(results["grid"].chosen, grid)
+        low, _ = wilson(sum(sample[row]), 200)
         for search, tallied in tally.items():
-            reached = true[_row(found[search].chosen, grid)]
+            reached = true[_row(results[search].chosen, grid)]
             tallied["inside"] += bool(reached >= low) / DRAWS
             tallied["regret"] += float(true[row] - reached) / DRAWS
-            tallied["item_runs"] += found[search].asked / DRAWS
+            tallied["item_runs"] += results[search].n_evaluated / DRAWS
     return {search: {key: round(value, 4) for key, value in tallied.items()} for search, tallied in tally.items()}
 
 
@@ -155,26 +158,26 @@ def searches() -> Iterator[tuple[str, dict]]:
         for site in SITES:
             for method in NAMES:
                 key = f"{name} {site} {method}"
-                yield key, searched(bench, site, method)
+                yield key, compare_searches(bench, site, method)
 
 
 def table(places: dict[str, dict]) -> str:
-    """By place and search; at the end racing against the grid, over all places."""
+    """Return the table of all places and searches, and how racing compares with the grid over all places."""
     head = ["place", "search", "k, alpha", "validation", "test", "grid's interval", "item-runs", "time"]
     rows = []
-    for place, found in places.items():
-        low, high = found["searches"]["grid"]["interval"]
-        for search, row in found["searches"].items():
-            cost = found["against the grid"].get(
+    for place, figures in places.items():
+        low, high = figures["searches"]["grid"]["interval"]
+        for search, row in figures["searches"].items():
+            cost = figures["against the grid"].get(
                 search, {"item_runs": 1, "seconds": 1, "test": f"{low:.3f} to {high:.3f}"}
             )
             rows.append([
                 place, search, row["chosen"] or "nothing", f"{row['validation']:.3f}", f"{row['test']:.3f}", cost["test"],
                 f"{cost['item_runs']:.2f}", f"{cost['seconds']:.2f}",
             ])  # fmt: skip
-    raced = Counter(found["against the grid"]["racing"]["test"] for found in places.values())
-    said = ", ".join(f"{raced[where]} {where}" for where in ("inside", "above", "below"))
-    return f"{markdown(head, rows, words=3)}\n\nracing's choices against the grid's interval: {said}"
+    positions = Counter(figures["against the grid"]["racing"]["test"] for figures in places.values())
+    counts = ", ".join(f"{positions[where]} {where}" for where in ("inside", "above", "below"))
+    return f"{markdown(head, rows, words=3)}\n\nracing's choices against the grid's interval: {counts}"
 
 
 def batches() -> Iterator[tuple[str, dict]]:
@@ -196,45 +199,51 @@ def batches() -> Iterator[tuple[str, dict]]:
         yield label, ratios(label, model, Tokens(), prompts, new_tokens, ranks)
 
 
-def one_by_one(model, tokenizer, prompts, question, plans):
-    found = []
+def one_by_one(model, tokenizer, prompts, generation, plans):
+    answers = []
     for plan in plans:
         with steer(model, plan):
-            found += LiveAnswerer(model, tokenizer).answer(prompts, question)
-    return found
+            answers += LiveAnswerer(model, tokenizer).answer(prompts, generation)
+    return answers
 
 
-def together(model, tokenizer, prompts, question, plans):
+def in_one_batch(model, tokenizer, prompts, generation, plans):
     plans_of_rows = [plan for plan in plans for _ in prompts]
-    return LiveAnswerer(model, tokenizer, plans_of_rows).answer([*prompts] * len(plans), question)
+    return LiveAnswerer(model, tokenizer, plans_of_rows).answer([*prompts] * len(plans), generation)
 
 
 def ratios(label: str, model, tokenizer, prompts, new_tokens: int, ranks: AURanks) -> dict[int, float]:
     method = METHODS["causal"]
     plans = [method.plan(ranks, settings) for settings in method.grid("small")]
-    question, found = Generation(new_tokens), {}
+    generation, speedups = Generation(new_tokens), {}
     for count in SAMPLES:
-        seconds = {one_by_one: 0.0, together: 0.0}
-        told = {}
+        seconds = {one_by_one: 0.0, in_one_batch: 0.0}
+        answers = {}
         repeats = max(1, SAMPLES[-1] // count // 4)
-        for _ in range(repeats):  # in turn, so that they meet the same machine
+        for _ in range(repeats):  # in turn, so that both meet the same load
             for way in seconds:
                 start = time.process_time()
-                told[way] = way(model, tokenizer, prompts[:count], question, plans)
+                answers[way] = way(model, tokenizer, prompts[:count], generation, plans)
                 seconds[way] += time.process_time() - start
-        assert [answer.text for answer in told[one_by_one]] == [answer.text for answer in told[together]], label
-        found[count] = round(seconds[one_by_one] / seconds[together], 2)
+        assert [answer.text for answer in answers[one_by_one]] == [answer.text for answer in answers[in_one_batch]], (
+            label
+        )
+        speedups[count] = round(seconds[one_by_one] / seconds[in_one_batch], 2)
         print(
-            f"{label:<26} {count:>4} prompts x {len(plans)} plans: one batch is {found[count]:.2f} times as fast",
+            f"{label:<26} {count:>4} prompts x {len(plans)} plans: one batch is {speedups[count]:.2f} times as fast",
             flush=True,
         )
-    return found
+    return speedups
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=("searches", "batches"))
-    parser.add_argument("--out", type=Path, help="also write the figures here, as JSON; a part not run is kept")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="also write the figures to this file, as JSON; it keeps those of a part that is not run",
+    )
     args = parser.parse_args()
     torch.set_num_threads(1)
     transformers_logging.disable_progress_bar()
@@ -243,9 +252,9 @@ def main() -> None:
     for name, part in (("searches", searches), ("batches", batches)):
         if args.only in (None, name):
             figures[name] = {}
-            for key, found in part():
+            for key, result in part():
                 print(f"{name}: {key}", flush=True)
-                figures[name][key] = found
+                figures[name][key] = result
                 keep(figures, args.out)
     if "searches" in figures:
         print(table(figures["searches"]))

@@ -1,10 +1,10 @@
-"""What steering costs, as ratios from one run on this machine: a table, a picture and a JSON of figures.
+"""Measure what steering costs, as ratios from one run on this machine; write a table, a picture and JSON figures.
 
     bash benchmarks/peers.sh                            # once, for the comparison with two other libraries
     python benchmarks/steering.py [--out FILE.json] [--picture FILE.png]
 
-A random Llama (hidden 512, 8 layers, as in core.py), one thread, CPU time. Decoding: ways to steer by the same 100 AUs take
-turns token by token with upstream's own unpatched model, on the same weights; "folded checkpoint" is one that
+A random Llama (hidden 512, 8 layers, as in core.py), one thread, CPU time. Decoding: ways to steer the same 100 AUs take
+turns, token by token, with upstream's unpatched model on the same weights; "folded checkpoint" is one that
 austeer/export/fold.py wrote and upstream's transformers loaded. Growth: screening with the number of layers, width and pairs; live
 steering with k. Matrix products: those of screening alone, in its very shapes, as a share of its time. Memory: the peak of
 a process that decodes. Peers: benchmarks/peers.py.
@@ -40,27 +40,27 @@ from austeer.steering import apply
 
 ROOT = Path(__file__).parents[1]
 FOLDED = "folded checkpoint"
-KEPT = contextlib.ExitStack()  # what is patched stays so
+PATCHES = contextlib.ExitStack()  # of models that stay patched until the end
 PEERS = ROOT / ".venv-peers" / "bin" / "python"
 BATCHES, GROWING_K = (1, 8, 32), (1, 10, 100, 1000)
 TURNS = {1: 100, 8: 80, 32: 40}
-LAYERS, WIDTHS, NUMBERS = (2, 4, 8), (256, 512, 1024), (32, 64, 128)
+LAYERS, WIDTHS, PAIR_NUMBERS = (2, 4, 8), (256, 512, 1024), (32, 64, 128)
 
 
 def way(name: str, model, folder: Path):
-    """On the weights of the model, steered in one way by 100 AUs, of the ffn site unless it says attention."""
+    """Return the model steered in one way by 100 AUs on the same weights, at the ffn site unless the name says attention."""
     site = "attention" if "attention" in name else "ffn"
     plan = sparse_plan(site, rmodels.site_shape(model, site))
     if name in ("idle", "hot patch") or name.startswith("live"):
         steered = shared(model, but="down_proj" if name == "hot patch" else None)
         if name == "hot patch":
-            KEPT.enter_context(folded(steered, plan))
+            PATCHES.enter_context(folded(steered, plan))
         elif name != "idle":
             apply(steered, plan)
         return steered
     if name == FOLDED:
         model.save_pretrained(folder / "original")
-        # no certificate, which needs a tokenizer: `agreed` compares logits
+        # without a certificate, which needs a tokenizer: `check_agreement` compares logits
         fold(folder / "original", plan, folder / "folded", certificate=False)
         return loaded(folder)
     upstream = build_upstream(model)
@@ -75,9 +75,9 @@ def way(name: str, model, folder: Path):
 
 
 def loaded(folder: Path):
-    """The folded checkpoint, by upstream."""
+    """Load the folded checkpoint by upstream's class."""
     model = AutoModelForCausalLM.from_pretrained(folder / "folded", trust_remote_code=False)
-    # copied out of the mapped file, of which only pages that were read count as memory
+    # copy weights out of the mapped file, of which only the pages read would count as memory
     model.load_state_dict({name: weight.clone() for name, weight in model.state_dict().items()}, assign=True)
     return model.eval().requires_grad_(False)
 
@@ -97,7 +97,7 @@ WAYS = (
 
 def decoding(model, folder: Path) -> dict[int, dict]:
     ways = {name: way(name, model, folder) for name in WAYS}
-    agreed(ways)
+    check_agreement(ways)
     on_weights_of(model, ways[FOLDED])
     return {
         batch: {name: asdict(one) for name, one in against_first(ways, batch, TURNS[batch]).items()}
@@ -106,8 +106,8 @@ def decoding(model, folder: Path) -> dict[int, dict]:
 
 
 @torch.inference_mode()
-def agreed(ways: dict) -> None:
-    """What steers by the same plan gives the same logits; nothing here is a silent no-op."""
+def check_agreement(ways: dict) -> None:
+    """Check that ways to steer by the same plan give the same logits, and that none is a silent no-op."""
     vocabulary = ways["upstream"].config.vocab_size
     ids = torch.randint(3, vocabulary, (2, 24), generator=torch.Generator().manual_seed(5))
     logits = {name: way(input_ids=ids).logits for name, way in ways.items()}
@@ -118,7 +118,7 @@ def agreed(ways: dict) -> None:
 
 
 def growing_k(model) -> dict[int, dict]:
-    """Live at the attention site, batch 8."""
+    """Time live steering at the attention site with growing k, at batch 8."""
     ways = {"upstream": way("upstream", model, ROOT)}
     for k in GROWING_K:
         ways[str(k)] = shared(model)
@@ -137,22 +137,24 @@ def llama(layers: int, width: int):
 
 
 def growth() -> dict[str, dict[int, float]]:
-    """CPU seconds of screening: 32 pairs on 4 layers of width 512, one of the three at a time otherwise."""
+    """Return CPU seconds of screening 32 pairs on 4 layers of width 512, with one of these three numbers varied."""
     works = {}
     for name, cases in (
         ("layers", [(n, llama(n, 512), 32) for n in LAYERS]),
         ("width", [(n, llama(4, n), 32) for n in WIDTHS]),
-        ("pairs", [(n, llama(4, 512), n) for n in NUMBERS]),
+        ("pairs", [(n, llama(4, 512), n) for n in PAIR_NUMBERS]),
     ):
         for size, model, count in cases:
             works[name, size] = partial(screen_ours, model, pairs(count), "activation")
-    taken = cpu_seconds(works)
-    return {name: {size: s for (one, size), s in taken.items() if one == name} for name in ("layers", "width", "pairs")}
+    seconds = cpu_seconds(works)
+    return {
+        name: {size: s for (one, size), s in seconds.items() if one == name} for name in ("layers", "width", "pairs")
+    }
 
 
 @torch.inference_mode()
 def matrix_products(count: int = 8) -> dict[str, dict[str, float]]:
-    """Screening at hidden 1024, and then the products of its linear layers alone, in the same shapes and order."""
+    """Time screening at hidden 1024, and the products of its linear layers alone, in the same shapes and order."""
     model, data, result = llama(8, 1024), pairs(count), {}
     for name, size in (("default batches", None), ("8 pairs at once", 8)):
         screening = partial(screen_ours, model, data, "activation", size)
@@ -170,7 +172,7 @@ def matrix_products(count: int = 8) -> dict[str, dict[str, float]]:
 
 
 def linear_calls(model, work) -> list[tuple[torch.Size, torch.Tensor]]:
-    """Shapes of inputs, and weights, of every linear layer that the work runs, in order."""
+    """Return the input shape and the weight of every linear layer that the work runs, in order."""
     calls = []
     layers = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
     hooks = [
@@ -189,9 +191,9 @@ def multiply(calls, inputs) -> None:
 
 
 def peak(name: str, folder: Path) -> float:
-    """MB at the peak of a process that decodes 16 tokens at batch 8 in this way, libraries not counted (Linux).
+    """Return the peak MB of a process that decodes 16 tokens at batch 8 in this way, without its libraries (Linux).
 
-    The folded checkpoint lies in the folder already: who loads one has not folded it in the same process.
+    The folded checkpoint is in the folder already, so that folding it does not count.
     """
     command = [sys.executable, __file__, "--peak", name, folder]
     return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
@@ -232,19 +234,21 @@ def measure(folder: Path) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="also write the figures here, as JSON")
-    parser.add_argument("--picture", type=Path, help="and a picture here")
+    parser.add_argument("--out", type=Path, help="also write the figures to this file, as JSON")
+    parser.add_argument("--picture", type=Path, help="also draw the picture to this file")
     parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.peak:
-        with KEPT:
+        with PATCHES:
             print_peak(args.peak[0], Path(args.peak[1]))
         return
     from steering_report import draw, table
 
-    with KEPT, tempfile.TemporaryDirectory() as folder:
-        figures = json.loads(json.dumps(measure(Path(folder))))  # numbers as keys become words, as in the file
+    with PATCHES, tempfile.TemporaryDirectory() as folder:
+        figures = json.loads(
+            json.dumps(measure(Path(folder)))
+        )  # turns keys that are numbers into strings, as in the file
     print(table(figures))
     keep(figures, args.out)
     if args.picture:

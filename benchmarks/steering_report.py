@@ -1,4 +1,4 @@
-"""The table and the picture of benchmarks/steering.py, from its figures alone.
+"""Make the table and the picture of benchmarks/steering.py from its saved figures alone.
 
 python benchmarks/steering_report.py benchmarks/results/steering-cpu.json docs/pictures/steering-cost.png
 """
@@ -21,8 +21,8 @@ ADDED, SCALED = "a vector added to every layer", "100 AUs scaled, ffn"
 
 def table(figures: dict) -> str:
     memory = figures["decoding, peak MB"]
-    held = {name: f"{mb / memory['upstream']:.2f}" for name, mb in memory.items()}
-    parts = [_decoding("time per token, 100 AUs", figures["decoding"], held)]
+    relative_memory = {name: f"{mb / memory['upstream']:.2f}" for name, mb in memory.items()}
+    parts = [_decoding("time per token, 100 AUs", figures["decoding"], relative_memory)]
     growing = figures["growing k, batch 8"]
     parts.append(markdown(["live, k =", *growing], [["batch 8", *map(_ratio, growing.values())]]))
     for name, seconds in figures["screening, s"].items():
@@ -47,7 +47,7 @@ def _peers(peers: dict | str) -> list[str]:
 
 
 def _decoding(title: str, batches: dict, memory: dict[str, str] | None = None) -> str:
-    """Ways by batch sizes; in front of the peak memory of those that have one, if any has."""
+    """Return a table of ways by batch size, with a last column of peak memory if there are numbers."""
     head = [title, *(f"batch {batch}" for batch in batches), *(["memory"] if memory else [])]
     names = next(iter(batches.values()))
     rows = [[name, *(_ratio(ways[name]) for ways in batches.values())] for name in names]
@@ -60,10 +60,12 @@ def _ratio(one: dict) -> str:
 
 def draw(figures: dict, path: Path) -> None:
     plt.rcParams.update({"font.size": 11, "axes.titlesize": 12, "figure.dpi": 110})
-    known = isinstance(figures["peers"], dict)
-    figure, axes = plt.subplots(1, 2 + known, figsize=(12 + 5 * known, 4.8), width_ratios=(1.4, *([1] * known), 1))
+    has_peers = isinstance(figures["peers"], dict)
+    figure, axes = plt.subplots(
+        1, 2 + has_peers, figsize=(12 + 5 * has_peers, 4.8), width_ratios=(1.4, *([1] * has_peers), 1)
+    )
     _bars(axes[0], figures["decoding"], "Time per token over upstream's, 100 AUs")
-    if known:
+    if has_peers:
         _bars(axes[1], figures["peers"][ADDED], "The same, a vector added to every layer")
     _growth(axes[-1], figures["screening, s"])
     figure.tight_layout()

@@ -1,4 +1,4 @@
-"""Options that the commands of this folder share, and the checks of how they go together."""
+"""Command-line options that main.py, restore and others share, and the checks of their combinations."""
 
 from __future__ import annotations
 
@@ -13,18 +13,23 @@ from experiments.cell import EMBEDDED
 
 
 def parents() -> list[argparse.ArgumentParser]:
-    """Offer a model (the embedded ones by default), a task or pairs, and how answers are asked for and scored."""
+    """Return parsers of the shared options: the model, a task or pairs, and how answers are generated and scored."""
     options = arguments.parent()
     add = options.add_argument
     add("--data_name", default="all", choices=["all", *dict.fromkeys((*TASKS, *PAPER_TASKS))], metavar="TASK",
-        help=f"a task: of the embedded models, {', '.join(TASKS)} (default: all of them); of the paper, for other "
-        f"models, {', '.join(PAPER_TASKS)}")  # fmt: skip
-    add("--test_split", default="test", choices=["test", "test2"], help="test split of the embedded tasks")
-    add("--limit", type=int, help="at most this many validation and test items: a quick look")
+        help=f"for the embedded models one of {', '.join(TASKS)} (default: all of them); for other models one of "
+        f"{', '.join(PAPER_TASKS)}")  # fmt: skip
+    add(
+        "--test_split",
+        default="test",
+        choices=["test", "test2"],
+        help="test split of the embedded tasks (default: test)",
+    )
+    add("--limit", type=int, help="use at most this many validation and test items, for a quick look")
     add("--data-dir", help="folder of the paper's datasets (default: datasets/, then the hub)")
     add("--toxicity", default="local", metavar="SCORER",
-        help="who scores toxicity: local[:MODEL[:LABEL]] (default), embedded, perspective[:first-span]")  # fmt: skip
-    add("--chat", action="store_true", help="ask in the model's chat format")
+        help="scorer of toxicity: local[:MODEL[:LABEL]] (default), embedded, perspective[:first-span]")  # fmt: skip
+    add("--chat", action="store_true", help="put prompts into the model's chat format")
     add("--results", default="results", help="folder for records and tables (default: %(default)s)")
     model = "embedded (default), a hub id, or the folder of a checkpoint"
     return [
@@ -35,15 +40,15 @@ def parents() -> list[argparse.ArgumentParser]:
 
 
 def check(args: argparse.Namespace, *positive: str) -> None:
-    """Refuse a model without a task, and counts below 1. positive: more options that count."""
+    """Refuse a model without a task, and counts below 1: --limit and the options named in `positive`."""
     for name in ("limit", *positive):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise AUSteerError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
     if args.model == EMBEDDED and args.pairs:
-        raise AUSteerError("--pairs needs --model: the embedded models have tasks of their own")
+        raise AUSteerError("--pairs needs --model: the embedded models only know their own tasks")
     if args.model == EMBEDDED and args.data_name not in ("all", *TASKS):
-        raise AUSteerError(f"the embedded models do {', '.join(TASKS)}; {args.data_name} needs --model")
+        raise AUSteerError(f"the embedded models' tasks are {', '.join(TASKS)}: for {args.data_name}, give --model")
     if args.model != EMBEDDED and not args.pairs and args.data_name not in PAPER_TASKS:
         raise AUSteerError(
             f"--model needs --data_name, one of {', '.join(PAPER_TASKS)}, or --pairs, a file of contrastive pairs"
@@ -52,7 +57,7 @@ def check(args: argparse.Namespace, *positive: str) -> None:
 
 
 def task_names(args: argparse.Namespace) -> list[str]:
-    """Return the tasks that are asked for, by name or by the file of their pairs."""
+    """Return the names of the requested tasks; of the user's own pairs, their file."""
     if args.model == EMBEDDED:
         return [name for name in TASKS if args.data_name in ("all", name)]
     return [args.pairs or args.data_name]

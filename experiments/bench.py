@@ -1,4 +1,4 @@
-"""A bench: a loaded model, its tokenizer and a task, once for all cells that share them."""
+"""A bench: a model, its tokenizer and a task, loaded once for all cells that share them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from eval.tasks.registry import PAPER_TASKS, paper_task
 from experiments.cell import ModelSpec, TaskSpec
 from experiments.store import Store
 
-TINY = 50_000_000  # parameters
+TINY = 50_000_000  # parameters of a model that may stay loaded beside others
 
 
 @dataclass
@@ -30,7 +30,7 @@ class Bench:
     model_spec: ModelSpec
     task_spec: TaskSpec
     store: Store
-    learned: dict[tuple, Any] = field(default_factory=dict)  # by methods, from the pairs
+    learned: dict[tuple, Any] = field(default_factory=dict)  # what methods prepared from the pairs
 
     @property
     def grid_kind(self) -> str:
@@ -41,7 +41,7 @@ class Bench:
         return has_instruction(self.model_spec, self.task_spec)
 
     def pairs_of(self, task: str) -> list[Pair]:
-        """Return the pairs of a task, this one or another, to rank this bench's model on."""
+        """Return the pairs of this or another task, to rank this bench's model on."""
         if task == self.task_spec.name:
             return self.task.pairs
         return _task(self.model_spec, TaskSpec(task, data_dir=self.task_spec.data_dir), self.store).pairs
@@ -52,7 +52,7 @@ def is_paper_task(model: ModelSpec, task: TaskSpec) -> bool:
 
 
 def has_instruction(model: ModelSpec, task: TaskSpec) -> bool:
-    """Say whether there is a prompt-only control: the authors' code has none, and own pairs do not say what they are for."""
+    """Say whether there is a prompt-only control. The authors' code has none, and a user's pairs have no instruction."""
     return model.embedded or (is_paper_task(model, task) and task.protocol == "clean")
 
 
@@ -65,18 +65,18 @@ def task_class(model: ModelSpec, task: TaskSpec) -> type[Task]:
 
 
 class Benches:
-    """Open benches and keep them: of large models one, of tiny ones all."""
+    """Open benches and keep them loaded: any number of tiny models, but only one large model at a time."""
 
     def __init__(self):
         self._benches: dict[tuple[ModelSpec, TaskSpec, Store], Bench] = {}
         self._models: dict[tuple, tuple[PreTrainedModel, PreTrainedTokenizerBase]] = {}
-        self.on_close: list[Callable[[], None]] = []  # an engine that holds a model is stopped here
+        self.on_close: list[Callable[[], None]] = []  # for example, to stop an engine that holds a model
 
     def open(self, model: ModelSpec, task: TaskSpec, store: Store) -> Bench:
         key = model, task, store
         if key not in self._benches:
-            loaded_task = _task(model, task, store)  # before the model: a mistake in the data should not wait for it
-            self._benches[key] = Bench(*self._load(model, checkpoint(model, task)), loaded_task, model, task, store)
+            new_task = _task(model, task, store)  # before the model, so that a mistake in the data shows at once
+            self._benches[key] = Bench(*self._load(model, checkpoint(model, task)), new_task, model, task, store)
         return self._benches[key]
 
     def _load(self, spec: ModelSpec, folder: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -1,7 +1,7 @@
-"""What a cell is: a model, a task, a method and a search. Nothing else decides its number.
+"""A cell: a model, a task, a method and a search. Nothing else decides its number.
 
-Tables (paper/specs) and command lines name the fields flat, such as {"model": ..., "task": ..., "ks": ...}; `cell_of`
-sorts them into the four parts and refuses a field that none of them has.
+Tables (paper/specs) and command lines give the fields in one flat dict, such as {"model": ..., "task": ..., "ks": ...};
+`cell_of` sorts them into the four parts and refuses a field that none of them has.
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ class ModelSpec:
 
 @dataclass(frozen=True)
 class PairsSpec:
-    """Which contrastive pairs methods learn from. Unsteered cells do not depend on it."""
+    """Select the contrastive pairs that methods learn from. Unsteered cells do not depend on them."""
 
-    n_pairs: int | None = None  # use the first so many
+    n_pairs: int | None = None  # use only the first n
     general_pairs: bool = False  # wrong answers by the paper's general recipe
-    encoder: str | None = None  # finds similar wrong answers
+    encoder: str | None = None  # sentence encoder that finds similar wrong answers
 
 
 @dataclass(frozen=True)
 class TaskSpec:
     name: str  # a task of the embedded models, one of the paper, or the file of a user's pairs
-    fields: tuple[str, str, str] = FIELDS  # of that file
+    fields: tuple[str, str, str] = FIELDS  # columns of that file
     test_split: str = "test"
-    limit: int | None = None  # items a split, at most
+    limit: int | None = None  # at most this many items per split
     data_dir: str | None = None
     protocol: str = "clean"
     toxicity: str = "local"
@@ -72,8 +72,8 @@ class MethodSpec:
 
 @dataclass(frozen=True)
 class SearchSpec:
-    kind: str = "grid"  # of experiments.search.SEARCHES
-    ks: tuple[int, ...] = ()  # to try instead of the method's own; one k and one alpha: no search
+    kind: str = "grid"  # a key of experiments.search.SEARCHES
+    ks: tuple[int, ...] = ()  # values to try instead of the method's own; a single k and alpha mean no search
     alphas: tuple[float, ...] = ()
 
 
@@ -89,7 +89,7 @@ class Cell:
         return self.method.name not in UNSTEERED
 
     def unsteered(self, name: str = "vanilla") -> Cell:
-        """Return the cell that asks the same items without steering: one for all methods, pairs and searches."""
+        """Return the cell of the same items without steering, which all methods, pairs and searches share."""
         return Cell(self.model, replace(self.task, pairs=PairsSpec()), MethodSpec(name))
 
     def __str__(self) -> str:
@@ -97,17 +97,17 @@ class Cell:
 
 
 _PARTS = {ModelSpec: "model", TaskSpec: "task", PairsSpec: "", MethodSpec: "method", SearchSpec: "search"}
-_FLAT = {  # the flat name of a field -> the part it belongs to, and its name there
-    (_PARTS[part] if one.name in ("name", "kind") else one.name): (part, one.name)
+_FLAT = {  # flat name of a field -> the part it belongs to, and its name there
+    (_PARTS[part] if item.name in ("name", "kind") else item.name): (part, item.name)
     for part in _PARTS
-    for one in fields(part)
-    if one.name != "pairs"
+    for item in fields(part)
+    if item.name != "pairs"
 }
 FIELD_NAMES = frozenset(_FLAT)
 
 
 def cell_of(**flat) -> Cell:
-    """Build a cell from flat fields. Options of other methods than its own are left out."""
+    """Build a cell from flat fields, leaving out the options of other methods."""
     parts = _parts(flat)
     method = parts[MethodSpec]
     method["options"] = tuple(
@@ -120,7 +120,7 @@ def cell_of(**flat) -> Cell:
 
 
 def bench_of(**flat) -> tuple[ModelSpec, TaskSpec]:
-    """Return what a bench is opened with, from flat fields."""
+    """Return the model and the task to open a bench with, from flat fields."""
     return _bench_specs(_parts(flat))
 
 

@@ -1,4 +1,4 @@
-"""AUSteer end to end: rank, choose k and alpha on validation, steer, test, and compare with the controls.
+"""Run AUSteer end to end: rank, choose k and alpha on validation, steer, test, and compare with the controls.
 
 python main.py                                             the embedded models, every method, a picture
 python main.py --data_name svamp --applied_module ffn      one task, one site
@@ -42,72 +42,84 @@ FLIPS = 2  # draws of sign flips for every five of random AUs
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="main.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="Ranking alone: MFU_screening.py. A plan to keep: set_MFU.py. A finished cell is never computed "
-        "again: to resume, run the same command.", parents=parents(),
+        epilog="To rank only, use MFU_screening.py; to save a plan, set_MFU.py. Finished cells are never computed again: "
+        "to resume, repeat the command.", parents=parents(),
     )  # fmt: skip
     add = parser.add_argument
     add("--applied_module", default="both", choices=["both", *rmodels.SITES],
-        help="where to steer; both: attention and ffn (default)")  # fmt: skip
+        help="site to steer, or both: attention and ffn (default)")  # fmt: skip
     add("--method", nargs="+", default=list(DEFAULT), choices=[*METHODS, "all"],
-        metavar="NAME", help=f"which methods, or all (default: {' '.join(DEFAULT)}); --list-methods says more")  # fmt: skip
-    add("--list-methods", action="store_true", help="all methods: what they edit, where, and what they need")
+        metavar="NAME", help=f"methods to compare, or all (default: {' '.join(DEFAULT)}); --list-methods describes them")  # fmt: skip
+    add("--list-methods", action="store_true", help="print all methods: what they edit, where, and what they cost")
     add("--option", nargs="+", default=[], metavar="METHOD.NAME=VALUE", type=_option,
-        help="options of methods, such as caa.readout=answer or sta.sae=FILE; --list-methods names them")  # fmt: skip
-    add("--k", type=int, nargs="+", default=[], help="steer this many AUs; several: choose among them")
-    add("--alpha", type=float, nargs="+", default=[], help="with this strength; several: choose among them")
-    add("--search", default="grid", choices=SEARCHES,
-        help="how settings are chosen: the whole grid on validation (default), racing on growing samples of it, the "
-        "paper's 100 samples, or, as the paper's main numbers were, on the test split itself")  # fmt: skip
-    add("--steer", type=_yes_or_no, default=True, metavar="yes|no", help="no: only vanilla and prompt-only")
-    add("--path", default="AU_ranks", help="folder of ranks, reused if they fit (default: %(default)s)")
-    add("--draws", type=int, default=5, help="draws of the random control (default: %(default)s)")
-    add("--protocol", default="clean", choices=PROTOCOLS, help="clean, or paper: the authors' code, quirk by quirk")
-    add("--encoder", help="sentence encoder for similar wrong answers, or tfidf (default: all-MiniLM-L6-v2)")
-    add("--batch-size", type=int, help="prompts at once (default: as many as fit; 1 with --protocol paper)")
-    add("--quantization", choices=["4bit", "8bit"], help="load the weights through bitsandbytes")
-    add("--engine", default=LIVE, choices=ENGINES, help="who answers: the model itself, or vLLM with every plan as an "
-        "adapter, a whole grid in one batch (by .venv-vllm/bin/python; docs/serving.md)")  # fmt: skip
-    add("--jobs", type=int, help="processes for the embedded models (default: one a core, at most 4)")
+        help="set options of methods, such as caa.readout=answer or sta.sae=FILE; --list-methods names them")  # fmt: skip
+    add("--k", type=int, nargs="+", default=[], help="number of AUs to steer; with several values, the search chooses")
     add(
-        "--ray",
-        metavar="ADDRESS",
-        help="compute cells on a Ray cluster: its HOST:PORT, auto or local (docs/scaling.md)",
+        "--alpha",
+        type=float,
+        nargs="+",
+        default=[],
+        help="strength of steering; with several values, the search chooses",
     )
+    add("--search", default="grid", choices=SEARCHES,
+        help="how a grid point is chosen: by the whole grid on validation (default), racing on growing samples of it, the "
+        "paper's sample of 100 items, or on the test split itself, as for the paper's main numbers")  # fmt: skip
+    add("--steer", type=_yes_or_no, default=True, metavar="yes|no", help="no: run only vanilla and prompt-only")
+    add("--path", default="AU_ranks", help="folder of ranks; those that fit are reused (default: %(default)s)")
+    add("--draws", type=int, default=5, help="number of draws of the random control (default: %(default)s)")
+    add(
+        "--protocol",
+        default="clean",
+        choices=PROTOCOLS,
+        help="clean (default), or paper: as the authors' code, quirk by quirk",
+    )
+    add("--encoder", help="sentence encoder for similar wrong answers, or tfidf (default: all-MiniLM-L6-v2)")
+    add("--batch-size", type=int, help="prompts per batch (default: as many as fit; 1 with --protocol paper)")
+    add("--quantization", choices=["4bit", "8bit"], help="load the weights through bitsandbytes")
+    add("--engine", default=LIVE, choices=ENGINES, help="what answers: the loaded model (live, default), or vLLM, where "
+        "each plan becomes an adapter and a whole grid runs as one batch (needs .venv-vllm/bin/python; docs/serving.md)")  # fmt: skip
+    add("--jobs", type=int, help="processes for the embedded models (default: one per core, at most 4)")
+    add("--ray", metavar="ADDRESS", help="compute cells on a Ray cluster: HOST:PORT, auto or local (docs/scaling.md)")
     return parser.parse_args(argv)
 
 
 def _method_table() -> str:
-    yes = {True: "yes", False: "no"}
+    yes_no = {True: "yes", False: "no"}
     measured = json.loads(COSTS.read_text())["methods"] if COSTS.exists() else {}
     lines = [
-        "| --method | edits | activations | prepared in, s | memory, MB | time per token | sites | trains | foldable | options "
+        "| --method | edits | AUs | preparation, s | memory, MB | time per token | sites | trains | foldable | options "
         "| from |",
         "|---|---|--:|--:|--:|--:|---|---|---|---|---|",
     ]
     for name, m in {**METHODS, **OWN_COMMAND}.items():
         cost = measured.get(name, {})
-        shown = " | ".join(str(cost.get(key, "")) for key in ("touched", "prepare_s", "memory_mb", "time_per_token"))
-        fold = "not at layer" if m.foldable and "layer" in m.sites else yes[m.foldable]
+        costs = " | ".join(str(cost.get(key, "")) for key in ("touched", "prepare_s", "memory_mb", "time_per_token"))
+        fold = "not at layer" if m.foldable and "layer" in m.sites else yes_no[m.foldable]
         options = ", ".join(options_of(name)) if name in METHODS else ""
         where = ", ".join(m.sites)
-        lines.append(f"| {name} | {m.edits} | {shown} | {where} | {yes[m.trains]} | {fold} | {options} | {m.paper} |")
-    lines += ["", "activations, seconds, memory and time per token (idle: 1): on an embedded model with 500 pairs (python "
-              "benchmarks/methods.py). foldable: the plan can go into the weights. options: --option NAME.OPTION=VALUE."]  # fmt: skip
+        lines.append(
+            f"| {name} | {m.edits} | {costs} | {where} | {yes_no[m.trains]} | {fold} | {options} | {m.paper} |"
+        )
+    lines += [
+        "",
+        "AUs, seconds, memory and time per token (1: unsteered) were measured on an embedded model with 500 pairs "
+        "(benchmarks/methods.py). Foldable: the plan can be written into the weights. Options: --option NAME.OPTION=VALUE.",
+    ]
     return "\n".join(lines)
 
 
 def _yes_or_no(text: str) -> bool:
-    """The authors' --steer was bool(text), for which any text, "False" too, is true."""
+    """Parse yes or no. The authors' --steer was bool(text), which is true of any text, "False" included."""
     answers = {"yes": True, "true": True, "1": True, "no": False, "false": False, "0": False}
     if text.lower() not in answers:
-        raise argparse.ArgumentTypeError(f"yes or no, not {text!r}")
+        raise argparse.ArgumentTypeError(f"give yes or no, not {text!r}")
     return answers[text.lower()]
 
 
 def _option(text: str) -> tuple[str, str]:
     key, equals, value = text.partition("=")
     if not equals or "." not in key:
-        raise argparse.ArgumentTypeError(f"METHOD.NAME=VALUE, not {text!r}")
+        raise argparse.ArgumentTypeError(f"give METHOD.NAME=VALUE, not {text!r}")
     return key, value
 
 
@@ -125,18 +137,18 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     cells = {task.label: _cells(task, sites, args) for task in _tasks(args)}
     executor = executor_for(args.jobs, args.ray, args.device, args.engine, tiny=args.model == EMBEDDED)
     try:
-        records = dict(run_cells([cell for of_task in cells.values() for cell in of_task], store, executor))
+        records = dict(run_cells([cell for task_cells in cells.values() for cell in task_cells], store, executor))
     finally:
         executor.close()
     failed = {cell: record["failed"] for cell, record in records.items() if "failed" in record}
     if len(failed) == len(records) and len(set(failed.values())) == 1:
-        raise AUSteerError(next(iter(failed.values())))  # such as data that are not there
+        raise AUSteerError(next(iter(failed.values())))  # for example, missing data
     for cell, why in failed.items():
         print(f"FAILED {cell}: {why}", file=sys.stderr)
     rows = {
-        task: [records[cell] for cell in of_task if cell not in failed]
-        for task, of_task in cells.items()
-        if of_task[0] not in failed  # without vanilla there is nothing to compare with
+        task: [records[cell] for cell in task_cells if cell not in failed]
+        for task, task_cells in cells.items()
+        if task_cells[0] not in failed  # without vanilla there is nothing to compare with
     }
     if rows:
         _report(rows, store, sites, args)
@@ -144,6 +156,16 @@ def main(argv: Sequence[str] | None = None) -> int | None:
 
 
 def _check(args: argparse.Namespace) -> None:
+    if args.ray and args.device not in (None, "cpu"):
+        raise AUSteerError("--ray assigns devices itself: drop --device (except cpu)")
+    check_engine(
+        args.engine,
+        args.device,
+        pairs=args.pairs,
+        quantization=args.quantization,
+        batch_size=args.batch_size,
+        ray=args.ray,
+    )
     check(args, "draws", "jobs", "batch_size")
     if any(k < 1 for k in args.k):
         raise AUSteerError(f"--k must be whole numbers of at least 1, not {min(args.k)}")
@@ -157,26 +179,16 @@ def _check(args: argparse.Namespace) -> None:
         ]
         ignored += ["--protocol paper"] if args.protocol == "paper" else []
         if ignored:
-            raise AUSteerError(f"{', '.join(ignored)}: for the paper's tasks only (--model and --data_name)")
-    chosen = [METHODS[name] for name in args.method if name != "all"]
-    foreign = [method.name for method in chosen if args.protocol == "paper" and not in_protocol("paper", method)]
-    if foreign and args.method != list(DEFAULT):
-        raise AUSteerError(f"{', '.join(foreign)} is not in the authors' code: use --protocol clean")
+            raise AUSteerError(f"{', '.join(ignored)}: for the paper's tasks only, which need --model and --data_name")
+    methods = [METHODS[name] for name in args.method if name != "all"]
+    unsupported = [method.name for method in methods if args.protocol == "paper" and not in_protocol("paper", method)]
+    if unsupported and args.method != list(DEFAULT):
+        raise AUSteerError(f"{', '.join(unsupported)} is not in the authors' code: use --protocol clean")
     for key, value in args.option:
         name, _, option = key.partition(".")
         if name not in METHODS:
-            raise AUSteerError(f"--option {key}: there is no method {name!r}; --list-methods shows them")
+            raise AUSteerError(f"--option {key}: there is no method {name!r}; --list-methods lists them")
         with_options(name, {option: value})
-    if args.ray and args.device not in (None, "cpu"):
-        raise AUSteerError("--ray assigns devices itself: drop --device (except cpu)")
-    check_engine(
-        args.engine,
-        args.device,
-        pairs=args.pairs,
-        quantization=args.quantization,
-        batch_size=args.batch_size,
-        ray=args.ray,
-    )
 
 
 def _tasks(args: argparse.Namespace) -> list[TaskSpec]:
@@ -190,7 +202,7 @@ def _flat(task: str, args: argparse.Namespace) -> dict:
 
 
 def in_protocol(protocol: str, method: Method) -> bool:
-    """Say whether a protocol has the method: the authors' code has activation momentum, and nothing else to steer by."""
+    """Say whether a protocol has the method: the authors' code steers by activation momentum alone."""
     return protocol == "clean" or method.momenta == ("activation",)
 
 
@@ -205,7 +217,7 @@ def _cells(task: TaskSpec, sites: Sequence[str], args: argparse.Namespace) -> li
         if not in_protocol(task.protocol, method):
             continue
         draws = (args.draws if name == "random" else max(1, args.draws * FLIPS // 5)) if method.draws else 1
-        # a method that acts elsewhere only, such as on the residual stream, acts there
+        # a method that has none of these sites, such as one of the residual stream, uses its own
         places = [site for site in sites if site in method.sites] or method.sites[:1]
         cells += [
             cell_of(**_flat(task.name, args), method=name, site=site, draw=draw)
@@ -217,14 +229,18 @@ def _cells(task: TaskSpec, sites: Sequence[str], args: argparse.Namespace) -> li
 
 def _report(rows: dict[str, list[dict]], store: Store, sites: Sequence[str], args: argparse.Namespace) -> None:
     text = []
-    for task, found in rows.items():
-        text += [f"## {task}", "", report.table(found, LABELS), ""]
-        text += [f"- {line}" for line in report.verdict(found, LABELS)] + [""]
-        beside = report.more(found, LABELS)
-        text += [beside, ""] if beside else []
-        how = {"prompts": found[0]["wording"], "pairs": found[-1]["pairs_by"], "protocol": found[0]["protocol"]}
-        how["answers"] = found[0]["engine"] if args.engine != LIVE else None
-        text += ["; ".join(f"{name}: {value}" for name, value in how.items() if value), ""]
+    for task, task_rows in rows.items():
+        text += [f"## {task}", "", report.table(task_rows, LABELS), ""]
+        text += [f"- {line}" for line in report.verdict(task_rows, LABELS)] + [""]
+        measures = report.other_measures(task_rows, LABELS)
+        text += [measures, ""] if measures else []
+        conditions = {
+            "prompts": task_rows[0]["wording"],
+            "pairs": task_rows[-1]["pairs_by"],
+            "protocol": task_rows[0]["protocol"],
+        }
+        conditions["answers"] = task_rows[0]["engine"] if args.engine != LIVE else None
+        text += ["; ".join(f"{name}: {value}" for name, value in conditions.items() if value), ""]
     folder = Path(args.results)
     name = f"{Path(args.model).name}-{Path(args.pairs).stem if args.pairs else args.data_name}"
     name += "-paper-protocol" if args.protocol == "paper" else ""
@@ -234,33 +250,35 @@ def _report(rows: dict[str, list[dict]], store: Store, sites: Sequence[str], arg
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.md").write_text("\n".join(text))
     print("\n" + "\n".join(text))
-    shown = next((name for name in ("causal", "published") if args.steer and {name, "all"} & {*args.method}), None)
-    if shown and all(any(row["method"] == shown for row in found) for found in rows.values()):
-        model, momentum = cell_of(**_flat("", args), method=shown).model, METHODS[shown].momentum
+    method = next((name for name in ("causal", "published") if args.steer and {name, "all"} & {*args.method}), None)
+    if method and all(any(row["method"] == method for row in task_rows) for task_rows in rows.values()):
+        model, momentum = cell_of(**_flat("", args), method=method).model, METHODS[method].momentum
         scores = {
             task.label: {
                 site: AURanks.load(store.ranks_file(model, task, momentum, site)).score.numpy() for site in sites
             }
             for task in _tasks(args)
         }
-        plots.comparison(rows, scores, LABELS, shown, folder / f"{name}.png")
+        plots.comparison(rows, scores, LABELS, method, folder / f"{name}.png")
         print(f"picture: {folder / name}.png")
     print(f"table: {folder / name}.md   records: {folder / 'records'}")
-    # times differ from run to run, tables of results must not: a file of its own
-    costs = "\n\n".join(f"## {task}\n\n{report.costs(found, LABELS)}" for task, found in rows.items())
+    # in a file of their own, since times differ between runs and tables of results must not
+    costs = "\n\n".join(f"## {task}\n\n{report.costs(task_rows, LABELS)}" for task, task_rows in rows.items())
     (folder / f"{name}-costs.md").write_text(costs + "\n")
     print(f"costs: {folder / name}-costs.md")
     if args.model != EMBEDDED and not args.pairs:
         _print_answer_files(store, args.data_name, next(iter(rows.values())))
 
 
-def _print_answer_files(store: Store, task: str, found: list[dict]) -> None:
-    """Name the file of every answered row: open answers are for judges and raters too."""
+def _print_answer_files(store: Store, task: str, rows: list[dict]) -> None:
+    """Print the file of answers behind every row, for judges and human raters."""
     files = {}
-    for record in found:
+    for record in rows:
         file = store.answers_file(record["id"])
         if file.exists() and record["draw"] == 0:
             files[" ".join(filter(None, (record["method"], record["site"])))] = file
     print("answers:\n" + "\n".join(f"  {name:<20} {file}" for name, file in files.items()))
     if task == "bpo":
-        print(f"win rate of one of them: python main.py judge --ours FILE --theirs {files['vanilla']} --judge MODEL")
+        print(
+            f"for the win rate of one of them: python main.py judge --ours FILE --theirs {files['vanilla']} --judge MODEL"
+        )

@@ -1,11 +1,11 @@
-"""NeuroSteer on its own tasks: neurons from two kinds of texts, sampled continuations, steered and not, and measures.
+"""Run NeuroSteer on its own tasks: find neurons from two kinds of texts, sample with and without steering, and measure.
 
 python main.py neurosteer                                             tone: the embedded model, offline
 python main.py neurosteer --task politeness --texts T.jsonl --model google/gemma-2-2b \\
     --sae gemma-scope-2b-pt-res-canonical/layer_12/width_16k/canonical --judge gpt-5-mini
 
-Texts and prompts: see eval/data/behaviours.py. alpha, K and mode are those of the authors' script of the task, made for GPT-2
-small; nothing is searched. Samples are kept as they come: after a kill, the same command goes on.
+eval/data/behaviours.py describes the texts and prompts. alpha, k and mode are those of the authors' scripts, which are
+made for GPT-2 small; nothing is searched. Samples are stored as they come: after a kill, the same command continues.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from eval.statistics import paired_bootstrap
 from experiments import records
 from experiments.cell import EMBEDDED
 
-# with the answers steered too; chosen with --test_split validation: docs/methods.md has the runs
+# steers the answers too; chosen with --test_split validation (docs/methods.md has the runs)
 TONE = Preset(128.0, 16, "all")
 SENTIMENT = "siebert/sentiment-roberta-large-english:POSITIVE"
 
@@ -59,58 +59,58 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def run(args: argparse.Namespace) -> dict:
-    """The record of one task: found, or made and written."""
-    found = material(args.task, args.texts, args.prompts, args.data_dir, args.n_texts, args.n_prompts, args.test_split)
+    """Return the record of one task: the stored one, or a new one that is written."""
+    data = material(args.task, args.texts, args.prompts, args.data_dir, args.n_texts, args.n_prompts, args.test_split)
     checkpoint = str(WEIGHTS / "tone") if args.model == EMBEDDED else args.model
     model = rmodels.load(checkpoint, dtype=args.dtype, device=args.device)
     tokenizer = rmodels.load_tokenizer(checkpoint)
     raters = _raters(args, model, tokenizer)
-    how = Sampling(args.new_tokens or (REPLY_WORDS if args.task == "tone" else 50), args.samples, seed=args.seed)
+    sampling = Sampling(args.new_tokens or (REPLY_WORDS if args.task == "tone" else 50), args.samples, seed=args.seed)
     preset = TONE if args.task == "tone" else PRESETS[args.task]
-    settings = {"neurons": args.k or preset.k, "alpha": preset.alpha if args.alpha is None else args.alpha}
+    point = {"neurons": args.k or preset.k, "alpha": preset.alpha if args.alpha is None else args.alpha}
     cache_trap = args.cache_trap == "on" if args.cache_trap else args.task != "tone"
     method = NeuroSteer(args.sae, mode=args.mode or preset.mode, cache_trap=cache_trap)
     folder = Path(args.results) / "neurosteer"
-    unsteered = {
+    unsteered_key = {
         "task": args.task,
         "method": "neurosteer",
         "model": EMBEDDED if args.model == EMBEDDED else public_name(args.model),
         "fingerprint": fingerprint(model),
         "dtype": str(model.dtype),
         "device": model.device.type,
-        "prompts_hash": texts_hash(found.prompts),
-        "sampling": asdict(how),
+        "prompts_hash": texts_hash(data.prompts),
+        "sampling": asdict(sampling),
         "code": code_hash(_continued, NeuroSteer, measure, type(model)),
     }
-    steered = unsteered | {
-        "texts_hash": texts_hash(found.target + found.source),
+    steered_key = unsteered_key | {
+        "texts_hash": texts_hash(data.target + data.source),
         "sae": _content(args.sae),
-        "settings": settings,
+        "settings": point,
         "tokens": method.tokens,
         "reverse": args.reverse,
     }
-    question = steered | {"raters": raters.names()}
-    known = records.find(folder, question)
-    if known is not None:
-        return known
-    plan = method.plan(method.prepare(_evidence(model, tokenizer, found, args.reverse)), settings)
-    sets: list[Measures] = []
-    for name, asked, planned in (("unsteered", unsteered, None), ("steered", steered, plan)):
-        file = AnswerFile(folder / f"{records.record_id(asked)}-{name}.jsonl")
-        rows = _continued(model, tokenizer, found.prompts, how, file, planned, name)
-        sets.append(measure(args.task, found.prompts, rows, raters))
-    counts = {"texts": len(found.target), "prompts": len(found.prompts), "touched": len(plan)}
-    return records.write(folder, question, {**counts, "unsteered": sets[0], "steered": sets[1]})
+    key = steered_key | {"raters": raters.names()}
+    record = records.find(folder, key)
+    if record is not None:
+        return record
+    plan = method.plan(method.prepare(_evidence(model, tokenizer, data, args.reverse)), point)
+    measures: list[Measures] = []
+    for name, side_key, side_plan in (("unsteered", unsteered_key, None), ("steered", steered_key, plan)):
+        file = AnswerFile(folder / f"{records.record_id(side_key)}-{name}.jsonl")
+        rows = _continued(model, tokenizer, data.prompts, sampling, file, side_plan, name)
+        measures.append(measure(args.task, data.prompts, rows, raters))
+    counts = {"texts": len(data.target), "prompts": len(data.prompts), "touched": len(plan)}
+    return records.write(folder, key, {**counts, "unsteered": measures[0], "steered": measures[1]})
 
 
-def _continued(model, tokenizer, prompts, how: Sampling, file: AnswerFile, plan: Plan | None, name: str):
+def _continued(model, tokenizer, prompts, sampling: Sampling, file: AnswerFile, plan: Plan | None, name: str):
     with steer(model, plan) if plan is not None else nullcontext():
-        return sampled(model, tokenizer, prompts, how, file, name)
+        return sampled(model, tokenizer, prompts, sampling, file, name)
 
 
-def _evidence(model, tokenizer, found: Material, reverse: bool) -> Evidence:
-    """Texts are no pairs: each two share nothing but what they happen to begin with, and counts add up all the same."""
-    kinds = (found.source, found.target) if reverse else (found.target, found.source)
+def _evidence(model, tokenizer, data: Material, reverse: bool) -> Evidence:
+    """Pair the texts of two kinds one by one: they share no prompt, but NeuroSteer only counts over each kind."""
+    kinds = (data.source, data.target) if reverse else (data.target, data.source)
     pairs = [Pair("", *texts) for texts in zip(*kinds, strict=True)]
 
     def no_ranks(momentum: str):
@@ -120,7 +120,7 @@ def _evidence(model, tokenizer, found: Material, reverse: bool) -> Evidence:
 
 
 def _raters(args: argparse.Namespace, model, tokenizer) -> Raters:
-    """Those the task needs; a mistake in a name should show before the model has sampled for an hour."""
+    """Return the raters that the task needs, before sampling: a wrong name should not show only after an hour."""
     cache = Path(args.results) / "perspective.jsonl"
     toxicity = args.toxicity or ("embedded" if args.task == "tone" else "local")
     return Raters(
@@ -139,25 +139,25 @@ def _perplexity_scorer(name: str | None, model, tokenizer, device: str | None) -
         theirs = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False, use_safetensors=True)
         words = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise AUSteerError(f"cannot load the scorer {name}: {str(error).strip().splitlines()[0]}") from None
+        raise AUSteerError(f"cannot load --scorer {name}: {str(error).strip().splitlines()[0]}") from None
     return public_name(name), theirs.eval().to(rmodels.check_device(device)), words
 
 
 def _content(sae: str | None) -> str | None:
-    """A file by its content: another SAE under the same path is another question."""
+    """Return a file's hash in place of its path: another SAE under the same path makes another record."""
     return hashlib.sha256(Path(sae).read_bytes()).hexdigest() if sae and Path(sae).is_file() else sae
 
 
 def table(record: dict) -> str:
-    """Markdown: a line a measure, steered against unsteered."""
-    behaviour, how = BEHAVIOURS[record["task"]], record["sampling"]
+    """Return a Markdown table, a line per measure: steered against unsteered."""
+    behaviour, sampling = BEHAVIOURS[record["task"]], record["sampling"]
     towards = behaviour.source if record["reverse"] else behaviour.target
     k, alpha = record["settings"]["neurons"], record["settings"]["alpha"]
     lines = [
         f"## NeuroSteer, {record['task']}, towards {towards}: {record['model']}",
         "",
         f"{k} neurons from {record['texts']} texts of each kind, alpha {alpha:g}, steered tokens: {record['tokens']}; "
-        f"{record['prompts']} prompts, {how['samples']} samples each, {how['new_tokens']} new tokens, seed {how['seed']}; "
+        f"{record['prompts']} prompts, {sampling['samples']} samples each, {sampling['new_tokens']} new tokens, seed {sampling['seed']}; "
         "[95 % interval, paired bootstrap over prompts]",
         "",
         "| measure | unsteered | steered | difference |",
@@ -184,35 +184,44 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--task", default="tone", choices=BEHAVIOURS, help="default: %(default)s, which is the embedded model's")
     add("--model", default=EMBEDDED, help="embedded (default), a hub id, or the folder of a checkpoint")
-    add("--sae", help="sparse autoencoder of the model: a file, or RELEASE/ID of sae-lens (embedded: its own)")
-    add("--texts", type=Path, help='lines {"text": ..., "label": ...} (default: the hub, where it is known)')
-    add("--prompts", type=Path, help='lines {"prompt": ...} (default: beginnings of held-out texts)')
+    add(
+        "--sae",
+        help="sparse autoencoder of the model: a file, or RELEASE/ID of sae-lens (default for embedded: its own)",
+    )
+    add(
+        "--texts",
+        type=Path,
+        help='file of lines {"text": ..., "label": ...} (default: from the hub, for tasks whose data are there)',
+    )
+    add("--prompts", type=Path, help='file of lines {"prompt": ...} (default: beginnings of held-out texts)')
     add("--n-texts", type=int, default=1000, help="at most this many texts of each kind (default: %(default)s)")
     add("--n-prompts", type=int, default=1000, help="at most this many prompts (default: %(default)s)")
     add("--data-dir", help="folder with toxicity/, for its prompts (default: datasets/, then the hub)")
-    add("--test_split", default="test", choices=["validation", "test", "test2"], help="of tone: whose prompts")
-    add("--k", type=int, help="neurons (default: the task's)")
-    add("--alpha", type=float, help="strength (default: the task's)")
-    add("--mode", choices=MODES, help="which positions of a prompt (default: the task's)")
+    add(
+        "--test_split", default="test", choices=["validation", "test", "test2"], help="whose prompts to use (tone only)"
+    )
+    add("--k", type=int, help="number of neurons to steer (default: the task's)")
+    add("--alpha", type=float, help="strength of steering (default: the task's)")
+    add("--mode", choices=MODES, help="which positions of a prompt to steer (default: the task's)")
     add(
         "--cache-trap",
         choices=["on", "off"],
-        help="on: steer the prompt alone, as their code does (default; of tone off)",
+        help="on: steer the prompt alone, as the authors' code does (default: on; for tone off)",
     )
-    add("--reverse", action="store_true", help="towards the other kind of texts")
-    add("--samples", type=int, default=2, help="of each prompt (default: %(default)s)")
-    add("--new-tokens", type=int, help="of each sample (default: 50; of tone 8, a reply)")
-    add("--seed", type=int, default=0, help="of the sampling (default: %(default)s)")
-    add("--classifier", default=SENTIMENT, metavar="MODEL:LABEL", help="of sentiment (default: %(default)s)")
-    add("--toxicity", metavar="SCORER", help="as in main.py (default: local; of tone embedded)")
-    add("--judge", metavar="MODEL", help="judge of politeness and stance; needs OPENAI_API_KEY")
-    add("--scorer", metavar="MODEL", help="whose perplexity (default: the model itself, unsteered)")
+    add("--reverse", action="store_true", help="steer towards the other kind of texts")
+    add("--samples", type=int, default=2, help="samples per prompt (default: %(default)s)")
+    add("--new-tokens", type=int, help="tokens per sample (default: 50; for tone 8, a whole reply)")
+    add("--seed", type=int, default=0, help="seed of sampling (default: %(default)s)")
+    add("--classifier", default=SENTIMENT, metavar="MODEL:LABEL", help="classifier of sentiment (default: %(default)s)")
+    add("--toxicity", metavar="SCORER", help="scorer of toxicity, as in main.py (default: local; for tone embedded)")
+    add("--judge", metavar="MODEL", help="model that judges politeness and stance; needs OPENAI_API_KEY")
+    add("--scorer", metavar="MODEL", help="model that measures perplexity (default: the model itself, unsteered)")
     add("--results", default="results", help="folder for records, samples and table (default: %(default)s)")
     add("--device", help="cpu, cuda, cuda:1 (default: the first GPU, else the CPU)")
     add("--dtype", default="auto", help="auto, float32, bfloat16, float16")
     args = parser.parse_args(argv)
     if (args.model == EMBEDDED) != (args.task == "tone"):
-        raise AUSteerError("tone is the embedded model's task, and its only one here: other tasks need --model")
+        raise AUSteerError("tone is the embedded model's task: drop --model for tone, and give one for other tasks")
     return args
 
 

@@ -1,4 +1,4 @@
-"""Records and ranks -> pictures. Colors are the Okabe-Ito set, safe for color-blind readers."""
+"""Draw the picture of a comparison from records and ranks. Colors are the Okabe-Ito set, safe for color-blind readers."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def comparison(
     method: str,
     path: Path,
 ) -> None:
-    """One row a task: gains with intervals; one method's scores per layer and dimension, and its grid."""
+    """Draw a row per task: gains with intervals, one method's scores by layer and dimension, and its grid."""
     plt.rcParams.update({"font.size": 12, "axes.titlesize": 13, "figure.dpi": 110})
     lines = max(len({(row["method"], row["site"]) for row in rows}) for rows in by_task.values())
     size = (19, max(4.6, 0.36 * lines) * len(by_task))
@@ -52,9 +52,9 @@ def comparison(
 
 def _gains(axis, rows: Sequence[dict], labels: dict[str, str], task: str) -> None:
     vanilla = next(row for row in rows if row["method"] == "vanilla")
-    shown = list(dict.fromkeys((row["method"], row["site"]) for row in rows if row["method"] != "vanilla"))
+    runs = list(dict.fromkeys((row["method"], row["site"]) for row in rows if row["method"] != "vanilla"))
     names = []
-    for y, (method, site) in enumerate(shown):
+    for y, (method, site) in enumerate(runs):
         draws = [row for row in rows if (row["method"], row["site"]) == (method, site)]
         gains = [gain(row, vanilla) for row in draws]
         names.append(labels.get(method, method) + (f", {SITES[site]}" if site else ""))
@@ -84,7 +84,7 @@ def _score_map(axis, score: np.ndarray, title: str) -> None:
 
 
 def grid_of(grid_scores: dict[str, float]) -> tuple[list[float], list[float], np.ndarray]:
-    """k and alpha, ascending, and a search's scores: a row a k, a column an alpha."""
+    """Return the ks and alphas of a search, ascending, and its scores: a row per k, a column per alpha."""
     cells = {tuple(map(float, key.split(","))): score for key, score in grid_scores.items()}
     ks, alphas = (sorted({cell[i] for cell in cells}) for i in (0, 1))
     return ks, alphas, np.array([[cells[k, alpha] for alpha in alphas] for k in ks])
@@ -98,10 +98,10 @@ def heat_map(
     title: str,
     digits: int = 0,
     label: str = "",
-    **look,
+    **style,
 ) -> None:
-    """Numbers over a grid, k upwards, alpha to the right."""
-    image = axis.imshow(values, aspect="auto", origin="lower", **{"cmap": "cividis", **look})
+    """Draw numbers over a grid, k upwards, alpha to the right."""
+    image = axis.imshow(values, aspect="auto", origin="lower", **{"cmap": "cividis", **style})
     for (i, j), value in np.ndenumerate(values):
         axis.text(j, i, f"{value:.{digits}f}", ha="center", va="center", color=ink(image, value))
     axis.set_xticks(range(len(alphas)), [f"{alpha:g}" for alpha in alphas])
@@ -111,6 +111,6 @@ def heat_map(
 
 
 def ink(image, value: float) -> str:
-    """Black or white, whichever can be read on the color that an image gives a value."""
+    """Return black or white, whichever is readable on the color that an image gives a value."""
     red, green, blue, _ = image.cmap(image.norm(value))
     return "white" if np.isfinite(value) and 0.299 * red + 0.587 * green + 0.114 * blue < 0.5 else "black"

@@ -1,4 +1,4 @@
-"""The ranks that methods ask for: found beside earlier ones, or made from the bench's pairs and kept."""
+"""The ranks that methods need: the stored ones where they fit, else made from the bench's pairs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from MFU_screening import MOMENTA, screen
 
 
 def make_ranks(bench: Bench, momentum: str, sites: Iterable[str]) -> int:
-    """Rank the sites that have no ranks yet, in one pass over the pairs, and keep the ranks. Return how many."""
+    """Rank the sites that have no ranks yet, in one pass over the pairs, and store the ranks. Return how many."""
     missing = [site for site in sites if stored_ranks(bench, momentum, site) is None]
     for site, ranks in _screen(bench, momentum, missing).items() if missing else ():
         ranks.save(bench.store.ranks_file(bench.model_spec, bench.task_spec, momentum, site))
@@ -32,14 +32,14 @@ def stored_ranks(bench: Bench, momentum: str, site: str) -> AURanks | None:
     if not file.exists():
         return None
     ranks = AURanks.load(file)
-    wanted = {
+    origin = {
         "code": ranks.header.get("code") and screening_code(bench, momentum),  # shipped ranks have none
         "fingerprint": fingerprint(bench.model),
         "pairs_hash": pairs_hash(bench.task.pairs),
         "momentum": momentum,
         "protocol": bench.task_spec.protocol,
     }
-    return ranks if all(ranks.header.get(key) == value for key, value in wanted.items()) else None
+    return ranks if all(ranks.header.get(key) == value for key, value in origin.items()) else None
 
 
 def screening_code(bench: Bench, momentum: str) -> str:

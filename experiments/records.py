@@ -1,6 +1,6 @@
 """Records: one JSON file per cell of a table, named by a hash of everything that determines it.
 
-The same key has the same name, so a finished cell is found again and resuming is running again.
+The same key gives the same name, so a finished cell is found again: to resume is to run again.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def write(folder: Path, key: dict, result: dict) -> dict:
 
 
 def pack_columns(columns: dict[str, Sequence[float]]) -> dict[str, str | list[float]]:
-    """Write right-or-wrong columns as digits, others as numbers of six digits."""
+    """Pack columns of right or wrong into digits, and round those of numbers to six digits."""
     return {
         name: pack(values) if _are_outcomes(values) else [float(f"{value:.6g}") for value in values]
         for name, values in columns.items()
@@ -57,7 +57,7 @@ def _are_outcomes(values: Sequence[float]) -> bool:
 
 
 def pack(outcomes: Sequence[bool]) -> str:
-    """Write per-item outcomes as hexadecimal digits, the first item in the highest bit."""
+    """Pack per-item outcomes into hexadecimal digits, the first item in the highest bit."""
     return f"{len(outcomes)}:{int(''.join('01'[o] for o in outcomes) or '0', 2):x}"
 
 
@@ -68,15 +68,15 @@ def unpack(packed: str) -> list[bool]:
 
 @cache
 def environment() -> dict:
-    """Return what a number may depend on, and a time does depend on."""
-    found = {}
+    """Return versions and machine: a number may depend on them, and a time does."""
+    versions = {}
     for name in LIBRARIES:
         with suppress(PackageNotFoundError):
-            found[name] = version(name)
+            versions[name] = version(name)
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     return {
         "python": platform.python_version(),
-        **found,
+        **versions,
         "cuda": torch.version.cuda,
         "machine": " + ".join(gpus) or _cpu(),
         "commit": _git("rev-parse", "HEAD") or "not a git checkout",

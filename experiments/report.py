@@ -1,4 +1,4 @@
-"""Records -> the table a person reads, and what it says in words. Built from records alone."""
+"""Turn the records of a comparison into its tables, and say in words what they show."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from eval.statistics import holm, mcnemar, sign_flip, wilson
 from experiments.records import unpack
 
 SITES = {"attention": "Head", "ffn": "FFN", "layer": "Layer", "neuron": "Neuron", "both": "Head+FFN"}
-CONTROLS = ("random", "flipped")  # repeated with other draws, shown as bands
+CONTROLS = ("random", "flipped")  # repeated with other draws and shown as bands
 
 
 def table(rows: Sequence[dict], labels: dict[str, str]) -> str:
-    """Markdown: one line a method and site; repeated draws of a control become one line with their band."""
+    """Return a Markdown table, a line per method and site; the draws of a control share one line with their band."""
     vanilla = next(row for row in rows if row["method"] == "vanilla")
     lines = [
         f"{vanilla['measure']} on {vanilla['n']} items of {vanilla['test_split']}; gains in points against vanilla; "
-        "[95 % Wilson interval]; p: exact McNemar, paired; Holm: the same, adjusted for all lines of this table",
+        "[95 % Wilson interval]; p: exact McNemar test, paired; Holm: that p, adjusted for all lines of this table",
         "",
-        "| method | settings | AUs | right | gain | up / down | p | Holm |",
+        "| method | grid point | AUs | right | gain | up / down | p | Holm |",
         "|---|---|--:|--:|--:|--:|--:|--:|",
     ]
     tested = [row for row in rows if row["site"] and row["method"] not in CONTROLS]
@@ -28,9 +28,9 @@ def table(rows: Sequence[dict], labels: dict[str, str]) -> str:
         if row["method"] in ("vanilla", "prompt-only"):
             lines.append(_line(row, vanilla, labels.get(row["method"], row["method"]), None))
     for site in dict.fromkeys(row["site"] for row in rows if row["site"]):
-        here = [row for row in rows if row["site"] == site]
-        for method in dict.fromkeys(row["method"] for row in here):
-            draws = [row for row in here if row["method"] == method]
+        site_rows = [row for row in rows if row["site"] == site]
+        for method in dict.fromkeys(row["method"] for row in site_rows):
+            draws = [row for row in site_rows if row["method"] == method]
             name = _name(draws[0], labels)
             if len(draws) == 1 and method not in CONTROLS:
                 lines.append(_line(draws[0], vanilla, name, adjusted[id(draws[0])]))
@@ -43,8 +43,8 @@ def table(rows: Sequence[dict], labels: dict[str, str]) -> str:
     return "\n".join(lines)
 
 
-def more(rows: Sequence[dict], labels: dict[str, str]) -> str:
-    """The measures beside the one that settings were chosen by; "" where there are none. Draws show their median."""
+def other_measures(rows: Sequence[dict], labels: dict[str, str]) -> str:
+    """Return a table of the measures beside the main one; "" where there are none. Draws show their median."""
     vanilla = next(row for row in rows if row["method"] == "vanilla")
     measures = [name for name in vanilla["measures"] if name != vanilla["measure"]]
     extras = list(vanilla["extras"])
@@ -52,9 +52,9 @@ def more(rows: Sequence[dict], labels: dict[str, str]) -> str:
         return ""
     shares = {name for name in measures if isinstance(vanilla["columns"][name], str)}
     lines = [
-        f"Beside it, on the same {vanilla['n']} items: [95 % interval], Wilson for shares in %, else bootstrap. Where steered: "
-        "the p of the paired difference to vanilla (McNemar, or sign-flip), not adjusted. Figures of all texts together "
-        "have no interval.",
+        f"Other measures on the same {vanilla['n']} items: [95 % interval], Wilson for shares in %, else bootstrap. Steered rows "
+        "have the p of their paired difference from vanilla (McNemar, or sign-flip), not adjusted. Figures of all texts "
+        "together have no interval.",
         "",
         "| method | " + " | ".join(measures + extras) + " |",
         "|---|" + "--:|" * len(measures + extras),
@@ -64,60 +64,60 @@ def more(rows: Sequence[dict], labels: dict[str, str]) -> str:
         name = _name(draws[0], labels)
         name += f", {len(draws)} draws" if len(draws) > 1 else ""
         row = sorted(draws, key=lambda row: row["right"])[len(draws) // 2]
-        shown = [
+        values = [
             _with_interval(row["measures"][measure], 100 if measure in shares else 1)
             + (f", p = {_paired(row, vanilla, measure):.1g}" if site else "")
             for measure in measures
         ]
         lines.append(
-            "| " + " | ".join([name, *shown, *(_three_digits(row["extras"].get(key)) for key in extras)]) + " |"
+            "| " + " | ".join([name, *values, *(_three_digits(row["extras"].get(key)) for key in extras)]) + " |"
         )
     return "\n".join(lines)
 
 
 def costs(rows: Sequence[dict], labels: dict[str, str]) -> str:
-    """What each method took before its first answer, how much it touches at every token, and what the test took."""
+    """Return a table of what each method cost: time to prepare, grid points tried, AUs steered, and time of the test."""
     vanilla = next(row for row in rows if row["method"] == "vanilla")["cost"]["test_s"]
     lines = [
-        "| method | prepared in, s | settings tried | AUs touched | test, against vanilla's time |",
+        "| method | preparation, s | grid points tried | AUs steered | test time / vanilla's |",
         "|---|--:|--:|--:|--:|",
     ]
     for row in rows:
         if "prepare_s" in row["cost"] and row["draw"] == 0:
             name = _name(row, labels)
             seconds = row["cost"]["prepare_s"]
-            took = "not known, shipped ranks" if seconds is None else f"{seconds:.2f}"
-            tested = f"{row['cost']['test_s'] / vanilla:.2f}" if row["settings"] and vanilla else ""
-            lines.append(f"| {name} | {took} | {len(row['grid'])} | {row['touched']} | {tested} |")
+            preparation = "unknown: shipped ranks" if seconds is None else f"{seconds:.2f}"
+            test_time = f"{row['cost']['test_s'] / vanilla:.2f}" if row["settings"] and vanilla else ""
+            lines.append(f"| {name} | {preparation} | {len(row['grid'])} | {row['touched']} | {test_time} |")
     return "\n".join(lines) if len(lines) > 2 else ""
 
 
 def verdict(rows: Sequence[dict], labels: dict[str, str]) -> list[str]:
-    """What the table says about each method, in words: does it beat the controls of its site?"""
+    """Say of each method in words whether it beats the controls of its site."""
     vanilla = next(row for row in rows if row["method"] == "vanilla")
-    said = []
+    sentences = []
     for site in dict.fromkeys(row["site"] for row in rows if row["site"]):
-        here = [row for row in rows if row["site"] == site]
-        controls = {m: [gain(row, vanilla) for row in here if row["method"] == m] for m in CONTROLS}
+        site_rows = [row for row in rows if row["site"] == site]
+        controls = {m: [gain(row, vanilla) for row in site_rows if row["method"] == m] for m in CONTROLS}
         for method in ("published", "causal"):
-            for row in [row for row in here if row["method"] == method]:
-                mine = gain(row, vanilla)
-                against = [
-                    f"{sum(mine > other for other in gains)} of {len(gains)} {labels[control]}"
+            for row in [row for row in site_rows if row["method"] == method]:
+                own_gain = gain(row, vanilla)
+                wins = [
+                    f"{sum(own_gain > other for other in gains)} of {len(gains)} {labels[control]}"
                     for control, gains in controls.items()
                     if gains
                 ]
-                if not against:
-                    said.append(f"{labels[method]}, {SITES[site]}: {mine:+.1f} points; no controls were run beside it")
+                if not wins:
+                    sentences.append(f"{labels[method]}, {SITES[site]}: {own_gain:+.1f} points; no controls were run")
                     continue
-                beaten = all(mine > other for gains in controls.values() for other in gains)
-                sure = "" if row["p"] < 0.05 else ", which is no sure gain"
-                said.append(
-                    f"{labels[method]}, {SITES[site]}: {mine:+.1f} points (p = {row['p']:.1g}{sure}); it "
+                beaten = all(own_gain > other for gains in controls.values() for other in gains)
+                caveat = "" if row["p"] < 0.05 else ", not significant"
+                sentences.append(
+                    f"{labels[method]}, {SITES[site]}: {own_gain:+.1f} points (p = {row['p']:.1g}{caveat}); it "
                     + ("beats every control" if beaten else "does NOT beat every control")
-                    + f" ({' and '.join(against)} gain less)"
+                    + f" ({' and '.join(wins)} gain less)"
                 )
-    return said
+    return sentences
 
 
 def gain(row: dict, vanilla: dict) -> float:
@@ -132,8 +132,8 @@ def _name(row: dict, labels: dict[str, str]) -> str:
 
 def _line(row: dict, vanilla: dict, name: str, adjusted: float | None) -> str:
     low, high = wilson(row["right"], row["n"])
-    settings = ", ".join(f"{key}={value:g}" for key, value in (row.get("settings") or {}).items())
-    cells = [name, settings, str(row.get("touched", ""))]
+    point = ", ".join(f"{key}={value:g}" for key, value in (row.get("settings") or {}).items())
+    cells = [name, point, str(row.get("touched", ""))]
     cells.append(f"{100 * row['right'] / row['n']:.1f} [{100 * low:.1f}, {100 * high:.1f}]")
     steered = row["method"] != "vanilla"
     cells.append(f"{gain(row, vanilla):+.1f}" if steered else "")

@@ -5,8 +5,8 @@ python main.py restore --data_name svamp --sparsity 2:4            one task, sem
 python main.py restore --model M --data_name boolq --pruning magnitude
 python main.py restore --model M --pairs mine.jsonl                your model, your pairs
 
-The prompts of the training pairs calibrate the pruning. GridPoint are chosen on validation, alike for RestoreLCC and its
-controls, and tested once. Both models are in memory at once.
+The prompts of the training pairs calibrate the pruning. Grid points are chosen on validation, in the same way for
+RestoreLCC and its controls, and tested once. Both models are in memory at once.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ from experiments.cell import EMBEDDED, FIELD_NAMES, bench_of
 from experiments.search import full_grid, key_of
 from experiments.store import Store
 
-HELD_OUT_TEXTS = 500  # prompts of test items, for perplexity
-TOKENS_AT_ONCE = 1024  # whose logits are in memory together
+HELD_OUT_TEXTS = 500  # prompts of test items whose perplexity is measured
+TOKENS_AT_ONCE = 1024  # tokens whose logits are in memory together
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -74,10 +74,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def restore(bench: Bench, pruning: str, sparsity: str, components: str, draws: int) -> dict:
     """Return the record of one task: the stored one, or a new one that is written."""
-    wanted = parse_sparsity(sparsity)
+    target = parse_sparsity(sparsity)
     dense, tokenizer, task = bench.model, bench.tokenizer, bench.task
     if not task.validation:
-        raise AUSteerError(f"{bench.task_spec.label} has no validation items to choose settings on")
+        raise AUSteerError(
+            f"{bench.task_spec.label} has no validation items to choose a grid point on: take another task, or give more pairs"
+        )
     key = {
         "model": EMBEDDED if bench.model_spec.embedded else public_name(bench.model_spec.name),
         "task": bench.task_spec.label,
@@ -104,7 +106,7 @@ def restore(bench: Bench, pruning: str, sparsity: str, components: str, draws: i
     pruned = copy.deepcopy(dense)
     prompts = [tokenizer(pair.prompt, verbose=False)["input_ids"] for pair in task.pairs]
     longest = dense.config.max_position_embeddings
-    achieved = prune(pruned, pruning, wanted, [ids[-longest:] for ids in prompts])
+    achieved = prune(pruned, pruning, target, [ids[-longest:] for ids in prompts])
     seconds = time.perf_counter() - start
     rows = _rows(bench, pruned, components, draws)
     return bench.store.write(key, {"achieved": asdict(achieved), "pruning_s": seconds, "rows": rows})
@@ -115,17 +117,17 @@ def _rows(bench: Bench, pruned: PreTrainedModel, components: str, draws: int) ->
     texts = [tokenizer(text, verbose=False)["input_ids"] for text in dict.fromkeys(item.prompt for item in task.test)]
     texts = [ids[: dense.config.max_position_embeddings] for ids in texts[:HELD_OUT_TEXTS]]
 
-    def tested(label: str, model: PreTrainedModel, plan: Plan | None = None, **more) -> dict:
+    def test_row(label: str, model: PreTrainedModel, plan: Plan | None = None, **details) -> dict:
         with steer(model, plan) if plan is not None else nullcontext():
             scores = task.columns(task.test, task.answers(LiveAnswerer(model, tokenizer), task.test))
-            surprise = perplexity(model, texts)
-        touched = 0 if plan is None else len(plan)
+            held_out = perplexity(model, texts)
+        n_shifted = 0 if plan is None else len(plan)
         measures = summary(scores.columns)
-        return {"label": label, "measure": scores.main, **measures[scores.main], "perplexity": surprise, "touched": touched,
-                **more, "columns": records.pack_columns(scores.columns)}  # fmt: skip
+        return {"label": label, "measure": scores.main, **measures[scores.main], "perplexity": held_out, "touched": n_shifted,
+                **details, "columns": records.pack_columns(scores.columns)}  # fmt: skip
 
-    rows = [tested("dense", dense), tested("pruned", pruned)]
-    floor = _validated(task, pruned, tokenizer)
+    rows = [test_row("dense", dense), test_row("pruned", pruned)]
+    floor = _validate(task, pruned, tokenizer)
 
     def no_ranks(momentum: str):
         raise AssertionError("RestoreLCC looks at no ranks")
@@ -134,36 +136,36 @@ def _rows(bench: Bench, pruned: PreTrainedModel, components: str, draws: int) ->
     method = RestoreLCC(dense, components)
     prepared = method.prepare(Evidence(pruned, tokenizer, task.pairs, "attention", no_ranks))
     cost = {"prepare_s": time.perf_counter() - start}
-    tries = [
+    candidates = [
         (method, 0),
         *((RandomHeads(dense, components), draw) for draw in range(draws)),
         (MeanLost(dense, components), 0),
     ]
-    for tried, draw in tries:
-        label = tried.label + (f", draw {draw + 1}" if tried.draws else "")
-        chosen, scores, plan = _searched(tried, prepared, draw, bench.grid_kind, task, tokenizer, floor)
-        more = {"settings": chosen, "grid_scores": scores, **cost}
-        # where nothing beats the pruned model on validation, nothing is done
-        rows.append(tested(label, pruned, plan, **more) if plan else {**rows[1], "label": label, **more})
-        if tried is method and plan:
-            # what training alone gives, where nothing was lost: restoring is what goes beyond it
-            alike = replace(prepared, model=dense, header=model_header(dense))
-            rows.append(tested("dense, trained alike", dense, method.plan(alike, chosen), settings=chosen))
+    for candidate, draw in candidates:
+        label = candidate.label + (f", draw {draw + 1}" if candidate.draws else "")
+        chosen, scores, plan = _search(candidate, prepared, draw, bench.grid_kind, task, tokenizer, floor)
+        details = {"settings": chosen, "grid_scores": scores, **cost}
+        # where no grid point beats the pruned model on validation, it stays as it is
+        rows.append(test_row(label, pruned, plan, **details) if plan else {**rows[1], "label": label, **details})
+        if candidate is method and plan:
+            # the gain of training alone, on a model that has lost nothing: restoration is what exceeds it
+            on_dense = replace(prepared, model=dense, header=model_header(dense))
+            rows.append(test_row("dense, trained alike", dense, method.plan(on_dense, chosen), settings=chosen))
     return rows
 
 
-def _searched(method: RestoreLCC, prepared: Prepared, draw: int, kind: str, task: Task, tokenizer, floor: list[float]):
+def _search(method: RestoreLCC, prepared: Prepared, draw: int, kind: str, task: Task, tokenizer, floor: list[float]):
     plans: dict[str, Plan] = {}
 
-    def ask(some: Sequence[GridPoint], start: int, stop: int) -> list[list[float]]:
-        plans.update({key_of(settings): method.plan(prepared, settings, draw) for settings in some})
-        return [_validated(task, prepared.model, tokenizer, plans[key_of(settings)])[start:stop] for settings in some]
+    def ask(points: Sequence[GridPoint], start: int, stop: int) -> list[list[float]]:
+        plans.update({key_of(point): method.plan(prepared, point, draw) for point in points})
+        return [_validate(task, prepared.model, tokenizer, plans[key_of(point)])[start:stop] for point in points]
 
-    found = full_grid(ask, floor, method.grid(kind))
-    return found.chosen, found.scores, found.chosen and plans[key_of(found.chosen)]
+    search = full_grid(ask, floor, method.grid(kind))
+    return search.chosen, search.scores, search.chosen and plans[key_of(search.chosen)]
 
 
-def _validated(
+def _validate(
     task: Task, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, plan: Plan | None = None
 ) -> list[float]:
     with steer(model, plan) if plan is not None else nullcontext():
@@ -173,7 +175,7 @@ def _validated(
 
 @torch.inference_mode()
 def perplexity(model: PreTrainedModel, texts: Sequence[Sequence[int]]) -> float:
-    """Of all tokens but the first of each text."""
+    """Return the perplexity of all tokens but the first of each text."""
     texts = [ids for ids in texts if len(ids) > 1]
     if not texts:
         raise AUSteerError("perplexity needs a prompt of at least two tokens")
@@ -187,7 +189,7 @@ def perplexity(model: PreTrainedModel, texts: Sequence[Sequence[int]]) -> float:
 
 
 def table(record: dict) -> str:
-    """Markdown: a line a model, each against the pruned one."""
+    """Return a Markdown table, a line per model, each compared with the pruned one."""
     rows, achieved = record["rows"], record["achieved"]
     columns = [next(iter(records.unpack_columns(row["columns"]).values())) for row in rows]
     paired = all(isinstance(value, bool) for value in columns[1])
@@ -196,15 +198,15 @@ def table(record: dict) -> str:
         f"{record['pruning']}, {record['sparsity']}: {achieved['zeros']:,} of {achieved['weights']:,} weights are zero "
         f"({100 * achieved['zeros'] / achieved['weights']:.2f} %)",
         f"{rows[0]['measure']} on {rows[0]['n']} items of {record['test_split']} [95 % interval]; up / down and p: exact "
-        "McNemar against pruned; perplexity of held-out prompts",
+        "McNemar test against pruned; perplexity of held-out prompts",
         "",
-        "| model | settings | AUs shifted | right | perplexity | up / down | p |",
+        "| model | grid point | AUs shifted | right | perplexity | up / down | p |",
         "|---|---|--:|--:|--:|--:|--:|",
     ]
     for row, values in zip(rows, columns, strict=True):
         value, low, high = (percent * row[key] for key in ("value", "low", "high"))
-        settings = ", ".join(f"{key}={value:g}" for key, value in (row.get("settings") or {}).items())
-        cells = [row["label"], settings, str(row["touched"] or ""), f"{value:.1f} [{low:.1f}, {high:.1f}]"]
+        point = ", ".join(f"{key}={value:g}" for key, value in (row.get("settings") or {}).items())
+        cells = [row["label"], point, str(row["touched"] or ""), f"{value:.1f} [{low:.1f}, {high:.1f}]"]
         cells.append(f"{row['perplexity']:.3f}")
         gained, lost, p = mcnemar(columns[1], values) if paired else (0, 0, 1.0)
         cells += [f"{gained} / {lost}", f"{p:.1g}"] if paired and values is not columns[1] else ["", ""]
@@ -228,10 +230,14 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--pruning", default="wanda", choices=PRUNINGS, help="how to prune (default: %(default)s)")
-    add("--sparsity", default="0.5", help="share of zeros, or zeros:group such as 2:4 (default: %(default)s)")
-    add("--components", default="paper", choices=COMPONENTS, help="lost components that the probes see: "
+    add(
+        "--sparsity",
+        default="0.5",
+        help="share of weights set to zero, or zeros:group such as 2:4 (default: %(default)s)",
+    )
+    add("--components", default="paper", choices=COMPONENTS, help="how many lost components the probes see: "
         + ", ".join(f"{name} {k}" for name, k in COMPONENTS.items()))  # fmt: skip
-    add("--draws", type=int, default=3, help="draws of the control with random heads (default: %(default)s)")
+    add("--draws", type=int, default=3, help="number of draws of the control with random heads (default: %(default)s)")
     return parser.parse_args(argv)
 
 

@@ -25,7 +25,7 @@ from eval.tasks.base import Scores, Task, items_hash
 from experiments import records
 from experiments.bench import BENCHES, Bench, is_paper_task
 from experiments.cell import Cell, MethodSpec
-from experiments.engines.answering import answering, engine_code, engine_name, pays_together
+from experiments.engines.answering import answering, engine_code, engine_name, one_batch_pays
 from experiments.ranking import ranks_of
 from experiments.search import SEARCHES, key_of, shuffled
 from experiments.store import Store
@@ -37,7 +37,7 @@ def attempt(cell: Cell, store: Store) -> dict:
     """Return the cell's record, or {"failed": why}: one cell that fails does not end the others."""
     try:
         return run_cell(cell, BENCHES.open(cell.model, cell.task, store))
-    except Exception as error:  # whatever it is, the table names it, and so does the exit status
+    except Exception as error:  # of any kind: the table shows it, and the exit status tells
         return {"failed": one_line(error)}
 
 
@@ -77,7 +77,7 @@ def cell_key(cell: Cell, bench: Bench) -> dict:
         "batch_size": cell.task.batch_size,
         "engine": engine_name(cell.model.engine),
         "pairs_hash": pairs_hash(task.pairs) if cell.steered else None,
-        "pairs_by": task.pairs_by if cell.steered else None,  # behind `pairs`, which decide it
+        "pairs_by": task.pairs_by if cell.steered else None,  # read after `pairs`, which set it
         "items_hash": task.fingerprint,
         "test_split": task.test_split,
         "grid": points,
@@ -106,7 +106,7 @@ def cell_code(cell: Cell, task: type[Task], family: type) -> str:
     )  # fmt: skip
 
 
-# what lists or chooses things that a cell may not use: `cell_code` names those it does
+# definitions that list or choose among things of which a cell uses one: `cell_code` names that one
 REGISTRIES = frozenset({
     "austeer.methods.registry:METHODS", "experiments.search:SEARCHES", "MFU_screening:MOMENTA",
     "experiments.ranking:ranks_of", "experiments.engines.answering:answering", "eval.tasks.registry:PAPER_TASKS",
@@ -115,7 +115,7 @@ REGISTRIES = frozenset({
 
 
 def _options_by_content(method: MethodSpec) -> dict[str, str]:
-    """Name a file by its content: another SAE under the same path is another question."""
+    """Replace files by their hashes: another SAE under the same path makes another record."""
     return {key: _hashed({key: Path(value)})[key] if Path(value).is_file() else value for key, value in method.options}
 
 
@@ -124,10 +124,12 @@ def _hashed(files: dict[str, Path]) -> dict[str, str]:
 
 
 def grid(cell: Cell) -> list[GridPoint]:
-    """Return the method's grid points, or those of the given ks and alphas: no more than any other method's."""
+    """Return the method's grid points, with the given ks and alphas in place of its own where there are any."""
     kind = "small" if cell.model.embedded else "full"
     points = method_of(cell.method).grid(kind)
-    assert len(points) <= BUDGET[kind], f"{cell.method.name} tries {len(points)} grid points, others {BUDGET[kind]}"
+    assert len(points) <= BUDGET[kind], (
+        f"{cell.method.name} tries {len(points)} grid points; the budget of every method is {BUDGET[kind]}"
+    )
     for key, given in (("k", cell.search.ks), ("alpha", cell.search.alphas)):
         if given:
             points = [{**point, key: value} for value in given for point in points if key in point] or points
@@ -139,16 +141,16 @@ def method_of(spec: MethodSpec) -> Method:
 
 
 class Run:
-    """Ask and score the items of one cell. `record` is the id of its record to be: answers are kept under it."""
+    """Answer and score the items of one cell. `record` is the id of its future record; answers are stored under it."""
 
     def __init__(self, cell: Cell, bench: Bench, record: str):
         self.cell, self.bench, self.record, self.task = cell, bench, record, bench.task
 
     def unsteered(self) -> dict:
-        as_asked = self.task.prompted if self.cell.method.name == "prompt-only" else list
-        validation = self.ask(as_asked(self.task.validation), "validation", None)
+        with_wording = self.task.prompted if self.cell.method.name == "prompt-only" else list
+        validation = self.ask(with_wording(self.task.validation), "validation", None)
         start = time.perf_counter()
-        scores, extras, _ = self.test(as_asked(self.task.test), None)
+        scores, extras, _ = self.test(with_wording(self.task.test), None)
         return {"validation": records.pack(validation), **self.result(scores, extras, start, {})}
 
     def result(self, scores: Scores, extras: dict, start: float, cost: dict) -> dict:
@@ -172,9 +174,12 @@ class Run:
         return self.task.columns(items, answers).outcomes
 
     def test(self, items: Sequence, plan: Plan | None) -> tuple[Scores, dict[str, float], dict[str, int]]:
-        """Return scores, figures of the whole set, and the receipt of what the plan did: AUs that were set, and token
-        positions that went through them, or the engine's adapter. A resumed run counts only its own positions: none."""
-        file = self.kept("test")
+        """Return scores, figures of the whole set, and a receipt of what the plan did.
+
+        The receipt counts the AUs that were set, and the token positions that went through them or the modules of the
+        engine's adapter. A resumed run would count only its own positions, so it leaves them out.
+        """
+        file = self.answer_file("test")
         resumed = file is not None and file.path.exists()
         with answering(self.bench, [plan], len(items)) as (answerer, receipt):
             answers = self.answers(answerer, items, "test")
@@ -186,11 +191,11 @@ class Run:
         return self.task.columns(items, answers), extras, done
 
     def answers(self, answerer, items: Sequence, name: str) -> list[Answer]:
-        file = self.kept(name)
+        file = self.answer_file(name)
         return self.task.answers(answerer, items, file, f"{self.cell} {name}" if file else None)
 
-    def kept(self, name: str) -> AnswerFile | None:
-        """Return the file of the answers: those of the paper's tasks take long, and a killed run goes on from them."""
+    def answer_file(self, name: str) -> AnswerFile | None:
+        """Return the file of the answers. Those of the paper's tasks take long, and a killed run continues from them."""
         if not is_paper_task(self.cell.model, self.cell.task) or not (
             self.task.generates_on_validation or name == "test"
         ):
@@ -206,23 +211,27 @@ class SteeredRun(Run):
         learned, seconds = self.learned(method)
         sites = sites_of(self.cell.method.site)
         result: dict = {
-            "n_pairs": len(self.task.pairs), "grid_scores": {}, "asked": 0,
-            # of all AUs where the method acts, to say what share it steers
+            "n_pairs": len(self.task.pairs),
+            "grid_scores": {},
+            "asked": 0,
+            # all AUs of the sites, to tell what share of them is steered
             "aus": sum(gate.width for site in sites for gate in gates(self.bench.model, site)),
-        }  # fmt: skip
+        }
         chosen = points[0]
         if len(points) > 1:
             chosen, searched = self.search(method, learned, points, vanilla)
             result |= searched
         result |= {"settings": chosen, "chosen": chosen and key_of(chosen)}
         start = time.perf_counter()
-        if chosen is None:  # no grid point beat doing nothing, so nothing is done
+        if chosen is None:  # no grid point beat vanilla, so nothing is steered
             scores = Scores(vanilla["measure"], records.unpack_columns(vanilla["columns"]))
             result |= {"touched": 0, "gained": 0, "lost": 0, "p": 1.0}
             return result | self.result(scores, vanilla["extras"], start, {"prepare_s": seconds})
         plan = method.plan(learned, chosen, self.cell.method.draw)
         scores, extras, receipt = self.test(self.task.test, plan)
-        if chosen.get("alpha") != 0 and plan.header.get("k") != 0 and 0 in receipt.values():  # k: it may choose no AU
+        if (
+            chosen.get("alpha") != 0 and plan.header.get("k") != 0 and 0 in receipt.values()
+        ):  # a method may itself choose k = 0
             raise AUSteerError(f"{self.cell} at {key_of(chosen)}: the plan steered nothing ({receipt})")
         gained, lost, p = mcnemar(records.unpack(vanilla["outcomes"]), scores.outcomes)
         result |= {"receipt": receipt, "touched": len(plan.aus()), "gained": gained, "lost": lost, "p": p}
@@ -238,7 +247,7 @@ class SteeredRun(Run):
         bench, site = self.bench, self.cell.method.site
         key = self.cell.method.name, self.cell.method.options, site
         if key not in bench.learned:
-            seconds = []  # that went into ranks when they were made
+            seconds = []  # that the ranks took when they were made
 
             def ranks(momentum: str, at: str = site):
                 ranks = ranks_of(bench, momentum, at)
@@ -254,29 +263,31 @@ class SteeredRun(Run):
     def search(
         self, method: Method, learned: object, points: Sequence[GridPoint], vanilla: dict
     ) -> tuple[GridPoint | None, dict]:
-        """Choose a grid point on validation, or on the test split where that is what was asked for."""
+        """Choose a grid point on validation, or on the test split if the search is of kind "test"."""
         part, items, split = ("validation", self.task.validation, "validation")
         if self.cell.search.kind == "test":
             part, items, split = ("test", self.task.test, "outcomes")
         order = shuffled(len(items))
         before = records.unpack(vanilla[split])
 
-        def ask(some: Sequence[GridPoint], start: int, stop: int) -> list[list[bool]]:
+        def ask(subset: Sequence[GridPoint], start: int, stop: int) -> list[list[bool]]:
             sample = [items[index] for index in order[start:stop]]
-            plans = [method.plan(learned, point, self.cell.method.draw) for point in some]
-            if len(plans) > 1 and sample and pays_together(self.cell.model.engine, self.task, len(sample)):
+            plans = [method.plan(learned, point, self.cell.method.draw) for point in subset]
+            if len(plans) > 1 and sample and one_batch_pays(self.cell.model.engine, self.task, len(sample)):
                 return self.ask_together(sample, f"{part} {len(plans)} settings {start}-{stop}", plans)
-            names = [" ".join(f"{key}={value:g}" for key, value in point.items()) for point in some]
+            names = [" ".join(f"{key}={value:g}" for key, value in point.items()) for point in subset]
             return [
                 self.ask(sample, f"{part} {name} {start}-{stop}", plan) for name, plan in zip(names, plans, strict=True)
             ]
 
         search = SEARCHES[self.cell.search.kind](ask, [before[index] for index in order], points)
         return search.chosen, {
-            "grid_scores": search.scores, "asked": search.asked, "chosen_on": part,
+            "grid_scores": search.scores,
+            "asked": search.n_evaluated,
+            "chosen_on": part,
             "grid_vanilla": records.pack([before[index] for index in order]),
             "grid_outcomes": {key: records.pack(outcomes) for key, outcomes in search.outcomes.items()},
-        }  # fmt: skip
+        }
 
     def ask_together(self, items: Sequence, name: str, plans: Sequence[Plan]) -> list[list[bool]]:
         """Return the outcomes of the same items under each plan, asked in one batch."""

@@ -1,4 +1,4 @@
-"""Where a comparison keeps what it makes: a folder of ranks, a folder of records, and the answers beside the records."""
+"""The folders of a run: one of ranks, one of records, and the answers beside the records."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ class Store:
         return records.write(Path(self.records), key, result)
 
     def ranks_file(self, model: ModelSpec, task: TaskSpec, momentum: str, site: str) -> Path:
-        by = momentum if task.protocol == "clean" else f"{momentum}-{task.protocol}"
-        by += f"-{task.pairs.n_pairs}-pairs" if task.pairs.n_pairs else ""
-        by += "-general" if task.pairs.general_pairs else ""
-        return Path(self.ranks) / Path(model.name).name / task.label / by / f"{site}.safetensors"
+        folder = momentum if task.protocol == "clean" else f"{momentum}-{task.protocol}"
+        folder += f"-{task.pairs.n_pairs}-pairs" if task.pairs.n_pairs else ""
+        folder += "-general" if task.pairs.general_pairs else ""
+        return Path(self.ranks) / Path(model.name).name / task.label / folder / f"{site}.safetensors"
 
     def answers_file(self, record: str, part: str = "test") -> Path:
-        """Return where the answers behind a record are kept as they come, so that a killed run goes on."""
+        """Return the file to which a record's answers are written as they come, so that a killed run continues."""
         name = part.replace(" ", "-").replace("=", "")
         return Path(self.records).parent / "answers" / f"{record}-{name}.jsonl"
 
     @property
     def paid_scores(self) -> Path:
-        """Return the file that keeps scores of a paid service."""
+        """Return the file of scores that a paid service gave."""
         return Path(self.records).parent / "perspective.jsonl"

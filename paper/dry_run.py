@@ -12,63 +12,63 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 SHAPE = dict(
     hidden_size=64, intermediate_size=192, num_hidden_layers=3, num_attention_heads=16, num_key_value_heads=2, head_dim=32,
     max_position_embeddings=4096, bos_token_id=1, pad_token_id=0, initializer_range=0.2,
-    eos_token_id=[2, *range(3, 259, 4)],  # one token in four: what is random would not end by itself
+    eos_token_id=[2, *range(3, 259, 4)],  # one token in four ends an answer: random weights would never end one
 )  # fmt: skip
-OF_THE_FAMILY = {
+FAMILY_SHAPE = {
     "gemma2": dict(sliding_window=64, query_pre_attn_scalar=32),
     "qwen3_moe": dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32),
 }
 
-TINY_AUS = SHAPE["hidden_size"]  # of a layer's ffn; as many AUs are asked for at most
-TINY_PAIRS = 16  # to rank on
+TINY_AUS = SHAPE["hidden_size"]  # AUs of one layer's ffn, and the largest k
+TINY_PAIRS = 16  # pairs to rank on
 
 
-def fitted(params: dict) -> dict:
-    """What a study asks of a real model, within a tiny one."""
+def shrink(params: dict) -> dict:
+    """Shrink the params of a study so that they fit a tiny model."""
     limits = {"layer": SHAPE["num_hidden_layers"], "head": SHAPE["num_attention_heads"]}
-    found = {
+    small = {
         key: value % limits[key] if key in limits and value is not None else value for key, value in params.items()
     }
-    if found.get("dims"):
-        found["dims"] = _within(found["dims"])
-    if "paper_dims" in found:
-        found["paper_dims"] = {key: _within(dims) for key, dims in found["paper_dims"].items()}
-    if "lines" in found:
-        found["lines"] = {}  # never beside another model's numbers
-    if "step" in found:
-        found["step"] = min(found["step"], 4)
+    if small.get("dims"):
+        small["dims"] = _distinct(small["dims"])
+    if "paper_dims" in small:
+        small["paper_dims"] = {key: _distinct(dims) for key, dims in small["paper_dims"].items()}
+    if "lines" in small:
+        small["lines"] = {}  # the paper's numbers never stand beside another model's
+    if "step" in small:
+        small["step"] = min(small["step"], 4)
     for key, most in (("n", 4), ("items", 2), ("trials", 2), ("prompts", 2), ("draws", 3), ("k", TINY_AUS)):
-        if key in found:
-            found[key] = min(found[key], most)
-    return found | ({"ks": [4, 8]} if "ks" in found else {})
+        if key in small:
+            small[key] = min(small[key], most)
+    return small | ({"ks": [4, 8]} if "ks" in small else {})
 
 
-def _within(dims: list[int]) -> list[int]:
-    """As many, and different ones."""
-    found: list[int] = []
+def _distinct(dims: list[int]) -> list[int]:
+    """Return as many dimensions within a head, all different."""
+    distinct: list[int] = []
     for dim in dims[: SHAPE["head_dim"]]:
         free = (place % SHAPE["head_dim"] for place in count(dim))
-        found.append(next(place for place in free if place not in found))
-    return found
+        distinct.append(next(place for place in free if place not in distinct))
+    return distinct
 
 
 def tiny_checkpoints(known: dict[str, dict], folder: Path) -> dict[str, str]:
-    """By hub id, a folder with a random model of its architecture; made once."""
-    made = {}
+    """Return, by hub id, a folder with a random model of that architecture, made once."""
+    folders = {}
     for name, model in known.items():
         path = folder / name
         if not (path / "config.json").exists():
             torch.manual_seed(0)
             tokenizer = byte_tokenizer()
-            shape = {**SHAPE, "vocab_size": len(tokenizer), **OF_THE_FAMILY.get(model["family"], {})}
+            shape = {**SHAPE, "vocab_size": len(tokenizer), **FAMILY_SHAPE.get(model["family"], {})}
             AutoModelForCausalLM.from_config(AutoConfig.for_model(model["family"], **shape)).save_pretrained(path)
             tokenizer.save_pretrained(path)
-        made[model["hub"]] = str(path)
-    return made
+        folders[model["hub"]] = str(path)
+    return folders
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """A token a byte, and a BOS in front."""
+    """Return a tokenizer with one token per byte and a BOS in front."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: i for i, token in enumerate(["<pad>", "<s>", "</s>", *alphabet])}
     core = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))

@@ -1,4 +1,4 @@
-"""`--estimate`: what a scale would compute, what of it is done, the memory it needs, and a rough time. Loads no model."""
+"""`--estimate`: what a scale would compute, what of that is done, and a rough guess of memory and time. Loads no model."""
 
 from __future__ import annotations
 
@@ -28,22 +28,28 @@ PROMPT = {
     "mawps": 110,
     "toxicity": 40,
     "bpo": 60,
-}  # tokens, about
-NEW = {"svamp": 20, "mawps": 250, "toxicity": 50, "bpo": 500}  # tokens of an answer; else 1
+}  # tokens, roughly
+NEW = {"svamp": 20, "mawps": 250, "toxicity": 50, "bpo": 500}  # tokens of an answer; 1 for the other tasks
 VALIDATION, RANKING = 400, 1000
-ASKED = {"grid": 1.0, "racing": 0.25, "sample": 0.25, "test": 1.0}  # share of the grid's item-runs
-AT_ONCE = 16  # answers decoded together
-USED = 0.4  # of the measured rates, as a guess
-EMBEDDED_CELL, EMBEDDED_PANEL = 2.0, 10.0  # seconds of one core
-WHOLE_BLOCKS = 30  # other plans of a sweep: the whole block, combinations, and what ITI and SADI try
+GRID_SHARE = {
+    "grid": 1.0,
+    "racing": 0.25,
+    "sample": 0.25,
+    "test": 1.0,
+}  # share of the full grid's item-runs that a search takes
+BATCH = 16  # answers decoded at once
+UTILIZATION = 0.4  # share of the measured rates that a run reaches: a guess
+EMBEDDED_CELL, EMBEDDED_PANEL = 2.0, 10.0  # seconds on one core
+WHOLE_BLOCKS = 30  # plans of a sweep beside single dimensions: the whole block, combinations, and those of ITI and SADI
 WIDTH = {True: 128, False: 4096}  # dimensions of a head, or of an ffn
 
 
-def text(found: Sequence[Spec], manifest: Manifest) -> str:
-    counted, left, undrawn = [], {}, []
-    for spec in found:
-        its = dict.fromkeys(cell for entry in spec.entries for cell in entry.cells)
-        there = {
+def text(specs: Sequence[Spec], manifest: Manifest) -> str:
+    """Return the whole estimate: cells and finished ones per table, every row, then memory and time of the rest."""
+    counts, todo, panels = [], {}, []
+    for spec in specs:
+        cells = dict.fromkeys(cell for entry in spec.entries for cell in entry.cells)
+        finished = {
             cell
             for entry in spec.entries
             for cell, record in zip(
@@ -52,26 +58,28 @@ def text(found: Sequence[Spec], manifest: Manifest) -> str:
             if record["code"] == _code(cell)
         }
         missing = [panel for panel in spec.panels if not _is_current(panel, manifest.panel(spec.name, panel.name))]
-        counted.append((spec, len(its) + len(spec.panels), len(there) + len(spec.panels) - len(missing)))
-        left |= dict.fromkeys(cell for cell in its if cell not in there)
-        undrawn += missing
+        total = len(cells) + len(spec.panels)
+        counts.append((spec, total, len(finished) + len(spec.panels) - len(missing)))
+        todo |= dict.fromkeys(cell for cell in cells if cell not in finished)
+        panels += missing
     lines = [f"{'':<12}{'cells':>7}{'done':>7}  "]
-    for spec, count, ready in counted:
-        what = f"read off {spec.source}" if spec.source else f"{len(spec.blocks or spec.panels)} blocks"
-        lines.append(f"{spec.name:<12}{count:>7}{ready:>7}  {spec.title} ({what})")
+    for spec, total, n_finished in counts:
+        content = f"from the records of {spec.source}" if spec.source else f"{len(spec.blocks or spec.panels)} blocks"
+        lines.append(f"{spec.name:<12}{total:>7}{n_finished:>7}  {spec.title} ({content})")
     lines += [
         "",
-        f"{len(left)} different cells are left (one that several tables share is computed once), and {len(undrawn)} "
+        f"left to compute: {len(todo)} cells (one that several tables share is computed once) and {len(panels)} "
         "measurements of figures",
         "",
+        *_cell_lines(specs),
+        "",
     ]
-    lines += [*_cells(found), ""]
-    return "\n".join(lines + _needs(list(left), undrawn))
+    return "\n".join(lines + _needs(list(todo), panels))
 
 
 @cache
 def _code(cell: Cell) -> str:
-    """Hash the code that makes a cell, as its record does, without loading its model."""
+    """Hash the code that makes a cell, as its record does, but without loading its model."""
     return cell_code(cell, task_class(cell.model, cell.task), _family(cell.model))
 
 
@@ -87,73 +95,73 @@ def _family(model: ModelSpec) -> type:
     return rmodels.family(by_hub.get(model.name, "llama"))  # the embedded models are Llamas
 
 
-def _cells(found: Sequence[Spec]) -> list[str]:
-    """A line a row of every block: its columns are its cells."""
+def _cell_lines(specs: Sequence[Spec]) -> list[str]:
+    """Return a line per row of every block, with the columns it has and the number of its cells."""
     lines = []
-    for spec in found:
+    for spec in specs:
         for block in dict.fromkeys(entry.block for entry in spec.entries):
             for row in dict.fromkeys(entry.row for entry in spec.entries if entry.block == block):
-                mine = [entry for entry in spec.entries if (entry.block, entry.row) == (block, row)]
-                many = sum(len(entry.cells) for entry in mine)
+                entries = [entry for entry in spec.entries if (entry.block, entry.row) == (block, row)]
+                n_cells = sum(len(entry.cells) for entry in entries)
                 lines.append(
-                    f"{spec.name} | {block} | {row} | {' '.join(entry.column for entry in mine)} | {many} cells"
+                    f"{spec.name} | {block} | {row} | {' '.join(entry.column for entry in entries)} | {n_cells} cells"
                 )
         lines += [f"{spec.name} | {panel.name} | {panel.study}" for panel in spec.panels]
     return lines
 
 
-def _needs(todo: Sequence[Cell], undrawn: Sequence[Panel]) -> list[str]:
-    """Memory and time, by model."""
-    if not todo and not undrawn:
-        return ["nothing is left"]
-    if all(one.model.embedded for one in (*todo, *undrawn)):
-        seconds = len(todo) * EMBEDDED_CELL + len(undrawn) * EMBEDDED_PANEL
-        return [f"about {seconds / 60:.0f} core-minutes; no GPU; under 2 GB of memory a process"]
+def _needs(todo: Sequence[Cell], panels: Sequence[Panel]) -> list[str]:
+    """Return the memory and time that each model needs."""
+    if not todo and not panels:
+        return ["nothing is left to compute"]
+    if all(job.model.embedded for job in (*todo, *panels)):
+        seconds = len(todo) * EMBEDDED_CELL + len(panels) * EMBEDDED_PANEL
+        return [f"about {seconds / 60:.0f} core-minutes; no GPU; under 2 GB of memory per process"]
     known = {model["hub"]: (name, model) for name, model in models().items()}
     rate, bandwidth = _rates()
     lines = [
-        f"this machine: {rate / 1e12:.2f} TFLOP/s in matrix products, {bandwidth / 1e9:.0f} GB/s of memory (measured now; "
-        f"{USED:.0%} of both are assumed to be reached, and {AT_ONCE} answers at once)",
+        f"this machine: {rate / 1e12:.2f} TFLOP/s in matrix products, {bandwidth / 1e9:.0f} GB/s in memory (measured now; "
+        f"{UTILIZATION:.0%} of both is assumed, and {BATCH} answers per batch)",
         f"{'model':<28}{'cells':>6}{'memory':>10}{'hours':>9}",
     ]
-    for hub in dict.fromkeys(one.model.name for one in (*todo, *undrawn)):
+    for hub in dict.fromkeys(job.model.name for job in (*todo, *panels)):
         if hub not in known:
             continue  # an embedded model, or a tiny one of a dry run
         name, model = known[hub]
         size = model["parameters"] * model["bits"] / 8
-        mine = [cell for cell in todo if cell.model.name == hub]
+        cells = [cell for cell in todo if cell.model.name == hub]
         seconds = sum(
-            count * _seconds(cell, model, rate, bandwidth) for cell, count in Counter(map(_alike, mine)).items()
+            count * _seconds(cell, model, rate, bandwidth) for cell, count in Counter(map(_first_draw, cells)).items()
         )
-        seconds += sum(_panel_seconds(panel, model, rate) for panel in undrawn if panel.model.name == hub)
+        seconds += sum(_panel_seconds(panel, model, rate) for panel in panels if panel.model.name == hub)
         hours = seconds / 3600
-        lines.append(f"{name:<28}{len(mine):>6}{1.2 * size / 1e9:>7.0f} GB{hours:>9.1f}")
+        lines.append(f"{name:<28}{len(cells):>6}{1.2 * size / 1e9:>7.0f} GB{hours:>9.1f}")
     lines.append("memory: the weights and a fifth more for activations and the cache, as a rule of thumb")
     return lines
 
 
-def _alike(cell: Cell) -> Cell:
+def _first_draw(cell: Cell) -> Cell:
     return replace(cell, method=replace(cell.method, draw=0))
 
 
 def _seconds(cell: Cell, model: dict, rate: float, bandwidth: float) -> float:
-    """Prompts by arithmetic, answers by the weights read at every token."""
+    """Estimate a cell's time: prompts by their arithmetic, answers by reading the weights at every token."""
     task, search = cell.task.name, cell.search.kind
     test = min(TEST[task], cell.task.limit or TEST[task])
     items = test
     if cell.steered:
-        settings = len(grid(cell))
-        asked = test if search == "test" else min(VALIDATION, cell.task.limit or VALIDATION)
-        items += settings * asked * ASKED[search] if settings > 1 else 0
+        n_points = len(grid(cell))
+        n_searched = test if search == "test" else min(VALIDATION, cell.task.limit or VALIDATION)
+        items += n_points * n_searched * GRID_SHARE[search] if n_points > 1 else 0
     tokens = NEW.get(task, 1)
     arithmetic = 2 * model["active"] * items * (PROMPT[task] + tokens)
-    reading = model["parameters"] * model["bits"] / 8 * items / AT_ONCE * tokens
+    reading = model["parameters"] * model["bits"] / 8 * items / BATCH * tokens
     ranking = 0 if not cell.steered else 2 * model["active"] * RANKING * PROMPT[task]
-    return ((arithmetic + ranking) / rate + reading / bandwidth) / USED
+    return ((arithmetic + ranking) / rate + reading / bandwidth) / UTILIZATION
 
 
 def _panel_seconds(panel: Panel, model: dict, rate: float) -> float:
-    """Prompts alone: the tasks of the sweeps answer in a token."""
+    """Estimate a measurement's time from its prompts alone, since the tasks of studies answer in one token."""
     params, task = panel.params, panel.task.name
     width = WIDTH[params.get("head") is not None]
     dims = len(params.get("dims") or range(0, width, params.get("step", width)))
@@ -167,11 +175,11 @@ def _panel_seconds(panel: Panel, model: dict, rate: float) -> float:
         "rank_stability": lambda: 2 * RANKING * 4,
         "overhead": lambda: params["items"] * params["trials"] * 4 + 2 * RANKING * 3,
     }[panel.study]()
-    return 2 * model["active"] * runs * PROMPT[task] / rate / USED
+    return 2 * model["active"] * runs * PROMPT[task] / rate / UTILIZATION
 
 
 def _rates() -> tuple[float, float]:
-    """FLOP/s of matrix products and bytes/s of copies, in a moment."""
+    """Measure FLOP/s of matrix products and bytes/s of copies, in a moment."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     n, dtype = (8192, torch.bfloat16) if device == "cuda" else (1024, torch.float32)
     a, b = torch.ones(n, n, device=device, dtype=dtype), torch.empty(n, n, device=device, dtype=dtype)

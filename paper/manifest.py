@@ -1,7 +1,7 @@
-"""Which records a scale's tables are made of: written by a run, read by the report and by `trace`.
+"""The manifest: which records a scale's tables are made of. A run writes it; the report and `trace` read it.
 
-The report is built from a folder alone: manifest.json, the records it names, and what judges and raters left there. No
-model is loaded, so a committed folder says the same on any machine.
+The report is built from a folder alone: manifest.json, the records it names, and the files of judges and raters there.
+No model is loaded, so a committed folder gives the same report on any machine.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ NAME = "manifest.json"
 class Manifest:
     folder: Path
     scale: str
-    how: dict = field(default_factory=dict)  # what all cells were asked with: limit, batch_size, engine, toxicity, ...
-    dry_run: bool = False  # tiny random checkpoints under the models' names
+    how: dict = field(default_factory=dict)  # options that all cells share: limit, batch_size, engine, toxicity
+    dry_run: bool = False  # whether tiny random checkpoints stand for the models
     entries: dict[str, dict[str, list[str]]] = field(default_factory=dict)  # spec -> "block|row|column" -> record ids
     panels: dict[str, dict[str, str]] = field(default_factory=dict)  # spec -> panel -> record id
     orphans: int = 0  # records of the folder that no table names, at the end of the last run
@@ -32,12 +32,12 @@ class Manifest:
     def read(cls, folder: Path) -> Manifest:
         path = folder / NAME
         if not path.exists():
-            raise AUSteerError(f"nothing was run in {folder}: bash reproduce.sh makes it ({path} is missing)")
+            raise AUSteerError(f"nothing was run in {folder} ({path} is missing): run bash reproduce.sh first")
         return cls(folder, **json.loads(path.read_text()))
 
     @classmethod
-    def begun(cls, folder: Path, scale: str, how: dict, dry_run: bool) -> Manifest:
-        """With what earlier runs of other tables or models left, if they asked in the same way."""
+    def resume(cls, folder: Path, scale: str, how: dict, dry_run: bool) -> Manifest:
+        """Return the manifest of earlier runs if they had the same options, else a new one."""
         fresh = cls(folder, scale, how, dry_run)
         if not (folder / NAME).exists():
             return fresh
@@ -45,14 +45,14 @@ class Manifest:
         return before if (before.how, before.dry_run) == (how, dry_run) else fresh
 
     def write(self) -> None:
-        known = {
+        content = {
             key: getattr(self, key) for key in ("scale", "how", "dry_run", "entries", "panels", "orphans", "failed")
         }
-        write_json(self.folder / NAME, known)
+        write_json(self.folder / NAME, content)
 
     def records(self, spec: str, block: str, row: str, column: str) -> list[dict]:
         ids = self.entries.get(spec, {}).get(f"{block}|{row}|{column}", [])
-        return [found for id in ids if (found := self.record(id)) is not None]
+        return [record for id in ids if (record := self.record(id)) is not None]
 
     def panel(self, spec: str, panel: str) -> dict | None:
         return self.record(self.panels.get(spec, {}).get(panel, ""))
@@ -77,18 +77,18 @@ class Manifest:
 
     @cached_property
     def _bundle(self) -> dict[str, dict]:
-        """All records as lines of one file: how they are committed."""
+        """Return all records of records.jsonl, the one file in which they are committed."""
         path = self.folder / "records.jsonl"
         return {record["id"]: record for _, record in read_json_lines(path)} if path.exists() else {}
 
     @property
     def ids(self) -> list[str]:
-        of_entries = (id for spec in self.entries.values() for ids in spec.values() for id in ids)
-        of_panels = (id for spec in self.panels.values() for id in spec.values())
-        return sorted({*of_entries, *of_panels})
+        entry_ids = (id for spec in self.entries.values() for ids in spec.values() for id in ids)
+        panel_ids = (id for spec in self.panels.values() for id in spec.values())
+        return sorted({*entry_ids, *panel_ids})
 
 
 def bundle(manifest: Manifest, out: Path) -> None:
-    """The manifest and its records in a folder to be committed."""
+    """Write the manifest and its records into a folder that can be committed."""
     write_json_lines(out / "records.jsonl", [manifest.record(id) for id in manifest.ids])
     replace(manifest, folder=out).write()

@@ -1,4 +1,4 @@
-"""A panel of a figure: a measurement of paper/studies/, found or computed, recorded like a cell."""
+"""Compute a panel of a figure, a measurement of paper/studies/, or find its record; it is recorded like a cell."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def panel_key(panel: Panel, bench: Bench) -> dict:
         "quantization": panel.model.quantization,
         "device": model.device.type,
         "items_hash": task.fingerprint,
-        "pairs_hashes": [pairs_hash(one) for one in pairs],
+        "pairs_hashes": [pairs_hash(task_pairs) for task_pairs in pairs],
         "pairs_by": task.pairs_by,
         "batch_size": panel.task.batch_size,
         "protocol": panel.task.protocol,

@@ -1,4 +1,4 @@
-"""Note in the manifest what a run has finished: whoever kills it loses nothing, and `--estimate` can tell."""
+"""Note in the manifest what a run has finished, so that a kill loses nothing and `--estimate` can count it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Progress:
         self.specs, self.manifest, self.publish = specs, manifest, publish
         self.records: dict[Cell, dict] = {}
         self.panels: dict[Panel, dict] = {}
-        self.failed: dict[str, str] = {}  # by "spec|block|row|column", why
+        self.failed: dict[str, str] = {}  # "spec|block|row|column" -> why
         self._written, self._complete = monotonic(), 0
 
     def add(self, job: Cell | Panel, record: dict) -> None:
@@ -44,7 +44,7 @@ class Progress:
                     complete += 1
                     ids = self._ids(f"{spec.name}|{panel.name}|panel|{panel.name}", [self.panels[panel]])
                     by_panel = self.manifest.panels.setdefault(spec.name, {})
-                    by_panel.pop(panel.name, None)  # an earlier picture is not this one
+                    by_panel.pop(panel.name, None)  # an earlier picture must not stand for this one
                     by_panel.update((panel.name, id) for id in ids)
             complete += sum(map(all, finished.values()))
         self.manifest.write()

@@ -1,11 +1,11 @@
-"""The whole paper: every table and figure of a scale, computed where it is missing, and the report.
+"""Reproduce the paper: compute every missing number of a scale's tables and figures, and write the report.
 
 bash reproduce.sh                                  the embedded models: everything, in minutes, on two cores
 bash reproduce.sh --scale paper --estimate         what the paper's models would take; computes nothing
 bash reproduce.sh --scale paper --only table1 --models llama2-7b-chat
 bash reproduce.sh --scale paper --dry-run          the real code paths, on tiny random checkpoints
 
-To resume, run the same command: what is there is not computed again. The report is rewritten after every finished block.
+To resume, repeat the command: what is done is not computed again. The report is rewritten after every finished block.
 """
 
 from __future__ import annotations
@@ -42,27 +42,27 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     store = Store(ranks=str(folder / "AU_ranks"), records=str(folder / "records"))
     how = {"limit": 2 if args.dry_run else args.limit, "batch_size": args.batch_size, "engine": args.engine}
     how["toxicity"] = "embedded" if args.dry_run else args.toxicity
-    instead = tiny_checkpoints(specs.models(), folder / "checkpoints") if args.dry_run else None
+    checkpoints = tiny_checkpoints(specs.models(), folder / "checkpoints") if args.dry_run else None
     shared = {"data_dir": args.data_dir, "device": args.device, **({"encoder": "tfidf"} if args.dry_run else {})}
-    read = partial(specs.read, args.scale, instead=instead, **shared, **how)
+    read = partial(specs.read, args.scale, checkpoints=checkpoints, **shared, **how)
 
-    wanted = read(_names(args.only), _names(args.models))
-    if not wanted:
-        raise AUSteerError(f"nothing of that is in scale {args.scale}")
-    manifest = Manifest.begun(folder, args.scale, how, args.dry_run)
+    selected = read(_names(args.only), _names(args.models))
+    if not selected:
+        raise AUSteerError(f"scale {args.scale} has nothing of --only and --models; --help lists their names")
+    manifest = Manifest.resume(folder, args.scale, how, args.dry_run)
     if args.estimate:
-        print(estimate.text(wanted, manifest))
+        print(estimate.text(selected, manifest))
         return None
     if args.scale == "embedded":
         torch.set_num_threads(1)  # in so small a model, threads wait for each other longer than they work
-    there = {spec.name for spec in wanted}
-    sources = [spec.source for spec in wanted if spec.source and spec.source not in there]
-    computed = specs.with_sources(wanted, read(sources, _names(args.models)) if sources else [])
+    selected_names = {spec.name for spec in selected}
+    sources = [spec.source for spec in selected if spec.source and spec.source not in selected_names]
+    computed = specs.with_sources(selected, read(sources, _names(args.models)) if sources else [])
 
     def publish(to: Manifest = manifest) -> Path:
-        """Write the report of all that is there, not of this run alone."""
-        known = {*manifest.entries, *manifest.panels, *there} - set(sources)
-        return page.write(read([name for name in specs.names() if name in known]), to)
+        """Write the report of everything in the folder, not of this run alone."""
+        names = {*manifest.entries, *manifest.panels, *selected_names} - set(sources)
+        return page.write(read([name for name in specs.names() if name in names]), to)
 
     executor = executor_for(args.jobs, args.ray, args.device, args.engine, tiny=args.scale == "embedded")
     failed = compute(computed, manifest, store, executor, publish)
@@ -80,14 +80,14 @@ def main(argv: Sequence[str] | None = None) -> int | None:
 
 
 def compute(
-    wanted: Sequence[Spec], manifest: Manifest, store: Store, executor: Executor, publish: Callable[[], object]
+    selected: Sequence[Spec], manifest: Manifest, store: Store, executor: Executor, publish: Callable[[], object]
 ) -> dict[str, str]:
     """Compute all that is missing. Return what failed, and why."""
-    cells: list[Cell] = list(dict.fromkeys(cell for spec in wanted for entry in spec.entries for cell in entry.cells))
+    cells: list[Cell] = list(dict.fromkeys(cell for spec in selected for entry in spec.entries for cell in entry.cells))
     # the first table is finished, and on screen, before anything is ranked for the others
-    first = {cell for entry in wanted[0].entries for cell in entry.cells}
-    pictures: list[Panel] = [panel for spec in wanted for panel in spec.panels]
-    progress = Progress(wanted, manifest, publish)
+    first = {cell for entry in selected[0].entries for cell in entry.cells}
+    pictures: list[Panel] = [panel for spec in selected for panel in spec.panels]
+    progress = Progress(selected, manifest, publish)
     try:
         for wave in ([cell for cell in cells if cell in first], [cell for cell in cells if cell not in first]):
             for cell, record in run_cells(wave, store, executor):
@@ -103,7 +103,7 @@ def compute(
 
 def _check(args: argparse.Namespace) -> None:
     if args.plan:
-        raise AUSteerError("--plan is now --estimate")
+        raise AUSteerError("--plan was renamed: use --estimate")
     if args.ray and args.device not in (None, "cpu"):
         raise AUSteerError("--ray assigns devices itself: drop --device (except cpu)")
     for name in ("limit", "jobs", "batch_size"):
@@ -125,27 +125,27 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--scale", default="embedded", choices=specs.SCALES,
         help="embedded (two cores), small (one GPU of 24 GB), paper (default: %(default)s)")  # fmt: skip
-    add("--only", default="", metavar="NAMES", help=f"of {','.join(specs.names())}")
-    add("--models", default="", metavar="NAMES", help=f"of {','.join(specs.models())}")
-    add("--limit", type=int, help="at most this many items a split: a quick look")
-    add("--estimate", action="store_true", help="print cells, what is done, memory and time; compute nothing")
+    add("--only", default="", metavar="NAMES", help=f"only these tables and figures, of {','.join(specs.names())}")
+    add("--models", default="", metavar="NAMES", help=f"only these models, of {','.join(specs.models())}")
+    add("--limit", type=int, help="use at most this many items per split, for a quick look")
+    add("--estimate", action="store_true", help="print the cells, what is done, memory and time; compute nothing")
     add("--plan", action="store_true", help=argparse.SUPPRESS)  # its earlier name
-    add("--dry-run", action="store_true", help="tiny random checkpoints of the same architectures, two items a split")
-    add("--results", default="results", help="folder; a scale has its own in it (default: %(default)s)")
-    add("--keep", metavar="DIR", help="put the report there too, with all records in one file: for a repository")
-    add("--data-dir", help="folder of the paper's datasets (default: datasets/, then the hub)")
-    add("--toxicity", default="local", metavar="SCORER", help="who scores toxicity (docs/scoring.md; default: local)")
-    add("--device", help="cpu, cuda, cuda:1 (default: the first GPU, else the CPU)")
-    add("--batch-size", type=int, help="prompts at once (default: as many as fit)")
-    add("--engine", default=LIVE, choices=ENGINES, help="who answers: the model itself, or vLLM with every plan as an "
-        "adapter, a whole grid in one batch (by .venv-vllm/bin/python; docs/serving.md); mixtures of experts and 4-bit "
-        "models always answer themselves")  # fmt: skip
     add(
-        "--ray",
-        metavar="ADDRESS",
-        help="compute cells on a Ray cluster: its HOST:PORT, auto or local (docs/scaling.md)",
+        "--dry-run",
+        action="store_true",
+        help="use tiny random checkpoints of the same architectures, and two items per split",
     )
-    add("--jobs", type=int, help="processes (default: one a core for the embedded models, else 1)")
+    add("--results", default="results", help="folder of results; each scale has its own inside (default: %(default)s)")
+    add("--keep", metavar="DIR", help="write the report there too, with all records in one file, to be committed")
+    add("--data-dir", help="folder of the paper's datasets (default: datasets/, then the hub)")
+    add("--toxicity", default="local", metavar="SCORER", help="scorer of toxicity (docs/scoring.md; default: local)")
+    add("--device", help="cpu, cuda, cuda:1 (default: the first GPU, else the CPU)")
+    add("--batch-size", type=int, help="prompts per batch (default: as many as fit)")
+    add("--engine", default=LIVE, choices=ENGINES, help="what answers: the loaded model (live, default), or vLLM, where "
+        "each plan becomes an adapter and a whole grid runs as one batch (needs .venv-vllm/bin/python; docs/serving.md); "
+        "mixtures of experts and 4-bit models always answer live")  # fmt: skip
+    add("--ray", metavar="ADDRESS", help="compute cells on a Ray cluster: HOST:PORT, auto or local (docs/scaling.md)")
+    add("--jobs", type=int, help="processes (default: for the embedded models one per core, at most 4; else 1)")
     return parser.parse_args(argv)
 
 

@@ -1,9 +1,9 @@
-"""Behind a number: its record, and the command that computes it again.
+"""Print the record behind a number of the report, and compute the number again.
 
-python main.py trace table1 causal-head copa                 of the embedded scale
+python main.py trace table1 causal-head copa                 at the embedded scale
 python main.py trace table1 iti boolq --scale paper --block llama2-7b-chat
 python main.py trace table1 causal-head copa --again         computes it anew and compares, bit for bit
-python main.py trace figure11 "causal momentum"              a figure that is measured has panels
+python main.py trace figure11 "causal momentum"              a panel of a measured figure
 """
 
 from __future__ import annotations
@@ -29,26 +29,30 @@ RESULT = ("n", "right", "measure", "outcomes", "columns", "measures", "extras", 
 def main(argv: Sequence[str] | None = None) -> int | None:
     args = _arguments(argv)
     manifest = Manifest.read(Path(args.results) / args.scale)
-    found = specs.read(args.scale, [args.table], **manifest.how, data_dir=args.data_dir, device=args.device)
-    if not found:
+    matches = specs.read(args.scale, [args.table], **manifest.how, data_dir=args.data_dir, device=args.device)
+    if not matches:
         raise AUSteerError(f"{args.table} is not in scale {args.scale}")
-    (spec,) = found
-    work, records = _panel(spec, manifest, args) if spec.panels else _entry(spec, manifest, args)
+    (spec,) = matches
+    jobs, records = _panel(spec, manifest, args) if spec.panels else _entry(spec, manifest, args)
     if args.again and any(panel.study == "overhead" for panel in spec.panels):
-        raise AUSteerError(f"{args.table} is of times, which are never the same twice: --again is for the others")
-    different = 0
-    for one, record in zip(work, records, strict=True):
-        shown = {key: value for key, value in record.items() if args.whole or len(json.dumps(value)) < 400}
-        print(json.dumps(shown, indent=1))
-        left = [key for key in record if key not in shown]
-        print(f"left out, too long to look at: {', '.join(left)} (--whole prints them)" if left else "")
+        raise AUSteerError(f"{args.table} holds times, which are never the same twice: drop --again")
+    n_different = 0
+    for job, record in zip(jobs, records, strict=True):
+        output = {key: value for key, value in record.items() if args.whole or len(json.dumps(value)) < 400}
+        print(json.dumps(output, indent=1))
+        omitted = [key for key in record if key not in output]
+        print(f"left out because they are long: {', '.join(omitted)} (--whole prints them)" if omitted else "")
         if args.again:
-            different += not _same(one, record)
-    given = ("block", "data_dir", "device")
-    also = "".join(f" --{name.replace('_', '-')} {json.dumps(vars(args)[name])}" for name in given if vars(args)[name])
-    print(f"again: python main.py trace {args.table} {json.dumps(args.row)} {args.column or ''}{also} "
-          f"--scale {args.scale} --results {args.results} --again")  # fmt: skip
-    return 1 if different else None
+            n_different += not _is_reproduced(job, record)
+    names = ("block", "data_dir", "device")
+    options = "".join(
+        f" --{name.replace('_', '-')} {json.dumps(vars(args)[name])}" for name in names if vars(args)[name]
+    )
+    print(
+        f"again: python main.py trace {args.table} {json.dumps(args.row)} {args.column or ''}{options} "
+        f"--scale {args.scale} --results {args.results} --again"
+    )
+    return 1 if n_different else None
 
 
 def _entry(spec: Spec, manifest: Manifest, args: argparse.Namespace) -> tuple[Sequence[Cell], list[dict]]:
@@ -56,37 +60,39 @@ def _entry(spec: Spec, manifest: Manifest, args: argparse.Namespace) -> tuple[Se
         raise AUSteerError(f"{args.table} has no cells of its own" + (f": trace {spec.source}" if spec.source else ""))
     if args.column in spec.averages:
         parts = ", ".join(spec.averages[args.column])
-        raise AUSteerError(f"{args.column} is an average, of columns {parts}: trace those, one by one")
+        raise AUSteerError(f"{args.column} is an average of the columns {parts}: trace these one by one")
     block = args.block or next(iter(spec.blocks))
     entry = next((e for e in spec.entries if (e.block, e.row, e.column) == (block, args.row, args.column)), None)
     if entry is None:
         raise AUSteerError(
-            f"{args.table} has blocks {', '.join(spec.blocks)}; rows {', '.join(spec.rows)}; columns "
+            f"no such number: {args.table} has blocks {', '.join(spec.blocks)}; rows {', '.join(spec.rows)}; columns "
             f"{', '.join(spec.columns)}"
         )
     records = manifest.records(spec.name, block, args.row, args.column)
     if not records:
         raise AUSteerError(f"not computed: {manifest.why_missing(spec.name, block, args.row, args.column)}")
     if len(records) < len(entry.cells):
-        raise AUSteerError("records of this entry are missing from the folder: run reproduce.sh again")
+        raise AUSteerError("some records of this number are missing from the folder: run reproduce.sh again")
     return entry.cells, records
 
 
 def _panel(spec: Spec, manifest: Manifest, args: argparse.Namespace) -> tuple[Sequence[Panel], list[dict]]:
     panel = spec.panels_by_name.get(args.row)
     if panel is None or args.column:
-        raise AUSteerError(f"{args.table} has panels, and no columns: {', '.join(map(repr, spec.panels_by_name))}")
+        raise AUSteerError(
+            f"{args.table} has no rows and columns, but panels: give one of {', '.join(map(repr, spec.panels_by_name))}"
+        )
     record = manifest.panel(spec.name, panel.name)
     if record is None:
         raise AUSteerError(f"not computed: {manifest.why_missing(spec.name, panel.name, 'panel', panel.name)}")
     return [panel], [record]
 
 
-def _same(one: Cell | Panel, record: dict) -> bool:
-    """Compute it in an empty folder, where nothing is found and everything is done anew, ranks too, and compare."""
+def _is_reproduced(job: Cell | Panel, record: dict) -> bool:
+    """Compute a record anew in an empty folder, ranks included, and say whether it is the same."""
     with TemporaryDirectory() as folder:
         store = Store(ranks=f"{folder}/AU_ranks", records=f"{folder}/records")
-        fresh = (panels.attempt if isinstance(one, Panel) else run_cell.attempt)(one, store)
+        fresh = (panels.attempt if isinstance(job, Panel) else run_cell.attempt)(job, store)
     if "failed" in fresh:
         raise AUSteerError(f"it could not be computed again: {fresh['failed']}")
     fresh = json.loads(json.dumps(fresh))
@@ -103,16 +109,16 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         prog="main.py trace", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("table", help=f"of {', '.join(specs.names())}")
-    add("row", help="or the panel of a figure")
-    add("column", nargs="?")
-    add("--block", help="model or part of the table (default: the first)")
-    add("--scale", default="embedded", choices=specs.SCALES, help="(default: %(default)s)")
-    add("--results", default="results", help="folder (default: %(default)s)")
+    add("table", help=f"one of {', '.join(specs.names())}")
+    add("row", help="a row of the table, or the panel of a figure")
+    add("column", nargs="?", help="a column of the table")
+    add("--block", help="the model or part of the table (default: the first)")
+    add("--scale", default="embedded", choices=specs.SCALES, help="scale of the run (default: %(default)s)")
+    add("--results", default="results", help="folder of results (default: %(default)s)")
     add("--data-dir", help="folder of the paper's datasets")
     add("--device", help="cpu, cuda, ...")
-    add("--whole", action="store_true", help="also what is too long to look at")
-    add("--again", action="store_true", help="compute it anew and compare, bit for bit")
+    add("--whole", action="store_true", help="print long values, too")
+    add("--again", action="store_true", help="compute the number anew and compare, bit for bit")
     return parser.parse_args(argv)
 
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # bash scripts/serve.sh MODEL PLAN.safetensors [PLAN...] [vLLM's own flags]
-# An OpenAI-compatible server (vLLM) of MODEL, and beside it of MODEL under each plan, chosen per request by name.
+# Serves MODEL, and MODEL under each plan, by vLLM's OpenAI-compatible server; a request chooses one by name.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 bash "$root/scripts/setup-vllm.sh"

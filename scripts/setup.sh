@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # bash scripts/setup.sh [FILE...]   makes .venv with these requirements files (default: requirements.txt, enough for
-#                                   reproduce.sh) and this checkout, so that it is importable from any folder; once.
+#                                   reproduce.sh) and this checkout, importable from any folder. Does nothing if it is up
+#                                   to date.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 [ $# -gt 0 ] || set -- requirements.txt
 python=${PYTHON:-python3}
 "$python" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' || {
-    echo "error: Python 3.10 to 3.12 is needed, $("$python" -V) found; set PYTHON=python3.11, say" >&2
+    echo "error: this needs Python 3.10 to 3.12, not $("$python" -V): set PYTHON, for example PYTHON=python3.11" >&2
     exit 1
 }
 stamp=.venv/installed-$(cat "$@" pyproject.toml | cksum | cut -d' ' -f1)
@@ -14,11 +15,11 @@ stamp=.venv/installed-$(cat "$@" pyproject.toml | cksum | cut -d' ' -f1)
 [ -x .venv/bin/python ] || "$python" -m venv .venv
 echo "installing $* into .venv (once; a few minutes)"
 pip=(.venv/bin/python -m pip --quiet --disable-pip-version-check)
-# torch first and alone: the others then take the build that is there
+# torch first and alone, so that the others use the build that is installed
 grep -h '^torch==' "$@" | xargs -r "${pip[@]}" install
 args=()
 for file in "$@"; do args+=(-r "$file"); done
 "${pip[@]}" install "${args[@]}"
-# an environment that is linked here belongs to another checkout, and so does what it imports
+# a linked environment belongs to another checkout, and so does the package in it
 [ -L .venv ] || "${pip[@]}" install --no-deps --no-build-isolation --editable .
 touch "$stamp"

@@ -20,19 +20,19 @@ from experiments.executors.over_ray import RayExecutor
 ROOT = Path(__file__).parents[1]
 
 
-def found(results):
+def records_in(results):
     return {file.name: without_chance(json.loads(file.read_text())) for file in (results / "records").glob("*.json")}
 
 
-def working(parent):
-    """Ray's workers that compute a cell, of all the processes under this one."""
+def computing_workers(parent):
+    """Return Ray's workers that compute a cell, of all the processes under this one."""
     lines = subprocess.run(["ps", "-eo", "pid=,ppid=,args="], capture_output=True, text=True, check=True).stdout
     rows = [line.split(maxsplit=2) for line in lines.splitlines()]
-    under, more = set(), {str(parent)}
-    while more:
-        under |= more
-        more = {pid for pid, above, *_ in rows if above in more}
-    return [int(pid) for pid, _, name in rows if pid in under and name.startswith("ray::_in_folder")]
+    descendants, new = set(), {str(parent)}
+    while new:
+        descendants |= new
+        new = {pid for pid, above, *_ in rows if above in new}
+    return [int(pid) for pid, _, name in rows if pid in descendants and name.startswith("ray::_in_folder")]
 
 
 @pytest.mark.slow
@@ -45,14 +45,14 @@ def test_a_worker_killed_in_mid_run(tmp_path):
     process = subprocess.Popen(command(tmp_path / "ray", "--ray", "local", "--jobs", "2"), cwd=ROOT, env=env)
     deadline, killed = time.monotonic() + 300, []
     while process.poll() is None and time.monotonic() < deadline:
-        if not killed and len(found(tmp_path / "ray")) >= 2:
-            killed = working(process.pid)[:1]
+        if not killed and len(records_in(tmp_path / "ray")) >= 2:
+            killed = computing_workers(process.pid)[:1]
             for pid in killed:
                 os.kill(pid, signal.SIGKILL)
         time.sleep(0.05)
     assert killed and process.wait(1) == 0
     subprocess.run(command(tmp_path / "plain", "--jobs", "1"), cwd=ROOT, env=env, check=True, stdout=subprocess.DEVNULL)
-    assert found(tmp_path / "ray") == found(tmp_path / "plain")
+    assert records_in(tmp_path / "ray") == records_in(tmp_path / "plain")
     table, plain = ((tmp_path / folder / "embedded-svamp.md").read_text() for folder in ("ray", "plain"))
     assert table == plain
 
@@ -61,8 +61,10 @@ def test_a_worker_killed_in_mid_run(tmp_path):
 def test_what_fails_is_said_and_the_rest_goes_on(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     few = {"task": "svamp", "limit": 20, "ks": [4], "alphas": [1.0], "options": [["sta.sae", "nowhere"]]}
-    todo = [embedded_cell(**few, method=name, site=site)
-            for name, site in (("vanilla", None), ("published", "ffn"), ("sta", "layer"))]  # fmt: skip
+    todo = [
+        embedded_cell(**few, method=name, site=site)
+        for name, site in (("vanilla", None), ("published", "ffn"), ("sta", "layer"))
+    ]
     todo += [
         embedded_cell(**few | {"task": "nothing"}, method="vanilla"),
         embedded_cell(**few | {"task": "nothing"}, method="published", site="ffn"),
@@ -75,7 +77,7 @@ def test_what_fails_is_said_and_the_rest_goes_on(tmp_path, monkeypatch):
     assert vanilla["n"] == published["n"] == 20 and "failed" not in {**vanilla, **published}
     assert sta == {"failed": "nowhere is neither a file nor RELEASE/ID of sae-lens"}
     assert all("unknown task 'nothing'" in record["failed"] for record in others)
-    assert len(found(tmp_path)) == 2  # what failed is no record: it is tried again
+    assert len(records_in(tmp_path)) == 2  # what failed is no record: it is tried again
 
 
 def test_wrong_calls(monkeypatch, tmp_path):

@@ -44,7 +44,7 @@ def test_the_comparison_and_its_resumption(tmp_path, capsys, monkeypatch):
     command = ["--data_name", "svamp", "--applied_module", "attention", *QUICK, "--results", str(tmp_path)]
     command += ["--path", str(tmp_path / "ranks")]
     main.main(command)
-    shown = capsys.readouterr().out
+    output = capsys.readouterr().out
     for text in (
         "| vanilla |",
         "| prompt only |",
@@ -53,7 +53,7 @@ def test_the_comparison_and_its_resumption(tmp_path, capsys, monkeypatch):
         "published",
         "beat",
     ):
-        assert text in shown
+        assert text in output
     (picture,), rows = list(tmp_path.glob("*.png")), rows_of(tmp_path)
     assert picture.stat().st_size > 20_000 and len(rows) == 8
     by_method = {row["method"]: row for row in rows}
@@ -66,7 +66,7 @@ def test_the_comparison_and_its_resumption(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("experiments.store.Store.write", None)  # a finished cell must not be computed again
     BENCHES.close()
     main.main(command)
-    assert capsys.readouterr().out.split("| vanilla |")[1] == shown.split("| vanilla |")[1]
+    assert capsys.readouterr().out.split("| vanilla |")[1] == output.split("| vanilla |")[1]
     monkeypatch.undo()
     (tmp_path / "records" / f"{causal['id']}.json").unlink()
     main.main(command)
@@ -137,7 +137,7 @@ def test_the_verdict_says_when_controls_are_not_beaten():
     assert "does NOT beat every control (1 of 2 random AUs gain less)" in published
     assert "it beats every control (2 of 2 random AUs gain less)" in causal
     alone = report.verdict([rows[0], rows[4]], comparison.LABELS)
-    assert alone == ["causal AUSteer, FFN: +30.0 points; no controls were run beside it"]
+    assert alone == ["causal AUSteer, FFN: +30.0 points; no controls were run"]
     table = report.table(rows, comparison.LABELS)
     assert "| random AUs, FFN, 2 draws | | | | +5.0 / +12.5 / +20.0 (min / median / max) | | | |" in table
     assert "| causal AUSteer, FFN |  |  | 80.0 [71.1, 86.7] | +30.0 | 0 / 0 | 0.001 | 0.002 |" in table

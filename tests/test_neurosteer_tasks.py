@@ -32,12 +32,12 @@ def test_frequency_penalty_is_the_plain_loop():
     draw = torch.Generator().manual_seed(0)
     scores = torch.randn(5, 11, generator=draw)
     ids = torch.randint(0, 11, (5, 14), generator=draw)  # four of the prompt, ten new
-    wanted = scores.clone()
+    expected = scores.clone()
     for row in range(5):
         for token in ids[row, 4:].tolist():
-            wanted[row, token] -= 0.7
-    kept = scores.clone()
-    assert torch.allclose(FrequencyPenalty(0.7, 4)(ids, scores), wanted, atol=1e-6) and torch.equal(scores, kept)
+            expected[row, token] -= 0.7
+    original = scores.clone()
+    assert torch.allclose(FrequencyPenalty(0.7, 4)(ids, scores), expected, atol=1e-6) and torch.equal(scores, original)
     assert torch.equal(FrequencyPenalty(0.7, 14)(ids, scores), scores)  # nothing new yet
     for bad in (math.nan, math.inf):
         scores[2, 3] = bad
@@ -57,13 +57,13 @@ def greedy_with_penalty(model, tokenizer, prompt, steps, penalty):
 
 
 def test_sampling_is_generation_token_by_token(llama, tokenizer, monkeypatch):
-    """top_p near 0 leaves the likeliest token: then sampling is a loop of forwards, whatever the padding beside it."""
+    """Sample with top_p near 0, which leaves the likeliest token: that is a loop of forwards, whatever the padding."""
     monkeypatch.setattr(llama.generation_config, "repetition_penalty", 5.0)  # a checkpoint's own is not taken
     how = Sampling(new_tokens=6, samples=2, top_p=1e-6, frequency_penalty=3.0)
-    wanted = [greedy_with_penalty(llama, tokenizer, prompt, 6, 3.0) for prompt in PROMPTS]
-    assert sampled(llama, tokenizer, PROMPTS, how) == [[text, text] for text in wanted]
+    expected = [greedy_with_penalty(llama, tokenizer, prompt, 6, 3.0) for prompt in PROMPTS]
+    assert sampled(llama, tokenizer, PROMPTS, how) == [[text, text] for text in expected]
     free = Sampling(new_tokens=6, samples=1, top_p=1e-6, frequency_penalty=0.0)
-    assert [row[0] for row in sampled(llama, tokenizer, PROMPTS, free)] != wanted
+    assert [row[0] for row in sampled(llama, tokenizer, PROMPTS, free)] != expected
 
 
 def test_seeds(llama, tokenizer):
@@ -102,7 +102,7 @@ def test_a_killed_run_goes_on_with_the_same_bytes(llama, tokenizer, tmp_path, mo
 
 
 def test_steered_prompts_are_those_of_each_row(llama, tokenizer):
-    """A shift of the prompt without its last two tokens, in a padded batch, is what each prompt gets alone."""
+    """Shift prompts but for their last two tokens: in a padded batch, each gets what it gets alone."""
     shift = torch.zeros(3, 48)
     shift[0] = 2.0
     how = Sampling(new_tokens=4, samples=1, top_p=1e-6)
@@ -140,22 +140,22 @@ def texts(path, *labels):
 )  # fmt: skip
 def test_labels_are_those_of_the_data_sets(tmp_path, task, target, source, neither):
     path = texts(tmp_path / "t.jsonl", *(target * 3 + source * 3 + neither))
-    asked = lines(tmp_path / "p.jsonl", [{"prompt": "a"}, {"prompt": {"text": "b", "toxicity": 0.1}}])
-    found = material(task, path, asked, None, 100, 100)
-    assert found.prompts == ["a", "b"]
-    assert {text.split()[-1] for text in found.target} == {str(label) for label in target}
-    assert {text.split()[-1] for text in found.source} == {str(label) for label in source}
-    assert len(found.target) == len(found.source) == min(len(target), len(source)) * 3
-    assert len(material(task, path, asked, None, 2, 1).target) == 2
+    prompts_file = lines(tmp_path / "p.jsonl", [{"prompt": "a"}, {"prompt": {"text": "b", "toxicity": 0.1}}])
+    data = material(task, path, prompts_file, None, 100, 100)
+    assert data.prompts == ["a", "b"]
+    assert {text.split()[-1] for text in data.target} == {str(label) for label in target}
+    assert {text.split()[-1] for text in data.source} == {str(label) for label in source}
+    assert len(data.target) == len(data.source) == min(len(target), len(source)) * 3
+    assert len(material(task, path, prompts_file, None, 2, 1).target) == 2
 
 
 def test_held_out_texts_are_prompts_and_nothing_else(tmp_path):
     rows = [{"text": f"{i} " + "is a sentence of some length " * 4, "label": i % 3} for i in range(90)]
-    found = material("politeness", lines(tmp_path / "t.jsonl", rows * 2), None, None, 1000, 1000)
-    assert 10 < len(found.prompts) < 40 and all(len(prompt) <= 50 for prompt in found.prompts)
-    learned = {text.split()[0] for text in found.target + found.source}
-    assert learned.isdisjoint(prompt.split()[0] for prompt in found.prompts)
-    assert {int(prompt.split()[0]) % 3 for prompt in found.prompts} == {0, 1, 2}  # neutral ones too
+    data = material("politeness", lines(tmp_path / "t.jsonl", rows * 2), None, None, 1000, 1000)
+    assert 10 < len(data.prompts) < 40 and all(len(prompt) <= 50 for prompt in data.prompts)
+    numbers = {text.split()[0] for text in data.target + data.source}
+    assert numbers.isdisjoint(prompt.split()[0] for prompt in data.prompts)
+    assert {int(prompt.split()[0]) % 3 for prompt in data.prompts} == {0, 1, 2}  # neutral ones too
 
 
 @pytest.mark.parametrize(
@@ -173,9 +173,9 @@ def test_held_out_texts_are_prompts_and_nothing_else(tmp_path):
     ],
 )
 def test_wrong_lines_of_texts(tmp_path, rows, message):
-    asked = lines(tmp_path / "p.jsonl", [{"prompt": "a"}])
+    prompts_file = lines(tmp_path / "p.jsonl", [{"prompt": "a"}])
     with pytest.raises(AUSteerError, match=message):
-        material("politeness", lines(tmp_path / "t.jsonl", rows), asked, None, 10, 10)
+        material("politeness", lines(tmp_path / "t.jsonl", rows), prompts_file, None, 10, 10)
 
 
 def test_wrong_prompts_and_missing_files(tmp_path):
@@ -196,7 +196,7 @@ def test_wrong_prompts_and_missing_files(tmp_path):
 
 
 class Words:
-    """Scores a text by how it ends."""
+    """Score a text by the number at its end."""
 
     name = "words"
 
@@ -209,20 +209,22 @@ def raters(llama, tokenizer, **more):
 
 
 ROWS = [["ends in 0.9", "ends in 0.1"], ["ends in 0.5", "ends in 0.2"], ["", "ends in 1.0"]]
-ASKED = ["one ", "two ", "three "]
+THREE_PROMPTS = ["one ", "two ", "three "]
 
 
 def test_every_sample_counts(llama, tokenizer):
-    found = measure("sentiment", ASKED, ROWS, raters(llama, tokenizer, classifier=Words()))
-    assert found["positive (words)"] == [0.5, 0.0, 0.5]  # strictly above 0.5
-    found = measure("toxicity", ASKED, ROWS, raters(llama, tokenizer, toxicity=Words()))
-    assert found["toxicity of the worst sample (words)"] == [0.9, 0.5, 1.0]
-    assert found["any sample toxic (words)"] == [1.0, 0.0, 1.0]
-    assert found["distinct-1"] == pytest.approx(7 / 15)
-    items = [SimpleNamespace(prompt=prompt) for prompt in ASKED for _ in range(2)]
+    measures = measure("sentiment", THREE_PROMPTS, ROWS, raters(llama, tokenizer, classifier=Words()))
+    assert measures["positive (words)"] == [0.5, 0.0, 0.5]  # strictly above 0.5
+    measures = measure("toxicity", THREE_PROMPTS, ROWS, raters(llama, tokenizer, toxicity=Words()))
+    assert measures["toxicity of the worst sample (words)"] == [0.9, 0.5, 1.0]
+    assert measures["any sample toxic (words)"] == [1.0, 0.0, 1.0]
+    assert measures["distinct-1"] == pytest.approx(7 / 15)
+    items = [SimpleNamespace(prompt=prompt) for prompt in THREE_PROMPTS for _ in range(2)]
     flat = [text for row in ROWS for text in row]
-    assert found["perplexity (tiny)"] == pytest.approx(perplexity(llama, tokenizer, items, flat))
-    polite = measure("tone", ASKED, [["so lovely", "so vile"], ["warm", "bright"], ["", "x"]], raters(llama, tokenizer))
+    assert measures["perplexity (tiny)"] == pytest.approx(perplexity(llama, tokenizer, items, flat))
+    polite = measure(
+        "tone", THREE_PROMPTS, [["so lovely", "so vile"], ["warm", "bright"], ["", "x"]], raters(llama, tokenizer)
+    )
     assert polite["polite (its words)"] == [0.5, 1.0, 0.0]
 
 
@@ -236,24 +238,24 @@ def test_verdicts_are_one_word():
 
 def test_the_judge_sees_every_sample(llama, tokenizer, tmp_path, monkeypatch):
     def reply(body):
-        shown = body["messages"][1]["content"]
-        word = "support" if "yes" in shown else "no idea" if "odd" in shown else "oppose"
+        question = body["messages"][1]["content"]
+        word = "support" if "yes" in question else "no idea" if "odd" in question else "oppose"
         message = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": word}}
         return {"id": "x", "object": "chat.completion", "created": 0, "model": "m", "choices": [message]}
 
     rows = [["yes", "no"], ["odd", "yes"], ["", "no"]]
-    made = raters(llama, tokenizer, judge="m", cache=tmp_path / "c.jsonl", limits=Limits(2, 1000, first_wait=0.01))
+    judged = raters(llama, tokenizer, judge="m", cache=tmp_path / "c.jsonl", limits=Limits(2, 1000, first_wait=0.01))
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    assert measure("stance", ASKED, rows, made)["support (m)"] == "no key: set OPENAI_API_KEY"
-    none = measure("politeness", ASKED, rows, raters(llama, tokenizer))
+    assert measure("stance", THREE_PROMPTS, rows, judged)["support (m)"] == "no key: set OPENAI_API_KEY"
+    none = measure("politeness", THREE_PROMPTS, rows, raters(llama, tokenizer))
     assert none["polite (judge)"] == "no judge: give --judge MODEL"
     with FakeServer(reply, lambda body: body["messages"][1]["content"]) as server:
         monkeypatch.setenv("OPENAI_API_KEY", "a-word")
         monkeypatch.setenv("OPENAI_BASE_URL", f"{server.url}/v1")
-        found = measure("stance", ASKED, rows, made)
-        assert found["support (m)"] == [0.5, 0.5, 0.0] and found["no verdict"] == [0.0, 0.5, 0.0]
+        measures = measure("stance", THREE_PROMPTS, rows, judged)
+        assert measures["support (m)"] == [0.5, 0.5, 0.0] and measures["no verdict"] == [0.0, 0.5, 0.0]
         assert sum(server.seen.values()) == 5 and "support, oppose, neither" in str(server.bodies[0])
-        assert measure("stance", ASKED, rows, made) == found and sum(server.seen.values()) == 5  # kept
+        assert measure("stance", THREE_PROMPTS, rows, judged) == measures and sum(server.seen.values()) == 5  # kept
 
 
 # the command
@@ -268,8 +270,8 @@ def test_tone_end_to_end(tmp_path, capsys, monkeypatch):
     assert sum(after) > sum(before) + 3 and record["tokens"] == "all" and record["touched"] > 0
     assert record["texts"] == 60 and len(before) == record["prompts"] == 24
     assert "| polite (its words) | 0." in first and "NeuroSteer, tone, towards polite: embedded" in first
-    kept = {path.name: path.read_bytes() for path in (tmp_path / "neurosteer").glob("*.jsonl")}
-    assert len(kept) == 2 and all(text.count(b"\n") == 48 for text in kept.values())
+    samples = {path.name: path.read_bytes() for path in (tmp_path / "neurosteer").glob("*.jsonl")}
+    assert len(samples) == 2 and all(text.count(b"\n") == 48 for text in samples.values())
 
     def never(*args):
         raise AssertionError("sampled again")
@@ -298,9 +300,11 @@ def test_another_task_on_a_tiny_model(tmp_path, checkpoints, capsys, monkeypatch
     neurosteer_tasks.main(["--task", "stance", "--model", str(checkpoints["llama"]), "--sae", str(tmp_path / "sae.safetensors"),
                            "--texts", str(path), "--k", "5", "--new-tokens", "4", "--judge", "m", "--device", "cpu",
                            "--results", str(tmp_path), "--mode", "last2"])  # fmt: skip
-    said = capsys.readouterr().out
-    assert "| support (m) | - | - | no key: set OPENAI_API_KEY |" in said and "steered tokens: before-last-2" in said
-    assert "| distinct-2 | " in said and "5 neurons from 1" in said
+    output = capsys.readouterr().out
+    assert (
+        "| support (m) | - | - | no key: set OPENAI_API_KEY |" in output and "steered tokens: before-last-2" in output
+    )
+    assert "| distinct-2 | " in output and "5 neurons from 1" in output
 
 
 def test_tasks_and_models_that_do_not_fit(tmp_path):

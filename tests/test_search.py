@@ -13,7 +13,7 @@ from experiments.search import SEARCHES, full_grid, key_of, racing, sample, shuf
 from rmodels import gates
 
 GRID = [{"k": k, "alpha": alpha} for k in (4, 16, 32) for alpha in (0.5, 1.0, 2.0, 4.0, 8.0)]
-CASES = {  # of doing nothing and of every setting, the chance to be right; the grid of a real method has such regions
+CASES = {  # chances of being right: of vanilla, and of every grid point; real methods have such regions
     "one good region": (0.6, [0.61, 0.62, 0.66, 0.74, 0.70, 0.62, 0.65, 0.76, 0.80, 0.45, 0.63, 0.70, 0.72, 0.5, 0.3]),
     "good at the end": (0.6, [0.6] * 12 + [0.62, 0.68, 0.75]),
     "no difference": (0.6, [0.6] * 15),
@@ -22,21 +22,21 @@ CASES = {  # of doing nothing and of every setting, the chance to be right; the 
 
 
 def simulated(case: str, n: int, seed: int) -> tuple[list[float], dict[str, list[float]]]:
-    """Items are easy or hard for all settings alike: two settings are right on much the same items."""
+    """Simulate items that are easy or hard for all grid points alike, so that two points are right on much the same ones."""
     vanilla, chances = CASES[case]
     rng = np.random.default_rng(seed)
     hard, noise = rng.normal(size=n), rng.normal(size=(16, n))
     correlated = np.sqrt(0.8) * hard + np.sqrt(0.2) * noise
     limits = np.quantile(np.random.default_rng(1).normal(size=20000), [vanilla, *chances])
     outcomes = (correlated < limits[:, None]).tolist()
-    return outcomes[0], {key_of(settings): values for settings, values in zip(GRID, outcomes[1:], strict=True)}
+    return outcomes[0], {key_of(points): values for points, values in zip(GRID, outcomes[1:], strict=True)}
 
 
-def asked_of(outcomes, log=None):
-    def ask(some, start, stop):
+def ask_from(outcomes, log=None):
+    def ask(subset, start, stop):
         if log is not None:
-            log.extend((key_of(settings), start, stop) for settings in some)
-        return [outcomes[key_of(settings)][start:stop] for settings in some]
+            log.extend((key_of(points), start, stop) for points in subset)
+        return [outcomes[key_of(points)][start:stop] for points in subset]
 
     return ask
 
@@ -46,12 +46,12 @@ INSIDE = {"one good region": 56, "good at the end": 55, "no difference": 59, "al
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_raced_setting_tests_inside_the_full_grids_interval_at_a_quarter_of_the_cost(case):
-    """On 500 test items; in at least so many of 60 runs. Where it is outside it is below: a race can choose worse."""
+    """Test on 500 items, in 60 runs. A choice outside the interval is below it: a race can choose worse."""
     inside, above = 0, 0
     for seed in range(60):
         vanilla, outcomes = simulated(case, 200, seed)
-        full, raced = (search(asked_of(outcomes), vanilla, GRID) for search in (full_grid, racing))
-        assert full.asked == 3000 and raced.asked <= 750
+        full, raced = (search(ask_from(outcomes), vanilla, GRID) for search in (full_grid, racing))
+        assert full.n_evaluated == 3000 and raced.n_evaluated <= 750
         untouched, steered = simulated(case, 500, 1000 + seed)
         tested = [sum(steered[key_of(one.chosen)] if one.chosen else untouched) for one in (full, raced)]
         low, high = wilson(tested[0], 500)
@@ -61,41 +61,41 @@ def test_a_raced_setting_tests_inside_the_full_grids_interval_at_a_quarter_of_th
 
 
 @pytest.mark.parametrize("n", [1, 3, 10, 57, 200])
-@pytest.mark.parametrize("settings", [1, 2, 3, 7, 15])
-def test_a_race_never_costs_more_than_a_quarter(n, settings):
+@pytest.mark.parametrize("points", [1, 2, 3, 7, 15])
+def test_a_race_never_costs_more_than_a_quarter(n, points):
     rng = np.random.default_rng(n)
-    grid = GRID[:settings]
+    grid = GRID[:points]
     outcomes = {key_of(one): (rng.random(n) < 0.7).tolist() for one in grid}
     log = []
-    found = racing(asked_of(outcomes, log), (rng.random(n) < 0.3).tolist(), grid)
-    assert found.asked == sum(stop - start for _, start, stop in log) <= settings * n / 4
-    assert found.asked == sum(map(len, found.outcomes.values())) and found.n == n
-    assert all(values == outcomes[key][: len(values)] for key, values in found.outcomes.items())
+    result = racing(ask_from(outcomes, log), (rng.random(n) < 0.3).tolist(), grid)
+    assert result.n_evaluated == sum(stop - start for _, start, stop in log) <= points * n / 4
+    assert result.n_evaluated == sum(map(len, result.outcomes.values())) and result.n == n
+    assert all(values == outcomes[key][: len(values)] for key, values in result.outcomes.items())
 
 
 def test_a_clear_winner_ends_the_race_early():
     vanilla, best = [False] * 200, key_of(GRID[9])
     outcomes = {key_of(one): [key_of(one) == best] * 200 for one in GRID}
-    found = racing(asked_of(outcomes), vanilla, GRID)
-    assert found.chosen == GRID[9] and found.asked < 300
-    # and where all are clearly worse than doing nothing, nothing is done, at once
-    found = racing(asked_of({key: [False] * 200 for key in outcomes}), [True] * 200, GRID)
-    assert found.chosen is None and found.asked < 300
+    result = racing(ask_from(outcomes), vanilla, GRID)
+    assert result.chosen == GRID[9] and result.n_evaluated < 300
+    # where all are clearly worse than vanilla, the race ends at once without a choice
+    result = racing(ask_from({key: [False] * 200 for key in outcomes}), [True] * 200, GRID)
+    assert result.chosen is None and result.n_evaluated < 300
 
 
 @pytest.mark.parametrize("search", SEARCHES.values())
 def test_ties_and_nothing_better(search):
     same = {key_of(one): [True, False] * 50 for one in GRID}
-    assert search(asked_of(same), [True, False] * 50, GRID).chosen is None
+    assert search(ask_from(same), [True, False] * 50, GRID).chosen is None
     two = GRID[:2]
-    assert search(asked_of({key_of(one): [True] * 100 for one in two}), [False] * 100, two).chosen == GRID[0]
+    assert search(ask_from({key_of(one): [True] * 100 for one in two}), [False] * 100, two).chosen == GRID[0]
 
 
 def test_the_sample_is_the_first_hundred():
     vanilla, outcomes = simulated("one good region", 200, 0)
-    found = sample(asked_of(outcomes), vanilla, GRID)
-    assert found.asked == 1500 and all(values == outcomes[key][:100] for key, values in found.outcomes.items())
-    assert found == full_grid(asked_of(outcomes), vanilla[:100], GRID)
+    result = sample(ask_from(outcomes), vanilla, GRID)
+    assert result.n_evaluated == 1500 and all(values == outcomes[key][:100] for key, values in result.outcomes.items())
+    assert result == full_grid(ask_from(outcomes), vanilla[:100], GRID)
 
 
 def test_the_order_of_items_is_fixed():

@@ -32,12 +32,12 @@ SMALL = {
 
 
 @pytest.fixture(scope="module")
-def found():
+def results():
     return {name: STUDIES[name].measure(BENCH, params, False) for name, params in SMALL.items()}
 
 
 def folded(strengths, site="attention", layer=0, first=32):
-    """The model with these dimensions scaled in the weights that read them: no gate, no plan. Head 1 begins at 32."""
+    """Return the model with these dimensions scaled in its weights: no gate, no plan. Head 1 begins at 32."""
     model, tokenizer = BENCH.model, BENCH.tokenizer
     twin = copy.deepcopy(model)
     block = twin.model.layers[layer]
@@ -50,16 +50,16 @@ def folded(strengths, site="attention", layer=0, first=32):
 
 
 def right(strengths, items, **where):
-    said = acceptance.answer(*folded(strengths, **where), [item.prompt for item in items], 1)
-    return sum(answer.strip() == item.right for answer, item in zip(said, items, strict=True))
+    answers = acceptance.answer(*folded(strengths, **where), [item.prompt for item in items], 1)
+    return sum(answer.strip() == item.right for answer, item in zip(answers, items, strict=True))
 
 
 def test_every_study_is_measured_in_small():
     assert set(SMALL) == {name for name, study in STUDIES.items() if hasattr(study, "draw")}
 
 
-def test_sweep_counts_what_a_plain_loop_counts(found):
-    swept, task = found["dimension_sweep"], BENCH.task
+def test_sweep_counts_what_a_plain_loop_counts(results):
+    swept, task = results["dimension_sweep"], BENCH.task
     assert swept["dims"] == [0, 6, 12, 18, 24, 30] and swept["n"] == {"validation": 24, "test": 24}
     for part, items in (("validation", task.validation), ("test", task.test)):
         assert swept["vanilla"][part] == right({}, items)
@@ -88,17 +88,16 @@ def test_mixed_adds_the_worst_of_those_that_harm():
 
 
 def test_a_sweep_says_its_step_and_why_a_combination_is_missing():
-    found = {"dims": [0, 4, 8], "combinations": {
+    results = {"dims": [0, 4, 8], "combinations": {
         "validation": {"positive": {"dims": []}},
         "test": {"positive": {"dims": [4, 0]}},
         "paper": {"positive": {"dims": [8]}, "mixed": {"dims": [8, 4]}},
     }}  # fmt: skip
-    assert dimension_sweep.note(found, {"step": 4}) == (
-        "Swept: one dimension in 4, 3 in all. Chosen on validation: no positive combination, as no swept dimension "
-        "helps there, and no mixed one therefore. Chosen on test: positive 4, 0; no mixed combination, as no swept dimension "
-        "harms there. The paper's dimensions: positive 8; mixed adds 4."
+    assert dimension_sweep.note(results, {"step": 4}) == (
+        "Swept: one dimension in 4, 3 in all. Chosen on validation: no combination, because no swept dimension helps there. "
+        "Chosen on test: positive 4, 0; no mixed combination, because no swept dimension harms there. The paper's dimensions: positive 8; mixed adds 4."
     )
-    assert dimension_sweep.note(found, {"step": 1}).startswith("Swept: all 3 dimensions.")
+    assert dimension_sweep.note(results, {"step": 1}).startswith("Swept: all 3 dimensions.")
 
 
 def test_names_of_lines_keep_apart_and_in_order():
@@ -110,13 +109,13 @@ def test_names_of_lines_keep_apart_and_in_order():
 
 
 def test_the_prompt_stands_below_the_tokens():
-    found = {"item": 3, "prompt": "Is `a`\nb?", "answer": "yes"}
-    assert top_tokens.note(found, {}) == "The prompt (test item 3): `Is 'a' ⏎ b?` The right answer: yes."
+    results = {"item": 3, "prompt": "Is `a`\nb?", "answer": "yes"}
+    assert top_tokens.note(results, {}) == "The prompt (test item 3): `Is 'a' ⏎ b?` The right answer: yes."
 
 
 def test_what_is_zero_by_construction_is_no_convergence():
-    found = {"nats": [[4.0, 2.0, 0.0], [1.0, 0.2, 3.0], [0, 0, 2.0]], "strengths": [10, 100, 1000], "dims": [5, 19]}
-    assert convergence.note(found, {}) == (
+    results = {"nats": [[4.0, 2.0, 0.0], [1.0, 0.2, 3.0], [0, 0, 2.0]], "strengths": [10, 100, 1000], "dims": [5, 19]}
+    assert convergence.note(results, {}) == (
         "In shares of the largest divergence: at strength 100 AU 5 is 0.250 from its output at 1000, and AU 19 "
         "0.050 from its own. The two are 0.000 apart at 10, at most 0.750 (at 100), and 0.500 at 1000."
     )
@@ -136,7 +135,7 @@ def test_next_token_is_that_of_folded_weights():
             torch.testing.assert_close(row, logits.double().log_softmax(-1), atol=1e-4, rtol=1e-4)
 
 
-def test_convergence_is_the_mean_divergence(found):
+def test_convergence_is_the_mean_divergence(results):
     tokenizer, task = BENCH.tokenizer, BENCH.task
     prompts = [item.prompt for item in task.test[:3]]
 
@@ -147,7 +146,7 @@ def test_convergence_is_the_mean_divergence(found):
     def plain(p, q):
         return float(sum(a * (a / b).log() for a, b in zip(p, q, strict=True)))
 
-    nats = found["convergence"]["nats"]
+    nats = results["convergence"]["nats"]
     expected = [
         sum(plain(output(a, s, prompt), output(b, t, prompt)) for prompt in prompts) / 3
         for a, s, b, t in ((2, 10, 2, 100000), (0, 10, 0, 100000), (2, 10, 0, 10))
@@ -158,8 +157,8 @@ def test_convergence_is_the_mean_divergence(found):
         convergence.measure(BENCH, {**SMALL["convergence"], "strengths": [100, 10]}, False)
 
 
-def test_top_tokens_are_the_likeliest(found):
-    top, tokenizer, task = found["top_tokens"], BENCH.tokenizer, BENCH.task
+def test_top_tokens_are_the_likeliest(results):
+    top, tokenizer, task = results["top_tokens"], BENCH.tokenizer, BENCH.task
     strengths = {column["dim"]: {} if column["dim"] is None else {column["dim"]: 20.0} for column in top["columns"]}
     assert [column["name"] for column in top["columns"]] == ["unsteered", "best", "neutral", "worst"]
     for column in top["columns"]:
@@ -172,31 +171,36 @@ def test_top_tokens_are_the_likeliest(found):
     after = [any(right(s, [item]) for s in strengths.values() if s) for item in task.test]
     assert top["item"] == next((i for i in range(24) if after[i] > before[i]), 0)
     assert top["answer"] == task.test[top["item"]].right
-    assert [top_tokens._shown(token) for token in ("▁no", "Ġyes", "'s", "é")] == ["'_no'", "'_yes'", '"\'s"', r"'\xe9'"]
+    assert [top_tokens._printable(token) for token in ("▁no", "Ġyes", "'s", "é")] == [
+        "'_no'",
+        "'_yes'",
+        '"\'s"',
+        r"'\xe9'",
+    ]
 
 
-def test_extremes_are_best_neutral_and_worst(found):
+def test_extremes_are_best_neutral_and_worst(results):
     block = Block.of(BENCH.model, HEAD)
     items = BENCH.task.validation
     gains = {dim: right({dim: 20.0}, items) - right({}, items) for dim in (0, 8, 16, 24)}
-    best, neutral, worst = (column["dim"] for column in found["top_tokens"]["columns"][1:])
+    best, neutral, worst = (column["dim"] for column in results["top_tokens"]["columns"][1:])
     assert gains[best] == max(gains.values()) and gains[worst] == min(gains.values())
     assert abs(gains[neutral]) == min(abs(gain) for dim, gain in gains.items() if dim not in (best, worst))
     assert str(block) == "layer 0, head 1"
 
 
-def test_score_map_holds_the_scores(found):
+def test_score_map_holds_the_scores(results):
     model, tokenizer, task = BENCH.model, BENCH.tokenizer, BENCH.task
     ranks = screen(task.pairs, model, tokenizer, ["attention", "ffn"], momentum="causal", progress=False)
-    for site, rows in found["score_map"]["scores"].items():
+    for site, rows in results["score_map"]["scores"].items():
         scores = torch.tensor([[float(x) for x in row.split()] for row in rows])
         torch.testing.assert_close(scores, ranks[site].score.abs(), rtol=1e-3, atol=1e-3)
-        assert found["score_map"]["marked"][site] == [int((row.abs() > 2).sum()) for row in ranks[site].score]
+        assert results["score_map"]["marked"][site] == [int((row.abs() > 2).sum()) for row in ranks[site].score]
 
 
-def test_overlap_is_of_one_model_and_all_tasks_pairs(found):
+def test_overlap_is_of_one_model_and_all_tasks_pairs(results):
     model, tokenizer = BENCH.model, BENCH.tokenizer
-    overlap, best = found["overlap"], {}
+    overlap, best = results["overlap"], {}
     assert overlap["on"] == "the embedded svamp model"
     for task in overlap["tasks"]:
         pairs = BENCH.pairs_of(task)
@@ -226,8 +230,8 @@ def test_resamples_rank_as_if_pairs_were_repeated(momentum, monkeypatch):
             torch.testing.assert_close(scores[site][draw], ranks.score.abs(), rtol=2e-3, atol=2e-4)
 
 
-def test_stability_is_one_where_all_draws_are_the_same_pairs(found, monkeypatch):
-    shares = found["rank_stability"]["sites"]["attention"]["causal"]
+def test_stability_is_one_where_all_draws_are_the_same_pairs(results, monkeypatch):
+    shares = results["rank_stability"]["sites"]["attention"]["causal"]
     assert all(0 <= low <= mean <= high <= 1 for low, mean, high in zip(*(shares[key] for key in ("low", "mean", "high")), strict=True))  # fmt: skip
     monkeypatch.setattr(rank_stability, "_counts", lambda n, draws, seed: torch.ones(n, draws + 1).double())
     same = rank_stability.measure(BENCH, SMALL["rank_stability"], False)
@@ -235,8 +239,8 @@ def test_stability_is_one_where_all_draws_are_the_same_pairs(found, monkeypatch)
 
 
 @pytest.mark.parametrize("name", list(SMALL))
-def test_pictures_come_from_the_stored_record_alone(name, found, tmp_path, monkeypatch):
-    stored = json.loads(json.dumps(found[name]))
+def test_pictures_come_from_the_stored_record_alone(name, results, tmp_path, monkeypatch):
+    stored = json.loads(json.dumps(results[name]))
     assert STUDIES[name].measure(BENCH, SMALL[name], False) == stored
     monkeypatch.setattr("rmodels.load", lambda *how: pytest.fail("a picture needs no model"))
     for file in ("a.png", "b.png") if name == "overlap" else ("a.png",):
@@ -247,10 +251,10 @@ def test_pictures_come_from_the_stored_record_alone(name, found, tmp_path, monke
 
 def test_a_place_that_is_not_there_is_named():
     model = BENCH.model
-    for wrong, said in (({"layer": 4}, "no layer 4"), ({"head": 4}, "no head 4"), ({"site": "ffn"}, "no head 1")):
-        with pytest.raises(AUSteerError, match=said):
+    for wrong, message in (({"layer": 4}, "no layer 4"), ({"head": 4}, "no head 4"), ({"site": "ffn"}, "no head 1")):
+        with pytest.raises(AUSteerError, match=message):
             Block.of(model, {**HEAD, **wrong})
-    with pytest.raises(AUSteerError, match="no dimension 32: layer 0, head 1 has 32"):
+    with pytest.raises(AUSteerError, match="no dimension 32: layer 0, head 1 has dimensions 0 to 31"):
         Block.of(model, HEAD).plan({32: 1.0})
     with pytest.raises(AUSteerError, match="at least three dimensions"):
         STUDIES["top_tokens"].measure(BENCH, {**SMALL["top_tokens"], "step": 16}, False)
@@ -259,7 +263,7 @@ def test_a_place_that_is_not_there_is_named():
 
 @pytest.mark.slow
 def test_overhead_times_every_method():
-    found = STUDIES["overhead"].measure(BENCH, {"items": 5, "trials": 2}, False)
-    assert list(found) == ["vanilla", "iti", "sadi", "austeer", "causal"]
-    assert all(row["s_per_sample"] > 0 and row["std"] >= 0 for row in found.values())
-    assert all(row["prepare_s"] > 0 for name, row in found.items() if name != "vanilla")
+    results = STUDIES["overhead"].measure(BENCH, {"items": 5, "trials": 2}, False)
+    assert list(results) == ["vanilla", "iti", "sadi", "austeer", "causal"]
+    assert all(row["s_per_sample"] > 0 and row["std"] >= 0 for row in results.values())
+    assert all(row["prepare_s"] > 0 for name, row in results.items() if name != "vanilla")

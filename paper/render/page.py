@@ -1,4 +1,4 @@
-"""The report: one HTML page that needs nothing beside it, and the same in Markdown, from one context."""
+"""Write the report: one self-contained HTML page, and the same in Markdown, from one context."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from paper.manifest import Manifest
 from paper.render import gains, words
 from paper.render.findings import findings
 from paper.render.places import main_table
-from paper.render.record_list import listed
+from paper.render.record_list import record_list
 from paper.render.sections import section
 from paper.specs import Spec
 
@@ -33,30 +33,30 @@ def write(specs: Sequence[Spec], manifest: Manifest) -> Path:
 
 def _context(specs: Sequence[Spec], manifest: Manifest) -> dict:
     sections = [section(spec, manifest) for spec in specs]
+    verdicts = [] if manifest.dry_run else findings(sections)
     main = None if manifest.dry_run else main_table(sections)
-    found = [] if manifest.dry_run else findings(sections)
     return {
         "title": f"AUSteer: results at the {manifest.scale} scale",
         "intro": words.INTRO,
         "head": words.head(manifest),
-        "findings": found,
-        "of_findings": words.OF_FINDINGS if found else words.NO_FINDING,
+        "findings": verdicts,
+        "findings_note": words.FINDINGS_NOTE if verdicts else words.NO_FINDING,
         "picture": gains.draw(main, manifest.folder / "figures") if main else None,
         "key": words.KEY,
         "sections": sections,
         "environment": words.environment(manifest),
         "cite": words.CITE,
-        "records": listed(specs, manifest),
+        "records": record_list(specs, manifest),
     }
 
 
 def _environment() -> Environment:
-    made = Environment(
+    environment = Environment(
         loader=FileSystemLoader(TEMPLATES), autoescape=select_autoescape(["html.j2"]), undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    made.filters |= {"code": _code, "inline": _inline}
-    return made
+    environment.filters |= {"code": _code, "inline": _inline}
+    return environment
 
 
 def _code(text: str) -> Markup:

@@ -1,4 +1,4 @@
-"""Records -> the pictures of a spec, what stands below each, and what could not be drawn and why."""
+"""Draw the pictures of a spec from records, and say what could not be drawn and why."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from paper.render import curves, heat_maps
 from paper.specs import Panel, Spec
 from paper.studies import STUDIES
 
-OF_CELLS = {"lines": curves, "heatmap": heat_maps}
+DRAWN_FROM_CELLS = {"lines": curves, "heatmap": heat_maps}
 
 
 @dataclass(frozen=True)
 class Picture:
     caption: str
-    path: Path | None  # None: it could not be drawn
+    path: Path | None  # None if it could not be drawn
     note: str = ""  # how to read this picture, and what its record adds; or why it could not be drawn
     ids: list[str] = field(default_factory=list)  # of the records it is drawn from
 
 
 def draw(spec: Spec, manifest: Manifest, folder: Path) -> list[Picture]:
-    """Every picture that the records allow."""
+    """Draw every picture that the records allow."""
     if spec.kind == "study":
         return [
             _study(spec, panel, record, folder)
             for panel in spec.panels
             if (record := manifest.panel(spec.name, panel.name)) is not None
         ]
-    if spec.kind in OF_CELLS:
+    if spec.kind in DRAWN_FROM_CELLS:
         path = folder / f"{spec.name}.png"
-        note = OF_CELLS[spec.kind].draw(spec, manifest, path)
+        note = DRAWN_FROM_CELLS[spec.kind].draw(spec, manifest, path)
         ids = [id for entry in manifest.entries.get(spec.name, {}).values() for id in entry]
         return [] if note is None else [Picture(f"{spec.label}: {spec.title}", path, note, ids)]
     return []
@@ -50,23 +50,23 @@ def _study(spec: Spec, panel: Panel, record: dict, folder: Path) -> Picture:
     return Picture(caption, path, note, [record["id"]])
 
 
-def undrawn(spec: Spec, manifest: Manifest) -> list[tuple[str, str]]:
-    """(what, why) of all that a picture should show and does not."""
+def missing_pictures(spec: Spec, manifest: Manifest) -> list[tuple[str, str]]:
+    """Return (what, why) for everything that a picture should show and does not."""
     if spec.kind == "study":
         return [
             (panel.name, manifest.why_missing(spec.name, panel.name, "panel", panel.name))
             for panel in spec.panels
             if manifest.panel(spec.name, panel.name) is None
         ]
-    if spec.kind not in OF_CELLS:
+    if spec.kind not in DRAWN_FROM_CELLS:
         return []
-    found = []
+    missing = []
     for entry in spec.entries:
         place = (entry.block, entry.row, entry.column)
-        of_block = f" ({entry.block})" if len(spec.blocks) > 1 else ""
-        what = f"{spec.rows[entry.row]['label']} / {entry.column}{of_block}"
+        suffix = f" ({entry.block})" if len(spec.blocks) > 1 else ""
+        what = f"{spec.rows[entry.row]['label']} / {entry.column}{suffix}"
         if not manifest.records(spec.name, *place):
-            found.append((what, manifest.why_missing(spec.name, *place)))
+            missing.append((what, manifest.why_missing(spec.name, *place)))
         elif spec.columns[entry.column].get("judge"):
-            found.append((what, heat_maps.NEEDS_A_JUDGE))
-    return found
+            missing.append((what, heat_maps.NEEDS_A_JUDGE))
+    return missing

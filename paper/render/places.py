@@ -11,18 +11,18 @@ SITES = ("attention", "ffn")
 
 
 def main_table(sections: Sequence[Section]) -> Section | None:
-    """Return the first table that averages tasks: of seeds nothing can be said item by item."""
+    """Return the first table that averages tasks; averages of seeds allow no test item by item."""
     return next((s for s in sections if s.blocks and s.spec.averages and s.spec.show.get("over") != "seeds"), None)
 
 
-def by_method(made: Section, rows: Sequence[Row]) -> dict[tuple[str, str | None], Row]:
-    """Return the rows of one site each, by method and site; none that was chosen on test or is the better of two."""
-    found: dict[tuple[str, str | None], Row] = {}
+def by_method(section: Section, rows: Sequence[Row]) -> dict[tuple[str, str | None], Row]:
+    """Return rows by method and site, without those that were chosen on test or show the better of two sites."""
+    first_rows: dict[tuple[str, str | None], Row] = {}
     for row in rows:
-        says = made.spec.rows[row.key]
-        if "sites" not in says and not says.get("test_chosen"):
-            found.setdefault((says["method"], says.get("site")), row)
-    return found
+        fields = section.spec.rows[row.key]
+        if "sites" not in fields and not fields.get("test_chosen"):
+            first_rows.setdefault((fields["method"], fields.get("site")), row)
+    return first_rows
 
 
 def places(main: Section | None) -> Iterator[tuple[str, str, dict[tuple[str, str | None], Value]]]:
@@ -35,6 +35,6 @@ def places(main: Section | None) -> Iterator[tuple[str, str, dict[tuple[str, str
         rows = by_method(main, block.rows)
         for column in next(iter(main.spec.averages.values())):
             cells = {key: row.values[block.columns.index(column)] for key, row in rows.items()}
-            of_block = f" of {block.name}" if len(main.spec.blocks) > 1 else ""
+            suffix = f" of {block.name}" if len(main.spec.blocks) > 1 else ""
             for site in SITES:
-                yield f"{column}{of_block}", site, {key: value for key, value in cells.items() if value.hits}
+                yield f"{column}{suffix}", site, {key: value for key, value in cells.items() if value.hits}

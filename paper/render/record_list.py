@@ -1,4 +1,4 @@
-"""The list of records at the end of the page: what every number links to."""
+"""The list of records at the end of the page, to which every number links."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from paper.manifest import Manifest
-from paper.render.shown import chosen_text
+from paper.render.selection import chosen_text
 from paper.specs import Spec
 
 
 @dataclass(frozen=True)
-class Listed:
+class ListedRecord:
     id: str
     facts: str
     file: str  # relative to the page
-    trace: str  # the command that prints it, by the first table that shows it
+    trace: str  # the command that prints it, in the first table that shows it
 
 
-def listed(specs: Sequence[Spec], manifest: Manifest) -> list[Listed]:
+def record_list(specs: Sequence[Spec], manifest: Manifest) -> list[ListedRecord]:
     traces = _traces(specs, manifest)
     records = ((id, manifest.record(id)) for id in manifest.ids)
     return [
-        Listed(id, _facts(record), _file(id, manifest), traces.get(id, ""))
+        ListedRecord(id, _facts(record), _file(id, manifest), traces.get(id, ""))
         for id, record in records
         if record is not None
     ]
@@ -35,7 +35,7 @@ def _file(id: str, manifest: Manifest) -> str:
 
 
 def _facts(record: dict) -> str:
-    """Return what it was asked and what came out, in a line; of a figure's measurement, where it was made."""
+    """Describe a record in a line: what was computed, the result, and where it was made."""
     parts = [record.get("method"), record.get("site"), record.get("task"), record.get("model")]
     if record.get("settings"):
         parts.append(chosen_text(record))
@@ -48,18 +48,18 @@ def _facts(record: dict) -> str:
 
 
 def _traces(specs: Sequence[Spec], manifest: Manifest) -> dict[str, str]:
-    found: dict[str, str] = {}
+    traces: dict[str, str] = {}
     for spec in specs:
         for place, ids in manifest.entries.get(spec.name, {}).items():
             block, row, column = place.split("|")
-            given = [row, column, *(["--block", block] if len(spec.blocks) > 1 else [])]
+            names = [row, column, *(["--block", block] if len(spec.blocks) > 1 else [])]
             for id in ids:
-                found.setdefault(id, _trace(spec, given))
+                traces.setdefault(id, _trace(spec, names))
         for panel, id in manifest.panels.get(spec.name, {}).items():
-            found.setdefault(id, _trace(spec, [panel]))
-    return found
+            traces.setdefault(id, _trace(spec, [panel]))
+    return traces
 
 
-def _trace(spec: Spec, given: Sequence[str]) -> str:
+def _trace(spec: Spec, names: Sequence[str]) -> str:
     scale = [] if spec.scale == "embedded" else ["--scale", spec.scale]  # trace's own default
-    return shlex.join(["python", "main.py", "trace", spec.name, *given, *scale])
+    return shlex.join(["python", "main.py", "trace", spec.name, *names, *scale])

@@ -1,6 +1,6 @@
-"""A section of the report per table or figure: its numbers, its pictures, and what is missing and why.
+"""Make a section of the report per table or figure: its numbers, its pictures, and what is missing and why.
 
-The page is rewritten after every finished block of a run, so a section is made anew only when what it is made of changed.
+The page is rewritten after every finished block of a run, so a section is made anew only when its sources changed.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from paper.manifest import Manifest
-from paper.render.pictures import Picture, draw, undrawn
+from paper.render.pictures import Picture, draw, missing_pictures
 from paper.render.tables import blocks
 from paper.render.values import Block
 from paper.render.versions import mixed
@@ -32,18 +32,20 @@ class Section:
         return [picture for picture in self.pictures if picture.path is not None]
 
 
-_MADE: dict[tuple[Path, str], tuple[object, Section]] = {}  # by folder and spec: what it was made of, and the section
+_CACHE: dict[
+    tuple[Path, str], tuple[object, Section]
+] = {}  # (folder, spec) -> what the section was made from, and the section
 
 
 def section(spec: Spec, manifest: Manifest) -> Section:
-    key, made_of = (manifest.folder, spec.name), _made_of(spec, manifest)
-    if key not in _MADE or _MADE[key][0] != made_of or any(not one.path.exists() for one in _MADE[key][1].drawn):
-        _MADE[key] = (made_of, _make(spec, manifest))
-    return _MADE[key][1]
+    key, sources = (manifest.folder, spec.name), _sources(spec, manifest)
+    if key not in _CACHE or _CACHE[key][0] != sources or any(not one.path.exists() for one in _CACHE[key][1].drawn):
+        _CACHE[key] = (sources, _make(spec, manifest))
+    return _CACHE[key][1]
 
 
-def _made_of(spec: Spec, manifest: Manifest) -> object:
-    """Collect all that decides what a section shows: a record's id names its content."""
+def _sources(spec: Spec, manifest: Manifest) -> object:
+    """Return all that decides what a section shows; a record's id stands for its content."""
     entries = {name: dict(manifest.entries.get(name, {})) for name in (spec.name, spec.source)}
     failed = {place: why for place, why in manifest.failed.items() if place.split("|")[0] in entries}
     people = {path.name: path.stat().st_mtime_ns for path in manifest.folder.glob("[jh]u*-*.json")}  # judge-, human-
@@ -51,28 +53,28 @@ def _made_of(spec: Spec, manifest: Manifest) -> object:
 
 
 def _make(spec: Spec, manifest: Manifest) -> Section:
-    made = Section(
+    new = Section(
         spec, blocks(spec, manifest) if spec.kind in TABLES else [], draw(spec, manifest, manifest.folder / "figures")
     )
-    for block in made.blocks:
+    for block in new.blocks:
         ids = dict.fromkeys(id for row in block.rows for value in row.values for id in value.ids)
         block.notes += filter(None, [mixed(map(manifest.record, ids), "table")])
-    ids = dict.fromkeys(id for picture in made.drawn for id in picture.ids)
-    made.notes += filter(None, [mixed(filter(None, map(manifest.record, ids)), "figure")])
-    made.missing = _missing(made, manifest)
-    return made
+    ids = dict.fromkeys(id for picture in new.drawn for id in picture.ids)
+    new.notes += filter(None, [mixed(filter(None, map(manifest.record, ids)), "figure")])
+    new.missing = _missing(new, manifest)
+    return new
 
 
-def _missing(made: Section, manifest: Manifest) -> list[str]:
-    """Name the reason of every dash and of every picture that is not there, alike ones together."""
+def _missing(section: Section, manifest: Manifest) -> list[str]:
+    """Give the reason of every dash and every missing picture, one line per reason."""
     whys: dict[str, list[str]] = {}
-    for block in made.blocks:
+    for block in section.blocks:
         for row in block.rows:
             for column, value in zip(block.columns, row.values, strict=True):
                 if value.why:
                     whys.setdefault(value.why, []).append(f"{row.label} / {column}")
-    failed = [(picture.caption, picture.note) for picture in made.pictures if picture.path is None]
-    for what, why in (*undrawn(made.spec, manifest), *failed):
+    failed = [(picture.caption, picture.note) for picture in section.pictures if picture.path is None]
+    for what, why in (*missing_pictures(section.spec, manifest), *failed):
         whys.setdefault(why, []).append(what)
     return [f"{_briefly(where)}: {why}" for why, where in whys.items() if not why.startswith("a part is missing")]
 

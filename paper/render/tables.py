@@ -1,4 +1,4 @@
-"""Records -> the numbers of a table: ours, the paper's, n, interval, and what the tests support."""
+"""Turn records into the numbers of a table: ours, the paper's, n, intervals, and what the tests support."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import numpy as np
 from eval.statistics import wilson
 from experiments.records import unpack
 from paper.manifest import Manifest
-from paper.render.changed_aus import AUS, PRINTED, changed, dense
-from paper.render.marks import mark
-from paper.render.read_off import counts, human, noise, overhead, prediction, settings
+from paper.render.changed_aus import AUS, PRINTED, changed, not_sparse
+from paper.render.derived_tables import counts, human, noise, overhead, prediction, settings
 from paper.render.searches import searches
 from paper.render.seeds import over_seeds
-from paper.render.shown import chosen_text, nothing_beat_vanilla, shown
+from paper.render.selection import chosen_text, nothing_beat_vanilla, selected_records
+from paper.render.significance_marks import mark_significance
 from paper.render.values import Block, Row, Value
 from paper.specs import Spec
 
@@ -24,12 +24,12 @@ from paper.specs import Spec
 def blocks(spec: Spec, manifest: Manifest) -> list[Block]:
     make = {"accuracy": accuracy, "lines": accuracy, "settings": settings, "counts": counts, "noise": noise,
             "prediction": prediction, "human": human, "overhead": overhead}[spec.kind]  # fmt: skip
-    found = []
+    result = []
     for block in spec.blocks or spec.panels_by_name:
-        found.append(make(spec, manifest, block))
+        result.append(make(spec, manifest, block))
         if "searches" in spec.show:
-            found.append(searches(spec, manifest, block))
-    return found
+            result.append(searches(spec, manifest, block))
+    return result
 
 
 def accuracy(spec: Spec, manifest: Manifest, block: str) -> Block:
@@ -39,13 +39,13 @@ def accuracy(spec: Spec, manifest: Manifest, block: str) -> Block:
     for row in spec.rows:
         table[row], records[row] = {}, {}
         for column, says in spec.columns.items():
-            found = records[row][column] = shown(spec, manifest, block, row, column)
-            table[row][column] = _accuracy(found, says, manifest, spec, block, row, column)
-            table[row][column].ids = [record["id"] for record in found]
-            if found:
-                sizes[column] = found[0]["n"]
+            cell_records = records[row][column] = selected_records(spec, manifest, block, row, column)
+            table[row][column] = _accuracy(cell_records, says, manifest, spec, block, row, column)
+            table[row][column].ids = [record["id"] for record in cell_records]
+            if cell_records:
+                sizes[column] = cell_records[0]["n"]
     columns, notes = list(spec.columns), []
-    mark(table, columns, spec.show.get("vanilla", {}))
+    mark_significance(table, columns, spec.show.get("vanilla", {}))
     for name, parts in spec.averages.items():
         if spec.show.get("over") == "seeds":
             columns += over_seeds(table, name, parts)
@@ -54,13 +54,13 @@ def accuracy(spec: Spec, manifest: Manifest, block: str) -> Block:
             for cells in table.values():
                 cells[name] = _average([cells[part] for part in parts])
     if spec.kind == "accuracy" and spec.show.get("aus", True):
-        notes += dense(records, {row: says["label"] for row, says in spec.rows.items()})
-        found = [one for row in records.values() for several in row.values() for one in several]
+        notes += not_sparse(records, {row: says["label"] for row, says in spec.rows.items()})
+        cell_records = [record for row in records.values() for several in row.values() for record in several]
         printed = spec.printed.get(block, {}).values()
-        if any(one.get("touched") is not None for one in found) or any(PRINTED in row for row in printed):
+        if any(record.get("touched") is not None for record in cell_records) or any(PRINTED in row for row in printed):
             columns.insert(0, AUS)
             for row, cells in table.items():
-                cells[AUS] = changed([one for found in records[row].values() for one in found])
+                cells[AUS] = changed([record for cell_records in records[row].values() for record in cell_records])
     for row, cells in table.items():
         for column in columns:
             key = PRINTED if column == AUS else column
@@ -76,16 +76,16 @@ def accuracy(spec: Spec, manifest: Manifest, block: str) -> Block:
 
 
 def _accuracy(
-    records: list[dict], says: dict, manifest: Manifest, spec: Spec, block: str, row: str, column: str
+    records: list[dict], column_fields: dict, manifest: Manifest, spec: Spec, block: str, row: str, column: str
 ) -> Value:
     if not records:
-        there = f"{block}|{row}|{column}" in manifest.entries.get(spec.name, {})
+        is_known = f"{block}|{row}|{column}" in manifest.entries.get(spec.name, {})
         why = manifest.why_missing(spec.name, block, row, column)
-        return Value(why=why if there or why != "not run" or _belongs(spec, block, row, column) else "")
-    if says.get("judge"):
+        return Value(why=why if is_known or why != "not run" or _belongs(spec, block, row, column) else "")
+    if column_fields.get("judge"):
         return _win_rate(records[0], manifest, spec, block, row, column)
     hits = [unpack(record["outcomes"]) for record in records]
-    shares = sorted(100 * sum(one) / len(one) for one in hits)
+    shares = sorted(100 * sum(outcomes) / len(outcomes) for outcomes in hits)
     if len(hits) > 1 or spec.rows[row].get("draws", 1) > 1:
         return _band(shares, hits)
     record = records[0]
@@ -104,7 +104,7 @@ def _accuracy(
 
 
 def _band(shares: Sequence[float], hits: list[list[bool]]) -> Value:
-    """A control: the median of its draws (sorted), and their range."""
+    """Return a control's value: the median of its sorted draws, and their range."""
     low, middle, high = shares[0], median(shares), shares[-1]
     facts = [f"median and range of {len(shares)} draws"]
     return Value(f"{middle:.1f}", f"{low:.1f} to {high:.1f}", facts, number=middle, hits=hits, band=(low, high))
@@ -125,13 +125,13 @@ def _belongs(spec: Spec, block: str, row: str, column: str) -> bool:
 
 
 def _win_rate(record: dict, manifest: Manifest, spec: Spec, block: str, row: str, column: str) -> Value:
-    """The judge's, of answers against vanilla's, once `main.py judge` has left a result beside the records."""
+    """Return the judge's win rate against vanilla, once `main.py judge` has left a result in the folder."""
     vanilla = manifest.records(spec.name, block, "vanilla", column)
     if record["method"] == "vanilla" or not vanilla:
         return Value(why="" if record["method"] == "vanilla" else "vanilla is missing")
     theirs = vanilla[0]["id"]
     if record["site"] and record["settings"] is None:
-        return Value("0.0", facts=["nothing beat vanilla, so these are its own answers"], number=0.0)
+        return Value("0.0", facts=["nothing beat vanilla, so the answers are vanilla's"], number=0.0)
     if spec.rows[row].get("draws", 1) == 1:
         for path in sorted(manifest.folder.glob(f"judge-{record['id']}-test-{theirs}-test-*.json")):
             result = manifest.load(path)
@@ -150,9 +150,9 @@ def _win_rate(record: dict, manifest: Manifest, spec: Spec, block: str, row: str
 
 
 def _average(values: Sequence[Value]) -> Value:
-    """Of columns as they stand; the interval is normal, from the columns' own errors. Of draws, draw by draw."""
+    """Average columns, with a normal interval from the columns' own errors; average a control draw by draw."""
     if not any(value.hits or value.why for value in values):
-        return Value()  # a row of other blocks
+        return Value()  # a row that this block does not have
     if any(not value.hits for value in values):
         missing = next(value for value in values if not value.hits)
         return Value(why=f"a part is missing: {missing.why}" if missing.why else "a part is missing")
@@ -164,8 +164,8 @@ def _average(values: Sequence[Value]) -> Value:
     ids = [id for value in values for id in value.ids]
     if draws > 1:
         return replace(_band(means, []), ids=ids)
-    # shares as if two more had been right and two more wrong: an error of nothing would be too good
-    counted = [(sum(value.hits[0]) + 2, len(value.hits[0]) + 4) for value in values]
-    half = 196 * sum(right / n * (1 - right / n) / n for right, n in counted) ** 0.5 / len(values)
+    # as if two more items were right and two more wrong: an error of zero would be too good to be true
+    adjusted = [(sum(value.hits[0]) + 2, len(value.hits[0]) + 4) for value in values]
+    half = 196 * sum(right / n * (1 - right / n) / n for right, n in adjusted) ** 0.5 / len(values)
     low, high = max(0.0, means[0] - half), min(100.0, means[0] + half)
     return Value(f"{means[0]:.1f}", f"[{low:.1f}, {high:.1f}]", number=means[0], ids=ids)

@@ -1,4 +1,4 @@
-"""What a table is made of."""
+"""The parts of a table: values, rows and blocks."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from dataclasses import dataclass, field
 class Value:
     text: str = "–"
     small: str = ""  # beneath the number: its interval, or the range of a control's draws
-    facts: list[str] = field(default_factory=list)  # what was chosen, perplexity, ...: shown on demand
-    printed: float | str | None = None  # the paper's
+    facts: list[str] = field(default_factory=list)  # what was chosen, perplexity and the like, shown on demand
+    printed: float | str | None = None  # the paper's number
     number: float | None = None
-    why: str = ""  # of a dash
+    why: str = ""  # the reason of a dash
     best: bool = False  # better than every other row of its column, by the adjusted test
-    sure: bool = False  # different from vanilla, by the adjusted test
-    fair: bool = True  # nothing of it was chosen on the test split: it may be tested
-    hits: list[list[bool]] = field(default_factory=list)  # per item, of every draw
-    band: tuple[float, float] | None = None  # the lowest and the highest draw of a control
-    ids: list[str] = field(default_factory=list)  # of the records it is computed from
+    significant: bool = False  # different from vanilla, by the adjusted test
+    fair: bool = True  # False if it was chosen on the test split, so that it may not be tested
+    hits: list[list[bool]] = field(default_factory=list)  # per draw, whether each item was right
+    band: tuple[float, float] | None = None  # lowest and highest draw of a control
+    ids: list[str] = field(default_factory=list)  # of the records behind the number
     gain: tuple[float, float, float] | None = None  # over vanilla, in points, with its 95 % interval
-    p: float | None = None  # of that gain, adjusted
-    p_best: float | None = None  # of being no better than some other row, adjusted; of a column's best
-    place: tuple[float, float, float] | None = None  # of a control: low, median, high in 0 to 1 of its column's range
+    p: float | None = None  # p of that gain, adjusted
+    p_best: float | None = None  # of a column's best: adjusted p against its closest rival
+    place: tuple[float, float, float] | None = None  # of a control: low, median, high, as 0 to 1 of its column's range
 
     @property
     def marks(self) -> str:
-        return ("*" if self.sure else "") + ("" if self.fair else "†")
+        return ("*" if self.significant else "") + ("" if self.fair else "†")
 
     @property
     def paper(self) -> str:
@@ -38,7 +38,7 @@ class Value:
 
     @property
     def alone(self) -> list[str]:
-        """Return the record behind a number that has one alone."""
+        """Return the record behind a number, if there is exactly one."""
         return [f"record `{self.ids[0]}`"] if len(self.ids) == 1 else []
 
     @property
@@ -60,9 +60,9 @@ class Value:
 
 @dataclass
 class Row:
-    key: str  # in the spec; of a table that is derived from another, what tells its rows apart
+    key: str  # the row's name in the spec, or what tells the rows of a derived table apart
     label: str
-    ours: bool  # and not the paper's
+    ours: bool  # whether the paper does not have it
     values: list[Value]  # one per column
 
     @property
@@ -74,6 +74,6 @@ class Row:
 class Block:
     name: str
     columns: list[str]
-    heads: list[str]  # of the columns, with n
+    heads: list[str]  # headings of the columns, with n
     rows: list[Row]
-    notes: list[str] = field(default_factory=list)  # what its numbers say together
+    notes: list[str] = field(default_factory=list)  # remarks on all its numbers

@@ -1,4 +1,4 @@
-"""Library versions behind a table: numbers of one table may come from several stacks, and then the table says so."""
+"""Say when the numbers of one table come from different library versions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The prose around the tables: introduction, how to read them, environment, citation."""
+"""The prose around the tables: introduction, reading guide, environment, citation."""
 
 from __future__ import annotations
 
@@ -23,16 +23,14 @@ KEY = (
     "* differs significantly from vanilla (exact McNemar test, Holm-adjusted over the table, p < 0.05).",
     "Bold: significantly better than every other row of its column and than every draw of its controls (same test, adjusted "
     "over all such comparisons of the table).",
-    "† settings were chosen on the test split, so the number is not tested. All others were chosen on validation items.",
+    "† the grid point was chosen on the test split, so the number is not tested. All others were chosen on validation items.",
     "Controls (random AUs, and AUs with flipped signs, with the same search) show the median and the range of their draws.",
     "Columns that are training seeds are summarised by the mean gain over vanilla with a t interval over seeds.",
     "paper: the number the paper prints, and in parentheses ours minus the paper's, where both measure the same.",
     "AUs: how many AUs a row changes, fewest to most over its columns and draws.",
-    "Rows in italics are not in the paper. A dash has its reason below the table.",
+    "Rows in italics are not in the paper. The reason of every dash stands below its table.",
 )
-OF_FINDINGS = (
-    "A place is one task at one site (of one model). Every verdict is Holm-adjusted for the comparisons that it counts."
-)
+FINDINGS_NOTE = "A place is one task at one site of one model. The p-values of a verdict are Holm-adjusted over the comparisons that it counts."
 NO_FINDING = "Nothing yet: the tables behind the findings have not been run."
 CITE = """@inproceedings{feng2026austeer,
   title     = {Fine-Grained Activation Steering: Steering Less, Achieving More},
@@ -46,7 +44,7 @@ CITE = """@inproceedings{feng2026austeer,
 def head(manifest: Manifest) -> str:
     """Say which models the numbers are about, and how to make them again."""
     if manifest.dry_run:
-        return "DRY RUN on tiny random checkpoints, two items per split: it shows that the code runs, and no result."
+        return "DRY RUN on tiny random checkpoints, two items per split: it shows that the code runs; it is no result."
     limit = manifest.how.get("limit")
     limited = f" At most {limit} items per split: a quick look, not a result." if limit else ""
     return f"{SCALES[manifest.scale]}{limited} To repeat it: `bash reproduce.sh --scale {manifest.scale}`."

@@ -1,10 +1,10 @@
-"""The paper's figures that are more than a table of accuracies: one file per kind.
+"""Measurements behind the paper's figures that are more than accuracies: one file per kind.
 
-Each file says what it is asked and offers
+Each file documents its params and offers
 
-    measure(bench, params, progress) -> dict       all that the picture needs, as JSON; the same every time
-    draw(found, params, path)                      the picture, from that dict alone
-    note(found, params) -> str                     if there is something to say below it, from that dict too
+    measure(bench, params, progress) -> dict       everything that the picture shows, as JSON; repeatable
+    draw(result, params, path)                     draws the picture from that dict alone
+    note(result, params) -> str                    optional: the text below the picture, from that dict alone
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""One block of a model, a head or the FFN output of a layer: its single AUs steered, and what the model then says."""
+"""Steer single AUs of one block of a model, a head or the FFN output of a layer, and see what the model answers."""
 
 from __future__ import annotations
 
@@ -22,38 +22,38 @@ from rmodels import site_shape
 
 @dataclass(frozen=True)
 class Block:
-    """Its dimensions are counted from its own first, as the paper does: 0 to 127 in a head of Llama-2-7B."""
+    """Locate one head, or one layer's output at a site. Dimensions count from its own first, as in the paper: 0 to 127 in a head."""
 
     site: str
     layer: int
     head: int | None
-    first: int  # of its dimensions within the site
+    first: int  # its first dimension within the site
     width: int
-    shape: tuple[int, int]  # of the site
+    shape: tuple[int, int]  # layers and width of the site
 
     @classmethod
     def of(cls, model: PreTrainedModel, params: dict) -> Block:
         site, layer, head = params["site"], params["layer"], params.get("head")
         layers, width = shape = site_shape(model, site)
         if not 0 <= layer < layers:
-            raise AUSteerError(f"no layer {layer}: the model has {layers}, counted from 0")
+            raise AUSteerError(f"no layer {layer}: the model has layers 0 to {layers - 1}")
         if head is None:
             return cls(site, layer, None, 0, width, shape)
         heads = model.config.num_attention_heads
         if site != "attention" or not 0 <= head < heads:
             raise AUSteerError(f"no head {head} at site {site}: site attention has heads 0 to {heads - 1}")
-        each = width // heads
-        return cls(site, layer, head, head * each, each, shape)
+        head_width = width // heads
+        return cls(site, layer, head, head * head_width, head_width, shape)
 
     def __str__(self) -> str:
         return f"layer {self.layer}, " + (f"{self.site} output" if self.head is None else f"head {self.head}")
 
     def plan(self, strengths: dict[int, float], tokens: str = "all") -> Plan:
-        """x -> (1 + strength) x at these dimensions."""
+        """Return the plan x -> (1 + strength) x at these dimensions."""
         scale = torch.zeros(self.shape)
         for dim, strength in strengths.items():
             if not 0 <= dim < self.width:
-                raise AUSteerError(f"no dimension {dim}: {self} has {self.width}, counted from 0")
+                raise AUSteerError(f"no dimension {dim}: {self} has dimensions 0 to {self.width - 1}")
             scale[self.layer, self.first + dim] = strength
         return Plan({self.site: scale}, {}, tokens)
 
@@ -64,8 +64,8 @@ class Block:
 
 
 @dataclass(frozen=True)
-class Asked:
-    """Some items of a task, and which of them a model steered by a plan gets right."""
+class Evaluator:
+    """Score some items of a task under plans."""
 
     bench: Bench
     items: Sequence
@@ -77,28 +77,30 @@ class Asked:
         return bench.task.columns(self.items, answers)
 
     def outcomes(self, plan: Plan) -> list[bool]:
-        """Return those of the task's main measure."""
+        """Return the outcomes of the task's main measure."""
         return list(self.scores(plan).outcomes)
 
     def sweep(self, block: Block, dims: Sequence[int], alpha: float, progress: bool, part: str) -> list[list[bool]]:
-        """Outcomes with each dimension steered alone."""
+        """Return the outcomes with each dimension steered alone."""
         bar = tqdm(dims, desc=f"{self.bench.task.name}, {block}, {part}", unit=" dims", disable=not progress)
         return [self.outcomes(block.plan({dim: alpha})) for dim in bar]
 
 
 def extremes(bench: Bench, block: Block, params: dict, progress: bool) -> dict[str, int]:
-    """The best, a neutral and the worst dimension of a sweep on validation items, where params do not name them."""
+    """Return the best, a neutral and the worst dimension of a sweep on validation items."""
     task = bench.task
     if not task.validation:
         raise AUSteerError(
             f"{task.name} has no validation items to choose dimensions on: name them in the study's dims"
         )
-    asked = Asked(bench, task.validation[: params["n"]])
+    evaluator = Evaluator(bench, task.validation[: params["n"]])
     dims = range(0, block.width, params["step"])
     if len(dims) < 3:
         raise AUSteerError(f"a sweep needs at least three dimensions; a step of {params['step']} leaves {len(dims)}")
-    before = sum(asked.outcomes(block.plan({})))
-    gains = [sum(outcomes) - before for outcomes in asked.sweep(block, dims, params["alpha"], progress, "validation")]
+    baseline = sum(evaluator.outcomes(block.plan({})))
+    gains = [
+        sum(outcomes) - baseline for outcomes in evaluator.sweep(block, dims, params["alpha"], progress, "validation")
+    ]
     places = range(len(dims))
     best, worst = max(places, key=gains.__getitem__), min(places, key=gains.__getitem__)
     neutral = min((place for place in places if place not in (best, worst)), key=lambda place: abs(gains[place]))
@@ -109,7 +111,7 @@ def extremes(bench: Bench, block: Block, params: dict, progress: bool) -> dict[s
 def next_token(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, plans: Sequence[Plan]
 ) -> Tensor:
-    """log p of the token behind the prompt under each plan, (plans, vocabulary) float64; one forward for all."""
+    """Return log p of the token after the prompt under each plan, (plans, vocabulary) float64, in one forward."""
     ids = torch.tensor([tokenizer(prompt)["input_ids"]] * len(plans), device=input_device(model))
     with steer(model, list(plans)):
         logits = model(ids, use_cache=False, logits_to_keep=1).logits[:, -1]

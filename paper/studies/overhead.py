@@ -1,6 +1,6 @@
-"""Overhead (Table 11): what a method takes before the first answer, and for each answer, one by one.
+"""Overhead (Table 11): the time of a method before its first answer, and per answer, one by one.
 
-Trials go around the methods, so that what else the machine does falls on all of them alike.
+The methods take turns in every trial, so that other load on the machine falls on all of them alike.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from eval.answering.live import LiveAnswerer
 from experiments.bench import Bench
 from MFU_screening import screen
 
-SHOWN = {"iti": "iti", "sadi": "sadi-head", "austeer": "published", "causal": "causal"}
+METHOD_OF_ROW = {"iti": "iti", "sadi": "sadi-head", "austeer": "published", "causal": "causal"}
 
 
 def measure(bench: Bench, params: dict, progress: bool) -> dict:
@@ -30,16 +30,16 @@ def measure(bench: Bench, params: dict, progress: bool) -> dict:
     def ranks(momentum: str):
         return screen(task.pairs, model, tokenizer, [site], momentum=momentum, progress=False)[site]
 
-    ranks("activation")  # one-time buffers of the libraries, which would be the first method's
-    found: dict[str, dict] = {"vanilla": {}}
+    ranks("activation")  # fills one-time buffers of the libraries, which the first method would pay for
+    result: dict[str, dict] = {"vanilla": {}}
     plans = {"vanilla": None}
-    for row, name in SHOWN.items():
+    for row, name in METHOD_OF_ROW.items():
         start = time.perf_counter()
         prepared = METHODS[name].prepare(Evidence(model, tokenizer, task.pairs, site, ranks))
-        found[row] = {"prepare_s": time.perf_counter() - start}
+        result[row] = {"prepare_s": time.perf_counter() - start}
         grid = METHODS[name].grid(bench.grid_kind)
         plans[row] = METHODS[name].plan(prepared, grid[len(grid) // 2])
-    taken: dict[str, list[float]] = {row: [] for row in plans}
+    times: dict[str, list[float]] = {row: [] for row in plans}
     prompts = [item.prompt for item in items]
     for trial in range(trials):
         for row in list(plans) if trial % 2 else list(plans)[::-1]:
@@ -48,10 +48,10 @@ def measure(bench: Bench, params: dict, progress: bool) -> dict:
             start = time.perf_counter()
             with steer(model, plans[row]) if plans[row] is not None else nullcontext():
                 answerer.answer(prompts, generation, batch_size=1)
-            taken[row].append((time.perf_counter() - start) / len(items))
-            if model.device.type == "cuda":  # a CPU's memory is the process's, and tells no method from another
-                found[row]["gb"] = torch.cuda.max_memory_allocated(model.device) / 1e9
-    for row, seconds in taken.items():
+            times[row].append((time.perf_counter() - start) / len(items))
+            if model.device.type == "cuda":  # on a CPU only the whole process's memory is known
+                result[row]["gb"] = torch.cuda.max_memory_allocated(model.device) / 1e9
+    for row, seconds in times.items():
         spread = stdev(seconds) if trials > 1 else 0.0
-        found[row] |= {"inference_s": mean(seconds) * len(items), "s_per_sample": mean(seconds), "std": spread}
-    return found
+        result[row] |= {"inference_s": mean(seconds) * len(items), "s_per_sample": mean(seconds), "std": spread}
+    return result

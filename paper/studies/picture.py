@@ -1,4 +1,4 @@
-"""What the studies' pictures share. Colors are the Okabe-Ito set, safe for color-blind readers."""
+"""Shared parts of the studies' pictures. Colors are the Okabe-Ito set, safe for color-blind readers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BLACK, ORANGE, SKY, GREEN, BLUE, VERMILLION, PURPLE = (
 )  # fmt: skip
 GREY = "#555555"
 SITES = {"attention": "attention", "ffn": "FFN"}
-DASH = 6  # of lines that lie on one another, in widths of a line
+DASH = 6  # length of the dashes of coinciding lines, in line widths
 
 
 def subplots(columns: int = 1, size: tuple[float, float] = (8.0, 4.6), rows: int = 1, **options):
@@ -29,27 +29,27 @@ def subplots(columns: int = 1, size: tuple[float, float] = (8.0, 4.6), rows: int
 
 
 def save(figure, path: Path) -> None:
-    """The same picture, the same bytes."""
+    """Save a figure, the same picture as the same bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Software": None})
     plt.close(figure)
 
 
 def write_values(axis, values: np.ndarray, image, form: str) -> None:
-    """Each cell's number on it; none where there is no number."""
+    """Write each cell's number on it; nothing where it is nan."""
     texts = [[format(value, form) if np.isfinite(value) else "" for value in row] for row in values]
     write_labels(axis, values, image, texts)
 
 
 def write_labels(axis, values: np.ndarray, image, texts: list[list[str]]) -> None:
-    """In black or white, whichever can be read on the cell's color."""
+    """Write texts on cells, in black or white, whichever is readable on the cell's color."""
     for (i, j), value in np.ndenumerate(values):
         axis.text(j, i, texts[i][j], ha="center", va="center", color=ink(image, value), parse_math=False)
 
 
 @dataclass(frozen=True)
 class Level:
-    """A number shown as a line over the whole width."""
+    """Describe a number that is drawn as a line over the whole width."""
 
     y: float
     name: str
@@ -59,12 +59,12 @@ class Level:
 
 
 def draw_levels(axis, levels: Sequence[Level]) -> None:
-    """Each named at its right end. Of equal ones all can be seen: dash by dash in turn."""
-    of_height = Counter(round(level.y, 6) for level in levels)
+    """Draw levels as lines, named at their right ends. Equal ones alternate dash by dash, so that all are visible."""
+    levels_at = Counter(round(level.y, 6) for level in levels)
     seen: Counter = Counter()
     for level in levels:
         height = round(level.y, 6)
-        turn, alike = seen[height], of_height[height]
+        turn, alike = seen[height], levels_at[height]
         style = level.style if alike == 1 else (-DASH * turn, (DASH, DASH * (alike - 1)))
         axis.axhline(level.y, color=level.color, ls=style, lw=level.width if alike == 1 else 2.0)
         seen[height] += 1
@@ -92,7 +92,7 @@ def draw_levels(axis, levels: Sequence[Level]) -> None:
 
 
 def spread(places: Sequence[float], gap: float) -> list[float]:
-    """As near to their places in 0 to 1 as they can be with a gap between neighbours (isotonic regression)."""
+    """Return places in 0 to 1 that keep a gap, as near to the given ones as possible (isotonic regression)."""
     order = sorted(range(len(places)), key=places.__getitem__)
     pools: list[tuple[float, int]] = []  # sums and counts of places, less the gaps below them
     for rank, i in enumerate(order):
@@ -103,7 +103,7 @@ def spread(places: Sequence[float], gap: float) -> list[float]:
         pools.append((total, count))
     level = [total / count for total, count in pools for _ in range(count)]
     top = 1 - gap * (len(places) - 1)
-    found = [0.0] * len(places)
+    shifted = [0.0] * len(places)
     for rank, i in enumerate(order):
-        found[i] = max(min(level[rank], top), min(0, top)) + rank * gap
-    return found
+        shifted[i] = max(min(level[rank], top), min(0, top)) + rank * gap
+    return shifted

@@ -1,7 +1,7 @@
-"""Figure 11: the score of every AU by layer and dimension, at both sites, and where the high ones are.
+"""Figure 11: the score of every AU by layer and dimension, at both sites, with the high ones marked.
 
-params: momentum ("activation": the share of pairs, up to 1, as the paper; "causal": |t|), threshold (marked is what
-    scores higher).
+params: momentum ("activation": the share of pairs, up to 1, as in the paper; "causal": |t|), threshold (scores above
+    it are marked).
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ import numpy as np
 
 from experiments.bench import Bench
 from paper.studies import picture
-from paper.studies.ranked import ranked
+from paper.studies.ranks import rank_sites
 
 SCORE = {"activation": "score: share of pairs", "causal": "score: |t| over pairs"}
 
 
 def measure(bench: Bench, params: dict, progress: bool) -> dict:
-    found = ranked(bench, params["momentum"], list(picture.SITES), progress)
-    scores = {site: ranks.score.abs() for site, ranks in found.items()}
+    ranks_by_site = rank_sites(bench, params["momentum"], list(picture.SITES), progress)
+    scores = {site: ranks.score.abs() for site, ranks in ranks_by_site.items()}
     return {
         "task": bench.task_spec.label,
-        "pairs": next(iter(found.values())).header["pairs"],
-        # a line of text a layer: as lists, hundreds of thousands of numbers would have a line each
+        "pairs": next(iter(ranks_by_site.values())).header["pairs"],
+        # one line of text per layer: as JSON lists, every number would take a line
         "scores": {
             site: [" ".join(f"{x:.4g}" for x in row) for row in score.tolist()] for site, score in scores.items()
         },
@@ -31,19 +31,19 @@ def measure(bench: Bench, params: dict, progress: bool) -> dict:
     }
 
 
-def draw(found: dict, params: dict, path: Path) -> None:
+def draw(result: dict, params: dict, path: Path) -> None:
     threshold = params["threshold"]
     figure, axes = picture.subplots(4, (16, 5.2), width_ratios=(4, 1, 4, 1))
-    for (site, rows), axis, beside in zip(found["scores"].items(), axes[::2], axes[1::2], strict=True):
+    for (site, rows), axis, beside in zip(result["scores"].items(), axes[::2], axes[1::2], strict=True):
         scores = np.array([[float(x) for x in row.split()] for row in rows])
         image = axis.imshow(scores, aspect="auto", cmap="viridis", interpolation="nearest")
         layer, dim = (scores > threshold).nonzero()
         size = 22 if scores.shape[1] <= 512 else 5
         axis.scatter(dim, layer, size, color=picture.VERMILLION, edgecolors="white", linewidths=0.3)
         axis.set(xlabel="dimension", ylabel="layer")
-        axis.set_title(f"{found['task']}, {picture.SITES[site]}, {params['momentum']} momentum", fontsize=13)
+        axis.set_title(f"{result['task']}, {picture.SITES[site]}, {params['momentum']} momentum", fontsize=13)
         figure.colorbar(image, ax=axis, label=SCORE[params["momentum"]], location="bottom", aspect=40)
-        marked = found["marked"][site]
+        marked = result["marked"][site]
         beside.barh(range(len(marked)), marked, color=picture.VERMILLION)
         beside.set(xlabel="AUs of the layer", xlim=(0, max(1, *marked) * 1.05), ylim=(len(marked) - 0.5, -0.5))
         beside.set_title(f"• > {threshold:g}", color=picture.VERMILLION)

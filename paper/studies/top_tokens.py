@@ -1,8 +1,8 @@
-"""Figure 4: the five likeliest tokens behind one prompt, after steering each of three AUs of one block.
+"""Figure 4: the five likeliest tokens after one prompt, while each of three AUs of one block is steered.
 
 params: site, layer, head; dims (three, or None: the best, a neutral and the worst of a sweep on validation, which needs
-    step); alpha; n (items, at most); item (which test item is asked, or None: the first of n that the unsteered model
-    gets wrong and one of the AUs sets right; the first of all if there is none).
+    step); alpha; n (at most this many items); item (the index of a test item, or None: the first of n that the
+    unsteered model gets wrong and one of the AUs sets right; the first of all if there is none).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 from austeer.plan import Plan
 from experiments.bench import Bench
 from paper.studies import picture
-from paper.studies.block import Asked, Block, extremes, next_token
+from paper.studies.block import Block, Evaluator, extremes, next_token
 
 TOP = 5
 
@@ -26,7 +26,7 @@ def measure(bench: Bench, params: dict, progress: bool) -> dict:
     plans = {"unsteered": block.plan({}), **{name: block.plan({dim: params["alpha"]}) for name, dim in chosen.items()}}
     index = params["item"]
     if index is None:
-        index = _first_set_right(Asked(bench, task.test[: params["n"]]), list(plans.values()))
+        index = _first_set_right(Evaluator(bench, task.test[: params["n"]]), list(plans.values()))
     item = task.test[index]
     probabilities = next_token(model, tokenizer, item.prompt, list(plans.values())).exp()
     columns = []
@@ -35,7 +35,7 @@ def measure(bench: Bench, params: dict, progress: bool) -> dict:
         tokens = tokenizer.convert_ids_to_tokens(best.indices.tolist())
         top = [[token, round(p, 6)] for token, p in zip(tokens, best.values.tolist(), strict=True)]
         columns.append({"name": name, "dim": chosen.get(name), "top": top})
-    # an item's right answer goes by the name its task has for it
+    # tasks name an item's right answer differently
     answer = next(getattr(item, name) for name in ("right", "gold", "positive") if hasattr(item, name))
     return {
         "task": bench.task_spec.label,
@@ -47,18 +47,18 @@ def measure(bench: Bench, params: dict, progress: bool) -> dict:
     }
 
 
-def _first_set_right(asked: Asked, plans: list[Plan]) -> int:
-    unsteered, *steered = (asked.outcomes(plan) for plan in plans)
+def _first_set_right(evaluator: Evaluator, plans: list[Plan]) -> int:
+    unsteered, *steered = (evaluator.outcomes(plan) for plan in plans)
     set_right = (i for i, (before, *after) in enumerate(zip(unsteered, *steered, strict=True)) if any(after) > before)
     return next(set_right, 0)
 
 
-def draw(found: dict, params: dict, path: Path) -> None:
-    columns = found["columns"]
+def draw(result: dict, params: dict, path: Path) -> None:
+    columns = result["columns"]
     values = np.array([[p for _, p in column["top"]] for column in columns]).T
     figure, axis = picture.subplots(size=(2.6 * len(columns) + 1.2, 4.6))
     image = axis.imshow(values, aspect="auto", cmap="cividis", vmin=0, vmax=1)
-    labels = [[f"{_shown(token)}\n{_percent(p)}" for token, p in column["top"]] for column in columns]
+    labels = [[f"{_printable(token)}\n{_percent(p)}" for token, p in column["top"]] for column in columns]
     picture.write_labels(axis, values, image, [list(row) for row in zip(*labels, strict=True)])
     axis.set_xticks(range(len(columns)), [_heading(column) for column in columns])
     axis.xaxis.tick_top()
@@ -66,16 +66,16 @@ def draw(found: dict, params: dict, path: Path) -> None:
     axis.tick_params(length=0)
     axis.set_ylabel("rank")
     axis.set_xlabel(
-        f"{found['task']}: {found['where']}, alpha = {params['alpha']:g}; test item {found['item']}, right answer: {found['answer']}"
+        f"{result['task']}: {result['where']}, alpha = {params['alpha']:g}; test item {result['item']}, right answer: {result['answer']}"
     )
     figure.colorbar(image, ax=axis, label="probability")
     picture.save(figure, path)
 
 
-def note(found: dict, params: dict) -> str:
-    """The prompt as it was asked; line breaks are shown, and backticks, which would end it, replaced."""
-    prompt = found["prompt"].replace("`", "'").replace("\n", " ⏎ ")
-    return f"The prompt (test item {found['item']}): `{prompt}` The right answer: {found['answer']}."
+def note(result: dict, params: dict) -> str:
+    """Quote the prompt, with line breaks visible and backticks, which would end the quotation, replaced."""
+    prompt = result["prompt"].replace("`", "'").replace("\n", " ⏎ ")
+    return f"The prompt (test item {result['item']}): `{prompt}` The right answer: {result['answer']}."
 
 
 def _heading(column: dict) -> str:
@@ -89,7 +89,7 @@ def _percent(p: float) -> str:
     return f"{100 * p:.1f} %" if p >= 0.0005 else "< 0.05 %"
 
 
-def _shown(token: str) -> str:
-    """With the space before a word as the paper prints it, and nothing that a font may lack."""
+def _printable(token: str) -> str:
+    """Return a token with its leading space as _, as in the paper, and without characters that a font may lack."""
     text = token.replace("▁", "_").replace("Ġ", "_")
     return repr(text) if text.isascii() else ascii(text)

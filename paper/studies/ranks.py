@@ -1,4 +1,4 @@
-"""Ranks for the studies: those of the tables where they were made, else made on the spot."""
+"""Ranks for the studies: those of the tables where they exist, else made on the spot."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from experiments.ranking import stored_ranks
 from MFU_screening import screen
 
 
-def ranked(
+def rank_sites(
     bench: Bench, momentum: str, sites: Sequence[str], progress: bool, task: str | None = None
 ) -> dict[str, AURanks]:
-    """Rank the bench's model, by site, on the pairs of its own task or of another."""
+    """Return the ranks of the bench's model by site, on the pairs of its own task or of another."""
     task = task or bench.task_spec.name
     if task == bench.task_spec.name:
         stored = {site: stored_ranks(bench, momentum, site) for site in sites}

@@ -1,4 +1,4 @@
-"""Stars and bold faces of a block: what its tests support, adjusted for all comparisons of their kind in it."""
+"""Set the stars and bold faces of a block, by tests that are adjusted for all comparisons of their kind in it."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from eval.statistics import holm, mcnemar, paired_gain
 from paper.render.values import Value
 
-SURE = 0.05
+LEVEL = 0.05
 Table = dict[str, dict[str, Value]]
 
 
-def mark(table: Table, columns: Sequence[str], vanilla: dict[str, str]) -> None:
-    """vanilla: {"column": name} where it is no row of that name."""
+def mark_significance(table: Table, columns: Sequence[str], vanilla: dict[str, str]) -> None:
+    """Mark the values of a table. vanilla: {"column": name} where vanilla is a column instead of a row."""
     columns = [column for column in columns if column != vanilla.get("column")]
     _stars(table, columns, _vanilla(table, columns, vanilla))
     _bold(table, columns)
@@ -21,12 +21,12 @@ def mark(table: Table, columns: Sequence[str], vanilla: dict[str, str]) -> None:
 def _vanilla(table: Table, columns: Sequence[str], where: dict[str, str]) -> dict[str, Value]:
     if "column" not in where:
         return table.get("vanilla", {})
-    asked = [cells[where["column"]] for cells in table.values() if cells[where["column"]].hits]
-    return dict.fromkeys(columns, asked[0]) if asked else {}
+    first = next((cells[where["column"]] for cells in table.values() if cells[where["column"]].hits), None)
+    return dict.fromkeys(columns, first) if first else {}
 
 
 def _stars(table: Table, columns: Sequence[str], vanilla: dict[str, Value]) -> None:
-    """One run against vanilla. Draws of a control are a band, and have none."""
+    """Star every single run that differs from vanilla. The draws of a control are a band without stars."""
     tested, ps = [], []
     for cells in table.values():
         for column in columns:
@@ -37,11 +37,11 @@ def _stars(table: Table, columns: Sequence[str], vanilla: dict[str, Value]) -> N
                 tested.append(value)
                 ps.append(p)
     for value, p in zip(tested, holm(ps), strict=True):
-        value.p, value.sure = p, p < SURE
+        value.p, value.significant = p, p < LEVEL
 
 
 def _bold(table: Table, columns: Sequence[str]) -> None:
-    """The best run of a column against every other row of it, and every draw of a control."""
+    """Set the best run of a column in bold if it beats every other row there, and every draw of a control."""
     tested, ps = [], []
     for column in columns:
         rows = [cells[column] for cells in table.values() if cells[column].hits and cells[column].fair]
@@ -53,9 +53,9 @@ def _bold(table: Table, columns: Sequence[str]) -> None:
             ps += [max(p_better(best.hits[0], draw) for draw in value.hits) for value in others]
     for best, p in zip(tested, holm(ps), strict=True):
         best.p_best = max(p, best.p_best or 0.0)
-        best.best = best.p_best < SURE
+        best.best = best.p_best < LEVEL
 
 
 def p_better(best: Sequence[bool], other: Sequence[bool]) -> float:
-    """The test is two-sided: a draw that is the better one must not count as beaten."""
+    """Return p of a run that is better than another, 1 if it is not: the two-sided test alone would not tell."""
     return mcnemar(other, best)[2] if sum(best) > sum(other) else 1.0
