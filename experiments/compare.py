@@ -141,8 +141,9 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     finally:
         executor.close()
     failed = {cell: record["failed"] for cell, record in records.items() if "failed" in record}
-    if len(failed) == len(records) and len(set(failed.values())) == 1:
-        raise AUSteerError(next(iter(failed.values())))  # for example, missing data
+    whys = {failed.get(cell) for cell in records if cell.steered or not args.steer}
+    if len(whys) == 1 and None not in whys:  # one reason for all, such as data that are missing
+        raise AUSteerError(whys.pop())
     for cell, why in failed.items():
         print(f"FAILED {cell}: {why}", file=sys.stderr)
     rows = {

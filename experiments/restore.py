@@ -109,7 +109,14 @@ def restore(bench: Bench, pruning: str, sparsity: str, components: str, draws: i
     achieved = prune(pruned, pruning, target, [ids[-longest:] for ids in prompts])
     seconds = time.perf_counter() - start
     rows = _rows(bench, pruned, components, draws)
-    return bench.store.write(key, {"achieved": asdict(achieved), "pruning_s": seconds, "rows": rows})
+    return bench.store.write(
+        key,
+        {
+            "achieved": {"zeros": achieved.zeros, "weights": achieved.weights, "by_module": achieved.by_module},
+            "pruning_s": seconds,
+            "rows": rows,
+        },
+    )
 
 
 def _rows(bench: Bench, pruned: PreTrainedModel, components: str, draws: int) -> list[dict]:

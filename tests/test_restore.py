@@ -41,7 +41,7 @@ from austeer.plan import Plan
 from austeer.steering import steer
 from experiments import records, restore
 from experiments.bench import BENCHES
-from experiments.search import Found
+from experiments.search import SearchResult
 
 DENSE_FAMILIES = [name for name in FAMILIES if name != "qwen3_moe"]
 TEXTS = [[1, *(7 * i % 300 + 3 for i in range(start, start + length))] for start, length in ((0, 20), (5, 20), (9, 31))]
@@ -520,13 +520,13 @@ def test_the_command_on_an_embedded_task(tmp_path, capsys, monkeypatch, small_gr
         assert f"| {row['label']} |" in output
     assert (tmp_path / "embedded-svamp-restore-wanda-2of4.md").read_text().strip() in output
 
-    monkeypatch.setattr(restore, "_rows", None)  # a finished record must not be computed again
+    monkeypatch.setattr("experiments.store.Store.write", None)  # a finished record must not be computed again
     restore.main(command)
     assert capsys.readouterr().out == output
 
 
 def test_nothing_is_done_where_nothing_beats_the_pruned_model(tmp_path, monkeypatch, small_grid):
-    monkeypatch.setattr(restore, "full_grid", lambda ask, floor, grid: Found(None, {}, {}, 0, len(floor)))
+    monkeypatch.setattr(restore, "full_grid", lambda ask, floor, grid: SearchResult(None, {}, {}, 0, len(floor)))
     record = restore.restore(bench_for(tmp_path, task="copa", limit=20), "magnitude", "0.5", "paper", 1)
     pruned, *others = [row for row in record["rows"] if row["label"] != "dense"]
     assert len(others) == 3 and all(row["columns"] == pruned["columns"] and not row["touched"] for row in others)
@@ -546,7 +546,7 @@ def test_the_command_on_a_checkpoint_and_ones_own_pairs(checkpoints, tmp_path, c
     ("command", "message"),
     [
         (["--sparsity", "2"], "give a share above 0"),
-        (["--data_name", "gsm8k"], "the embedded models do boolq"),
+        (["--data_name", "gsm8k"], "the embedded models' tasks are boolq"),
         (["--pairs", "x.jsonl"], "--pairs needs --model"),
         (["--model", "some/model"], "--model needs --data_name"),
         (["--draws", "-1"], "--draws is -1"),

@@ -329,8 +329,8 @@ def workplace(checkpoints, tmp_path):
 
 
 def test_end_to_end_and_resumed(data, workplace, capsys, monkeypatch):
-    monkeypatch.setitem(austeer.KS, "real", (4,))
-    monkeypatch.setitem(austeer.ALPHAS, "real", (1.0, 4.0))
+    monkeypatch.setitem(austeer.KS, "full", (4,))
+    monkeypatch.setitem(austeer.ALPHAS, "full", (1.0, 4.0))
     rows = run(data, workplace, "--data_name", "copa")
     assert set(rows) == {"vanilla", "prompt-only", "random", "flipped", "published", "sign-aware", "causal"}
     assert len({row["items_hash"] for row in rows.values()}) == 2  # it alone was asked something else
@@ -422,7 +422,7 @@ def test_pairs_command(data, tmp_path, capsys):
     made = [json.loads(line) for line in out.read_text().splitlines()]
     assert [row["prompt"] for row in made] == ["1+1, or?", "2+2?", "two and two", "3+1?"]
     assert all(float(row["positive"]) != float(row["negative"]) for row in made)
-    with pytest.raises(AUSteerError, match=r"no q, or nothing in it|no nothing"):
+    with pytest.raises(AUSteerError, match=r"is missing or empty"):
         main.main(["pairs", str(own), "--prompt-field", "nothing", "--answer-field", "a"])
     own.write_text("q,a\nx,same\ny,Same\n")
     with pytest.raises(AUSteerError, match="no pair could be made; 2 no different answer"):

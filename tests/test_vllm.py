@@ -241,8 +241,8 @@ def test_a_comparison_by_vllm_is_the_live_one(tmp_path, monkeypatch):
     """main.py on a task in the official format, both sites: the same choices and outcomes, item by item."""
     data = write_datasets(tmp_path / "data")
     model = checkpoint("llama", tmp_path / "model", max_position_embeddings=512)
-    monkeypatch.setitem(austeer.KS, "real", (4, 60))  # the second needs another engine, of a higher rank
-    monkeypatch.setitem(austeer.ALPHAS, "real", (0.0, 1.0, 4.0))
+    monkeypatch.setitem(austeer.KS, "full", (4, 60))  # the second needs another engine, of a higher rank
+    monkeypatch.setitem(austeer.ALPHAS, "full", (0.0, 1.0, 4.0))
     found = {}
     for engine in ("live", "vllm"):
         results = tmp_path / engine
