@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +16,7 @@ from eval.tasks.embedded import EmbeddedTask
 from eval.tasks.own_pairs import PairTask
 from eval.tasks.registry import PAPER_TASKS, paper_task
 from experiments.cell import ModelSpec, TaskSpec
+from experiments.engines import vllm_batches
 from experiments.store import Store
 
 TINY = 50_000_000  # parameters of a model that may stay loaded beside others
@@ -70,7 +70,6 @@ class Benches:
     def __init__(self):
         self._benches: dict[tuple[ModelSpec, TaskSpec, Store], Bench] = {}
         self._models: dict[tuple, tuple[PreTrainedModel, PreTrainedTokenizerBase]] = {}
-        self.on_close: list[Callable[[], None]] = []  # for example, to stop an engine that holds a model
 
     def open(self, model: ModelSpec, task: TaskSpec, store: Store) -> Bench:
         key = model, task, store
@@ -91,8 +90,7 @@ class Benches:
     def close(self) -> None:
         self._benches.clear()
         self._models.clear()
-        for close in self.on_close:
-            close()
+        vllm_batches.stop()
         gc.collect()
 
 

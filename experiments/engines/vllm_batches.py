@@ -18,7 +18,6 @@ from austeer.export.lora import Lora, max_lora_rank, save_lora
 from austeer.plan import Plan
 from eval.answering.answer_file import Answer
 from eval.answering.answerer import Answerer, Generation
-from experiments.bench import BENCHES
 from experiments.engines.vllm_engine import VLLMEngine
 
 SLOTS = 16  # adapters that run at once; more take turns
@@ -107,6 +106,3 @@ def stop() -> None:
     for engine in _ENGINES.values():
         engine.stop()
     _ENGINES.clear()
-
-
-BENCHES.on_close.append(stop)
