@@ -240,7 +240,7 @@ class SteeredRun(Run):
         return result | self.result(scores, extras, start, {"prepare_s": seconds})
 
     def learned(self, method: Method) -> tuple[object, float | None]:
-        """Return what the method learned from the pairs, and the seconds it took, those of its ranks included.
+        """Return what the method learned from the pairs, and the seconds that took, ranks included.
 
         The seconds are None where they are not known, as of shipped ranks.
         """

@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
 
     selected = read(_names(args.only), _names(args.models))
     if not selected:
-        raise AUSteerError(f"scale {args.scale} has nothing of --only and --models; --help lists their names")
+        raise AUSteerError(f"nothing in scale {args.scale} matches --only and --models: --help lists the names")
     manifest = Manifest.resume(folder, args.scale, how, args.dry_run)
     if args.estimate:
         print(estimate.text(selected, manifest))

@@ -41,7 +41,7 @@ from austeer.plan import Plan
 from austeer.steering import steer
 from experiments import records, restore
 from experiments.bench import BENCHES
-from experiments.search import Found
+from experiments.search import SearchResult
 
 DENSE_FAMILIES = [name for name in FAMILIES if name != "qwen3_moe"]
 TEXTS = [[1, *(7 * i % 300 + 3 for i in range(start, start + length))] for start, length in ((0, 20), (5, 20), (9, 31))]
@@ -489,7 +489,7 @@ def test_perplexity_equals_loops(checkpoints, llama):
 
 @pytest.fixture
 def small_grid(monkeypatch):
-    """A few pairs and settings, so that nothing takes long."""
+    """Use few pairs and grid points, so that nothing takes long."""
     BENCHES.close()
     monkeypatch.setattr("eval.tasks.embedded.PAIRS", 100)
     monkeypatch.setattr(restore_lcc, "SHARES", (0.25,))
@@ -503,8 +503,8 @@ def test_the_command_on_an_embedded_task(tmp_path, capsys, monkeypatch, small_gr
     command = ["--data_name", "svamp", "--sparsity", "2:4", "--limit", "100", "--draws", "1", "--device", "cpu"]
     command += ["--results", str(tmp_path)]
     restore.main(command)
-    shown = capsys.readouterr().out
-    assert "327,680 of 655,360 weights are zero (50.00 %)" in shown and "accuracy on 100 items of test" in shown
+    output = capsys.readouterr().out
+    assert "327,680 of 655,360 weights are zero (50.00 %)" in output and "accuracy on 100 items of test" in output
     (file,) = (tmp_path / "restore").glob("*.json")
     record = json.loads(file.read_text())
     rows = {row["label"]: row for row in record["rows"]}
@@ -517,16 +517,16 @@ def test_the_command_on_an_embedded_task(tmp_path, capsys, monkeypatch, small_gr
     assert sum(records.unpack(ours["columns"]["accuracy"])) == round(100 * ours["value"])
     for row in rows.values():
         assert row["n"] == 100 and row["perplexity"] > 1 and row["low"] <= row["value"] <= row["high"]
-        assert f"| {row['label']} |" in shown
-    assert (tmp_path / "embedded-svamp-restore-wanda-2of4.md").read_text().strip() in shown
+        assert f"| {row['label']} |" in output
+    assert (tmp_path / "embedded-svamp-restore-wanda-2of4.md").read_text().strip() in output
 
     monkeypatch.setattr(restore, "_rows", None)  # a finished record must not be computed again
     restore.main(command)
-    assert capsys.readouterr().out == shown
+    assert capsys.readouterr().out == output
 
 
 def test_nothing_is_done_where_nothing_beats_the_pruned_model(tmp_path, monkeypatch, small_grid):
-    monkeypatch.setattr(restore, "full_grid", lambda ask, floor, grid: Found(None, {}, {}, 0, len(floor)))
+    monkeypatch.setattr(restore, "full_grid", lambda ask, floor, grid: SearchResult(None, {}, {}, 0, len(floor)))
     record = restore.restore(bench_for(tmp_path, task="copa", limit=20), "magnitude", "0.5", "paper", 1)
     pruned, *others = [row for row in record["rows"] if row["label"] != "dense"]
     assert len(others) == 3 and all(row["columns"] == pruned["columns"] and not row["touched"] for row in others)
@@ -538,15 +538,15 @@ def test_the_command_on_a_checkpoint_and_ones_own_pairs(checkpoints, tmp_path, c
     for name in ("qwen3", "gemma2"):
         command = ["--model", str(checkpoints[name]), "--pairs", str(tmp_path / "mine.jsonl"), "--device", "cpu"]
         restore.main([*command, "--dtype", "float32", "--draws", "0", "--results", str(tmp_path / name)])
-        shown = capsys.readouterr().out
-        assert "## mine" in shown and "right answer preferred on" in shown and "| RestoreLCC |" in shown
+        output = capsys.readouterr().out
+        assert "## mine" in output and "right answer preferred on" in output and "| RestoreLCC |" in output
 
 
 @pytest.mark.parametrize(
     ("command", "message"),
     [
         (["--sparsity", "2"], "give a share above 0"),
-        (["--data_name", "gsm8k"], "the embedded models do boolq"),
+        (["--data_name", "gsm8k"], "the embedded models' tasks are boolq"),
         (["--pairs", "x.jsonl"], "--pairs needs --model"),
         (["--model", "some/model"], "--model needs --data_name"),
         (["--draws", "-1"], "--draws is -1"),
@@ -561,7 +561,7 @@ def test_wrong_inputs(tmp_path, command, message):
 
 @pytest.mark.slow
 def test_the_claim_on_svamp(tmp_path):
-    """Restored is above pruned beyond chance and above the untrained control; trained heads go beyond the dense model."""
+    """Check that the restored model beats the pruned one and the untrained control, and even the dense model."""
     restore.main(["--data_name", "svamp", "--draws", "1", "--device", "cpu", "--results", str(tmp_path)])
     (file,) = (tmp_path / "restore").glob("*.json")
     rows = {row["label"]: row for row in json.loads(file.read_text())["rows"]}
