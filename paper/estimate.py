@@ -64,7 +64,7 @@ def text(specs: Sequence[Spec], manifest: Manifest) -> str:
         panels += missing
     lines = [f"{'':<12}{'cells':>7}{'done':>7}  "]
     for spec, total, n_finished in counts:
-        content = f"from the records of {spec.source}" if spec.source else f"{len(spec.blocks or spec.panels)} blocks"
+        content = f"from the records of {spec.source}" if spec.source else f"blocks: {len(spec.blocks or spec.panels)}"
         lines.append(f"{spec.name:<12}{total:>7}{n_finished:>7}  {spec.title} ({content})")
     lines += [
         "",

@@ -123,8 +123,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--scale", default="embedded", choices=specs.SCALES,
         help="embedded (two cores), small (one GPU of 24 GB), paper (default: %(default)s)")  # fmt: skip
-    add("--only", default="", metavar="NAMES", help=f"only these tables and figures, of {','.join(specs.names())}")
-    add("--models", default="", metavar="NAMES", help=f"only these models, of {','.join(specs.models())}")
+    add("--only", default="", metavar="NAMES", help=f"only these, separated by commas: {', '.join(specs.names())}")
+    add("--models", default="", metavar="NAMES", help=f"only these, separated by commas: {', '.join(specs.models())}")
     add("--limit", type=int, help="use at most this many items per split, for a quick look")
     add("--estimate", action="store_true", help="print the cells, what is done, memory and time; compute nothing")
     add("--plan", action="store_true", help=argparse.SUPPRESS)  # its earlier name
