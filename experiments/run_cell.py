@@ -242,7 +242,7 @@ class SteeredRun(Run):
     def learned(self, method: Method) -> tuple[object, float | None]:
         """Return what the method learned from the pairs, and the seconds that took, ranks included.
 
-        The seconds are None where they are not known, as of shipped ranks.
+        The seconds are None where they are unknown, as for shipped ranks.
         """
         bench, site = self.bench, self.cell.method.site
         key = self.cell.method.name, self.cell.method.options, site
