@@ -229,9 +229,8 @@ class SteeredRun(Run):
             return result | self.result(scores, vanilla["extras"], start, {"prepare_s": seconds})
         plan = method.plan(learned, chosen, self.cell.method.draw)
         scores, extras, receipt = self.test(self.task.test, plan)
-        if (
-            chosen.get("alpha") != 0 and plan.header.get("k") != 0 and 0 in receipt.values()
-        ):  # a method may itself choose k = 0
+        # a method may itself choose k = 0
+        if chosen.get("alpha") != 0 and plan.header.get("k") != 0 and 0 in receipt.values():
             raise AUSteerError(f"{self.cell} at {key_of(chosen)}: the plan steered nothing ({receipt})")
         gained, lost, p = mcnemar(records.unpack(vanilla["outcomes"]), scores.outcomes)
         result |= {"receipt": receipt, "touched": len(plan.aus()), "gained": gained, "lost": lost, "p": p}
