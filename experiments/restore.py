@@ -17,7 +17,7 @@ import math
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -106,10 +106,11 @@ def restore(bench: Bench, pruning: str, sparsity: str, components: str, draws: i
     pruned = copy.deepcopy(dense)
     prompts = [tokenizer(pair.prompt, verbose=False)["input_ids"] for pair in task.pairs]
     longest = dense.config.max_position_embeddings
-    achieved = prune(pruned, pruning, target, [ids[-longest:] for ids in prompts])
+    counts = prune(pruned, pruning, target, [ids[-longest:] for ids in prompts])
     seconds = time.perf_counter() - start
     rows = _rows(bench, pruned, components, draws)
-    return bench.store.write(key, {"achieved": asdict(achieved), "pruning_s": seconds, "rows": rows})
+    achieved = {"zeros": counts.zeros, "weights": counts.weights, "by_module": counts.by_module}
+    return bench.store.write(key, {"achieved": achieved, "pruning_s": seconds, "rows": rows})
 
 
 def _rows(bench: Bench, pruned: PreTrainedModel, components: str, draws: int) -> list[dict]:

@@ -273,7 +273,7 @@ class SteeredRun(Run):
             sample = [items[index] for index in order[start:stop]]
             plans = [method.plan(learned, point, self.cell.method.draw) for point in subset]
             if len(plans) > 1 and sample and one_batch_pays(self.cell.model.engine, self.task, len(sample)):
-                return self.ask_together(sample, f"{part} {len(plans)} settings {start}-{stop}", plans)
+                return self.ask_together(sample, f"{part} {len(plans)} points {start}-{stop}", plans)
             names = [" ".join(f"{key}={value:g}" for key, value in point.items()) for point in subset]
             return [
                 self.ask(sample, f"{part} {name} {start}-{stop}", plan) for name, plan in zip(names, plans, strict=True)
