@@ -520,7 +520,7 @@ def test_the_command_on_an_embedded_task(tmp_path, capsys, monkeypatch, small_gr
         assert f"| {row['label']} |" in output
     assert (tmp_path / "embedded-svamp-restore-wanda-2of4.md").read_text().strip() in output
 
-    monkeypatch.setattr(restore, "_rows", None)  # a finished record must not be computed again
+    monkeypatch.setattr("experiments.store.Store.write", None)  # a finished record must not be computed again
     restore.main(command)
     assert capsys.readouterr().out == output
 
