@@ -50,7 +50,7 @@ def measure(method: Method, task: EmbeddedTask) -> dict:
     Path("/proc/self/clear_refs").write_text("5")  # the peak so far was of loading
     before, start = memory_mb("VmRSS"), time.perf_counter()
     prepared = method.prepare(Evidence(model, tokenizer, task.pairs, site, ranks))
-    plan = method.plan(prepared, method.grid("small")[-1])  # timed too: causal-greedy works here
+    plan = method.plan(prepared, method.grid("small")[-1])  # timed, too, since causal-greedy does its work here
     seconds, peak = time.perf_counter() - start, memory_mb("VmHWM")
     return {
         "site": site,

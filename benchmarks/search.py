@@ -84,14 +84,14 @@ def compare_searches(bench: Bench, site: str, name: str) -> dict:
     method: AUSteer = METHODS[name]
     ranks = AURanks.load(RANKS / bench.task.name / method.momentum / f"{site}.safetensors")
     grid = method.grid("small")
-    plans = {key_of(settings): method.plan(ranks, settings) for settings in grid}
+    plans = {key_of(point): method.plan(ranks, point) for point in grid}
     vanilla = bench.outcomes(bench.validation)
     test_outcomes = np.array(
         [bench.outcomes(bench.test), *(bench.outcomes(bench.test, plan) for plan in plans.values())]
     )
 
     def ask(points, start, stop):
-        return bench.under([plans[key_of(settings)] for settings in points], bench.validation[start:stop])
+        return bench.under([plans[key_of(point)] for point in points], bench.validation[start:stop])
 
     rows = {}
     for search in COMPARED:
@@ -99,12 +99,12 @@ def compare_searches(bench: Bench, site: str, name: str) -> dict:
         result = SEARCHES[search](ask, vanilla, grid)
         seconds = time.process_time() - start
         chosen = None if result.chosen is None else key_of(result.chosen)
-        validated = vanilla[: result.n] if chosen is None else result.outcomes[chosen]
+        validation = vanilla[: result.n] if chosen is None else result.outcomes[chosen]
         right = int(test_outcomes[_row(result.chosen, grid)].sum())
         rows[search] = {
             "chosen": chosen,
-            "validation": round(sum(validated) / len(validated), 4),
-            "validated_on": len(validated),
+            "validation": round(sum(validation) / len(validation), 4),
+            "validated_on": len(validation),
             "test": right / TEST,
             "interval": [round(end, 4) for end in wilson(right, TEST)],
             "item_runs": result.n_evaluated,
@@ -128,28 +128,28 @@ def against_the_grid(row: dict, grid: dict) -> dict:
     }
 
 
-def resampled(tested: np.ndarray, grid: list[dict]) -> dict:
-    rng, true = np.random.default_rng(0), tested.mean(1)
+def resampled(outcomes: np.ndarray, grid: list[dict]) -> dict:
+    rng, accuracies = np.random.default_rng(0), outcomes.mean(1)
     tally = {search: {"inside": 0, "regret": 0.0, "item_runs": 0} for search in COMPARED}
     for _ in range(DRAWS):
-        sample = tested[:, rng.choice(TEST, 200, replace=False)].tolist()
+        sample = outcomes[:, rng.choice(TEST, 200, replace=False)].tolist()
 
         def ask(points, start, stop, sample=sample):
-            return [sample[_row(settings, grid)][start:stop] for settings in points]
+            return [sample[_row(point, grid)][start:stop] for point in points]
 
         results = {search: SEARCHES[search](ask, sample[0], grid) for search in COMPARED}
         row = _row(results["grid"].chosen, grid)
         low, _ = wilson(sum(sample[row]), 200)
         for search, tallied in tally.items():
-            reached = true[_row(results[search].chosen, grid)]
+            reached = accuracies[_row(results[search].chosen, grid)]
             tallied["inside"] += bool(reached >= low) / DRAWS
-            tallied["regret"] += float(true[row] - reached) / DRAWS
+            tallied["regret"] += float(accuracies[row] - reached) / DRAWS
             tallied["item_runs"] += results[search].n_evaluated / DRAWS
     return {search: {key: round(value, 4) for key, value in tallied.items()} for search, tallied in tally.items()}
 
 
-def _row(settings: dict | None, grid: list[dict]) -> int:
-    return 0 if settings is None else 1 + grid.index(settings)
+def _row(point: dict | None, grid: list[dict]) -> int:
+    return 0 if point is None else 1 + grid.index(point)
 
 
 def searches() -> Iterator[tuple[str, dict]]:
@@ -214,7 +214,7 @@ def in_one_batch(model, tokenizer, prompts, generation, plans):
 
 def ratios(label: str, model, tokenizer, prompts, new_tokens: int, ranks: AURanks) -> dict[int, float]:
     method = METHODS["causal"]
-    plans = [method.plan(ranks, settings) for settings in method.grid("small")]
+    plans = [method.plan(ranks, point) for point in method.grid("small")]
     generation, speedups = Generation(new_tokens), {}
     for count in SAMPLES:
         seconds = {one_by_one: 0.0, in_one_batch: 0.0}

@@ -246,9 +246,8 @@ def main() -> None:
     from steering_report import draw, table
 
     with PATCHES, tempfile.TemporaryDirectory() as folder:
-        figures = json.loads(
-            json.dumps(measure(Path(folder)))
-        )  # turns keys that are numbers into strings, as in the file
+        # as in the file, where keys that are numbers become strings
+        figures = json.loads(json.dumps(measure(Path(folder))))
     print(table(figures))
     keep(figures, args.out)
     if args.picture:

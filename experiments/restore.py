@@ -106,17 +106,11 @@ def restore(bench: Bench, pruning: str, sparsity: str, components: str, draws: i
     pruned = copy.deepcopy(dense)
     prompts = [tokenizer(pair.prompt, verbose=False)["input_ids"] for pair in task.pairs]
     longest = dense.config.max_position_embeddings
-    achieved = prune(pruned, pruning, target, [ids[-longest:] for ids in prompts])
+    counts = prune(pruned, pruning, target, [ids[-longest:] for ids in prompts])
     seconds = time.perf_counter() - start
     rows = _rows(bench, pruned, components, draws)
-    return bench.store.write(
-        key,
-        {
-            "achieved": {"zeros": achieved.zeros, "weights": achieved.weights, "by_module": achieved.by_module},
-            "pruning_s": seconds,
-            "rows": rows,
-        },
-    )
+    achieved = {"zeros": counts.zeros, "weights": counts.weights, "by_module": counts.by_module}
+    return bench.store.write(key, {"achieved": achieved, "pruning_s": seconds, "rows": rows})
 
 
 def _rows(bench: Bench, pruned: PreTrainedModel, components: str, draws: int) -> list[dict]:

@@ -229,9 +229,8 @@ class SteeredRun(Run):
             return result | self.result(scores, vanilla["extras"], start, {"prepare_s": seconds})
         plan = method.plan(learned, chosen, self.cell.method.draw)
         scores, extras, receipt = self.test(self.task.test, plan)
-        if (
-            chosen.get("alpha") != 0 and plan.header.get("k") != 0 and 0 in receipt.values()
-        ):  # a method may itself choose k = 0
+        # a method may itself choose k = 0
+        if chosen.get("alpha") != 0 and plan.header.get("k") != 0 and 0 in receipt.values():
             raise AUSteerError(f"{self.cell} at {key_of(chosen)}: the plan steered nothing ({receipt})")
         gained, lost, p = mcnemar(records.unpack(vanilla["outcomes"]), scores.outcomes)
         result |= {"receipt": receipt, "touched": len(plan.aus()), "gained": gained, "lost": lost, "p": p}
@@ -240,9 +239,9 @@ class SteeredRun(Run):
         return result | self.result(scores, extras, start, {"prepare_s": seconds})
 
     def learned(self, method: Method) -> tuple[object, float | None]:
-        """Return what the method learned from the pairs, and the seconds it took, those of its ranks included.
+        """Return what the method learned from the pairs, and the seconds that took, ranks included.
 
-        The seconds are None where they are not known, as of shipped ranks.
+        The seconds are None where they are unknown, as for shipped ranks.
         """
         bench, site = self.bench, self.cell.method.site
         key = self.cell.method.name, self.cell.method.options, site
@@ -274,7 +273,7 @@ class SteeredRun(Run):
             sample = [items[index] for index in order[start:stop]]
             plans = [method.plan(learned, point, self.cell.method.draw) for point in subset]
             if len(plans) > 1 and sample and one_batch_pays(self.cell.model.engine, self.task, len(sample)):
-                return self.ask_together(sample, f"{part} {len(plans)} settings {start}-{stop}", plans)
+                return self.ask_together(sample, f"{part} {len(plans)} points {start}-{stop}", plans)
             names = [" ".join(f"{key}={value:g}" for key, value in point.items()) for point in subset]
             return [
                 self.ask(sample, f"{part} {name} {start}-{stop}", plan) for name, plan in zip(names, plans, strict=True)

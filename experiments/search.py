@@ -6,7 +6,7 @@ beforehand, so that any two grid points are compared on the same items:
     sample   every point on the first 100 items (the paper's search, Table 7)
     racing   growing samples, from which losing points drop out: at most a quarter of the grid's cost
     test     as grid, for callers that ask on the test split, as the paper's main numbers were chosen
-Of equal points the first wins: grids begin with the fewest AUs and the least strength.
+The first of equal points wins: grids begin with the fewest AUs and the least strength.
 """
 
 from __future__ import annotations

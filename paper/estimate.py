@@ -20,23 +20,12 @@ from paper.specs import Panel, Spec, models
 from paper.studies import STUDIES
 
 TEST = {"boolq": 3270, "copa": 500, "winogrande": 1267, "svamp": 300, "mawps": 355, "toxicity": 1199, "bpo": 200}
-PROMPT = {
-    "boolq": 160,
-    "copa": 60,
-    "winogrande": 60,
-    "svamp": 60,
-    "mawps": 110,
-    "toxicity": 40,
-    "bpo": 60,
-}  # tokens, roughly
+# tokens of a prompt, roughly
+PROMPT = {"boolq": 160, "copa": 60, "winogrande": 60, "svamp": 60, "mawps": 110, "toxicity": 40, "bpo": 60}
 NEW = {"svamp": 20, "mawps": 250, "toxicity": 50, "bpo": 500}  # tokens of an answer; 1 for the other tasks
 VALIDATION, RANKING = 400, 1000
-GRID_SHARE = {
-    "grid": 1.0,
-    "racing": 0.25,
-    "sample": 0.25,
-    "test": 1.0,
-}  # share of the full grid's item-runs that a search takes
+# share of the full grid's item-runs that a search takes
+GRID_SHARE = {"grid": 1.0, "racing": 0.25, "sample": 0.25, "test": 1.0}
 BATCH = 16  # answers decoded at once
 UTILIZATION = 0.4  # share of the measured rates that a run reaches: a guess
 EMBEDDED_CELL, EMBEDDED_PANEL = 2.0, 10.0  # seconds on one core
@@ -64,7 +53,7 @@ def text(specs: Sequence[Spec], manifest: Manifest) -> str:
         panels += missing
     lines = [f"{'':<12}{'cells':>7}{'done':>7}  "]
     for spec, total, n_finished in counts:
-        content = f"from the records of {spec.source}" if spec.source else f"{len(spec.blocks or spec.panels)} blocks"
+        content = f"from the records of {spec.source}" if spec.source else f"blocks: {len(spec.blocks or spec.panels)}"
         lines.append(f"{spec.name:<12}{total:>7}{n_finished:>7}  {spec.title} ({content})")
     lines += [
         "",

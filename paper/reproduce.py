@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
 
     selected = read(_names(args.only), _names(args.models))
     if not selected:
-        raise AUSteerError(f"scale {args.scale} has nothing of --only and --models; --help lists their names")
+        raise AUSteerError(f"nothing in scale {args.scale} matches --only and --models: --help lists the names")
     manifest = Manifest.resume(folder, args.scale, how, args.dry_run)
     if args.estimate:
         print(estimate.text(selected, manifest))
@@ -125,8 +125,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--scale", default="embedded", choices=specs.SCALES,
         help="embedded (two cores), small (one GPU of 24 GB), paper (default: %(default)s)")  # fmt: skip
-    add("--only", default="", metavar="NAMES", help=f"only these tables and figures, of {','.join(specs.names())}")
-    add("--models", default="", metavar="NAMES", help=f"only these models, of {','.join(specs.models())}")
+    add("--only", default="", metavar="NAMES", help=f"only these, separated by commas: {', '.join(specs.names())}")
+    add("--models", default="", metavar="NAMES", help=f"only these, separated by commas: {', '.join(specs.models())}")
     add("--limit", type=int, help="use at most this many items per split, for a quick look")
     add("--estimate", action="store_true", help="print the cells, what is done, memory and time; compute nothing")
     add("--plan", action="store_true", help=argparse.SUPPRESS)  # its earlier name

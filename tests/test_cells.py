@@ -15,7 +15,9 @@ def test_fields_go_to_their_part():
     cell = cell_of(model="M", task="copa", method="caa", site="layer", ks=[1, 2], n_pairs=9, limit=3,
                    options=[["caa.readout", "answer"], ["iti.norm", "x"]])  # fmt: skip
     assert (cell.model.name, cell.task.limit, cell.task.pairs.n_pairs) == ("M", 3, 9)
-    assert cell.search.ks == (1, 2) and cell.method.options == (("readout", "answer"),), "options of its own method only"
+    assert cell.search.ks == (1, 2) and cell.method.options == (("readout", "answer"),), (
+        "options of its own method only"
+    )
     assert bench_of(model="M", task="copa", n_pairs=9, limit=3) == (cell.model, cell.task)
 
 

@@ -140,7 +140,7 @@ def test_a_comparison_by_an_engine_is_the_live_one(data, folder, engine, tmp_pat
     (tmp_path / "engine" / "records" / f"{by_engine['causal']['id']}.json").unlink()
     _, again = run(data, folder, tmp_path / "engine", *command, "--engine", "vllm")
     assert without_chance(again["causal"]) == without_chance(by_engine["causal"]) and engine.started == [16]
-    torn = next(file for file in files if "3-settings" in file.name)
+    torn = next(file for file in files if "3-points" in file.name)
     torn.write_bytes(files[torn][: len(files[torn]) // 2])
     (tmp_path / "engine" / "records" / f"{by_engine['causal']['id']}.json").unlink()
     run(data, folder, tmp_path / "engine", *command, "--engine", "vllm")

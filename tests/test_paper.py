@@ -835,7 +835,7 @@ def test_shared_rows_stand_in_every_accuracy_table():
         (["--device", "gpu"], "device 'gpu' is unknown"),
         (["--engine", "vllm"], "vLLM"),
         (["--scale", "paper", "--models", "gpt", "--estimate"], "there is no model 'gpt'"),
-        (["--scale", "paper", "--only", "ablation"], "scale paper has nothing of --only"),
+        (["--scale", "paper", "--only", "ablation"], "nothing in scale paper matches --only"),
     ],
 )
 def test_wrong_input_is_told_in_a_line(arguments, message, tmp_path):

@@ -489,7 +489,7 @@ def test_perplexity_equals_loops(checkpoints, llama):
 
 @pytest.fixture
 def small_grid(monkeypatch):
-    """A few pairs and settings, so that nothing takes long."""
+    """Use few pairs and grid points, so that nothing takes long."""
     BENCHES.close()
     monkeypatch.setattr("eval.tasks.embedded.PAIRS", 100)
     monkeypatch.setattr(restore_lcc, "SHARES", (0.25,))
@@ -561,7 +561,7 @@ def test_wrong_inputs(tmp_path, command, message):
 
 @pytest.mark.slow
 def test_the_claim_on_svamp(tmp_path):
-    """Restored beats pruned beyond chance, and the untrained control; trained heads beat the dense model."""
+    """Check that the restored model beats the pruned one and the untrained control, and even the dense model."""
     restore.main(["--data_name", "svamp", "--draws", "1", "--device", "cpu", "--results", str(tmp_path)])
     (file,) = (tmp_path / "restore").glob("*.json")
     rows = {row["label"]: row for row in json.loads(file.read_text())["rows"]}

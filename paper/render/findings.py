@@ -1,7 +1,7 @@
 """The three findings on top of the report: sentences computed from records and tests.
 
 Every verdict is a test's, adjusted (Holm) for all comparisons that its sentence counts. A sentence whose records are
-missing is left out, and the next one takes its place. A place is one task at one site (of one model).
+missing is left out, and the next one takes its place. A place is one task at one site of one model.
 """
 
 from __future__ import annotations

@@ -66,7 +66,7 @@ def _make(spec: Spec, manifest: Manifest) -> Section:
 
 
 def _missing(section: Section, manifest: Manifest) -> list[str]:
-    """Give the reason of every dash and every missing picture, one line per reason."""
+    """Give the reason for every dash and every missing picture, one line per reason."""
     whys: dict[str, list[str]] = {}
     for block in section.blocks:
         for row in block.rows:

@@ -18,7 +18,7 @@ def selected_records(spec: Spec, manifest: Manifest, block: str, row: str, colum
 
 
 def better_site(records: Sequence[dict]) -> dict:
-    """Return the record of the site that was better on the items that all were evaluated on; of equal ones the first."""
+    """Return the record of the site that was better on the items that all were evaluated on; the first of equals."""
     outcomes_by_site = [
         unpack(record["grid_outcomes"][record["chosen"]]) if record["chosen"] else [] for record in records
     ]

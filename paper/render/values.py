@@ -12,7 +12,7 @@ class Value:
     facts: list[str] = field(default_factory=list)  # what was chosen, perplexity and the like, shown on demand
     printed: float | str | None = None  # the paper's number
     number: float | None = None
-    why: str = ""  # the reason of a dash
+    why: str = ""  # the reason for a dash
     best: bool = False  # better than every other row of its column, by the adjusted test
     significant: bool = False  # different from vanilla, by the adjusted test
     fair: bool = True  # False if it was chosen on the test split, so that it may not be tested

@@ -28,7 +28,7 @@ KEY = (
     "Columns that are training seeds are summarised by the mean gain over vanilla with a t interval over seeds.",
     "paper: the number the paper prints, and in parentheses ours minus the paper's, where both measure the same.",
     "AUs: how many AUs a row changes, fewest to most over its columns and draws.",
-    "Rows in italics are not in the paper. The reason of every dash stands below its table.",
+    "Rows in italics are not in the paper. The reason for every dash stands below its table.",
 )
 FINDINGS_NOTE = "A place is one task at one site of one model. The p-values of a verdict are Holm-adjusted over the comparisons that it counts."
 NO_FINDING = "Nothing yet: the tables behind the findings have not been run."

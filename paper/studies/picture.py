@@ -29,7 +29,7 @@ def subplots(columns: int = 1, size: tuple[float, float] = (8.0, 4.6), rows: int
 
 
 def save(figure, path: Path) -> None:
-    """Save a figure, the same picture as the same bytes."""
+    """Save a figure so that the same picture has the same bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Software": None})
     plt.close(figure)
