@@ -141,9 +141,9 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     finally:
         executor.close()
     failed = {cell: record["failed"] for cell, record in records.items() if "failed" in record}
-    whys = {failed.get(cell) for cell in records if cell.steered or not args.steer}
-    if len(whys) == 1 and None not in whys:  # one reason for all, such as data that are missing
-        raise AUSteerError(whys.pop())
+    unranked = [record["failed"] for record in records.values() if record.get("stage") == "ranking"]
+    if unranked:  # what cannot even be ranked, such as data that are missing, is a mistake in the command
+        raise AUSteerError(unranked[0])
     for cell, why in failed.items():
         print(f"FAILED {cell}: {why}", file=sys.stderr)
     rows = {

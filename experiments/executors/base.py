@@ -69,9 +69,10 @@ def _run_group(cells: list[Cell], store: Store, executor: Executor) -> Iterator[
     jobs = [Ranking(model, task, tuple(group)) for (model, task), group in rankings.items()]
     for ranking, result in executor.map(partial(rank, store=store), jobs, "ranking"):
         for cell in ranking.cells:
-            reason = result.get("failed") or failures.get(cell.unsteered())
-            if reason:
-                yield cell, {"failed": reason}
+            if "failed" in result:
+                yield cell, {"failed": result["failed"], "stage": "ranking"}
+            elif cell.unsteered() in failures:
+                yield cell, {"failed": failures[cell.unsteered()]}
             else:
                 ready.append(cell)
     ready.sort(key=cells.index)
