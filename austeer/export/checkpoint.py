@@ -13,11 +13,12 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import safetensors
@@ -144,7 +145,7 @@ class Checkpoint:
         assert tensor.shape == place.shape and tensor.dtype == self.dtype(name)
         with open(self.folder / place.file, "r+b") as file:
             file.seek(place.start)
-            file.write(as_bytes(tensor))
+            file.write(memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy()))
 
     def copy_to(self, folder: Path) -> dict[str, str]:
         """Copy weights and what goes with them (no other formats, no code); return each weight file's SHA-256."""
@@ -237,29 +238,7 @@ class Checkpoint:
                 yield name, Place(file, entry["dtype"], tuple(entry["shape"]), 8 + length + start, end - start)
 
 
-def write_one_by_one(
-    path: Path, layout: dict[str, tuple[torch.dtype, tuple[int, ...]]], tensors: Iterable[Tensor], metadata: dict
-) -> None:
-    """Write a safetensors file of tensors that come in the order of `layout` and are never in memory together."""
-    names = {torch.int32: "I32", **{dtype: name for name, dtype in DTYPES.items()}}
-    header, end = {"__metadata__": metadata}, 0
-    for name, (dtype, shape) in layout.items():
-        start, end = end, end + dtype.itemsize * torch.Size(shape).numel()
-        header[name] = {"dtype": names[dtype], "shape": list(shape), "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for (dtype, shape), tensor in zip(layout.values(), tensors, strict=True):
-            assert tensor.dtype == dtype and tensor.shape == shape
-            file.write(as_bytes(tensor))
-
-
-def as_bytes(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy())
-
-
-def sha256(path: Path, copy=None, bar=None) -> str:
+def sha256(path: Path, copy: BinaryIO | None = None, bar: tqdm | None = None) -> str:
     """Hash a file, and write it to `copy` on the way if that is given."""
     digest = hashlib.sha256()
     for chunk in _chunks(path):

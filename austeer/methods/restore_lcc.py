@@ -36,9 +36,9 @@ SITE = "attention"
 COMPONENTS = {"paper": 1, "code": 10}  # K of c_K in the probe's features
 SEED, TRAIN_SHARE, PROBE_EPOCHS, PROBE_RATE = 42, 0.7, 200, 0.01
 EPOCHS, BATCH, INIT = 3, 8, 1e-3
-SHARES = (0.125, 0.25, 0.5)  # of all heads: 128, 256 and 512 of 1024 in the paper
+SHARES = dict.fromkeys(("small", "full"), (0.125, 0.25, 0.5))  # of all heads: 128, 256 and 512 of 1024 in the paper
 RATES = {"small": (1e-3, 1e-2, 1e-1), "full": (1e-5, 1e-4, 1e-3)}
-ALPHAS = {"small": (0.5, 1.0, 2.0), "full": (0.5, 1.0, 2.0)}  # of the control that is not trained
+ALPHAS = dict.fromkeys(("small", "full"), (0.5, 1.0, 2.0))  # of the control that is not trained
 
 
 @dataclass(frozen=True)
@@ -79,14 +79,12 @@ class RestoreLCC(Method):
     edits = "K heads, shifted"
     sites = (SITE,)
     trains = True
+    axes = {"share": SHARES, "rate": RATES}
 
     def __init__(self, dense: PreTrainedModel, components: str = "paper"):
         if components not in COMPONENTS:
             raise AUSteerError(f"components {components!r} is unknown; use one of {', '.join(COMPONENTS)}")
         self.dense, self.components = dense, components
-
-    def grid(self, kind: str) -> list[GridPoint]:
-        return [{"share": share, "rate": rate} for share in SHARES for rate in RATES[kind]]
 
     def prepare(self, evidence: Evidence) -> Prepared:
         if evidence.site != SITE:
@@ -129,9 +127,7 @@ class MeanLost(RestoreLCC):
     """Give the best heads alpha times their mean lost activation, as a control: nothing is trained."""
 
     name, label, trains = "restore-mean", "mean lost activation, untrained", False
-
-    def grid(self, kind: str) -> list[GridPoint]:
-        return [{"share": share, "alpha": alpha} for share in SHARES for alpha in ALPHAS[kind]]
+    axes = {"share": SHARES, "alpha": ALPHAS}
 
     def shifts(self, prepared: Prepared, heads: Tensor, point: GridPoint) -> Tensor:
         return point["alpha"] * prepared.lost.mean[heads]
