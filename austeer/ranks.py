@@ -13,11 +13,10 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from austeer.errors import AUSteerError
 from austeer.files import read_tensors, write_tensors
-from austeer.identity import check_made_for
 from rmodels import SITES
 
 FORMAT = "austeer-ranks-1"
@@ -153,6 +152,3 @@ class AURanks:
         folder.mkdir(parents=True, exist_ok=True)
         for name, values in zip(AUTHORS_FILES, self, strict=True):
             torch.save(values, folder / name)
-
-    def check_model(self, model: nn.Module) -> None:
-        check_made_for(model, {self.site: tuple(self.score.shape)}, self.header, "these ranks were")

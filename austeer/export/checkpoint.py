@@ -30,7 +30,7 @@ from tqdm import tqdm
 from transformers import AutoConfig, PreTrainedModel
 
 import rmodels
-from austeer.errors import AUSteerError
+from austeer.errors import AUSteerError, first_line
 from austeer.identity import check_made_for, hash_weights
 from austeer.plan import Plan
 
@@ -49,7 +49,7 @@ def local_folder(name_or_path: str | Path) -> Path:
         patterns = ["*.safetensors", *COMPANIONS]
         return Path(snapshot_download(str(name_or_path), allow_patterns=patterns, ignore_patterns=SECOND_COPY))
     except (OSError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise AUSteerError(f"{name_or_path} is not a folder, and the hub does not offer it ({reason})") from error
 
 
@@ -182,7 +182,7 @@ class Checkpoint:
         try:
             config = AutoConfig.from_pretrained(str(self.folder), trust_remote_code=False)
         except (OSError, ValueError) as error:
-            raise AUSteerError(f"cannot read the config of {self.folder}: {str(error).splitlines()[0]}") from error
+            raise AUSteerError(f"cannot read the config of {self.folder}: {first_line(error)}") from error
         with torch.device("meta"):
             return rmodels.family(config.model_type)(config)
 

@@ -149,20 +149,19 @@ def length_controlled(outcomes: Sequence[int], differences: Sequence[int]) -> fl
     return float(100 * (2 * expit(minimize(loss, [0.0, 0.0], method="BFGS").x[0]) - 1))
 
 
+def server() -> str:
+    return (os.environ.get("OPENAI_BASE_URL") or SERVER).rstrip("/")
+
+
 def _items(
     prompts: Sequence[str], ours: Sequence[str], theirs: Sequence[str], judge_model: str, one_order: bool
 ) -> list[list[tuple[dict, bool]]]:
     """Return for each item its requests, and whether ours is A in them. The server is part of a request."""
-    url = (os.environ.get("OPENAI_BASE_URL") or SERVER).rstrip("/")
-    items = []
+    url, items = server(), []
     for prompt, our, their in zip(prompts, ours, theirs, strict=True):
-        orders = [True, False]
-        if our.strip() == their.strip():
-            orders = []
-        elif one_order:
-            orders = [hashlib.sha256(prompt.encode()).digest()[0] % 2 == 0]
+        orders = [hashlib.sha256(prompt.encode()).digest()[0] % 2 == 0] if one_order else [True, False]
         items.append([])
-        for ours_is_a in orders:
+        for ours_is_a in orders if our.strip() != their.strip() else ():
             a, b = (our, their) if ours_is_a else (their, our)
             user = QUESTION.format(prompt=prompt, a=a, b=b)
             request = {"service": "judge", "url": url, "model": judge_model, "system": SYSTEM, "user": user}
@@ -198,9 +197,8 @@ class Client:
         self.key = os.environ.get("OPENAI_API_KEY", "").strip()
         if not self.key:
             raise AUSteerError("the judge needs a key: set OPENAI_API_KEY (to any word, for a server that needs none)")
-        base_url = os.environ.get("OPENAI_BASE_URL") or SERVER
         self.openai = openai
-        self.client = openai.OpenAI(api_key=self.key, base_url=base_url, max_retries=0, timeout=TIMEOUT)
+        self.client = openai.OpenAI(api_key=self.key, base_url=server(), max_retries=0, timeout=TIMEOUT)
         self.temperature: dict = {"temperature": 0}  # empty once the server has refused it
 
     def __call__(self, request: dict) -> dict:

@@ -24,7 +24,7 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PretrainedConfig
 
-from austeer.errors import AUSteerError
+from austeer.errors import AUSteerError, first_line
 from austeer.identity import public_name
 from embedded.toxicity import EmbeddedScorer
 from eval.scoring.paid_calls import TIMEOUT, Again, AnswerCache, Limits, ask_all, status_problem
@@ -184,8 +184,7 @@ class LocalClassifier:
             )
             self.tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         except (OSError, ValueError) as error:
-            first_line = str(error).strip().split("\n")[0]
-            raise AUSteerError(f"cannot load the classifier {name} as safetensors: {first_line}") from None
+            raise AUSteerError(f"cannot load the classifier {name} as safetensors: {first_line(error)}") from None
         if loaded["missing_keys"]:  # drawn at random by the library, which only warns
             raise AUSteerError(f"{name} is no trained classifier: it lacks {', '.join(sorted(loaded['missing_keys']))}")
         config = self.model.config
