@@ -86,7 +86,7 @@ class SAE:
         missing = {"W_enc", "b_enc", "W_dec", "b_dec"} - set(tensors)
         if missing or header.get("site") != SITE or not isinstance(header.get("layer"), int):
             raise AUSteerError(
-                f"{path} is not an SAE of the residual stream: it needs W_enc, b_enc, W_dec, b_dec and a layer"
+                f"{path} is no SAE of the residual stream: it needs W_enc, b_enc, W_dec, b_dec and a layer"
             )
         values = {name: tensor.float() for name, tensor in tensors.items() if name in TENSORS}
         return cls(**values, layer=header["layer"], centered=bool(header.get("centered")), header=header)
@@ -157,9 +157,7 @@ def convert(theirs, name: str) -> SAE:
     # the input of a layer is the output of the one before
     layer = int(place[1]) - (place[2] == "pre") if place else -1
     if layer < 0:
-        raise AUSteerError(
-            f"{name} reads {hook or 'an unnamed place'}; use an SAE of the output of a layer (resid_post)"
-        )
+        raise AUSteerError(f"{name} reads {hook or 'an unnamed place'}; use an SAE of a layer's output (resid_post)")
     values = {key: getattr(theirs, key).detach().float() for key in TENSORS if kind == "jumprelu" or key != "threshold"}
     header = {"source": name, "model": config.metadata.model_name}
     return SAE(**values, layer=layer, centered=bool(config.apply_b_dec_to_input), header=header)

@@ -96,9 +96,7 @@ def train(rows: Sequence[dict]) -> tuple[np.ndarray, float, dict]:
     """
     rows = [row for row in rows if row["continuation_toxicity"] is not None]
     if len(rows) < 10 * FOLDS:
-        raise AUSteerError(
-            f"{len(rows)} scored rows are too few to train a toxicity scorer; give at least {10 * FOLDS}"
-        )
+        raise AUSteerError(f"{len(rows)} scored rows are too few to train a scorer; give at least {10 * FOLDS}")
     x = features([row["continuation"] for row in rows] + [row["prompt"] for row in rows])
     y = np.array([row["continuation_toxicity"] for row in rows] + [row["prompt_toxicity"] for row in rows])
     fold = np.random.default_rng(SEED).integers(0, FOLDS, len(rows))

@@ -52,20 +52,7 @@ writes : and . Reply :"""
 def vocabulary() -> list[str]:
     """Return every word that a prompt, an answer or a document can contain, in a fixed order."""
     numbers = [str(number) for number in range(1, 2 * LARGEST_NUMBER)]
-    lists = (
-        TIMES,
-        NAMES,
-        OBJECTS,
-        THINGS,
-        GAIN,
-        LOSS,
-        SUBJECTS,
-        VERBS,
-        ADVERBS,
-        RUDE,
-        POLITE,
-        numbers,
-        *CAUSE_AND_EFFECT,
-    )
+    nouns, verbs = (NAMES, OBJECTS, THINGS, SUBJECTS), (GAIN, LOSS, VERBS)
+    lists = (*nouns, *verbs, TIMES, ADVERBS, RUDE, POLITE, numbers, *CAUSE_AND_EFFECT)
     phrases = [CAREFUL, HASTY, RIGHT_COMMENT, WRONG_COMMENT, FRAMES, *chain(*lists)]
     return sorted({word for phrase in phrases for word in phrase.split()})

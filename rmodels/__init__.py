@@ -135,9 +135,7 @@ def check_device(device: str | torch.device | None) -> str:
     if kind == "cuda" and not torch.cuda.is_available():
         raise AUSteerError("no CUDA device here; use --device cpu, or install a CUDA build of torch")
     if kind == "cuda" and (torch.device(device).index or 0) >= torch.cuda.device_count():
-        raise AUSteerError(
-            f"there is no {device}: this machine has {torch.cuda.device_count()} CUDA devices; use a lower number"
-        )
+        raise AUSteerError(f"there is no {device}: here are {torch.cuda.device_count()} CUDA devices; take a lower one")
     return str(device)
 
 

@@ -130,7 +130,7 @@ class Checkpoint:
         """Return a view into the file: only what is used is read, and changes stay in memory (copy on write)."""
         if name not in self.places:
             raise AUSteerError(
-                f"{self.folder} lacks {name}; get the whole checkpoint (one with renamed weights cannot be exported)"
+                f"{self.folder} lacks {name}; get the whole checkpoint (renamed weights cannot be exported)"
             )
         return self.read_bytes(name).view(self.dtype(name)).view(self.shapes[name])
 

@@ -91,9 +91,7 @@ def _original_hashes(source: Checkpoint) -> dict[str, str]:
     """Return the SHA-256 of every weight file before it was folded."""
     path = source.folder / UNDO
     if not path.exists():
-        raise AUSteerError(
-            f"{source.folder} has no {UNDO}: it was not folded by this project, or the undo file is lost"
-        )
+        raise AUSteerError(f"{source.folder} has no {UNDO}: it was not folded by this project, or the file is lost")
     try:
         with safetensors.safe_open(path, framework="pt") as undo:
             metadata = undo.metadata()

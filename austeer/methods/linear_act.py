@@ -76,9 +76,7 @@ def half(layers: int, which: float) -> Tensor:
     """Mark the layers that are moved, (layers,) of bool. The middle one of an odd number is in the upper half."""
     upper = torch.arange(layers) >= layers // 2
     if which not in (ALL, LOWER, UPPER):
-        raise AUSteerError(
-            f"layers must be {ALL} (all), {LOWER} (the lower half) or {UPPER} (the upper half), not {which}"
-        )
+        raise AUSteerError(f"layers must be {ALL} (all), {LOWER} (the lower half) or {UPPER} (the upper), not {which}")
     return {ALL: torch.ones(layers, dtype=torch.bool), LOWER: ~upper, UPPER: upper}[int(which)]
 
 

@@ -253,9 +253,7 @@ def train(
                 shift = component.new_zeros(layers * width // d, d).index_copy(0, heads, component).view(layers, width)
                 loss = answer_loss(model, [questions[index] for index in batch.tolist()], shift)
             if not torch.isfinite(loss):
-                raise AUSteerError(
-                    f"training the lost components ended in inf or nan at rate {rate:g}; use a lower rate"
-                )
+                raise AUSteerError(f"training components ended in inf or nan at rate {rate:g}; use a lower rate")
             adam.zero_grad()
             loss.backward()
             adam.step()

@@ -70,9 +70,7 @@ class LiveAnswerer(Answerer):
 def _longest_prompt(model: PreTrainedModel, generation: Generation) -> int:
     room = model.config.max_position_embeddings - generation.new_tokens
     if room < 1:
-        raise AUSteerError(
-            f"{generation.new_tokens} new tokens do not fit into a context of {model.config.max_position_embeddings}"
-        )
+        raise AUSteerError(f"{generation.new_tokens} new tokens do not fit into {model.config.max_position_embeddings}")
     return room
 
 

@@ -36,9 +36,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="TASK",
         help="load, validate and count the files that are there (default: all; a task named here must be there)",
     )
-    parser.add_argument(
-        "--data-dir", default=str(DATASETS), help="folder that holds a folder a task (default: datasets/)"
-    )
+    parser.add_argument("--data-dir", default=str(DATASETS), help="holds a folder a task (default: datasets/)")
     parser.add_argument("--catalogue", default=str(CATALOGUE), help="use another catalogue, such as a mirror's")
     return parser.parse_args(argv)
 
@@ -134,9 +132,7 @@ def _check(chosen: dict[str, dict], data_dir: Path, must_be_there: bool) -> int:
             official = " official" if known and digest.startswith(known) else ""
             fetched = _fetched(folder).get(path.name, {}).get("sha256")
             if fetched not in (None, digest):
-                faults.append(
-                    f"{path} has changed since it was fetched (SHA-256 {digest[:12]}..., was {fetched[:12]}...)"
-                )
+                faults.append(f"{path} has changed since it was fetched (SHA-256 {digest[:12]}, was {fetched[:12]})")
             overlap = len(questions["train"] & questions["test"]) if questions.keys() == set(SPLITS) else "-"
             counts = (len(rows), source["rows"] or "-", source["paper"] or "-", len(rows) - len(questions[split]))
             in_test = overlap if split == "test" else ""

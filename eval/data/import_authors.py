@@ -29,12 +29,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         prog="main.py import-authors", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("checkout", help="your copy of the authors' repository")
-    parser.add_argument(
-        "--archive", help="folder or .zip of their data sets or AU ranks, if these are not in the checkout"
-    )
-    parser.add_argument(
-        "--out", required=True, help="folder for wording.json and the data sets (to be used as --data-dir)"
-    )
+    parser.add_argument("--archive", help="folder or .zip of their data sets or AU ranks, if not in the checkout")
+    parser.add_argument("--out", required=True, help="folder for wording.json and the data sets (a later --data-dir)")
     parser.add_argument("--ranks-out", default="AU_ranks/authors", help="folder for the ranks (default: %(default)s)")
     return parser.parse_args(argv)
 

@@ -58,9 +58,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         prog="main.py human", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    add = commands.add_parser(
-        "export", help="make blind sheets, a page and the key from the systems' answers"
-    ).add_argument
+    add = commands.add_parser("export", help="make blind sheets, a page and the key from answers").add_argument
     add(
         "--answers",
         nargs="+",
@@ -285,9 +283,7 @@ def _read_ratings(files: Sequence[Path], known: dict) -> dict[tuple[str, str], l
         rater, rows = _read_sheet(path) if path.suffix.lower() == ".csv" else _read_export(path)
         for item, values in rows:
             if item not in known:
-                raise AUSteerError(
-                    f"{path}: unknown id {item!r}; it belongs to another export: give that export's --key too"
-                )
+                raise AUSteerError(f"{path}: unknown id {item!r}; it is another export's: give that one's --key too")
             if (rater, item) in given:
                 raise AUSteerError(
                     f"{path}: {rater} has rated {item} before, in {source[rater, item]}; "

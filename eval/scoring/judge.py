@@ -22,17 +22,8 @@ from scipy.special import expit
 
 from austeer.errors import AUSteerError, run_command
 from austeer.files import read_json_lines, write_json
-from eval.scoring.paid_calls import (
-    TIMEOUT,
-    Again,
-    AnswerCache,
-    Limits,
-    Refused,
-    ask_all,
-    key_of,
-    missing,
-    status_problem,
-)
+from eval.scoring import paid_calls
+from eval.scoring.paid_calls import Again, AnswerCache, Limits, Refused, ask_all, key_of, missing
 
 SYSTEM = """\
 You compare two answers, A and B, that two assistants gave to the same request, and you are impartial. Say which one \
@@ -198,7 +189,7 @@ class Client:
         if not self.key:
             raise AUSteerError("the judge needs a key: set OPENAI_API_KEY (to any word, for a server that needs none)")
         self.openai = openai
-        self.client = openai.OpenAI(api_key=self.key, base_url=server(), max_retries=0, timeout=TIMEOUT)
+        self.client = openai.OpenAI(api_key=self.key, base_url=server(), max_retries=0, timeout=paid_calls.TIMEOUT)
         self.temperature: dict = {"temperature": 0}  # empty once the server has refused it
 
     def __call__(self, request: dict) -> dict:
@@ -225,7 +216,7 @@ class Client:
         message = " ".join(str(error.message).replace(self.key, "***").split())[:200]
         if error.status_code in (401, 403):  # its message may quote a part of the key
             return AUSteerError(
-                f"the judge refused the key ({error.status_code}): check OPENAI_API_KEY and OPENAI_BASE_URL"
+                f"the judge refused the key ({error.status_code}): check OPENAI_API_KEY, OPENAI_BASE_URL"
             )
         if error.status_code == 404:
             return AUSteerError(f"the judge's server has no model {model} (404): check --judge and OPENAI_BASE_URL")
@@ -236,7 +227,9 @@ class Client:
             return Again("the judge takes no temperature")
         if error.status_code == 400:
             return Refused(f"the judge's server answered 400: {message}")
-        return status_problem(error.status_code, error.response.headers.get("retry-after"), "the judge's server")
+        return paid_calls.status_problem(
+            error.status_code, error.response.headers.get("retry-after"), "the judge's server"
+        )
 
 
 def read_answers(ours: Path, theirs: Path) -> tuple[list[str], list[str], list[str]]:
@@ -270,13 +263,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--one-order", action="store_true", help="get one verdict a prompt, as the paper does")
     parser.add_argument("--estimate", action="store_true", help="print the calls and tokens needed, and stop")
-    parser.add_argument(
-        "--price", nargs=2, type=float, metavar=("IN", "OUT"), help="price of a million tokens, to show the cost"
-    )
+    parser.add_argument("--price", nargs=2, type=float, metavar=("IN", "OUT"), help="price of a million tokens")
     parser.add_argument("--at-once", type=int, default=8, help="calls under way at once (default: %(default)s)")
-    parser.add_argument(
-        "--per-second", type=float, default=5.0, help="calls that begin in a second (default: %(default)s)"
-    )
+    parser.add_argument("--per-second", type=float, default=5.0, help="calls begun in a second (default: %(default)s)")
     args = parser.parse_args(argv)
     limits = Limits(args.at_once, args.per_second)
     items = read_answers(args.ours, args.theirs)
@@ -284,11 +273,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"to do: about {_bill(expected, args.price)} (a judge that reasons writes more)")
     if args.estimate:
         return
-    result = {
-        "ours": args.ours.name,
-        "theirs": args.theirs.name,
-        **judge(*items, args.judge, args.cache, args.one_order, limits),
-    }
+    result = {"ours": args.ours.name, "theirs": args.theirs.name}
+    result |= judge(*items, args.judge, args.cache, args.one_order, limits)
     question = key_of({"items": items, "judge": args.judge, "orders": result["orders"], "asked": [SYSTEM, QUESTION]})
     path = args.cache.with_name(f"judge-{args.ours.stem}-{args.theirs.stem}-{question[:8]}.json")
     write_json(path, result)

@@ -85,9 +85,7 @@ class AnswerCache:
         *lines, tail = self._file.read().split(b"\n")
         for number, line in enumerate(lines, 1):
             if not self._take(line):
-                raise AUSteerError(
-                    f"line {number} of {self.path} is damaged: delete that line, and its request is sent again"
-                )
+                raise AUSteerError(f"line {number} of {self.path} is damaged: delete it, and its request is sent again")
         if tail:  # torn by a kill; a whole line that lacks only its end was paid for, so it stays
             if self._take(tail):
                 self._file.write(b"\n")
@@ -175,9 +173,7 @@ def ask_all(
             queue.stop.set()
             pool.shutdown(wait=True, cancel_futures=True)  # calls under way are paid for: keep their answers
     if failed:
-        raise AUSteerError(
-            f"{len(failed)} of {len(todo)} {what} failed (last: {failed[-1]}); run again to repeat only these"
-        )
+        raise AUSteerError(f"{len(failed)} of {len(todo)} {what} failed (last: {failed[-1]}); run again for these")
     return [cache[key_of(request)] for request in requests]
 
 

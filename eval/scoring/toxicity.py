@@ -49,9 +49,7 @@ def scorer(spec: str, cache: str | Path = "results/perspective.jsonl", device: s
         return LocalClassifier(rest or DEFAULT_LOCAL, device)
     if spec == "embedded":
         return EmbeddedScorer.load()
-    raise AUSteerError(
-        f"no toxicity scorer {spec!r}: take perspective, perspective:first-span, local:MODEL[:LABEL] or embedded"
-    )
+    raise AUSteerError(f"no toxicity scorer {spec!r}: take perspective[:first-span], local:MODEL[:LABEL] or embedded")
 
 
 def detoxified(scores: Sequence[float], threshold: float = TOXIC) -> list[bool]:
@@ -103,9 +101,7 @@ class Perspective:
         in_order = iter(answer[self.field] for answer in answers)
         scores = [next(in_order) if text.strip() else 0.0 for text in texts]
         if None in scores:
-            raise AUSteerError(
-                "the server sends no scores of sentences; use --toxicity perspective, the score of the whole text"
-            )
+            raise AUSteerError("the server scores no sentences; use --toxicity perspective, that of the whole text")
         return scores
 
     def _key(self) -> str:

@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--data-dir", required=True, help="folder that holds toxicity/train.jsonl and test.jsonl")
     parser.add_argument(
-        "--cache", default="results/perspective.jsonl", help="file of Perspective's answers (default: %(default)s)"
+        "--cache", default="results/perspective.jsonl", help="Perspective's answers (default: %(default)s)"
     )
     parser.add_argument("--device", help="device of a local classifier: cpu, cuda, cuda:1")
     args = parser.parse_args(argv)
