@@ -30,7 +30,7 @@ from austeer.methods.base import GridPoint, Method
 from austeer.methods.choice import by_head
 from austeer.methods.pruning import same_length_batches
 from austeer.plan import Plan
-from austeer.tokens import CLEAN, encode
+from austeer.tokens import CLEAN, common_length, encode
 
 SITE = "attention"
 COMPONENTS = {"paper": 1, "code": 10}  # K of c_K in the probe's features
@@ -143,18 +143,13 @@ def questions_of(evidence: Evidence) -> list[Question]:
             continue
         text = (*encoded[0].prefix, *encoded[0].positive)
         prompt, whole = (evidence.tokenizer(t)["input_ids"] for t in (pair.prompt, pair.prompt + pair.positive))
-        shared = next(
-            (i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), min(len(prompt), len(whole))
-        )
-        seam = len(text) - max(1, len(whole) - shared)
+        seam = len(text) - max(1, len(whole) - common_length(prompt, whole))
         if seam < 1:
             raise AUSteerError("RestoreLCC reads the last token of the question: every pair needs a prompt")
         questions.append(Question(text[:seam], text[seam:]))
     if len(questions) < 2:
-        raise AUSteerError(
-            "RestoreLCC needs at least two pairs that differ in tokens, one of them to hold out; "
-            f"there are {len(questions)}"
-        )
+        count = len(questions)
+        raise AUSteerError(f"RestoreLCC needs at least two pairs that differ in tokens, one to hold out, not {count}")
     return questions
 
 

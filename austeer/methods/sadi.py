@@ -30,7 +30,10 @@ from austeer.methods.choice import by_head, highest
 from austeer.plan import Plan
 
 SELECT = ("signed", "absolute")
-SMALL_ALPHAS = (0.5, 1.0, 2.0, 4.0, 8.0)
+
+
+def alphas(*largest: float) -> dict[str, tuple[float, ...]]:
+    return {"small": (0.5, 1.0, 2.0, 4.0, 8.0), "full": (1.0, 4.0, 9.0, 19.0, *largest)}
 
 
 @dataclass(frozen=True)
@@ -76,10 +79,7 @@ class SADIHead(SADI):
     name, label, unit, count = "sadi-head", "SADI, heads", "head", "heads"
     edits, sites = "k heads, scaled", ("attention",)
     # AUSteer's comparison has 2 to 64 heads; the authors' strengths are 5 to 80, in steps
-    axes = {
-        "heads": {"small": (1, 2, 4), "full": (2, 8, 32)},
-        "alpha": {"small": SMALL_ALPHAS, "full": (1.0, 4.0, 9.0, 19.0, 29.0, 49.0, 79.0)},
-    }
+    axes = {"heads": {"small": (1, 2, 4), "full": (2, 8, 32)}, "alpha": alphas(29.0, 49.0, 79.0)}
 
     def read(self, evidence: Evidence) -> tuple[Tensor, Tensor]:
         right, wrong = evidence.activations("last")
@@ -89,10 +89,7 @@ class SADIHead(SADI):
 class SADINeuron(SADI):
     name, label, unit = "sadi-neuron", "SADI, neurons", "neuron"
     edits, sites = "k neurons, scaled", ("neuron",)
-    axes = {
-        "k": {"small": (4, 16, 64), "full": (10, 100, 500)},
-        "alpha": {"small": SMALL_ALPHAS, "full": (1.0, 4.0, 9.0, 19.0, 29.0, 49.0, 89.0)},
-    }
+    axes = {"k": {"small": (4, 16, 64), "full": (10, 100, 500)}, "alpha": alphas(29.0, 49.0, 89.0)}
 
     def read(self, evidence: Evidence) -> tuple[Tensor, Tensor]:
         right, wrong = evidence.activations("last", nonlinearity=True)
@@ -102,10 +99,7 @@ class SADINeuron(SADI):
 class SADIHidden(SADI):
     name, label, unit = "sadi-hidden", "SADI, hidden", "dimension"
     edits, sites = "k dimensions, scaled", ("ffn", "layer")
-    axes = {
-        "k": {"small": (4, 16, 32), "full": (2, 8, 20)},
-        "alpha": {"small": SMALL_ALPHAS, "full": (1.0, 4.0, 9.0, 19.0, 39.0, 59.0, 79.0)},
-    }
+    axes = {"k": {"small": (4, 16, 32), "full": (2, 8, 20)}, "alpha": alphas(39.0, 59.0, 79.0)}
 
 
 def difference(right: Tensor, wrong: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from austeer.errors import AUSteerError
 from austeer.forward import input_device
 from austeer.plan import Plan
 from austeer.steering import steer
+from austeer.tokens import common_length
 from eval.answering.answer_file import Answer, AnswerFile
 from eval.answering.answerer import Answerer, Generation, encode_prompts, up_to
 from eval.answering.decoding_cache import DecodingCache
@@ -101,9 +102,7 @@ def _shared(ids: Sequence[Sequence[int]], generation: Generation, model: PreTrai
     window = getattr(model.config, "sliding_window", None)
     if window is not None and max(map(len, ids)) + generation.new_tokens > window:
         return 0
-    first, last = min(ids), max(ids)
-    same = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
-    return max(0, min(same, min(map(len, ids)) - OWN))
+    return max(0, min(common_length(min(ids), max(ids)), min(map(len, ids)) - OWN))
 
 
 class _Beginning:

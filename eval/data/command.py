@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from austeer import arguments
 from austeer.errors import AUSteerError
 from austeer.files import read_text, write_json, write_json_lines
 from eval.data import read
@@ -20,22 +21,17 @@ COLUMNS = ("task", "split", "file", "rows", "official", "paper", "duplicates", "
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="main.py data",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = arguments.parser(
+        "main.py data",
+        __doc__,
         epilog="A finished file is not fetched again: to go on after an interruption, run the same command. Files that "
         "you put there yourself are never overwritten. docs/data.md lists the layouts that are read, and the data sets "
         "that are given out on request only.",
     )
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--fetch", nargs="*", metavar="TASK", help="fetch these tasks (default: all)")
-    what.add_argument(
-        "--check",
-        nargs="*",
-        metavar="TASK",
-        help="load, validate and count the files that are there (default: all; a task named here must be there)",
-    )
+    check = "load, validate and count the files that are there (default: all; a task named here must be there)"
+    what.add_argument("--check", nargs="*", metavar="TASK", help=check)
     parser.add_argument("--data-dir", default=str(DATASETS), help="holds a folder a task (default: datasets/)")
     parser.add_argument("--catalogue", default=str(CATALOGUE), help="use another catalogue, such as a mirror's")
     return parser.parse_args(argv)

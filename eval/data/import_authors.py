@@ -15,6 +15,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from austeer import arguments
 from austeer.errors import AUSteerError
 from austeer.files import write_json, write_json_lines
 from austeer.ranks import AUTHORS_FILES, SITES, AURanks
@@ -25,9 +26,7 @@ from eval.tasks.registry import PAPER_TASKS
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="main.py import-authors", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = arguments.parser("main.py import-authors", __doc__)
     parser.add_argument("checkout", help="your copy of the authors' repository")
     parser.add_argument("--archive", help="folder or .zip of their data sets or AU ranks, if not in the checkout")
     parser.add_argument("--out", required=True, help="folder for wording.json and the data sets (a later --data-dir)")

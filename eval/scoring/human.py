@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from austeer import arguments
 from austeer.errors import AUSteerError, run_command
 from austeer.files import read_json_lines, read_text, write_json, write_text
 
@@ -54,18 +55,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="main.py human", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = arguments.parser("main.py human", __doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     add = commands.add_parser("export", help="make blind sheets, a page and the key from answers").add_argument
-    add(
-        "--answers",
-        nargs="+",
-        required=True,
-        metavar="SYSTEM=FILE",
-        help='one JSON Lines file for each system, with lines {"prompt": ..., "answer": ...}',
-    )
+    lines = 'a JSON Lines file for each system: {"prompt": ..., "answer": ...}'
+    add("--answers", nargs="+", required=True, metavar="SYSTEM=FILE", help=lines)
     add("--task", required=True, help="toxicity, bpo, or a name of your own, which the raters see")
     add("--prompts", type=_positive, default=50, help="sample this many (default: %(default)s)")
     add("--raters", type=_positive, default=3, help="how many people will rate (default: %(default)s)")

@@ -215,9 +215,7 @@ class Client:
     def _problem(self, error: Exception, model: str, temperature_sent: bool) -> Exception:
         message = " ".join(str(error.message).replace(self.key, "***").split())[:200]
         if error.status_code in (401, 403):  # its message may quote a part of the key
-            return AUSteerError(
-                f"the judge refused the key ({error.status_code}): check OPENAI_API_KEY, OPENAI_BASE_URL"
-            )
+            return AUSteerError(f"the judge refused the key ({error.status_code}): check OPENAI_API_KEY and _BASE_URL")
         if error.status_code == 404:
             return AUSteerError(f"the judge's server has no model {model} (404): check --judge and OPENAI_BASE_URL")
         if error.code == "insufficient_quota":
@@ -252,20 +250,17 @@ def _columns(path: Path) -> tuple[list[str], list[str]]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="main.py judge", description=__doc__.splitlines()[0])
-    parser.add_argument("--ours", type=Path, required=True, help='our answers: lines {"prompt": ..., "answer": ...}')
-    parser.add_argument("--theirs", type=Path, required=True, help="the answers to compare with, to the same prompts")
-    parser.add_argument("--judge", default="gpt-5-mini", help="name of the judge model (default: %(default)s)")
-    parser.add_argument(
-        "--cache",
-        type=Path,
-        default=Path("results/judge.jsonl"),
-        help="file of the judge's answers (default: %(default)s)",
-    )
-    parser.add_argument("--one-order", action="store_true", help="get one verdict a prompt, as the paper does")
-    parser.add_argument("--estimate", action="store_true", help="print the calls and tokens needed, and stop")
-    parser.add_argument("--price", nargs=2, type=float, metavar=("IN", "OUT"), help="price of a million tokens")
-    parser.add_argument("--at-once", type=int, default=8, help="calls under way at once (default: %(default)s)")
-    parser.add_argument("--per-second", type=float, default=5.0, help="calls begun in a second (default: %(default)s)")
+    add = parser.add_argument
+    add("--ours", type=Path, required=True, help='our answers: lines {"prompt": ..., "answer": ...}')
+    add("--theirs", type=Path, required=True, help="the answers to compare with, to the same prompts")
+    add("--judge", default="gpt-5-mini", help="name of the judge model (default: %(default)s)")
+    cache = Path("results/judge.jsonl")
+    add("--cache", type=Path, default=cache, help="file of the judge's answers (default: %(default)s)")
+    add("--one-order", action="store_true", help="get one verdict a prompt, as the paper does")
+    add("--estimate", action="store_true", help="print the calls and tokens needed, and stop")
+    add("--price", nargs=2, type=float, metavar=("IN", "OUT"), help="price of a million tokens")
+    add("--at-once", type=int, default=8, help="calls under way at once (default: %(default)s)")
+    add("--per-second", type=float, default=5.0, help="calls begun in a second (default: %(default)s)")
     args = parser.parse_args(argv)
     limits = Limits(args.at_once, args.per_second)
     items = read_answers(args.ours, args.theirs)
