@@ -33,6 +33,7 @@ IGNORED = {"ctx", "kind", "type_comment", "type_params"}  # the last one is new 
 
 Root = type | Callable | str
 Dotted = tuple[str, ...]  # a.b.c
+File = tuple[str, int, int]  # a module's path, and its state: time of change and size
 Imports = dict[str, tuple[tuple[str, Dotted], ...]]  # what a name means, as (module, names inside it)
 
 
@@ -75,10 +76,9 @@ class _Target(NamedTuple):
 class _Code:
     """The repository as its files are now: after a change of one of them another object takes over."""
 
-    def __init__(self, files: frozenset[tuple[str, _File | None]]):
+    def __init__(self, files: frozenset[tuple[str, File | None]]):
         self.files = dict(files)
         self.meanings: dict[tuple[str, Dotted], list[_Target]] = {}
-        self.digests: dict[str, str] = {}
 
     def named(self, name: str) -> list[_Target]:
         module, _, path = name.partition(":")
@@ -135,30 +135,27 @@ class _Code:
                 if not names & cut and any(key.startswith(f"{module}:") for key in names & keys):
                     yield f"{module}:{name}"
 
-    def hash(self, keys: set[str]) -> str:
+    def hash(self, digests: dict[str, str]) -> str:
         """Hash the set of digests, each with those of what it names, and of what that names, three steps deep.
 
         The digests alone would not tell a.f from b.f where both are used, nor whose method a method is.
         """
-        labels = {key: self.digest(key) for key in keys}
-        edges = {key: [key, *self.edges(key, keys)] for key in keys}
+        edges = {key: [key, *(target.key for target in self.targets(key) if target.key in digests)] for key in digests}
+        for key in digests:
+            methods = (f"{key}.{name}" for name in sorted(self.definition(key).methods))
+            edges[key] += [name for name in methods if name in digests]
+        labels = digests
         for _ in range(3):
-            labels = {key: _sha(" ".join(labels[name] for name in edges[key])) for key in keys}
+            labels = {key: _sha(" ".join(labels[name] for name in edges[key])) for key in digests}
         return _sha(" ".join(sorted(set(labels.values()))))
 
-    def edges(self, key: str, keys: set[str]) -> Iterator[str]:
-        """Yield what a definition names, in its order, and the methods of a class."""
-        yield from (target.key for target in self.targets(key) if target.key in keys)
-        yield from (f"{key}.{name}" for name in sorted(self.definition(key).methods) if f"{key}.{name}" in keys)
-
     def digest(self, key: str) -> str:
-        if key not in self.digests:
-            texts = [
+        return _sha(
+            "".join(
                 piece if isinstance(piece, str) else f"<{sorted({target.text for target in self.resolve(key, piece)})}>"
                 for piece in self.definition(key).pieces
-            ]
-            self.digests[key] = _sha("".join(texts))
-        return self.digests[key]
+            )
+        )
 
     def targets(self, key: str) -> list[_Target]:
         return self.resolve(key, *(piece for piece in self.definition(key).pieces if isinstance(piece, tuple)))
@@ -210,18 +207,11 @@ def _walked(roots: frozenset[str], cut: frozenset[str], files: frozenset) -> tup
     code = _code(files)
     stops = {".".join((target.key, *target.attributes)) for name in cut for target in code.named(name)}
     keys = code.reach([target for name in roots for target in code.named(name)], stops)
-    return {key: code.digest(key) for key in sorted(keys)}, code.hash(keys)
+    digests = {key: code.digest(key) for key in sorted(keys)}
+    return digests, code.hash(digests)
 
 
-class _File(NamedTuple):
-    """A module's file, and its state."""
-
-    path: str
-    changed: int
-    size: int
-
-
-def _files(roots: set[str]) -> frozenset[tuple[str, _File | None]]:
+def _files(roots: set[str]) -> frozenset[tuple[str, File | None]]:
     """Return the modules whose code counts, with their files: None for a folder without __init__.py."""
     paths = {root: getattr(sys.modules.get(root), "__file__", None) for root in roots}  # if it was loaded by its path
     folders: set[str] = set()
@@ -238,19 +228,19 @@ def _files(roots: set[str]) -> frozenset[tuple[str, _File | None]]:
                                 f"{folder}/{file}"
                             )
     there = ((name, path, os.stat(path)) for name, path in paths.items() if path and path.endswith(".py"))
-    found = {name: _File(path, state.st_mtime_ns, state.st_size) for name, path, state in there}
+    found = {name: (path, state.st_mtime_ns, state.st_size) for name, path, state in there}
     return frozenset((dict.fromkeys(folders) | found).items())
 
 
 class _Module:
     """What a file defines and imports."""
 
-    def __init__(self, name: str, file: _File | None):
-        is_package = file is not None and file.path.endswith("__init__.py")
+    def __init__(self, name: str, file: File | None):
+        is_package = file is not None and file[0].endswith("__init__.py")
         self.package = name if is_package else name.rpartition(".")[0]
         self.definitions: dict[str, _Definition] = {}
         self.statements: list[str] = []  # names of those that do more than define
-        source = Path(file.path).read_text(encoding="utf-8") if file else ""
+        source = Path(file[0]).read_text(encoding="utf-8") if file else ""
         self.lines, body = source.split("\n"), ast.parse(source).body
         blocks = [statement for statement in body if not isinstance(statement, (*FUNCTIONS, ast.ClassDef))]
         self.imports = _imports(blocks, self.package)

@@ -113,15 +113,5 @@ def located(evidence: Evidence, location: str, strength: str) -> AURanks:
     return replace(ranks, gain=evidence.ranks(strength).gain, header=header)
 
 
-METHODS = (
-    RandomAUs(),
-    FlippedAUs(),
-    AUSteer(),
-    SignAware(),
-    Causal(),
-    DifferenceAUs(),
-    FixedStrength(),
-    Suppress(),
-    CausalLocation(),
-    CausalSign(),
-)
+ABLATIONS = (DifferenceAUs(), FixedStrength(), Suppress(), CausalLocation(), CausalSign())
+METHODS = (RandomAUs(), FlippedAUs(), AUSteer(), SignAware(), Causal(), *ABLATIONS)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from austeer.batching import grouped
 from austeer.errors import AUSteerError
 from austeer.forward import input_device
 from austeer.plan import Plan
@@ -81,17 +82,12 @@ def _batches(
     """Return the indices of prompts that run together, the longest first: what does not fit in memory shows at once."""
     numbers = BATCH_NUMBERS.get(input_device(model).type, BATCH_NUMBERS["cuda"])[generation.new_tokens > 1]
     tokens = numbers // model.config.hidden_size
-    batches: list[list[int]] = []
-    for index in sorted(range(len(ids)), key=lambda i: (-len(ids[i]), i)):
-        room = False
-        if batches:
-            longest = len(ids[batches[-1][0]]) + generation.new_tokens
-            room = len(batches[-1]) < size if size else (len(batches[-1]) + 1) * longest <= tokens
-        if room:
-            batches[-1].append(index)
-        else:
-            batches.append([index])
-    return batches
+
+    def fits(batch: list[int]) -> bool:
+        longest = len(ids[batch[0]]) + generation.new_tokens
+        return len(batch) <= size if size else len(batch) * longest <= tokens
+
+    return grouped(sorted(range(len(ids)), key=lambda i: (-len(ids[i]), i)), fits)
 
 
 def _shared(ids: Sequence[Sequence[int]], generation: Generation, model: PreTrainedModel) -> int:

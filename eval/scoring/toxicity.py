@@ -12,14 +12,12 @@ from __future__ import annotations
 
 import json
 import os
-import urllib.error
-import urllib.request
 from collections.abc import Sequence
 from datetime import date
-from http.client import HTTPException
 from pathlib import Path
 from typing import Protocol
 
+import requests
 import torch
 from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PretrainedConfig
@@ -66,13 +64,6 @@ LAST_DAY = date(2026, 12, 31)
 INSTEAD = f"use --toxicity local:{DEFAULT_LOCAL} or --toxicity embedded, whose numbers have columns of their own"
 
 
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """Follow no redirect: the key goes to the server it was meant for and nowhere else."""
-
-    def redirect_request(self, *_) -> None:
-        return None
-
-
 class Perspective:
     """Score the whole text, or, as STA's script does, its first sentence alone.
 
@@ -90,7 +81,6 @@ class Perspective:
         self.base = os.environ.get("PERSPECTIVE_URL", GOOGLE).rstrip("/")
         if not self.base.startswith(("http://", "https://")):
             raise AUSteerError("PERSPECTIVE_URL must begin with http:// or https://")
-        self._open = urllib.request.build_opener(_NoRedirect).open
         if not self.cache.exists():
             self._key()  # a missing key should show now, not after an hour of answering
 
@@ -120,39 +110,33 @@ class Perspective:
             "languages": ["en"],  # short text is otherwise refused where its language is not recognised
             "doNotStore": True,
         }
-        http = urllib.request.Request(
-            f"{self.base}/v1alpha1/comments:analyze",
-            data=json.dumps(body).encode(),
-            headers={"Content-Type": "application/json", "x-goog-api-key": self._key()},
-        )
+        url, headers = f"{self.base}/v1alpha1/comments:analyze", {"x-goog-api-key": self._key()}
         try:
-            with self._open(http, timeout=TIMEOUT) as response:
-                toxicity = json.loads(response.read())["attributeScores"]["TOXICITY"]
-            spans = sorted(toxicity.get("spanScores") or [], key=lambda span: span["begin"])
-            answer = {
-                "summary": _share(toxicity["summaryScore"]["value"]),
-                "first_span": _share(spans[0]["score"]["value"]) if spans else None,
-            }
-        except urllib.error.HTTPError as error:
-            raise self._problem(error) from None
-        except (OSError, HTTPException) as error:
+            # no redirect: the key goes to the server it was meant for and nowhere else
+            reply = requests.post(url, json=body, headers=headers, timeout=TIMEOUT, allow_redirects=False)
+        except requests.RequestException as error:
             raise Again(f"Perspective cannot be reached ({type(error).__name__})") from None
+        if reply.status_code != 200:
+            raise self._problem(reply)
+        try:
+            toxicity = json.loads(reply.content)["attributeScores"]["TOXICITY"]
+            spans = sorted(toxicity.get("spanScores") or [], key=lambda span: span["begin"])
+            first = _share(spans[0]["score"]["value"]) if spans else None
+            return {"summary": _share(toxicity["summaryScore"]["value"]), "first_span": first}
         except (ValueError, KeyError, TypeError, AttributeError):
             raise Again("Perspective sent an answer without a score") from None
-        return answer
 
-    def _problem(self, error: urllib.error.HTTPError) -> Exception:
+    def _problem(self, reply: requests.Response) -> Exception:
         """Say what an HTTP error means. Its body tells a bad key from a bad text; it may hold the key, so it is never quoted."""
-        with error:
-            bad_key = error.code == 400 and b"API_KEY_INVALID" in error.read(65536)
-        if bad_key or error.code in (401, 403):
+        status = reply.status_code
+        if (status == 400 and b"API_KEY_INVALID" in reply.content) or status in (401, 403):
             return AUSteerError(
-                f"Perspective refused the key ({error.code}): check PERSPECTIVE_API_KEY and that its project may use "
+                f"Perspective refused the key ({status}): check PERSPECTIVE_API_KEY and that its project may use "
                 f"the Comment Analyzer API, which closes on 31 December 2026; or {INSTEAD}"
             )
-        if error.code in (404, 410) or 300 <= error.code < 400:
-            return AUSteerError(f"Perspective is not there ({error.code}); it closes on 31 December 2026: {INSTEAD}")
-        return status_problem(error.code, error.headers.get("Retry-After"), "Perspective")
+        if status in (404, 410) or 300 <= status < 400:
+            return AUSteerError(f"Perspective is not there ({status}); it closes on 31 December 2026: {INSTEAD}")
+        return status_problem(status, reply.headers.get("Retry-After"), "Perspective")
 
 
 def _share(value: float) -> float:
