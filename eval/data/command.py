@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from austeer import arguments
 from austeer.errors import AUSteerError
-from austeer.files import read_text, write_json, write_json_lines
+from austeer.files import read_json, write_json, write_json_lines
 from eval.data import read
 from eval.data.fetching import download, hub_rows, sha256
 from eval.data.read import CATALOGUE, DATASETS, SPLITS, find_file, find_folder, read_catalogue
@@ -100,11 +99,7 @@ def fetch_split(name: str, entry: dict, split: str, folder: Path) -> tuple[Path,
 
 
 def _fetched(folder: Path) -> dict[str, dict]:
-    path = folder / FETCHED
-    try:
-        return json.loads(read_text(path)) if path.exists() else {}
-    except json.JSONDecodeError as error:
-        raise AUSteerError(f"{path} is damaged ({error}); remove it, then fetch again") from None
+    return read_json(folder / FETCHED) if (folder / FETCHED).exists() else {}
 
 
 def _check(chosen: dict[str, dict], data_dir: Path, must_be_there: bool) -> int:

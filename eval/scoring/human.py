@@ -19,7 +19,7 @@ import numpy as np
 
 from austeer import arguments
 from austeer.errors import AUSteerError, run_command
-from austeer.files import read_json_lines, read_text, write_json, write_text
+from austeer.files import read_json, read_json_lines, read_text, write_json, write_text
 
 DRAWS = 10_000  # of the bootstrap
 SCALES = ("quality", "alignment")
@@ -262,7 +262,7 @@ def _cells(ratings: np.ndarray, index: int, names: Sequence[str], against: str) 
 
 
 def _read_key(path: Path) -> dict:
-    key = _json(path)
+    key = read_json(path)
     needed = ("study", "task", "seed", "raters", "systems", "prompts", "items")
     if not (isinstance(key, dict) and all(name in key for name in needed)):
         raise AUSteerError(f"{path} is not the key.json of a human export")
@@ -291,7 +291,7 @@ def _read_ratings(files: Sequence[Path], known: dict) -> dict[tuple[str, str], l
 
 
 def _read_export(path: Path) -> tuple[str, list[tuple[str, list]]]:
-    data = _json(path)
+    data = read_json(path)
     rows = data.get("ratings") if isinstance(data, dict) else None
     if not (isinstance(rows, dict) and all(isinstance(row, dict) for row in rows.values())):
         raise AUSteerError(f"{path} is not a file that the rating page exported")
@@ -368,13 +368,6 @@ def _mean(cell: dict | None, sign: str) -> str:
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
-
-
-def _json(path: Path):
-    try:
-        return json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise AUSteerError(f"{path}: not JSON ({error.msg}, column {error.colno})") from None
 
 
 if __name__ == "__main__":
