@@ -54,7 +54,7 @@ class AURanks:
         """Unpack as the authors' `all_scores, all_layer_ids, all_indices`."""
         if self.header.get("momentum") == "causal":
             raise AUSteerError(
-                "the authors' lists hold one number an AU, too few for causal ranks: use set_MFU(ranks, k, alpha)"
+                "the authors' lists have one number an AU, so causal ranks do not fit: use set_MFU(ranks, k, alpha)"
             )
         layers, width = self.score.shape
         yield self.score.flatten().tolist()
@@ -109,7 +109,7 @@ class AURanks:
         folder = Path(folder)
         site = site or folder.name
         if site not in SITES:
-            raise AUSteerError(f"{folder}: the authors' files name no site; pass site= (--site): {', '.join(SITES)}")
+            raise AUSteerError(f"{folder}: its files do not name their site; pass site= (--site): {', '.join(SITES)}")
         lists = []
         for name in AUTHORS_FILES:
             try:

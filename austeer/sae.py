@@ -86,7 +86,7 @@ class SAE:
         missing = {"W_enc", "b_enc", "W_dec", "b_dec"} - set(tensors)
         if missing or header.get("site") != SITE or not isinstance(header.get("layer"), int):
             raise AUSteerError(
-                f"{path} is no SAE of the residual stream: it needs W_enc, b_enc, W_dec, b_dec and a layer"
+                f"{path} is not an SAE of the residual stream: it needs W_enc, b_enc, W_dec, b_dec and a layer"
             )
         values = {name: tensor.float() for name, tensor in tensors.items() if name in TENSORS}
         return cls(**values, layer=header["layer"], centered=bool(header.get("centered")), header=header)

@@ -37,7 +37,7 @@ REFUSAL = "I'm sorry, but I can't assist"
 def longest_text(rules: Protocol, context: int, max_length: int | None, batch_size: int | None) -> int:
     """Check the options, and return the longest text in tokens. The authors always cut at 512."""
     if not rules.share_prompt and (batch_size is not None or max_length is not None):
-        raise AUSteerError("--protocol paper runs single texts, cut at 512 tokens: drop --batch-size and --max-length")
+        raise AUSteerError("--protocol paper runs one text at a time, cut at 512: no --batch-size, no --max-length")
     if max_length is not None and not 1 <= max_length <= context:
         raise AUSteerError(f"the longest text must be from 1 to {context} tokens (the context), not {max_length}")
     if batch_size is not None and batch_size < 1:

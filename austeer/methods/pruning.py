@@ -117,7 +117,7 @@ def _check(model: PreTrainedModel, linears: list[dict[str, nn.Linear]], sparsity
     in_linears = {id(linear.weight) for linear in everything.values()}
     fused = [name for name, w in model.base_model.layers.named_parameters() if w.dim() > 2 and id(w) not in in_linears]
     if fused:  # most of such a model would stay dense, and the reported share would hide it
-        raise AUSteerError(f"{fused[0]} holds several experts, and only Linear layers can be pruned: use a dense model")
+        raise AUSteerError(f"{fused[0]} holds several experts in one tensor; prune a model of Linear layers alone")
     if isinstance(sparsity, tuple):
         for name, linear in everything.items():
             if linear.in_features % sparsity[1]:

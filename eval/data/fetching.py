@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import urllib.request
+from http.client import HTTPException
 from pathlib import Path
 
-import requests
 from tqdm import tqdm
 
 from austeer.errors import AUSteerError, one_line
@@ -22,11 +23,12 @@ def sha256(path: Path) -> str:
 def download(url: str, path: Path, expected: str | None = None) -> None:
     """Fetch a file. expected: the SHA-256, or its beginning; a file with another is not kept."""
     try:
-        answer = requests.get(url, timeout=TIMEOUT)
-        answer.raise_for_status()
-    except requests.RequestException as error:  # also where a connection breaks off
+        with urllib.request.urlopen(
+            urllib.request.Request(url, headers={"User-Agent": "AUSteer"}), timeout=TIMEOUT
+        ) as answer:
+            content = answer.read()  # these files have a few megabytes; a connection that breaks off raises
+    except (OSError, HTTPException) as error:
         raise AUSteerError(f"cannot fetch {url} into {path}: {error}; run the same command to try again") from None
-    content = answer.content  # these files have a few megabytes
     digest = hashlib.sha256(content).hexdigest()
     if expected and not digest.startswith(expected):
         raise AUSteerError(f"{url} has SHA-256 {digest[:12]}..., not {expected[:12]}...: it was not kept; try later")

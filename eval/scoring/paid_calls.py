@@ -173,7 +173,9 @@ def ask_all(
             queue.stop.set()
             pool.shutdown(wait=True, cancel_futures=True)  # calls under way are paid for: keep their answers
     if failed:
-        raise AUSteerError(f"{len(failed)} of {len(todo)} {what} failed (last: {failed[-1]}); run again for these")
+        raise AUSteerError(
+            f"{len(failed)} of {len(todo)} {what} failed (last: {failed[-1]}); run again to repeat only these"
+        )
     return [cache[key_of(request)] for request in requests]
 
 
