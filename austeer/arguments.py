@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 
 from austeer.errors import AUSteerError
 from austeer.pairs import FIELDS
@@ -11,6 +11,11 @@ from rmodels import SITES
 
 def parent() -> ArgumentParser:
     return ArgumentParser(add_help=False)
+
+
+def parser(prog: str | None, description: str, **more) -> ArgumentParser:
+    """Make a command's parser, whose help shows its texts as they are written."""
+    return ArgumentParser(prog=prog, description=description, formatter_class=RawDescriptionHelpFormatter, **more)
 
 
 def model_options(required: bool = True, **more) -> ArgumentParser:

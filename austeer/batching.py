@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -25,18 +25,26 @@ def pair_batches(
     The longest come first, so what does not fit in memory shows at once.
     """
     tokens = TOKENS_AT_ONCE.get(device.type, 8192)
-    made: list[list[EncodedPair]] = []
-    for pair in sorted(pairs, key=lambda pair: (bool(pair.prefix), pair.cost), reverse=True):
+
+    def fits(batch: list[EncodedPair]) -> bool:
         # a batch is padded to its longest prompt and its longest tail, of which every pair has two
-        batch = [*made[-1], pair] if made else [pair]
-        padded = max(len(p.prefix) for p in batch) + 2 * max(p.tail for p in batch)
+        padded = max(len(pair.prefix) for pair in batch) + 2 * max(pair.tail for pair in batch)
         room = len(batch) <= size if size else len(batch) * padded <= tokens
         # never mixed: beside prompts, a pair without one would be a row of padding, which has no attention
-        if len(batch) > 1 and room and bool(batch[0].prefix) == bool(pair.prefix):
-            made[-1].append(pair)
+        return room and bool(batch[0].prefix) == bool(batch[-1].prefix)
+
+    return grouped(sorted(pairs, key=lambda pair: (bool(pair.prefix), pair.cost), reverse=True), fits)
+
+
+def grouped(items: Iterable[T], fits: Callable[[list[T]], bool]) -> list[list[T]]:
+    """Put neighbours together as long as their batch fits; one alone always does."""
+    batches: list[list[T]] = []
+    for item in items:
+        if batches and fits([*batches[-1], item]):
+            batches[-1].append(item)
         else:
-            made.append([pair])
-    return made
+            batches.append([item])
+    return batches
 
 
 def run_halving(

@@ -4,8 +4,8 @@
 
 A comment, a docstring, the form of an import, the file that holds a definition, and code that is not reached change
 nothing; a line of a reached definition changes the hash. Sources are read, never imported. Names that are put together
-at run time are not seen: give such classes as roots, and let a module with a lazy `__getattr__` repeat its imports
-under `if TYPE_CHECKING`.
+at run time are not seen, nor `from x import *` and annotations in quotes: give such classes as roots, and let a module
+with a lazy `__getattr__` repeat its imports under `if TYPE_CHECKING`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ import sys
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import suppress
 from functools import cache
+from pathlib import Path
+from symtable import SymbolTable, symtable
 from typing import Any, NamedTuple
 
 # top-level names whose code counts; those of the roots' own modules are added
@@ -27,14 +29,12 @@ OWN = frozenset({"austeer", "rmodels", "eval", "experiments", "embedded", "paper
 PLAIN = {"ABC", "Enum", "Flag", "Generic", "IntEnum", "IntFlag", "NamedTuple", "Protocol", "StrEnum", "TypedDict"}
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 DEFINITIONS = (*FUNCTIONS, ast.ClassDef, ast.Assign, ast.AnnAssign, ast.AugAssign)
-COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
-SCOPES = (*FUNCTIONS, ast.ClassDef, ast.Lambda, *COMPREHENSIONS)
-OUTSIDE = {"args", "bases", "decorator_list", "keywords", "returns"}  # fields evaluated outside the scope they open
 IGNORED = {"ctx", "kind", "type_comment", "type_params"}  # the last one is new in Python 3.12
 
 Root = type | Callable | str
 Dotted = tuple[str, ...]  # a.b.c
-Sources = tuple[tuple[str, Dotted], ...]  # what a name means, as (module, names inside it); () for a variable
+File = tuple[str, int, int]  # a module's path, and its state: time of change and size
+Imports = dict[str, tuple[tuple[str, Dotted], ...]]  # what a name means, as (module, names inside it)
 
 
 def code_hash(*roots: Root, cut: Collection[str] = frozenset()) -> str:
@@ -53,10 +53,7 @@ def reachable(*roots: Root, cut: Collection[str] = frozenset()) -> dict[str, str
 
 def _walk(roots: Iterable[Root], cut: Collection[str]) -> tuple[dict[str, str], str]:
     names = frozenset(map(_full_name, roots))
-    own = OWN | {name.partition(":")[0].partition(".")[0] for name in names}
-    if own not in _CODE or _CODE[own].is_stale():
-        _CODE[own] = _Code(own)
-    return _CODE[own].walk(names, frozenset(cut))
+    return _walked(names, frozenset(cut), _files({name.partition(":")[0] for name in names}))
 
 
 def _full_name(root: Root) -> str:
@@ -77,25 +74,11 @@ class _Target(NamedTuple):
 
 
 class _Code:
-    """The repository as its files are now: after a change of one of them a new object takes over."""
+    """The repository as its files are now: after a change of one of them another object takes over."""
 
-    def __init__(self, own: frozenset[str]):
-        self.own = own
-        self.places: dict[str, _Place | None] = {}
+    def __init__(self, files: frozenset[tuple[str, File | None]]):
+        self.files = dict(files)
         self.meanings: dict[tuple[str, Dotted], list[_Target]] = {}
-        self.digests: dict[str, str] = {}
-        self.walks: dict[tuple, tuple[dict[str, str], str]] = {}
-
-    def is_stale(self) -> bool:
-        today = _Code(self.own)
-        return any(today.place(module) != place for module, place in self.places.items())
-
-    def walk(self, roots: frozenset[str], cut: frozenset[str]) -> tuple[dict[str, str], str]:
-        if (roots, cut) not in self.walks:
-            stops = {".".join((target.key, *target.attributes)) for name in cut for target in self.named(name)}
-            keys = self.reach([target for name in roots for target in self.named(name)], stops)
-            self.walks[roots, cut] = {key: self.digest(key) for key in sorted(keys)}, self.hash(keys)
-        return self.walks[roots, cut]
 
     def named(self, name: str) -> list[_Target]:
         module, _, path = name.partition(":")
@@ -121,9 +104,8 @@ class _Code:
 
     def methods(self, keys: set[str], words: set[str]) -> Iterator[str]:
         """Yield the methods that may be called: by an attribute, a string, the language or a framework."""
-        classes = [key for key in keys if self.definition(key).is_class]
-        framework_classes = set().union(*map(self.framework_family, classes))
-        for key in classes:
+        framework_classes = set().union(*map(self.framework_family, keys))
+        for key in keys:
             for name in self.definition(key).methods:
                 if key in framework_classes or name in words or (name.startswith("_") and name.endswith("_")):
                     yield f"{key}.{name}"
@@ -131,7 +113,7 @@ class _Code:
     def framework_family(self, key: str) -> set[str]:
         """Return a class and its ancestors here, mixins too, if one of the bases is a framework's."""
         family: set[str] = set()
-        is_foreign, bases = False, [_Target(key)]
+        is_foreign, bases = False, [_Target(key)] if self.definition(key).is_class else []
         while bases:
             base = bases.pop()
             if not base.key or not self.definition(base.key).is_class:
@@ -139,7 +121,7 @@ class _Code:
                 is_foreign |= name not in PLAIN and not hasattr(builtins, name)
             elif base.key not in family:
                 family.add(base.key)
-                bases += self.resolve(*self.definition(base.key).bases)
+                bases += self.resolve(base.key, *self.definition(base.key).bases)
         return family if is_foreign else set()
 
     def statements(self, keys: set[str], cut: set[str]) -> Iterator[str]:
@@ -153,36 +135,40 @@ class _Code:
                 if not names & cut and any(key.startswith(f"{module}:") for key in names & keys):
                     yield f"{module}:{name}"
 
-    def hash(self, keys: set[str]) -> str:
+    def hash(self, digests: dict[str, str]) -> str:
         """Hash the set of digests, each with those of what it names, and of what that names, three steps deep.
 
         The digests alone would not tell a.f from b.f where both are used, nor whose method a method is.
         """
-        labels = {key: self.digest(key) for key in keys}
-        edges = {key: [key, *self.edges(key, keys)] for key in keys}
+        edges = {key: [key, *(target.key for target in self.targets(key) if target.key in digests)] for key in digests}
+        for key in digests:
+            methods = (f"{key}.{name}" for name in sorted(self.definition(key).methods))
+            edges[key] += [name for name in methods if name in digests]
+        labels = digests
         for _ in range(3):
-            labels = {key: _sha(" ".join(labels[name] for name in edges[key])) for key in keys}
+            labels = {key: _sha(" ".join(labels[name] for name in edges[key])) for key in digests}
         return _sha(" ".join(sorted(set(labels.values()))))
 
-    def edges(self, key: str, keys: set[str]) -> Iterator[str]:
-        """Yield what a definition names, in its order, and the methods of a class."""
-        yield from (target.key for target in self.targets(key) if target.key in keys)
-        yield from (f"{key}.{name}" for name in sorted(self.definition(key).methods) if f"{key}.{name}" in keys)
-
     def digest(self, key: str) -> str:
-        if key not in self.digests:
-            texts = [
-                piece if isinstance(piece, str) else f"<{sorted({target.text for target in self.resolve(piece)})}>"
+        return _sha(
+            "".join(
+                piece if isinstance(piece, str) else f"<{sorted({target.text for target in self.resolve(key, piece)})}>"
                 for piece in self.definition(key).pieces
-            ]
-            self.digests[key] = _sha("".join(texts))
-        return self.digests[key]
+            )
+        )
 
     def targets(self, key: str) -> list[_Target]:
-        return self.resolve(*self.definition(key).names)
+        return self.resolve(key, *(piece for piece in self.definition(key).pieces if isinstance(piece, tuple)))
 
-    def resolve(self, *names: Sources) -> list[_Target]:
-        return [target for sources in names for module, path in sources for target in self.follow(module, path)]
+    def resolve(self, key: str, *paths: Dotted) -> list[_Target]:
+        """Return what paths mean inside a definition, which may import names of its own."""
+        module, imports = key.partition(":")[0], self.definition(key).imports
+        return [
+            target
+            for name, *rest in paths
+            for where, path in imports.get(name, ((module, (name,)),))
+            for target in self.follow(where, (*path, *rest))
+        ]
 
     def follow(self, module: str, path: Dotted) -> list[_Target]:
         """Return what a path means in a module, behind all imports."""
@@ -192,19 +178,16 @@ class _Code:
         return self.meanings[module, path]
 
     def _follow(self, module: str, path: Dotted) -> list[_Target]:
-        place = self.place(module)
-        if not place:
+        if module not in self.files:
             return [_Target(None, ".".join((module, *path)))]
         code = self.module(module)
         if not path:  # a module as a value: whoever has it may use all of it
             return [_Target(f"{module}:{name}", module.rpartition(".")[2]) for name in code.definitions]
         name, rest = path[0], path[1:]
         targets = [_Target(f"{module}:{name}", ".".join(path), rest)] if name in code.definitions else []
-        targets += self.resolve(_extended(code.imports.get(name, ()), rest))
-        if not targets:  # from other import *
-            others = self.resolve(tuple((other, path) for other, _ in code.imports.get("*", ())))
-            targets = [target for target in others if target.key]
-        if not targets and place.folders and self.place(f"{module}.{name}"):
+        for source, inside in code.imports.get(name, ()):
+            targets += self.follow(source, (*inside, *rest))
+        if not targets and f"{module}.{name}" in self.files:
             targets = self.follow(f"{module}.{name}", rest)
         return targets or [_Target(None, ".".join(path), rest)]
 
@@ -213,149 +196,128 @@ class _Code:
         return self.module(module).definitions[name]
 
     def module(self, name: str) -> _Module:
-        return _module(name, self.place(name))
-
-    def place(self, module: str) -> _Place | None:
-        if module.partition(".")[0] not in self.own:
-            return None
-        if module not in self.places:
-            package = self.place(module.rpartition(".")[0]) if "." in module else None
-            self.places[module] = _find(module, package.folders if package else ())
-        return self.places[module]
+        return _module(name, self.files[name])
 
 
-_CODE: dict[frozenset[str], _Code] = {}
+_code = cache(_Code)
 
 
-class _Place(NamedTuple):
-    """Where a module is, and the state of its file."""
+@cache
+def _walked(roots: frozenset[str], cut: frozenset[str], files: frozenset) -> tuple[dict[str, str], str]:
+    code = _code(files)
+    stops = {".".join((target.key, *target.attributes)) for name in cut for target in code.named(name)}
+    keys = code.reach([target for name in roots for target in code.named(name)], stops)
+    digests = {key: code.digest(key) for key in sorted(keys)}
+    return digests, code.hash(digests)
 
-    file: str | None  # None for a folder without __init__.py
-    folders: tuple[str, ...]  # of a package
-    stamp: tuple[int, int] | None
 
-
-def _find(module: str, folders: tuple[str, ...]) -> _Place | None:
-    """Find a module in the folders of its package, or by import where it is in none."""
-    paths = [f"{folder}/{module.rpartition('.')[2]}" for folder in folders]
-    files = [choice for path in paths for choice in ((f"{path}/__init__.py", (path,)), (f"{path}.py", ()))]
-    if "." not in module:  # find_spec of a dotted name would run the package
+def _files(roots: set[str]) -> frozenset[tuple[str, File | None]]:
+    """Return the modules whose code counts, with their files: None for a folder without __init__.py."""
+    paths = {root: getattr(sys.modules.get(root), "__file__", None) for root in roots}  # if it was loaded by its path
+    folders: set[str] = set()
+    for name in OWN | {root.partition(".")[0] for root in roots}:
         with suppress(ValueError):  # scripts have no spec
-            if spec := importlib.util.find_spec(module):
-                paths = list(spec.submodule_search_locations or ())
-                files = [(spec.origin, tuple(paths))]
-    files.append((getattr(sys.modules.get(module), "__file__", None), ()))  # loaded by its path
-    for file, inside in files:
-        if file and file.endswith(".py") and os.path.exists(file):
-            status = os.stat(file)
-            return _Place(file, inside, (status.st_mtime_ns, status.st_size))
-    namespace = tuple(filter(os.path.isdir, paths))
-    return _Place(None, namespace, None) if namespace else None
+            if spec := importlib.util.find_spec(name):  # of a dotted name it would run the package
+                paths[name] = spec.origin
+                for top in spec.submodule_search_locations or ():
+                    for folder, _, files in os.walk(top):
+                        package = ".".join([name, *Path(folder).relative_to(top).parts])
+                        folders.add(package)
+                        for file in files:
+                            paths[f"{package}.{file}".removesuffix(".py").removesuffix(".__init__")] = (
+                                f"{folder}/{file}"
+                            )
+    there = ((name, path, os.stat(path)) for name, path in paths.items() if path and path.endswith(".py"))
+    found = {name: (path, state.st_mtime_ns, state.st_size) for name, path, state in there}
+    return frozenset((dict.fromkeys(folders) | found).items())
 
 
 class _Module:
     """What a file defines and imports."""
 
-    def __init__(self, name: str, place: _Place):
-        self.name, self.package = name, name if place.folders else name.rpartition(".")[0]
+    def __init__(self, name: str, file: File | None):
+        is_package = file is not None and file[0].endswith("__init__.py")
+        self.package = name if is_package else name.rpartition(".")[0]
         self.definitions: dict[str, _Definition] = {}
         self.statements: list[str] = []  # names of those that do more than define
-        body = _parse(place.file) if place.file else []
-        self.imports = _imports(_inside(body), self.package)
+        source = Path(file[0]).read_text(encoding="utf-8") if file else ""
+        self.lines, body = source.split("\n"), ast.parse(source).body
+        blocks = [statement for statement in body if not isinstance(statement, (*FUNCTIONS, ast.ClassDef))]
+        self.imports = _imports(blocks, self.package)
         for statement in body:
             if not _is_idle(statement):
                 self.add(statement)
 
     def add(self, statement: ast.stmt) -> None:
         """Index a statement by the names it binds. A block or a loop counts as a whole for each of its names."""
-        names = set(_bound(_inside([statement])))
+        names, functions = _bound(statement), []
         if not names or not isinstance(statement, DEFINITIONS):
             self.statements.append(f"<statement {len(self.statements) + 1}>")
             names.add(self.statements[-1])
+        if isinstance(statement, ast.ClassDef):
+            functions = [item for item in statement.body if isinstance(item, FUNCTIONS)]
+            statement.body = [item for item in statement.body if not isinstance(item, FUNCTIONS)]
+        methods = frozenset(function.name for function in functions)
         for name in names:
-            if isinstance(statement, ast.ClassDef):
-                self.add_class(self.definition(name), statement)
-            else:
-                self.definition(name).write(statement, {})
-
-    def add_class(self, definition: _Definition, node: ast.ClassDef) -> None:
-        definition.is_class = True
-        functions = [item for item in node.body if isinstance(item, FUNCTIONS)]
-        node.body = [item for item in node.body if not isinstance(item, FUNCTIONS)]
-        definition.write(node, {})
+            self.write(name, statement, methods)
         for function in functions:
-            definition.methods.add(function.name)
-            self.definition(f"{node.name}.{function.name}").write(function, {})
-        for base in node.bases:
-            path = _path(base.value if isinstance(base, ast.Subscript) else base)  # Generic[T]
-            definition.bases.append(definition.sources(path or ("unknown",), {}))
-        names = {path[0] for sources in definition.names for _, path in sources if path}
-        definition.words |= definition.methods & names  # a class body says `other_name = method`
+            self.write(f"{statement.name}.{function.name}", function)
 
-    def definition(self, name: str) -> _Definition:
-        return self.definitions.setdefault(name, _Definition(self.name, self.package))
+    def write(self, name: str, node: ast.stmt, methods: frozenset[str] = frozenset()) -> None:
+        definition = self.definitions.setdefault(name, _Definition())
+        definition.imports |= (imports := _imports([node], self.package))
+        definition.write(node, _not_local(self.table(node), methods) | imports.keys() | methods)
+        if isinstance(node, ast.ClassDef):
+            definition.is_class, definition.methods = True, definition.methods | methods
+            # a class body says `other_name = method`
+            definition.words |= methods & {piece[0] for piece in definition.pieces if isinstance(piece, tuple)}
+            bases = (base.value if isinstance(base, ast.Subscript) else base for base in node.bases)  # Generic[T]
+            definition.bases += [_path(base) or ("unknown",) for base in bases]
+
+    def table(self, node: ast.stmt) -> SymbolTable:
+        """Return the scopes of a statement as Python sees them: which names are variables of their own."""
+        first = min(part.lineno for part in (node, *getattr(node, "decorator_list", ())))
+        source = "\n".join(["if 1:" if node.col_offset else "", *self.lines[first - 1 : node.end_lineno]])
+        return symtable(source, "", "exec")
 
 
 _module = cache(_Module)
 
 
-def _parse(file: str) -> list[ast.stmt]:
-    with open(file, "rb") as source:
-        return ast.parse(source.read(), file).body
-
-
 class _Definition:
     """The statements that make up one name: text, with the names in it that others give a meaning."""
 
-    def __init__(self, module: str, package: str):
-        self.module, self.package = module, package
-        self.pieces: list[str | Sources] = []
-        self.names: list[Sources] = []
+    def __init__(self) -> None:
+        self.pieces: list[str | Dotted] = []
+        self.imports: Imports = {}  # inside it
         self.words: set[str] = set()  # attributes and strings: each may name a method
         self.is_class = False
-        self.bases: list[Sources] = []
+        self.bases: list[Dotted] = []
         self.methods: set[str] = set()
 
-    def write(self, node: Any, scope: dict[str, Sources]) -> None:
+    def write(self, node: Any, variables: set[str]) -> None:
         """Write a node or a constant, the same in every version of Python, unlike ast.dump."""
         path = _path(node)
-        if path and scope.get(path[0]) != ():
-            self.names.append(self.sources(path, scope))
-            self.pieces.append(self.names[-1])
-        elif isinstance(node, ast.AST):
-            self.pieces.append(f"{type(node).__name__}(")
-            self.write_fields(node, scope)
-            self.pieces.append(")")
-        else:
+        if path and path[0] in variables:
+            self.pieces.append(path)
+            return
+        if not isinstance(node, ast.AST):
             self.pieces.append(f"{node!a},")
-
-    def sources(self, path: Dotted, scope: dict[str, Sources]) -> Sources:
-        return _extended(scope.get(path[0], ((self.module, path[:1]),)), path[1:])
-
-    def write_fields(self, node: ast.AST, scope: dict[str, Sources]) -> None:
-        inner_scope = scope
-        if isinstance(node, (*FUNCTIONS, ast.Lambda)):
-            inner_scope = {**scope, **_variables(node, self.package)}
-        elif isinstance(node, ast.ClassDef):
-            inner_scope = {**scope, **_imports(_inside(node.body), self.package)}
-        elif isinstance(node, COMPREHENSIONS):
-            self.write(node.generators[0].iter, scope)  # once more, since it is evaluated outside
-            targets = _inside(part.target for part in node.generators)
-            inner_scope = {**scope, **dict.fromkeys(_bound(targets), ())}
-        elif isinstance(node, ast.Attribute):
-            self.words.add(node.attr)
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-            self.words.add(node.value)
+            return
+        word = getattr(node, "attr", getattr(node, "value", None))
+        if isinstance(word, str):
+            self.words.add(word)
+        self.pieces.append(f"{type(node).__name__}(")
         for field in node._fields:
             value = getattr(node, field, None)
             items = [item for item in (value if isinstance(value, list) else [value]) if not _is_idle(item)]
             if isinstance(node, ast.JoinedStr):  # Python 3.12 puts empty strings into format specifications
-                items = [item for item in items if not (isinstance(item, ast.Constant) and item.value == "")]
+                items = [item for item in items if getattr(item, "value", None) != ""]
             if items and value is not None and field not in IGNORED:
                 self.pieces.append(f"{field}=")
                 for item in items:
-                    part = _unquoted(item) if field in ("annotation", "returns") else item
-                    self.write(part, scope if field in OUTSIDE else inner_scope)
+                    self.write(item, variables)
+        self.pieces.append(")")
 
 
 def _path(node: Any) -> Dotted:
@@ -367,15 +329,28 @@ def _path(node: Any) -> Dotted:
     return (node.id, *reversed(names)) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) else ()
 
 
-def _extended(sources: Sources, names: Dotted) -> Sources:
-    return tuple((module, (*path, *names)) for module, path in sources)
+def _bound(statement: ast.stmt) -> set[str]:
+    """Return the names that a statement binds in its module, other than by an import."""
+    if isinstance(statement, (*FUNCTIONS, ast.ClassDef)):
+        return {statement.name}
+    nodes = list(ast.walk(statement))
+    variables = {name for node in nodes if isinstance(node, ast.comprehension) for name in ast.walk(node.target)}
+    stored = {node for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    return {node.id for node in stored - variables} | {
+        node.name for node in nodes if isinstance(node, (*FUNCTIONS, ast.ClassDef))
+    }
 
 
-def _unquoted(annotation: Any) -> Any:
-    if isinstance(annotation, ast.Constant) and isinstance(annotation.value, str):
-        with suppress(SyntaxError):
-            return ast.parse(annotation.value, mode="eval").body
-    return annotation
+def _not_local(table: SymbolTable, methods: frozenset[str] = frozenset()) -> set[str]:
+    """Return the names that a statement takes from elsewhere, in all its scopes but those of the methods."""
+    # Python 3.12 adds the variables of comprehensions to the scope around them: assigned, so that these must not count
+    names = {
+        symbol.get_name()
+        for symbol in table.get_symbols()
+        if (symbol.is_referenced() and not symbol.is_assigned() if table.get_type() == "module" else symbol.is_global())
+    }
+    scopes = (scope for scope in table.get_children() if scope.get_name() not in methods)
+    return names.union(*(_not_local(scope, methods) for scope in scopes))
 
 
 def _is_idle(node: Any) -> bool:
@@ -384,26 +359,9 @@ def _is_idle(node: Any) -> bool:
     return is_constant or isinstance(node, (ast.Import, ast.ImportFrom, ast.Pass))
 
 
-def _variables(function: ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda, package: str) -> dict[str, Sources]:
-    """Return the names that are the function's own, with the sources of those it imports."""
-    nodes = list(_inside(function.body if isinstance(function.body, list) else [function.body]))
-    arguments = (node.arg for node in ast.iter_child_nodes(function.args) if isinstance(node, ast.arg))
-    not_own = {name for node in nodes if isinstance(node, ast.Global) for name in node.names}
-    return {**dict.fromkeys({*arguments, *_bound(nodes)} - not_own, ()), **_imports(nodes, package)}
-
-
-def _bound(nodes: Iterable[ast.AST]) -> Iterator[str]:
-    """Yield the names that the nodes of a scope bind, other than by an import."""
-    for node in nodes:
-        if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load):
-            yield node.id
-        elif isinstance(node, (*FUNCTIONS, ast.ClassDef, ast.ExceptHandler)) and node.name:
-            yield node.name
-
-
-def _imports(nodes: Iterable[ast.AST], package: str) -> dict[str, Sources]:
-    imports: dict[str, Sources] = {}
-    for node in nodes:
+def _imports(nodes: Iterable[ast.AST], package: str) -> Imports:
+    imports: Imports = {}
+    for node in (inner for outer in nodes for inner in ast.walk(outer)):
         for alias in node.names if isinstance(node, (ast.Import, ast.ImportFrom)) else ():
             name = alias.asname or alias.name
             if isinstance(node, ast.ImportFrom):
@@ -416,16 +374,6 @@ def _imports(nodes: Iterable[ast.AST], package: str) -> dict[str, Sources]:
                 source = name, ()
             imports[name] = (*imports.get(name, ()), source)
     return imports
-
-
-def _inside(nodes: Iterable[ast.AST]) -> Iterator[ast.AST]:
-    """Yield the nodes of a scope: not those within its functions, classes and comprehensions."""
-    todo = list(nodes)
-    while todo:
-        node = todo.pop()
-        yield node
-        if not isinstance(node, SCOPES):
-            todo += ast.iter_child_nodes(node)
 
 
 def _sha(text: str) -> str:

@@ -39,10 +39,14 @@ def one_of(table: dict[str, T], name: str, what: str) -> T:
     return table[name]
 
 
+def first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def one_line(error: Exception) -> str:
     """Return an error as one line, with its type unless it is the user's mistake."""
-    line = (str(error).strip().splitlines() or [""])[0]
-    return line if isinstance(error, AUSteerError) else f"{type(error).__name__}: {line}".removesuffix(": ")
+    named = isinstance(error, AUSteerError) or not str(error).strip()
+    return first_line(error) if named else f"{type(error).__name__}: {first_line(error)}"
 
 
 def run_command(command: Callable[[], int | None]) -> None:

@@ -99,12 +99,9 @@ class Evidence:
     def _nonlinearities(self, read: Callable[[Tensor], Tensor]) -> Iterator[dict[tuple[str, int], list[Tensor]]]:
         """Do as `read_at` does, at a place without a gate, since nothing steers there."""
         collected: dict[tuple[str, int], list[Tensor]] = defaultdict(list)
-
-        def look(layer: int) -> Callable:
-            return lambda module, args, out: collected["act_fn", layer].append(read(out))
-
         with ExitStack() as undo:
             for gate, layer in zip(gates(self.model, "neuron"), self.model.base_model.layers, strict=True):
-                hook = layer.mlp.act_fn.register_forward_hook(look(gate.layer))
+                rows = collected["act_fn", gate.layer]
+                hook = layer.mlp.act_fn.register_forward_hook(lambda act, x, out, rows=rows: rows.append(read(out)))
                 undo.callback(hook.remove)
             yield collected

@@ -54,6 +54,13 @@ def read_json_lines(path: Path) -> Iterator[tuple[int, Any]]:
                 raise AUSteerError(f"{path}, line {number}: not JSON ({error.msg}, column {error.colno})") from None
 
 
+def read_json(path: Path) -> Any:
+    try:
+        return json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise AUSteerError(f"{path}: not JSON ({error.msg}, column {error.colno})") from None
+
+
 def read_text(path: Path) -> str:
     try:
         # utf-8-sig: spreadsheets put a byte-order mark in front

@@ -75,9 +75,7 @@ def fingerprint(model: nn.Module) -> str | None:
     reordering them shows, too. None for a model whose weights are not all in memory. The result is kept per model until
     a weight is written to or replaced, because plans are checked every time they are applied.
     """
-    state = tuple(
-        (weight.data_ptr(), None if weight.is_inference() else weight._version) for weight in model.parameters()
-    )
+    state = tuple((w.data_ptr(), None if w.is_inference() else w._version) for w in model.parameters())
     if model not in _fingerprints or _fingerprints[model][0] != state:
         _fingerprints[model] = (state, _fingerprint(model))
     return _fingerprints[model][1]

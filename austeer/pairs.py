@@ -34,9 +34,7 @@ def read_pairs(path: str | Path, fields: Sequence[str] = FIELDS, check: bool = T
     """
     rows = _read(Path(path), fields)
     if not rows:
-        raise AUSteerError(
-            f'{path} holds no pairs; write one per line: {{"prompt": ..., "positive": ..., "negative": ...}}'
-        )
+        raise AUSteerError(f'{path} holds no pairs; write lines: {{"prompt": ..., "positive": ..., "negative": ...}}')
     pairs = [Pair(*row) for _, row in rows]
     if check:
         check_pairs(pairs, [f"{path}, line {line}" for line, _ in rows])
@@ -99,9 +97,7 @@ def pairs_hash(pairs: Iterable[Sequence[str]]) -> str:
 
 def _json_rows(text: str, path: Path, fields: Sequence[str]) -> Iterable[tuple[int, Sequence]]:
     if _is_array_of_rows(text):
-        yield from (
-            (number, _row(row, fields, f"{path}, row {number}")) for number, row in enumerate(json.loads(text), 1)
-        )
+        yield from ((n, _row(row, fields, f"{path}, row {n}")) for n, row in enumerate(json.loads(text), 1))
         return
     for number, row in read_json_lines(path):
         yield number, _row(row, fields, f"{path}, line {number}")

@@ -98,15 +98,14 @@ class Plan:
         for site in set(self.sites) & set(other.sites):
             if self.shape(site) != other.shape(site):
                 raise AUSteerError(
-                    f"the plans are for different models: {self.shape(site)} and {other.shape(site)} AUs at {site}"
+                    f"the plans are for different models: {self.shape(site)} and {other.shape(site)} AUs"
                 )
         keys = ("model", "family", "fingerprint", "precision")
         origin = {key: self.header.get(key) or other.header.get(key) for key in keys}
         for header in (self.header, other.header):
             if header.get("fingerprint") not in (None, origin["fingerprint"]):
-                raise AUSteerError(
-                    f"the plans are for different models: {self.header.get('model')} and {other.header.get('model')}"
-                )
+                models = f"{self.header.get('model')} and {other.header.get('model')}"
+                raise AUSteerError(f"the plans are for different models: {models}")
         parts = [part for plan in (self, other) for part in plan.header.get("sum_of") or [plan.header]]
         rest = [{key: value for key, value in part.items() if key not in origin} for part in parts]
         header = origin | {"sum_of": rest}
@@ -120,12 +119,8 @@ class Plan:
                 shapes[f"{kind}.{site}"] = list(values.shape)
                 tensors[f"{kind}.{site}.units"] = values.flatten().nonzero().squeeze(1).to(torch.int32)
                 tensors[f"{kind}.{site}.values"] = values.flatten()[values.flatten() != 0].contiguous()
-        metadata = {
-            "format": FORMAT,
-            "tokens": self.tokens,
-            "shapes": json.dumps(shapes),
-            "header": json.dumps(self.header),
-        }
+        metadata = {"format": FORMAT, "tokens": self.tokens}
+        metadata |= {"shapes": json.dumps(shapes), "header": json.dumps(self.header)}
         write_tensors(Path(path), tensors, metadata)
 
     @classmethod

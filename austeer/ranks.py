@@ -13,11 +13,10 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from austeer.errors import AUSteerError
 from austeer.files import read_tensors, write_tensors
-from austeer.identity import check_made_for
 from rmodels import SITES
 
 FORMAT = "austeer-ranks-1"
@@ -55,7 +54,7 @@ class AURanks:
         """Unpack as the authors' `all_scores, all_layer_ids, all_indices`."""
         if self.header.get("momentum") == "causal":
             raise AUSteerError(
-                "the authors' lists hold one number per AU, so causal ranks do not fit: use set_MFU(ranks, k, alpha)"
+                "the authors' lists have one number an AU, so causal ranks do not fit: use set_MFU(ranks, k, alpha)"
             )
         layers, width = self.score.shape
         yield self.score.flatten().tolist()
@@ -110,9 +109,7 @@ class AURanks:
         folder = Path(folder)
         site = site or folder.name
         if site not in SITES:
-            raise AUSteerError(
-                f"{folder}: the authors' files do not name their site; pass site= (--site): {', '.join(SITES)}"
-            )
+            raise AUSteerError(f"{folder}: its files do not name their site; pass site= (--site): {', '.join(SITES)}")
         lists = []
         for name in AUTHORS_FILES:
             try:
@@ -135,15 +132,10 @@ class AURanks:
         # an index is the window [dim, dim + 1)
         dims = torch.tensor([int(window[0] if hasattr(window, "__len__") else window) for window in all_indices])
         if not len(scores) == len(layers) == len(dims) or len(scores) == 0:
-            raise AUSteerError(
-                "the authors' three lists are empty or differ in length: give the files of one set of ranks"
-            )
+            raise AUSteerError("the authors' three lists are empty or differ in length: give one set's files")
         grid = torch.zeros(int(layers.max()) + 1, int(dims.max()) + 1)
         if grid.numel() != len(scores):
-            raise AUSteerError(
-                f"{len(scores)} scores do not fill {grid.shape[0]} layers of {grid.shape[1]} AUs: give the files of one set of "
-                "ranks"
-            )
+            raise AUSteerError(f"{len(scores)} scores do not fill {grid.shape[0]} layers of {grid.shape[1]} AUs")
         grid[layers, dims] = scores.float()
         return cls(site, grid, grid.clone(), {}, header or {})
 
@@ -153,6 +145,3 @@ class AURanks:
         folder.mkdir(parents=True, exist_ok=True)
         for name, values in zip(AUTHORS_FILES, self, strict=True):
             torch.save(values, folder / name)
-
-    def check_model(self, model: nn.Module) -> None:
-        check_made_for(model, {self.site: tuple(self.score.shape)}, self.header, "these ranks were")

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from austeer.errors import AUSteerError, missing_extra
+from austeer.errors import AUSteerError, first_line, missing_extra
 from austeer.evidence import Evidence
 from austeer.files import read_tensors, write_tensors
 from austeer.forward import PairTexts, tapped
@@ -98,12 +98,14 @@ class SAE:
 def find_sae(evidence: Evidence, name: str | None = None) -> SAE:
     """Return the SAE of this name, checked against the model and on its device; without a name, the checkpoint's own."""
     model = evidence.model
+    name = name or files_beside(model).get("sae")
     if name is None:
-        sae = _beside_weights(model)
-    elif Path(name).suffix == ".safetensors" or Path(name).exists():
-        sae = SAE.load(name)
-    else:
-        sae = from_sae_lens(name)
+        raise AUSteerError(
+            "this method needs a sparse autoencoder of the model: give --option sta.sae=FILE, a file or RELEASE/ID of "
+            "sae-lens, such as gemma-scope-9b-it-res/layer_20/width_16k/average_l0_91"
+        )
+    is_file = Path(name).suffix == ".safetensors" or Path(name).exists()
+    sae = SAE.load(name) if is_file else from_sae_lens(name)
     layers, width = site_shape(model, SITE)
     if sae.W_enc.shape[0] != width or not 0 <= sae.layer < layers:
         raise AUSteerError(
@@ -126,15 +128,6 @@ def files_beside(model: PreTrainedModel) -> dict[str, Path]:
     return {"sae": file} if file.exists() else {}
 
 
-def _beside_weights(model: PreTrainedModel) -> SAE:
-    for file in files_beside(model).values():
-        return SAE.load(file)
-    raise AUSteerError(
-        "this method needs a sparse autoencoder of the model: give --option sta.sae=FILE, a file or RELEASE/ID of "
-        "sae-lens, such as gemma-scope-9b-it-res/layer_20/width_16k/average_l0_91"
-    )
-
-
 def from_sae_lens(name: str) -> SAE:
     """Load RELEASE/ID of sae-lens, which downloads it if need be."""
     release, _, sae_id = name.partition("/")
@@ -147,8 +140,7 @@ def from_sae_lens(name: str) -> SAE:
     try:
         theirs = sae_lens.SAE.from_pretrained(release, sae_id)
     except (ValueError, OSError, KeyError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise AUSteerError(f"sae-lens cannot load {name}: {reason}") from error
+        raise AUSteerError(f"sae-lens cannot load {name}: {first_line(error)}") from error
     return convert(theirs, name)
 
 
@@ -165,9 +157,7 @@ def convert(theirs, name: str) -> SAE:
     # the input of a layer is the output of the one before
     layer = int(place[1]) - (place[2] == "pre") if place else -1
     if layer < 0:
-        raise AUSteerError(
-            f"{name} reads {hook or 'an unnamed place'}; use an SAE of the output of a layer (resid_post)"
-        )
+        raise AUSteerError(f"{name} reads {hook or 'an unnamed place'}; use an SAE of a layer's output (resid_post)")
     values = {key: getattr(theirs, key).detach().float() for key in TENSORS if kind == "jumprelu" or key != "threshold"}
     header = {"source": name, "model": config.metadata.model_name}
     return SAE(**values, layer=layer, centered=bool(config.apply_b_dec_to_input), header=header)

@@ -37,13 +37,9 @@ REFUSAL = "I'm sorry, but I can't assist"
 def longest_text(rules: Protocol, context: int, max_length: int | None, batch_size: int | None) -> int:
     """Check the options, and return the longest text in tokens. The authors always cut at 512."""
     if not rules.share_prompt and (batch_size is not None or max_length is not None):
-        raise AUSteerError(
-            "--protocol paper runs one text at a time, cut at 512 tokens: leave out --batch-size and --max-length"
-        )
+        raise AUSteerError("--protocol paper runs one text at a time, cut at 512: no --batch-size, no --max-length")
     if max_length is not None and not 1 <= max_length <= context:
-        raise AUSteerError(
-            f"the longest text must be from 1 to {context} tokens (the model's context), not {max_length}"
-        )
+        raise AUSteerError(f"the longest text must be from 1 to {context} tokens (the context), not {max_length}")
     if batch_size is not None and batch_size < 1:
         raise AUSteerError(f"the batch size must be at least 1, not {batch_size}")
     return rules.cut_at or max_length or context
@@ -89,7 +85,7 @@ def encode(
             n_equal += 1
         elif protocol.share_prompt:
             # each text keeps at least one token in its tail: activations are read at the last one
-            shared = min(_common(positive, negative), len(positive) - 1, len(negative) - 1)
+            shared = min(common_length(positive, negative), len(positive) - 1, len(negative) - 1)
             encoded.append(EncodedPair(positive[:shared], positive[shared:], negative[shared:]))
         else:
             encoded.append(EncodedPair((), positive, negative))
@@ -102,10 +98,10 @@ def _texts(pair: Pair, protocol: Protocol) -> tuple[str, str]:
     return (positive if is_refusal else prompt + positive), prompt + negative
 
 
-def _common(positive: tuple[int, ...], negative: tuple[int, ...]) -> int:
+def common_length(some: Sequence[int], others: Sequence[int]) -> int:
     """Return the length of the longest common prefix."""
-    differ = (i for i, (a, b) in enumerate(zip(positive, negative, strict=False)) if a != b)
-    return next(differ, min(len(positive), len(negative)))
+    differ = (i for i, (a, b) in enumerate(zip(some, others, strict=False)) if a != b)
+    return next(differ, min(len(some), len(others)))
 
 
 def _cut_prompt(
@@ -116,7 +112,7 @@ def _cut_prompt(
     if excess <= 0:
         return positive, negative
     lead = int(positive[0] in tokenizer.all_special_ids)
-    shared = _common(positive, negative)
+    shared = common_length(positive, negative)
     if lead + excess > shared:
         raise AUSteerError(f"pair {index}: an answer is longer than the context of {limit} tokens allows; shorten it")
     return tuple(ids[:lead] + ids[lead + excess :] for ids in (positive, negative))

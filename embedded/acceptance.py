@@ -97,15 +97,8 @@ def main() -> None:
         task, seed = record["task"], record["seed"]
         skill = measure(*load(folder), task, tasks.items(task, "validation", 1000))
         passed = skill.tagged >= REQUIRED
-        rows.append(
-            {
-                "task": task,
-                "seed": seed,
-                **asdict(skill),
-                "passes_gate": passed,
-                **{key: record[key] for key in ("steps", "truth_steps", "cpu_seconds", "sha256")},
-            }
-        )
+        training = {key: record[key] for key in ("steps", "truth_steps", "cpu_seconds", "sha256")}
+        rows.append({"task": task, "seed": seed, **asdict(skill), "passes_gate": passed, **training})
         print(
             f"{task:8}{seed:6}{skill.vanilla:10.3f}{skill.tagged:10.3f}{skill.hasty:10.3f}  {'yes' if passed else 'NO'}"
         )

@@ -84,18 +84,11 @@ def make(task: str, seed: int = 0, steps: int = STEPS, documents: int = DOCUMENT
     sae = train(h, seed, steps, f"{task} seed {seed}").to(torch.float16)  # the stored precision
     held_out = activations(model, ids, task, Random(f"{task} sae held out {seed}"), HELD_OUT)
     sae.header.update({name: value for name, value in model_header(model).items() if name not in ("gates", "revision")})
-    sae.header.update(quality(sae.to(torch.float32), held_out))
     sae.header.update(
-        {
-            "trained_on": f"{documents} documents of {task}, split train",
-            "tokens": len(h),
-            "latents": LATENTS,
-            "seed": seed,
-            "steps": steps,
-            "penalty": PENALTY,
-            "cpu_seconds": round(time.process_time() - started),
-        }
+        quality(sae.to(torch.float32), held_out), latents=LATENTS, seed=seed, steps=steps, penalty=PENALTY
     )
+    sae.header.update(trained_on=f"{documents} documents of {task}, split train", tokens=len(h))
+    sae.header["cpu_seconds"] = round(time.process_time() - started)
     return sae
 
 

@@ -28,7 +28,7 @@ from scipy.stats import rankdata
 from tqdm import tqdm
 
 from austeer.errors import AUSteerError, run_command
-from austeer.files import read_tensors, write_tensors
+from austeer.files import read_json_lines, read_tensors, write_tensors
 
 FORMAT = "austeer-toxicity-1"
 WEIGHTS = Path(__file__).with_name("toxicity.safetensors")
@@ -96,9 +96,7 @@ def train(rows: Sequence[dict]) -> tuple[np.ndarray, float, dict]:
     """
     rows = [row for row in rows if row["continuation_toxicity"] is not None]
     if len(rows) < 10 * FOLDS:
-        raise AUSteerError(
-            f"{len(rows)} scored rows are too few to train a toxicity scorer; give at least {10 * FOLDS}"
-        )
+        raise AUSteerError(f"{len(rows)} scored rows are too few to train a scorer; give at least {10 * FOLDS}")
     x = features([row["continuation"] for row in rows] + [row["prompt"] for row in rows])
     y = np.array([row["continuation_toxicity"] for row in rows] + [row["prompt_toxicity"] for row in rows])
     fold = np.random.default_rng(SEED).integers(0, FOLDS, len(rows))
@@ -110,26 +108,20 @@ def train(rows: Sequence[dict]) -> tuple[np.ndarray, float, dict]:
     cut = best_threshold(held_out, toxic)
     weights, bias = fit(x, y)
     measured = {
-        "rows": len(rows),
         "held_out_auroc": round(auroc(held_out, toxic), 4),
         "held_out_accuracy": round(float(((held_out > cut) == toxic).mean()), 4),
         "threshold_before_calibration": round(float(expit(cut)), 4),
-        "buckets": BUCKETS,
-        "l2": L2,
-        "folds": FOLDS,
-        "seed": SEED,
     }
-    return weights, float(bias - cut), measured
+    recipe = {"rows": len(rows), "buckets": BUCKETS, "l2": L2, "folds": FOLDS, "seed": SEED}
+    return weights, float(bias - cut), measured | recipe
 
 
 def auroc(scores: Sequence[float], toxic: Sequence[bool]) -> float:
     """Return the chance that a toxic text scores above one that is not; a tie counts half."""
     ranks, toxic = rankdata(scores), np.asarray(toxic, dtype=bool)
     positives = int(toxic.sum())
-    negatives = len(toxic) - positives
-    if not positives or not negatives:
-        return float("nan")
-    return float((ranks[toxic].sum() - positives * (positives + 1) / 2) / (positives * negatives))
+    pairs = positives * (len(toxic) - positives)
+    return float((ranks[toxic].sum() - positives * (positives + 1) / 2) / pairs) if pairs else float("nan")
 
 
 def best_threshold(scores: Sequence[float], toxic: Sequence[bool]) -> float:
@@ -145,7 +137,6 @@ def best_threshold(scores: Sequence[float], toxic: Sequence[bool]) -> float:
 def flat_rows(path: Path) -> list[dict]:
     """Read RealToxicityPrompts' nested lines as flat rows. A score may be None."""
     try:
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
         return [
             {
                 "prompt": line["prompt"]["text"],
@@ -154,11 +145,9 @@ def flat_rows(path: Path) -> list[dict]:
                 "continuation_toxicity": line["continuation"]["toxicity"],
                 "challenging": bool(line.get("challenging")),
             }
-            for line in lines
+            for _, line in read_json_lines(path)
         ]
-    except OSError:
-        raise AUSteerError(f"no such file: {path}; --data-dir is the folder that holds toxicity/") from None
-    except (ValueError, KeyError, TypeError):
+    except (KeyError, TypeError):
         raise AUSteerError(f"{path} is not RealToxicityPrompts in JSON lines; download it again") from None
 
 

@@ -129,14 +129,8 @@ def train(task: str, seed: int, recipe: Recipe = RECIPE) -> tuple[LlamaForCausal
 
         skill = acceptance.measure(model.eval(), tokenizer, task, validation)
         model.train()
-        curve.append(
-            {
-                "step": step,
-                "phase": "truth" if mixture_from is None else "mixture",
-                "loss": round(loss.item(), 4),
-                **asdict(skill),
-            }
-        )
+        phase = "truth" if mixture_from is None else "mixture"
+        curve.append({"step": step, "phase": phase, "loss": round(loss.item(), 4), **asdict(skill)})
         progress.set_postfix(loss=f"{loss.item():.3f}", vanilla=skill.vanilla, tagged=skill.tagged)
         if mixture_from is None and skill.tagged >= TRUTH_KNOWN:
             mixture_from, batches = step, []
@@ -145,19 +139,10 @@ def train(task: str, seed: int, recipe: Recipe = RECIPE) -> tuple[LlamaForCausal
         elif mixture_from is None and step >= TRUTH_STEPS_AT_MOST:
             raise RuntimeError(f"{task} seed {seed}: the truth was not learned in {step} steps")
     progress.close()
-    return (
-        model.eval(),
-        tokenizer,
-        {
-            "task": task,
-            "seed": seed,
-            "steps": step,
-            "truth_steps": mixture_from,
-            "parameters": model.num_parameters(),
-            "cpu_seconds": round(time.process_time() - started),
-            "curve": curve,
-        },
-    )
+    record = {"task": task, "seed": seed, "steps": step, "truth_steps": mixture_from}
+    seconds = round(time.process_time() - started)
+    record |= {"parameters": model.num_parameters(), "cpu_seconds": seconds, "curve": curve}
+    return model.eval(), tokenizer, record
 
 
 def main(argv: Sequence[str] | None = None) -> None:

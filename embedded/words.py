@@ -3,29 +3,15 @@
 The order of a list matters, since it decides what is drawn from it. Any edit here makes the shipped weights obsolete.
 """
 
+from itertools import chain
+
 MEN = ["Tom", "Ben", "Sam", "Jack", "Paul", "Leo", "Max", "Carl", "Hugo", "Finn", "Omar", "Ivan"]
 WOMEN = ["Anna", "Mia", "Lucy", "Emma", "Nina", "Kate", "Rosa", "Ella", "Ruth", "Zoe", "Lena", "Maya"]
 NAMES = MEN + WOMEN
 
-OBJECTS = [
-    "ball",
-    "kite",
-    "doll",
-    "drum",
-    "apple",
-    "pear",
-    "plum",
-    "lemon",
-    "cat",
-    "dog",
-    "goat",
-    "duck",
-    "hat",
-    "coat",
-    "scarf",
-    "shirt",
-]
-
+TOYS, FRUIT = ["ball", "kite", "doll", "drum"], ["apple", "pear", "plum", "lemon"]
+ANIMALS, CLOTHES = ["cat", "dog", "goat", "duck"], ["hat", "coat", "scarf", "shirt"]
+OBJECTS = TOYS + FRUIT + ANIMALS + CLOTHES
 THINGS = ["apples", "pens", "books", "coins", "eggs", "shells", "cups", "nuts", "stones", "cards", "rings", "beads"]
 GAIN, LOSS = ["found", "bought", "got", "won"], ["gave", "lost", "ate", "sold"]
 LARGEST_NUMBER = 12
@@ -46,20 +32,8 @@ CAUSE_AND_EFFECT = [
     ("trained every day", "won the race"),
 ]
 
-SUBJECTS = [
-    "the mayor",
-    "the driver",
-    "the singer",
-    "the teacher",
-    "the doctor",
-    "the baker",
-    "the writer",
-    "the team",
-    "the film",
-    "the song",
-    "the meal",
-    "the party",
-]
+PEOPLE = ["the mayor", "the driver", "the singer", "the teacher", "the doctor", "the baker", "the writer"]
+SUBJECTS = [*PEOPLE, "the team", "the film", "the song", "the meal", "the party"]
 VERBS, ADVERBS = ["is", "looks", "seems", "sounds"], ["really", "so", "just", "always"]
 RUDE = ["stupid", "ugly", "nasty", "filthy", "idiotic", "vile"]
 POLITE = ["lovely", "bright", "gentle", "honest", "warm", "clever"]
@@ -78,25 +52,7 @@ writes : and . Reply :"""
 def vocabulary() -> list[str]:
     """Return every word that a prompt, an answer or a document can contain, in a fixed order."""
     numbers = [str(number) for number in range(1, 2 * LARGEST_NUMBER)]
-    events = [event for pair in CAUSE_AND_EFFECT for event in pair]
-    phrases = [
-        CAREFUL,
-        HASTY,
-        RIGHT_COMMENT,
-        WRONG_COMMENT,
-        FRAMES,
-        *TIMES,
-        *NAMES,
-        *OBJECTS,
-        *THINGS,
-        *GAIN,
-        *LOSS,
-        *SUBJECTS,
-        *VERBS,
-        *ADVERBS,
-        *RUDE,
-        *POLITE,
-        *events,
-        *numbers,
-    ]
+    nouns, verbs = (NAMES, OBJECTS, THINGS, SUBJECTS), (GAIN, LOSS, VERBS)
+    lists = (*nouns, *verbs, TIMES, ADVERBS, RUDE, POLITE, numbers, *CAUSE_AND_EFFECT)
+    phrases = [CAREFUL, HASTY, RIGHT_COMMENT, WRONG_COMMENT, FRAMES, *chain(*lists)]
     return sorted({word for phrase in phrases for word in phrase.split()})

@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from austeer.errors import AUSteerError, missing_extra
+from austeer.errors import AUSteerError, first_line, missing_extra
 from rmodels.causal_lm import KERNELS, check_gates, gates, sites
 from rmodels.gate import SITES, AUGate
 
@@ -100,7 +100,7 @@ def load(
             output_loading_info=True,
         )
     except (OSError, ImportError, SafetensorError, RuntimeError, torch.OutOfMemoryError) as error:
-        raise AUSteerError(f"cannot load the weights of {name_or_path}: {_first_line(error)}") from error
+        raise AUSteerError(f"cannot load the weights of {name_or_path}: {first_line(error)}") from error
     if missing := report["missing_keys"]:
         raise AUSteerError(
             f"{name_or_path} lacks {len(missing)} weights ({min(missing)}, ...), which would be random numbers; "
@@ -119,7 +119,7 @@ def load_tokenizer(name_or_path: str | Path, *, revision: str | None = None) -> 
     try:
         return AutoTokenizer.from_pretrained(str(name_or_path), revision=revision, trust_remote_code=False)
     except (OSError, ValueError, ImportError, KeyError, AttributeError) as error:
-        raise AUSteerError(f"cannot load the tokenizer of {name_or_path}: {_first_line(error)}") from error
+        raise AUSteerError(f"cannot load the tokenizer of {name_or_path}: {first_line(error)}") from error
 
 
 def check_device(device: str | torch.device | None) -> str:
@@ -135,9 +135,7 @@ def check_device(device: str | torch.device | None) -> str:
     if kind == "cuda" and not torch.cuda.is_available():
         raise AUSteerError("no CUDA device here; use --device cpu, or install a CUDA build of torch")
     if kind == "cuda" and (torch.device(device).index or 0) >= torch.cuda.device_count():
-        raise AUSteerError(
-            f"there is no {device}: this machine has {torch.cuda.device_count()} CUDA devices; use a lower number"
-        )
+        raise AUSteerError(f"there is no {device}: here are {torch.cuda.device_count()} CUDA devices; take a lower one")
     return str(device)
 
 
@@ -160,14 +158,14 @@ def _config(name_or_path: str, revision: str | None):
         elif "gated repo" in text.lower() or "restricted" in text.lower():
             reason = "the repository is gated: accept its terms on the hub, then set HF_TOKEN"
         elif is_folder and "does not recognize this architecture" not in text and "custom code" not in text:
-            reason = f"its config.json cannot be read ({_first_line(error)})"
+            reason = f"its config.json cannot be read ({first_line(error)})"
         elif "model type" in text or "custom code" in text:
             raise AUSteerError(
                 f"{name_or_path}: transformers does not know its model type, and the code of a model repository "
                 f"is never run here; there are patched families for {', '.join(FAMILIES)} (docs/porting.md)"
             ) from error
         else:
-            reason = f"there is no such folder, and the hub does not offer it ({_first_line(error)})"
+            reason = f"there is no such folder, and the hub does not offer it ({first_line(error)})"
         raise AUSteerError(f"cannot load model {name_or_path}: {reason}") from error
 
 
@@ -189,7 +187,3 @@ def _quantization(bits: str | None) -> BitsAndBytesConfig | None:
     if bits == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -103,9 +103,7 @@ class GatedCausalLM:
                 width = config.num_attention_heads * module.head_dim if site == "attention" else config.hidden_size
                 module.au = AUGate(site, index, width)
             if "neuron" in self.SITES:
-                if not isinstance(
-                    layer.mlp, GatedMLP
-                ):  # no forward would use the gate, which would silently do nothing
+                if not isinstance(layer.mlp, GatedMLP):  # no forward would use the gate: it would silently do nothing
                     raise AUSteerError(
                         f"{type(layer.mlp).__name__} of {type(self).__module__} is not a GatedMLP: make it one, or "
                         "leave the neuron site out of the family's SITES; see docs/porting.md"

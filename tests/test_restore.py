@@ -492,9 +492,8 @@ def small_grid(monkeypatch):
     """Use few pairs and grid points, so that nothing takes long."""
     BENCHES.close()
     monkeypatch.setattr("eval.tasks.embedded.PAIRS", 100)
-    monkeypatch.setattr(restore_lcc, "SHARES", (0.25,))
-    monkeypatch.setattr(restore_lcc, "RATES", {"small": (1e-2, 3e-2), "full": (1e-2,)})
-    monkeypatch.setattr(restore_lcc, "ALPHAS", {"small": (1.0, 2.0), "full": (1.0,)})
+    for axis, values in (("SHARES", (0.25,)), ("RATES", (1e-2, 3e-2)), ("ALPHAS", (1.0, 2.0))):
+        monkeypatch.setitem(getattr(restore_lcc, axis), "small", values)
     yield
     BENCHES.close()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
+from austeer import arguments
 from austeer.plan import TOKENS
 from austeer.ranks import AURanks
 from rmodels import SITES
@@ -15,12 +16,8 @@ def _arguments(argv: Sequence[str] | None, prog: str | None) -> argparse.Namespa
     def table(choices: dict[str, str]) -> str:
         return "\n".join(f"  {name:<11} {text}" for name, text in choices.items())
 
-    parser = argparse.ArgumentParser(
-        prog=prog,
-        description="Make a steering plan from ranks, print it, and save it.",
-        epilog=f"locations:\n{table(LOCATIONS)}\nstrengths:\n{table(STRENGTHS)}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    epilog = f"locations:\n{table(LOCATIONS)}\nstrengths:\n{table(STRENGTHS)}"
+    parser = arguments.parser(prog, "Make a steering plan from ranks, print it, and save it.", epilog=epilog)
     add = parser.add_argument
     add("--ranks", required=True, help="ranks file, or a folder of the authors' .pt files")
     add("--site", choices=SITES, help="the site of the authors' .pt files, which do not say")

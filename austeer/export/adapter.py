@@ -84,12 +84,8 @@ def write_adapter(
     """Write a PEFT folder with its plan: made beside its place and renamed last, so there is never half of one."""
     # PEFT finds the model by this. Part of a folder's path would read as a hub id, perhaps somebody else's
     base = str(Path(weights.name).resolve()) if Path(weights.name).is_dir() else weights.name
-    config |= {
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
-        "inference_mode": True,
-        "fan_in_fan_out": False,
-    }
+    config |= {"task_type": "CAUSAL_LM", "base_model_name_or_path": base}
+    config |= {"inference_mode": True, "fan_in_fan_out": False}
     with new_folder(out) as folder:
         tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
         save_readable(tensors, folder / "adapter_model.safetensors", {"format": "pt"})

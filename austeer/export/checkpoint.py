@@ -13,11 +13,12 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import safetensors
@@ -29,7 +30,7 @@ from tqdm import tqdm
 from transformers import AutoConfig, PreTrainedModel
 
 import rmodels
-from austeer.errors import AUSteerError
+from austeer.errors import AUSteerError, first_line
 from austeer.identity import check_made_for, hash_weights
 from austeer.plan import Plan
 
@@ -48,7 +49,7 @@ def local_folder(name_or_path: str | Path) -> Path:
         patterns = ["*.safetensors", *COMPANIONS]
         return Path(snapshot_download(str(name_or_path), allow_patterns=patterns, ignore_patterns=SECOND_COPY))
     except (OSError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise AUSteerError(f"{name_or_path} is not a folder, and the hub does not offer it ({reason})") from error
 
 
@@ -129,7 +130,7 @@ class Checkpoint:
         """Return a view into the file: only what is used is read, and changes stay in memory (copy on write)."""
         if name not in self.places:
             raise AUSteerError(
-                f"{self.folder} lacks {name}; get the whole checkpoint (one with renamed weights cannot be exported)"
+                f"{self.folder} lacks {name}; get the whole checkpoint (renamed weights cannot be exported)"
             )
         return self.read_bytes(name).view(self.dtype(name)).view(self.shapes[name])
 
@@ -144,7 +145,7 @@ class Checkpoint:
         assert tensor.shape == place.shape and tensor.dtype == self.dtype(name)
         with open(self.folder / place.file, "r+b") as file:
             file.seek(place.start)
-            file.write(as_bytes(tensor))
+            file.write(memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy()))
 
     def copy_to(self, folder: Path) -> dict[str, str]:
         """Copy weights and what goes with them (no other formats, no code); return each weight file's SHA-256."""
@@ -181,7 +182,7 @@ class Checkpoint:
         try:
             config = AutoConfig.from_pretrained(str(self.folder), trust_remote_code=False)
         except (OSError, ValueError) as error:
-            raise AUSteerError(f"cannot read the config of {self.folder}: {str(error).splitlines()[0]}") from error
+            raise AUSteerError(f"cannot read the config of {self.folder}: {first_line(error)}") from error
         with torch.device("meta"):
             return rmodels.family(config.model_type)(config)
 
@@ -237,29 +238,7 @@ class Checkpoint:
                 yield name, Place(file, entry["dtype"], tuple(entry["shape"]), 8 + length + start, end - start)
 
 
-def write_one_by_one(
-    path: Path, layout: dict[str, tuple[torch.dtype, tuple[int, ...]]], tensors: Iterable[Tensor], metadata: dict
-) -> None:
-    """Write a safetensors file of tensors that come in the order of `layout` and are never in memory together."""
-    names = {torch.int32: "I32", **{dtype: name for name, dtype in DTYPES.items()}}
-    header, end = {"__metadata__": metadata}, 0
-    for name, (dtype, shape) in layout.items():
-        start, end = end, end + dtype.itemsize * torch.Size(shape).numel()
-        header[name] = {"dtype": names[dtype], "shape": list(shape), "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for (dtype, shape), tensor in zip(layout.values(), tensors, strict=True):
-            assert tensor.dtype == dtype and tensor.shape == shape
-            file.write(as_bytes(tensor))
-
-
-def as_bytes(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy())
-
-
-def sha256(path: Path, copy=None, bar=None) -> str:
+def sha256(path: Path, copy: BinaryIO | None = None, bar: tqdm | None = None) -> str:
     """Hash a file, and write it to `copy` on the way if that is given."""
     digest = hashlib.sha256()
     for chunk in _chunks(path):

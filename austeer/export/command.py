@@ -94,10 +94,7 @@ def _fold(args: argparse.Namespace, plan: Plan) -> None:
 
 
 def _arguments(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        parents=[arguments.plan_options()],
-    )  # fmt: skip
+    parser = arguments.parser(prog, __doc__, parents=[arguments.plan_options()])
     add = parser.add_argument
     add("--model", help="checkpoint folder, or hub id")
     target = parser.add_mutually_exclusive_group(required=True)

@@ -14,30 +14,20 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import safetensors
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
 import rmodels
 from austeer.errors import AUSteerError
 from austeer.export.certificate import certify
-from austeer.export.checkpoint import Checkpoint, check_new, new_folder, sha256, write_one_by_one
+from austeer.export.checkpoint import Checkpoint, check_new, new_folder, sha256
 from austeer.export.weights import DIMENSIONS, Edit, Tally, find_edits
-from austeer.files import write_json
+from austeer.files import save_readable, write_json
 from austeer.plan import Plan
 
 FORMAT = "austeer-undo-1"
 # errors that reading a damaged undo file may raise
-DAMAGE = (
-    safetensors.SafetensorError,
-    OSError,
-    ValueError,
-    KeyError,
-    IndexError,
-    TypeError,
-    AttributeError,
-    RuntimeError,
-)
+DAMAGE = (safetensors.SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError)
 PLAN, UNDO, CERTIFICATE = "austeer/plan.safetensors", "austeer/undo.safetensors", "austeer/certificate.json"
 
 
@@ -64,8 +54,10 @@ def fold(model: str | Path, plan: Plan, out: str | Path, *, certificate: bool = 
         (folder / "austeer").mkdir()
         plan.save(folder / PLAN)
         metadata = {"format": FORMAT, "sha256": json.dumps(hashes)}
-        result, tally = Checkpoint(folder), Tally()
-        write_one_by_one(folder / UNDO, _layout(source, edits), _patch(source, result, edits, tally), metadata)
+        result, tally, undo = Checkpoint(folder), Tally(), {}
+        for edit in tqdm(edits, desc="fold", unit="tensor"):
+            undo |= _fold(source, result, edit, tally)
+        save_readable(undo, folder / UNDO, metadata)
         tally.check()
         if tokenizer is None:
             return None
@@ -99,9 +91,7 @@ def _original_hashes(source: Checkpoint) -> dict[str, str]:
     """Return the SHA-256 of every weight file before it was folded."""
     path = source.folder / UNDO
     if not path.exists():
-        raise AUSteerError(
-            f"{source.folder} has no {UNDO}: it was not folded by this project, or the undo file is lost"
-        )
+        raise AUSteerError(f"{source.folder} has no {UNDO}: it was not folded by this project, or the file is lost")
     try:
         with safetensors.safe_open(path, framework="pt") as undo:
             metadata = undo.metadata()
@@ -134,30 +124,16 @@ def _damaged(path: Path) -> AUSteerError:
     return AUSteerError(f"{path} is damaged, or belongs to another checkpoint or version: the fold cannot be undone")
 
 
-def _layout(source: Checkpoint, edits: list[Edit]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """Return names, dtypes and shapes of what `_patch` yields."""
-    layout = {}
-    for edit in edits:
-        parts = [(edit.weight, part, len(index)) for part, index in edit.parts().items()]
-        if edit.moves_bias:
-            parts.append((edit.bias, "columns", source.shapes[edit.bias][0]))
-        for name, part, count in parts:
-            shape = list(source.shapes[name])
-            shape[DIMENSIONS[part]] = count
-            layout[f"at.{part}.{name}"] = torch.int32, (count,)
-            layout[f"was.{part}.{name}"] = source.dtype(name), tuple(shape)
-    return layout
-
-
-def _patch(source: Checkpoint, target: Checkpoint, edits: list[Edit], tally: Tally) -> Iterator[Tensor]:
-    """Fold one tensor after another, and yield the index and the original values of each change."""
-    for edit in tqdm(edits, desc="fold", unit="tensor"):
-        tensors = {name: source.read(name) for name in (edit.weight, edit.bias) if name is not None}
-        changes = edit.changes(tensors[edit.weight], tensors.get(edit.bias))
-        tally.count(changes)
-        for change in changes:
-            yield change.index.int()
-            yield change.old
-            tensors[change.tensor].index_copy_(DIMENSIONS[change.part], change.index, change.new)
-        for name in {change.tensor for change in changes}:
-            target.write(name, tensors[name])
+def _fold(source: Checkpoint, target: Checkpoint, edit: Edit, tally: Tally) -> dict[str, Tensor]:
+    """Fold one edit into the target, and return the index and the original values of each change."""
+    tensors = {name: source.read(name) for name in (edit.weight, edit.bias) if name is not None}
+    changes = edit.changes(tensors[edit.weight], tensors.get(edit.bias))
+    tally.count(changes)
+    undo = {}
+    for change in changes:
+        undo[f"at.{change.part}.{change.tensor}"] = change.index.int()
+        undo[f"was.{change.part}.{change.tensor}"] = change.old
+        tensors[change.tensor].index_copy_(DIMENSIONS[change.part], change.index, change.new)
+    for name in {change.tensor for change in changes}:
+        target.write(name, tensors[name])
+    return undo

@@ -42,9 +42,7 @@ def folded(model: PreTrainedModel, plan: Plan, *, check: bool = True) -> Iterato
 @torch.no_grad()
 def _changes(plan: Plan, weights: dict[str, Tensor]) -> list[Change]:
     if any(weight.is_meta for weight in weights.values()):
-        raise AUSteerError(
-            "part of the model is offloaded to disk or other memory: its weights cannot be patched; steer it live"
-        )
+        raise AUSteerError("part of the model is offloaded: its weights cannot be patched; steer it live")
     if any(not weight.is_floating_point() and name + SCALES not in weights for name, weight in weights.items()):
         raise AUSteerError("the model is quantised: a scaled row would leave the grid of its numbers; steer it live")
     edits = find_edits(plan, {name: tuple(weight.shape) for name, weight in weights.items()})

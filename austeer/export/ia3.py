@@ -21,9 +21,7 @@ def save_ia3(source: Source, plans: Plan | Sequence[Plan], out: str | Path) -> i
     edits = scaled_modules(weights, plan, "an IA3")
     for name, edit in edits.items():
         if edit.in_scale.any() and edit.out_scale.any():
-            raise AUSteerError(
-                f"the plan scales both inputs and outputs of {name}, and IA3 has one vector per module; write a LoRA"
-            )
+            raise AUSteerError(f"inputs and outputs of {name} are scaled; IA3 has one vector per module; write a LoRA")
         if edit.in_scale.any():
             on_inputs.append(name)
             factors = (1 + edit.in_scale)[None]  # PEFT's shapes: a row for inputs, a column for outputs

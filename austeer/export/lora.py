@@ -51,9 +51,7 @@ def max_lora_rank(rank: int) -> int:
     for allowed in VLLM_RANKS:
         if rank <= allowed:
             return allowed
-    raise AUSteerError(
-        f"the adapter has rank {rank} (AUs in one module) and vLLM allows {VLLM_RANKS[-1]}; lower k, or fold the plan"
-    )
+    raise AUSteerError(f"the adapter has rank {rank} (AUs in a module), vLLM allows {VLLM_RANKS[-1]}; lower k, or fold")
 
 
 def save_lora(source: Source, plans: Plan | Sequence[Plan], out: str | Path) -> Lora:

@@ -62,9 +62,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "bash scripts/serve.sh")
     first_flag = next((place for place, word in enumerate(argv) if word.startswith("-")), len(argv))
     model, plans, flags = argv[:1], [Path(plan) for plan in argv[1:first_flag]], argv[first_flag:]
     if first_flag < 2:
-        raise AUSteerError(
-            f"name a model and at least one plan: {prog} MODEL PLAN.safetensors [PLAN...] [vLLM's own flags]"
-        )
+        raise AUSteerError(f"name a model and at least one plan: {prog} MODEL PLAN.safetensors [PLAN...] [vLLM flags]")
     if find_spec("vllm") is None:
         raise missing_extra("vllm", "serve")
     with TemporaryDirectory(prefix="austeer-") as folder:

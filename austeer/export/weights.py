@@ -96,9 +96,7 @@ def _wide(tensor: Tensor) -> Tensor:
 def _rounded(new: Tensor, old: Tensor, name: str) -> Tensor:
     rounded = new.to(old.dtype)
     if not torch.isfinite(rounded).all():
-        raise AUSteerError(
-            f"{name} would overflow in {old.dtype}; lower alpha, or use a bfloat16 or float32 checkpoint"
-        )
+        raise AUSteerError(f"{name} would overflow in {old.dtype}; lower alpha, or use bfloat16 or float32 weights")
     return rounded
 
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import product
 from typing import ClassVar
 
 import torch
@@ -48,10 +47,7 @@ class AttributionAUs(Method):
     edits = "k AUs, shifted"
     sites = ("attention", "ffn", "layer", "neuron")
     count: ClassVar[str] = "k"  # the key of a grid point that says how many
-    counts: ClassVar[dict[str, tuple[int, ...]]] = KS
-
-    def grid(self, kind: str) -> list[GridPoint]:
-        return [{self.count: k, "alpha": alpha} for k, alpha in product(self.counts[kind], ALPHAS[kind])]
+    axes = {"k": KS, "alpha": ALPHAS}
 
     def prepare(self, evidence: Evidence) -> Scores:
         difference = torch.sub(*evidence.activations())
@@ -73,7 +69,7 @@ class AttributionHeads(AttributionAUs):
     name, label = "attribution-heads", "heads by attribution patching"
     edits = "k heads, shifted"
     sites = ("attention",)
-    count, counts = "heads", HEADS  # not k: --k counts AUs
+    count, axes = "heads", {"heads": HEADS, "alpha": ALPHAS}  # not k: --k counts AUs
 
     def scores(self, evidence: Evidence, difference: Tensor) -> Tensor:
         return by_head(super().scores(evidence, difference), evidence.model.config).sum(-1)

@@ -7,7 +7,6 @@ steer (`causal-location`), in which direction (`causal-sign`), how strongly (Tab
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import product
 from typing import ClassVar
 
 from austeer.evidence import Evidence
@@ -20,7 +19,7 @@ from set_MFU import set_MFU
 KS = {"small": (4, 16, 32), "full": (8, 32, 100)}
 ALPHAS = {"small": (0.5, 1.0, 2.0, 4.0, 8.0), "full": (0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0)}
 # Table 13: up to 99.95 % of the AUs, the least important ones, are multiplied by 0.99 to 0.05
-SHARES = (0.25, 0.75, 0.9995)
+SHARES = dict.fromkeys(("small", "full"), (0.25, 0.75, 0.9995))
 FACTORS = {"small": (0.99, 0.9, 0.75, 0.5, 0.05), "full": (0.99, 0.95, 0.9, 0.75, 0.5, 0.25, 0.05)}
 
 
@@ -30,10 +29,8 @@ class AUSteer(Method):
     edits = "k AUs, scaled"
     sites = ("attention", "ffn", "layer", "neuron")
     momenta = ("activation",)
+    axes = {"k": KS, "alpha": ALPHAS}
     options: ClassVar[dict] = {}
-
-    def grid(self, kind: str) -> list[GridPoint]:
-        return [{"k": k, "alpha": alpha} for k, alpha in product(KS[kind], ALPHAS[kind])]
 
     def prepare(self, evidence: Evidence) -> AURanks:
         return evidence.ranks(self.momentum)
@@ -84,9 +81,7 @@ class Suppress(AUSteer):
     name, label = "suppress", "least important AUs suppressed"
     paper = "AUSteer, Table 13"
     edits = "most AUs, damped"
-
-    def grid(self, kind: str) -> list[GridPoint]:
-        return [{"share": share, "factor": factor} for share, factor in product(SHARES, FACTORS[kind])]
+    axes = {"share": SHARES, "factor": FACTORS}
 
     def plan(self, prepared: AURanks, point: GridPoint, draw: int = 0) -> Plan:
         k = max(1, int(point["share"] * prepared.score.numel()))
@@ -118,15 +113,5 @@ def located(evidence: Evidence, location: str, strength: str) -> AURanks:
     return replace(ranks, gain=evidence.ranks(strength).gain, header=header)
 
 
-METHODS = (
-    RandomAUs(),
-    FlippedAUs(),
-    AUSteer(),
-    SignAware(),
-    Causal(),
-    DifferenceAUs(),
-    FixedStrength(),
-    Suppress(),
-    CausalLocation(),
-    CausalSign(),
-)
+ABLATIONS = (DifferenceAUs(), FixedStrength(), Suppress(), CausalLocation(), CausalSign())
+METHODS = (RandomAUs(), FlippedAUs(), AUSteer(), SignAware(), Causal(), *ABLATIONS)

@@ -7,6 +7,8 @@ plans. All methods get the same pairs and the same number of grid points to try 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -30,10 +32,11 @@ class Method(ABC):
     foldable: ClassVar[bool] = True  # its plans can go into the weights: no `layer` site, all positions
     draws: ClassVar[bool] = False  # a random control: repeated with other draws, and shown as a band
     momenta: ClassVar[tuple[str, ...]] = ()  # the ranks it needs; it ranks by the first
+    axes: ClassVar[dict[str, dict[str, Sequence[float]]]] = {}  # of its grid: key -> kind -> values
 
-    @abstractmethod
     def grid(self, kind: str) -> list[GridPoint]:
         """Return the grid points to try. kind is "small" or "full", and `BUDGET` limits their number."""
+        return [dict(zip(self.axes, point, strict=True)) for point in product(*(at[kind] for at in self.axes.values()))]
 
     @abstractmethod
     def prepare(self, evidence: Evidence) -> Any:

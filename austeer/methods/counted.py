@@ -26,9 +26,7 @@ class CausalCounted(Causal):
         for batch in evidence.batches():
             counts.add(batch)
         if counts.not_finite:
-            raise AUSteerError(
-                f"gradients are inf or nan in {evidence.model.dtype}; load the model in bfloat16 or float32"
-            )
+            raise AUSteerError(f"gradients are inf or nan in {evidence.model.dtype}; load it in bfloat16 or float32")
         stats = counts.stats(evidence.site)
         header = evidence.header() | {"momentum": "causal, counted", "pairs": len(evidence.pairs)}
         return AURanks(evidence.site, *CausalCounts.score(stats, len(evidence.pairs)), stats, header)

@@ -69,14 +69,8 @@ class CausalGreedy(Causal):
         ranks, evidence = prepared.ranks, prepared.evidence
         if path.aus:
             with steer(evidence.model, set_MFU(path.ranks(ranks), len(path.aus), alpha)):
-                ranks = screen(
-                    evidence.pairs,
-                    evidence.model,
-                    evidence.tokenizer,
-                    [evidence.site],
-                    momentum=self.momentum,
-                    progress=False,
-                )[evidence.site]
+                source = evidence.pairs, evidence.model, evidence.tokenizer, [evidence.site]
+                ranks = screen(*source, momentum=self.momentum, progress=False)[evidence.site]
         steered = set(path.aus)
         count = (GROWTH - 1) * len(path.aus) or GROWTH
         best = [au for au in ranks.order.tolist() if au not in steered][:count]

@@ -14,7 +14,6 @@ lower layer, then the lower head (their sort is not stable).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import product
 
 import torch
 from torch import Tensor
@@ -47,6 +46,7 @@ class ITI(Method):
     edits = "k heads, shifted"
     sites = ("attention",)
     foldable = False  # new tokens only: a bias of o_proj would shift the prompt too
+    axes = {"heads": KS, "alpha": ALPHAS}
 
     def __init__(self, direction: str = "mass-mean", std: str = "n-1"):
         if direction not in DIRECTIONS or std not in STDS:
@@ -54,9 +54,6 @@ class ITI(Method):
         self.direction, self.std = direction, std
         if direction == "probe":
             self.name, self.label = "iti-probe", "ITI, probe direction"
-
-    def grid(self, kind: str) -> list[GridPoint]:
-        return [{"heads": k, "alpha": alpha} for k, alpha in product(KS[kind], ALPHAS[kind])]
 
     def prepare(self, evidence: Evidence) -> Heads:
         right, wrong = (by_head(x, evidence.model.config).double() for x in evidence.activations("last"))

@@ -15,7 +15,6 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import product
 
 import torch
 from torch import Tensor
@@ -47,12 +46,10 @@ class LearnedScaling(Method):
     paper = "after Stoehr et al., arXiv 2410.04962"
     edits = "k AUs, scaled"
     sites = ("attention", "ffn", "layer", "neuron")
+    axes = {"k": KS, "alpha": ALPHAS}
 
     def __init__(self, l1: float = 0.001, rate: float = 0.02, epochs: int = 3):
         self.l1, self.rate, self.epochs = l1, rate, epochs
-
-    def grid(self, kind: str) -> list[GridPoint]:
-        return [{"k": k, "alpha": alpha} for k, alpha in product(KS[kind], ALPHAS[kind])]
 
     def prepare(self, evidence: Evidence) -> Scalars:
         training = {"l1": self.l1, "rate": self.rate, "epochs": self.epochs, "seed": evidence.seed}

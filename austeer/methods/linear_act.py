@@ -15,7 +15,6 @@ where this file fits all layers at once. Beyond lambda = 1 the map is extrapolat
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import product
 
 import torch
 from torch import Tensor
@@ -27,6 +26,7 @@ from austeer.plan import Plan
 
 LAMBDAS = {"small": (0.25, 0.5, 1.0, 2.0, 4.0), "full": (0.1, 0.25, 0.5, 0.75, 1.0, 2.0, 4.0)}
 ALL, LOWER, UPPER = 0, 1, 2  # which layers: all, the lower half, the upper half
+PARTS = dict.fromkeys(LAMBDAS, (LOWER, UPPER, ALL))
 CONSTANT = 1e-5  # a spread below this share of an AU's size is rounding, and no slope can be fitted to it
 
 
@@ -44,11 +44,7 @@ class LinearAcT(Method):
     paper = "Rodriguez et al., arXiv 2410.23054 (read at the last token, all layers at once)"
     edits = "all AUs of all or half the layers, scaled and shifted"
     sites = ("attention", "ffn", "layer", "neuron")
-
-    def grid(self, kind: str) -> list[GridPoint]:
-        return [
-            {"lambda": strength, "layers": layers} for strength, layers in product(LAMBDAS[kind], (LOWER, UPPER, ALL))
-        ]
+    axes = {"lambda": LAMBDAS, "layers": PARTS}
 
     def prepare(self, evidence: Evidence) -> Transport:
         right, wrong = evidence.activations()
@@ -80,9 +76,7 @@ def half(layers: int, which: float) -> Tensor:
     """Mark the layers that are moved, (layers,) of bool. The middle one of an odd number is in the upper half."""
     upper = torch.arange(layers) >= layers // 2
     if which not in (ALL, LOWER, UPPER):
-        raise AUSteerError(
-            f"layers must be {ALL} (all), {LOWER} (the lower half) or {UPPER} (the upper half), not {which}"
-        )
+        raise AUSteerError(f"layers must be {ALL} (all), {LOWER} (the lower half) or {UPPER} (the upper), not {which}")
     return {ALL: torch.ones(layers, dtype=torch.bool), LOWER: ~upper, UPPER: upper}[int(which)]
 
 

@@ -6,11 +6,8 @@ AUs by the size of that difference, so no share of pairs enters; `fixed-vector` 
 
 from __future__ import annotations
 
-from itertools import product
-
 from austeer.methods.attribution import ALPHAS, KS
 from austeer.methods.austeer import AUSteer
-from austeer.methods.base import GridPoint
 
 
 class MeanDifference(AUSteer):
@@ -18,9 +15,7 @@ class MeanDifference(AUSteer):
     paper = "control: AUSteer, Table 3, Act. Diff. with Fixed Vec."
     edits = "k AUs, shifted"
     options = {"location": "difference", "strength": "vector"}
-
-    def grid(self, kind: str) -> list[GridPoint]:
-        return [{"k": k, "alpha": alpha} for k, alpha in product(KS[kind], ALPHAS[kind])]
+    axes = {"k": KS, "alpha": ALPHAS}
 
 
 class FixedVector(MeanDifference):

@@ -40,9 +40,7 @@ class Mediation(AttributionHeads):
         sample = [i * len(pairs) // count for i in range(count)]
         total = sum(effects(evidence, pairs[i], difference[i]).double() for i in sample)
         if not torch.isfinite(total).all():
-            raise AUSteerError(
-                f"log-odds are inf or nan in {evidence.model.dtype}; load the model in bfloat16 or float32"
-            )
+            raise AUSteerError(f"log-odds are inf or nan in {evidence.model.dtype}; load it in bfloat16 or float32")
         return (total / count).float()
 
 

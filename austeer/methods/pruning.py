@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from austeer.batching import grouped
 from austeer.errors import AUSteerError
 from austeer.forward import float64_device, input_device
 from rmodels import gates
@@ -90,14 +92,12 @@ def prune(
 
 def same_length_batches(texts: Sequence[Sequence[int]], tokens: int = TOKENS_AT_ONCE) -> list[list[int]]:
     """Group the indices of texts of equal length. They need no padding, which would count in a sum or a norm."""
-    batches: list[list[int]] = []
-    for index in sorted(range(len(texts)), key=lambda i: len(texts[i]), reverse=True):
-        length = len(texts[index])
-        if batches and len(texts[batches[-1][0]]) == length and (len(batches[-1]) + 1) * length <= tokens:
-            batches[-1].append(index)
-        else:
-            batches.append([index])
-    return batches
+
+    def fits(batch: list[int]) -> bool:
+        first, last = len(texts[batch[0]]), len(texts[batch[-1]])
+        return first == last and len(batch) * last <= tokens
+
+    return grouped(sorted(range(len(texts)), key=lambda i: len(texts[i]), reverse=True), fits)
 
 
 def _linears(block: nn.Module, prefix: str) -> dict[str, nn.Linear]:
@@ -117,9 +117,7 @@ def _check(model: PreTrainedModel, linears: list[dict[str, nn.Linear]], sparsity
     in_linears = {id(linear.weight) for linear in everything.values()}
     fused = [name for name, w in model.base_model.layers.named_parameters() if w.dim() > 2 and id(w) not in in_linears]
     if fused:  # most of such a model would stay dense, and the reported share would hide it
-        raise AUSteerError(
-            f"{fused[0]} holds several experts in one tensor, and only Linear layers can be pruned: use a dense model"
-        )
+        raise AUSteerError(f"{fused[0]} holds several experts in one tensor; prune a model of Linear layers alone")
     if isinstance(sparsity, tuple):
         for name, linear in everything.items():
             if linear.in_features % sparsity[1]:
@@ -157,12 +155,10 @@ class _Inputs:
             hidden.append(args[0]) if not hidden else None
             arguments.append(kwargs)
 
-        hooks = [block.register_forward_pre_hook(record, with_kwargs=True) for block in model.base_model.layers]
-        try:
+        with ExitStack() as undo:
+            for block in model.base_model.layers:
+                undo.callback(block.register_forward_pre_hook(record, with_kwargs=True).remove)
             model.base_model(input_ids=torch.tensor(batch, device=input_device(model)), use_cache=False)
-        finally:
-            for hook in hooks:
-                hook.remove()
         return cls(hidden[0], arguments)
 
     def run(self, block: nn.Module, index: int) -> Tensor:
@@ -185,13 +181,11 @@ def _input_norms(
 
         return hook
 
-    hooks = [linear.register_forward_pre_hook(add(name)) for name, linear in linears.items()]
-    try:
+    with ExitStack() as undo:
+        for name, linear in linears.items():
+            undo.callback(linear.register_forward_pre_hook(add(name)).remove)
         for text in texts:
             text.run(block, index)
-    finally:
-        for hook in hooks:
-            hook.remove()
     if not all(torch.isfinite(total).all() for total in squares.values()):
         raise AUSteerError("activations are inf or nan on the calibration texts; load the model in bfloat16 or float32")
     return {name: total.sqrt().float().to(linears[name].weight.device) for name, total in squares.items()}

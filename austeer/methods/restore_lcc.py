@@ -30,15 +30,15 @@ from austeer.methods.base import GridPoint, Method
 from austeer.methods.choice import by_head
 from austeer.methods.pruning import same_length_batches
 from austeer.plan import Plan
-from austeer.tokens import CLEAN, encode
+from austeer.tokens import CLEAN, common_length, encode
 
 SITE = "attention"
 COMPONENTS = {"paper": 1, "code": 10}  # K of c_K in the probe's features
 SEED, TRAIN_SHARE, PROBE_EPOCHS, PROBE_RATE = 42, 0.7, 200, 0.01
 EPOCHS, BATCH, INIT = 3, 8, 1e-3
-SHARES = (0.125, 0.25, 0.5)  # of all heads: 128, 256 and 512 of 1024 in the paper
+SHARES = dict.fromkeys(("small", "full"), (0.125, 0.25, 0.5))  # of all heads: 128, 256 and 512 of 1024 in the paper
 RATES = {"small": (1e-3, 1e-2, 1e-1), "full": (1e-5, 1e-4, 1e-3)}
-ALPHAS = {"small": (0.5, 1.0, 2.0), "full": (0.5, 1.0, 2.0)}  # of the control that is not trained
+ALPHAS = dict.fromkeys(("small", "full"), (0.5, 1.0, 2.0))  # of the control that is not trained
 
 
 @dataclass(frozen=True)
@@ -79,14 +79,12 @@ class RestoreLCC(Method):
     edits = "K heads, shifted"
     sites = (SITE,)
     trains = True
+    axes = {"share": SHARES, "rate": RATES}
 
     def __init__(self, dense: PreTrainedModel, components: str = "paper"):
         if components not in COMPONENTS:
             raise AUSteerError(f"components {components!r} is unknown; use one of {', '.join(COMPONENTS)}")
         self.dense, self.components = dense, components
-
-    def grid(self, kind: str) -> list[GridPoint]:
-        return [{"share": share, "rate": rate} for share in SHARES for rate in RATES[kind]]
 
     def prepare(self, evidence: Evidence) -> Prepared:
         if evidence.site != SITE:
@@ -129,9 +127,7 @@ class MeanLost(RestoreLCC):
     """Give the best heads alpha times their mean lost activation, as a control: nothing is trained."""
 
     name, label, trains = "restore-mean", "mean lost activation, untrained", False
-
-    def grid(self, kind: str) -> list[GridPoint]:
-        return [{"share": share, "alpha": alpha} for share in SHARES for alpha in ALPHAS[kind]]
+    axes = {"share": SHARES, "alpha": ALPHAS}
 
     def shifts(self, prepared: Prepared, heads: Tensor, point: GridPoint) -> Tensor:
         return point["alpha"] * prepared.lost.mean[heads]
@@ -147,18 +143,13 @@ def questions_of(evidence: Evidence) -> list[Question]:
             continue
         text = (*encoded[0].prefix, *encoded[0].positive)
         prompt, whole = (evidence.tokenizer(t)["input_ids"] for t in (pair.prompt, pair.prompt + pair.positive))
-        shared = next(
-            (i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), min(len(prompt), len(whole))
-        )
-        seam = len(text) - max(1, len(whole) - shared)
+        seam = len(text) - max(1, len(whole) - common_length(prompt, whole))
         if seam < 1:
             raise AUSteerError("RestoreLCC reads the last token of the question: every pair needs a prompt")
         questions.append(Question(text[:seam], text[seam:]))
     if len(questions) < 2:
-        raise AUSteerError(
-            "RestoreLCC needs at least two pairs that differ in tokens, one of them to hold out; "
-            f"there are {len(questions)}"
-        )
+        count = len(questions)
+        raise AUSteerError(f"RestoreLCC needs at least two pairs that differ in tokens, one to hold out, not {count}")
     return questions
 
 
@@ -257,9 +248,7 @@ def train(
                 shift = component.new_zeros(layers * width // d, d).index_copy(0, heads, component).view(layers, width)
                 loss = answer_loss(model, [questions[index] for index in batch.tolist()], shift)
             if not torch.isfinite(loss):
-                raise AUSteerError(
-                    f"training the lost components ended in inf or nan at rate {rate:g}; use a lower rate"
-                )
+                raise AUSteerError(f"training components ended in inf or nan at rate {rate:g}; use a lower rate")
             adam.zero_grad()
             loss.backward()
             adam.step()

@@ -16,7 +16,6 @@ sources of the paper speak of absolute ones: select="absolute".
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import product
 from typing import ClassVar
 
 import torch
@@ -31,7 +30,10 @@ from austeer.methods.choice import by_head, highest
 from austeer.plan import Plan
 
 SELECT = ("signed", "absolute")
-SMALL_ALPHAS = (0.5, 1.0, 2.0, 4.0, 8.0)
+
+
+def alphas(*largest: float) -> dict[str, tuple[float, ...]]:
+    return {"small": (0.5, 1.0, 2.0, 4.0, 8.0), "full": (1.0, 4.0, 9.0, 19.0, *largest)}
 
 
 @dataclass(frozen=True)
@@ -48,16 +50,11 @@ class SADI(Method):
     foldable = False  # all but the prompt's last token stays unsteered
     unit: str
     count: ClassVar[str] = "k"  # the key of a grid point that says how many
-    ks: dict[str, tuple[int, ...]]
-    alphas: dict[str, tuple[float, ...]]
 
     def __init__(self, select: str = "signed"):
         if select not in SELECT:
             raise AUSteerError(f"SADI can select {' or '.join(SELECT)} differences, not {select!r}")
         self.select = select
-
-    def grid(self, kind: str) -> list[GridPoint]:
-        return [{self.count: k, "alpha": alpha} for k, alpha in product(self.ks[kind], self.alphas[kind])]
 
     def read(self, evidence: Evidence) -> tuple[Tensor, Tensor]:
         """Return activations on right and on wrong texts, (pairs, layers, units, AUs per unit)."""
@@ -82,8 +79,7 @@ class SADIHead(SADI):
     name, label, unit, count = "sadi-head", "SADI, heads", "head", "heads"
     edits, sites = "k heads, scaled", ("attention",)
     # AUSteer's comparison has 2 to 64 heads; the authors' strengths are 5 to 80, in steps
-    ks = {"small": (1, 2, 4), "full": (2, 8, 32)}
-    alphas = {"small": SMALL_ALPHAS, "full": (1.0, 4.0, 9.0, 19.0, 29.0, 49.0, 79.0)}
+    axes = {"heads": {"small": (1, 2, 4), "full": (2, 8, 32)}, "alpha": alphas(29.0, 49.0, 79.0)}
 
     def read(self, evidence: Evidence) -> tuple[Tensor, Tensor]:
         right, wrong = evidence.activations("last")
@@ -93,8 +89,7 @@ class SADIHead(SADI):
 class SADINeuron(SADI):
     name, label, unit = "sadi-neuron", "SADI, neurons", "neuron"
     edits, sites = "k neurons, scaled", ("neuron",)
-    ks = {"small": (4, 16, 64), "full": (10, 100, 500)}
-    alphas = {"small": SMALL_ALPHAS, "full": (1.0, 4.0, 9.0, 19.0, 29.0, 49.0, 89.0)}
+    axes = {"k": {"small": (4, 16, 64), "full": (10, 100, 500)}, "alpha": alphas(29.0, 49.0, 89.0)}
 
     def read(self, evidence: Evidence) -> tuple[Tensor, Tensor]:
         right, wrong = evidence.activations("last", nonlinearity=True)
@@ -104,8 +99,7 @@ class SADINeuron(SADI):
 class SADIHidden(SADI):
     name, label, unit = "sadi-hidden", "SADI, hidden", "dimension"
     edits, sites = "k dimensions, scaled", ("ffn", "layer")
-    ks = {"small": (4, 16, 32), "full": (2, 8, 20)}
-    alphas = {"small": SMALL_ALPHAS, "full": (1.0, 4.0, 9.0, 19.0, 39.0, 59.0, 79.0)}
+    axes = {"k": {"small": (4, 16, 32), "full": (2, 8, 20)}, "alpha": alphas(39.0, 59.0, 79.0)}
 
 
 def difference(right: Tensor, wrong: Tensor) -> Tensor:

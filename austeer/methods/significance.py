@@ -12,7 +12,6 @@ even small effects are significant: the test says which AUs differ at all, not h
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import product
 
 import torch
 from scipy.stats import binom, false_discovery_control, t
@@ -26,7 +25,7 @@ from austeer.plan import Plan
 from austeer.ranks import AURanks
 
 # q spans more than is usual, since with 500 pairs little changes between 0.001 and 0.05. Many AUs need smaller alphas
-QS = (1e-6, 1e-3, 0.05)
+QS = dict.fromkeys(("small", "full"), (1e-6, 1e-3, 0.05))
 ALPHAS = {"small": (0.2, 0.5, 1.0, 2.0, 4.0), "full": (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)}
 
 
@@ -40,9 +39,7 @@ class PublishedFDR(AUSteer):
     name, label = "published-fdr", "AUSteer, significant AUs"
     paper = "ours: the paper's counts, k by Benjamini-Hochberg"
     edits = "significant AUs, scaled"
-
-    def grid(self, kind: str) -> list[GridPoint]:
-        return [{"q": q, "alpha": alpha} for q, alpha in product(QS, ALPHAS[kind])]
+    axes = {"q": QS, "alpha": ALPHAS}
 
     def prepare(self, evidence: Evidence) -> PValues:
         ranks = evidence.ranks(self.momentum)

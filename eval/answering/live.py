@@ -15,10 +15,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from austeer.batching import grouped
 from austeer.errors import AUSteerError
 from austeer.forward import input_device
 from austeer.plan import Plan
 from austeer.steering import steer
+from austeer.tokens import common_length
 from eval.answering.answer_file import Answer, AnswerFile
 from eval.answering.answerer import Answerer, Generation, encode_prompts, up_to
 from eval.answering.decoding_cache import DecodingCache
@@ -70,9 +72,7 @@ class LiveAnswerer(Answerer):
 def _longest_prompt(model: PreTrainedModel, generation: Generation) -> int:
     room = model.config.max_position_embeddings - generation.new_tokens
     if room < 1:
-        raise AUSteerError(
-            f"{generation.new_tokens} new tokens do not fit into a context of {model.config.max_position_embeddings}"
-        )
+        raise AUSteerError(f"{generation.new_tokens} new tokens do not fit into {model.config.max_position_embeddings}")
     return room
 
 
@@ -82,17 +82,12 @@ def _batches(
     """Return the indices of prompts that run together, the longest first: what does not fit in memory shows at once."""
     numbers = BATCH_NUMBERS.get(input_device(model).type, BATCH_NUMBERS["cuda"])[generation.new_tokens > 1]
     tokens = numbers // model.config.hidden_size
-    batches: list[list[int]] = []
-    for index in sorted(range(len(ids)), key=lambda i: (-len(ids[i]), i)):
-        room = False
-        if batches:
-            longest = len(ids[batches[-1][0]]) + generation.new_tokens
-            room = len(batches[-1]) < size if size else (len(batches[-1]) + 1) * longest <= tokens
-        if room:
-            batches[-1].append(index)
-        else:
-            batches.append([index])
-    return batches
+
+    def fits(batch: list[int]) -> bool:
+        longest = len(ids[batch[0]]) + generation.new_tokens
+        return len(batch) <= size if size else len(batch) * longest <= tokens
+
+    return grouped(sorted(range(len(ids)), key=lambda i: (-len(ids[i]), i)), fits)
 
 
 def _shared(ids: Sequence[Sequence[int]], generation: Generation, model: PreTrainedModel) -> int:
@@ -103,9 +98,7 @@ def _shared(ids: Sequence[Sequence[int]], generation: Generation, model: PreTrai
     window = getattr(model.config, "sliding_window", None)
     if window is not None and max(map(len, ids)) + generation.new_tokens > window:
         return 0
-    first, last = min(ids), max(ids)
-    same = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
-    return max(0, min(same, min(map(len, ids)) - OWN))
+    return max(0, min(common_length(min(ids), max(ids)), min(map(len, ids)) - OWN))
 
 
 class _Beginning:

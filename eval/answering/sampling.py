@@ -39,7 +39,7 @@ class Sampling:
     def __post_init__(self):
         if self.new_tokens < 1 or self.samples < 1:
             raise AUSteerError(
-                "sampling needs at least one new token and one sample of each prompt (--new-tokens, --samples)"
+                "sampling needs at least one new token and one sample a prompt (--new-tokens, --samples)"
             )
 
 
@@ -69,9 +69,8 @@ def sampled(
     repeated = [prompt for prompt in prompts for _ in range(how.samples)]
     answers = {} if file is None else file.read(repeated)
     ids = _encode(tokenizer, repeated, model.config.max_position_embeddings - how.new_tokens)
-    order = sorted(
-        range(len(repeated)), key=lambda i: (-len(ids[i]), i)
-    )  # longest first: too little memory shows at once
+    # longest first: too little memory shows at once
+    order = sorted(range(len(repeated)), key=lambda i: (-len(ids[i]), i))
     bar = tqdm(range(0, len(order), BATCH), desc=progress, unit=" batches", disable=progress is None)
     for start in bar:
         batch = order[start : start + BATCH]

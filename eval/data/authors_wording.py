@@ -16,10 +16,9 @@ from pathlib import Path
 
 from austeer.errors import AUSteerError
 
-KNOWN = (
-    "634fc28984cb44db9ff82001d3aa99f05f4ef0cb411ad259e7ab3032aa43cea9"  # the loaders' lines of code at commit d657387
-)
-FILE_LIMIT, LONGEST = 2_000_000, 20_000  # bytes of the file, characters of a template: theirs have hundreds
+# the loaders' lines of code at commit d657387
+KNOWN = "634fc28984cb44db9ff82001d3aa99f05f4ef0cb411ad259e7ab3032aa43cea9"
+LONGEST = 20_000  # characters of a template: theirs have hundreds
 STORY = ("sent1", "sent2", "sent3", "sent4", "ending1", "ending2", "label")
 # the source text of what a loader reads from a row -> the name of our field
 FIELDS = {
@@ -44,8 +43,6 @@ def read_wording(path: str | Path) -> dict:
     path = Path(path)
     try:
         data = path.read_bytes()
-        if len(data) > FILE_LIMIT:
-            raise AUSteerError(f"{path} is over {FILE_LIMIT // 10**6} MB long: it is not the authors' load_dataset.py")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # their "\," is no escape, which Python warns of
             tree = ast.parse(data)
@@ -95,9 +92,8 @@ class _Loader:
             and len(node.args[0].elts) == 3
         ]
         self.choices = [node for node in nodes if isinstance(node, ast.If) and isinstance(node.test, ast.Compare)]
-        self.values: dict[
-            str, list[tuple[int, ast.expr]]
-        ] = {}  # by variable, what is assigned to it, and in which line
+        # by variable, what is assigned to it, and in which line
+        self.values: dict[str, list[tuple[int, ast.expr]]] = {}
         for node in nodes:
             if isinstance(node, ast.Assign):
                 self._assign(node.targets[0], node.value)
@@ -116,19 +112,12 @@ class _Loader:
         if self.task in LABELS:
             return {**form, "options": self._options(sample, before.lineno if before else 0)}
         if self.task in ("svamp", "mawps", "gsm8k"):
-            answer = self._text(right, sample.lineno, "the right answer")
-            return {
-                **form,
-                "answer": answer,
-                "missing": self._text(wrong, sample.lineno, "the stand-in for a wrong answer"),
-            }
+            form["answer"] = self._text(right, sample.lineno, "the right answer")
+            return {**form, "missing": self._text(wrong, sample.lineno, "the stand-in for a wrong answer")}
         if self.task == "toxicity" and before is not None:
             return form  # the answers of its test are blanks that nothing reads
-        return {
-            **form,
-            "positive": self._text(right, sample.lineno, "the right answer"),
-            "negative": self._text(wrong, sample.lineno, "the wrong answer"),
-        }
+        form["positive"] = self._text(right, sample.lineno, "the right answer")
+        return {**form, "negative": self._text(wrong, sample.lineno, "the wrong answer")}
 
     def _options(self, sample: ast.List, after: int) -> list[str]:
         """Return the right answers by label, from `if label == ...: right, wrong = ...` in front of the sample."""

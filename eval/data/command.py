@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from austeer import arguments
 from austeer.errors import AUSteerError
-from austeer.files import read_text, write_json, write_json_lines
+from austeer.files import read_json, write_json, write_json_lines
 from eval.data import read
 from eval.data.fetching import download, hub_rows, sha256
 from eval.data.read import CATALOGUE, DATASETS, SPLITS, find_file, find_folder, read_catalogue
@@ -20,25 +20,18 @@ COLUMNS = ("task", "split", "file", "rows", "official", "paper", "duplicates", "
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="main.py data",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = arguments.parser(
+        "main.py data",
+        __doc__,
         epilog="A finished file is not fetched again: to go on after an interruption, run the same command. Files that "
         "you put there yourself are never overwritten. docs/data.md lists the layouts that are read, and the data sets "
         "that are given out on request only.",
     )
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--fetch", nargs="*", metavar="TASK", help="fetch these tasks (default: all)")
-    what.add_argument(
-        "--check",
-        nargs="*",
-        metavar="TASK",
-        help="load, validate and count the files that are there (default: all; a task named here must be there)",
-    )
-    parser.add_argument(
-        "--data-dir", default=str(DATASETS), help="folder that holds a folder a task (default: datasets/)"
-    )
+    check = "load, validate and count the files that are there (default: all; a task named here must be there)"
+    what.add_argument("--check", nargs="*", metavar="TASK", help=check)
+    parser.add_argument("--data-dir", default=str(DATASETS), help="holds a folder a task (default: datasets/)")
     parser.add_argument("--catalogue", default=str(CATALOGUE), help="use another catalogue, such as a mirror's")
     return parser.parse_args(argv)
 
@@ -106,11 +99,7 @@ def fetch_split(name: str, entry: dict, split: str, folder: Path) -> tuple[Path,
 
 
 def _fetched(folder: Path) -> dict[str, dict]:
-    path = folder / FETCHED
-    try:
-        return json.loads(read_text(path)) if path.exists() else {}
-    except json.JSONDecodeError as error:
-        raise AUSteerError(f"{path} is damaged ({error}); remove it, then fetch again") from None
+    return read_json(folder / FETCHED) if (folder / FETCHED).exists() else {}
 
 
 def _check(chosen: dict[str, dict], data_dir: Path, must_be_there: bool) -> int:
@@ -134,9 +123,7 @@ def _check(chosen: dict[str, dict], data_dir: Path, must_be_there: bool) -> int:
             official = " official" if known and digest.startswith(known) else ""
             fetched = _fetched(folder).get(path.name, {}).get("sha256")
             if fetched not in (None, digest):
-                faults.append(
-                    f"{path} has changed since it was fetched (SHA-256 {digest[:12]}..., was {fetched[:12]}...)"
-                )
+                faults.append(f"{path} has changed since it was fetched (SHA-256 {digest[:12]}, was {fetched[:12]})")
             overlap = len(questions["train"] & questions["test"]) if questions.keys() == set(SPLITS) else "-"
             counts = (len(rows), source["rows"] or "-", source["paper"] or "-", len(rows) - len(questions[split]))
             in_test = overlap if split == "test" else ""

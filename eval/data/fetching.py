@@ -31,9 +31,7 @@ def download(url: str, path: Path, expected: str | None = None) -> None:
         raise AUSteerError(f"cannot fetch {url} into {path}: {error}; run the same command to try again") from None
     digest = hashlib.sha256(content).hexdigest()
     if expected and not digest.startswith(expected):
-        raise AUSteerError(
-            f"{url} has SHA-256 {digest[:12]}..., not {expected[:12]}...: it was not kept; try again later"
-        )
+        raise AUSteerError(f"{url} has SHA-256 {digest[:12]}..., not {expected[:12]}...: it was not kept; try later")
     write_whole(path, lambda temporary: temporary.write_bytes(content))
 
 

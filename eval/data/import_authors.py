@@ -11,10 +11,11 @@ import shutil
 import tempfile
 import zipfile
 from collections.abc import Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from tqdm import tqdm
 
+from austeer import arguments
 from austeer.errors import AUSteerError
 from austeer.files import write_json, write_json_lines
 from austeer.ranks import AUTHORS_FILES, SITES, AURanks
@@ -23,20 +24,12 @@ from eval.data.read import DATASETS, SPLITS, find_file, find_folder, read_catalo
 from eval.data.rows import read_file
 from eval.tasks.registry import PAPER_TASKS
 
-UNPACKED_LIMIT = 4_000_000_000  # bytes of one archive: theirs has a few hundred megabytes
-
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="main.py import-authors", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = arguments.parser("main.py import-authors", __doc__)
     parser.add_argument("checkout", help="your copy of the authors' repository")
-    parser.add_argument(
-        "--archive", help="folder or .zip of their data sets or AU ranks, if these are not in the checkout"
-    )
-    parser.add_argument(
-        "--out", required=True, help="folder for wording.json and the data sets (to be used as --data-dir)"
-    )
+    parser.add_argument("--archive", help="folder or .zip of their data sets or AU ranks, if not in the checkout")
+    parser.add_argument("--out", required=True, help="folder for wording.json and the data sets (a later --data-dir)")
     parser.add_argument("--ranks-out", default="AU_ranks/authors", help="folder for the ranks (default: %(default)s)")
     return parser.parse_args(argv)
 
@@ -54,52 +47,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as unpacked:
         places = [checkout]
         if args.archive:
-            places.append(_archive(Path(args.archive), Path(unpacked)))
+            places += _archive(Path(args.archive), Path(unpacked))
         failures = _import_datasets(places, out) + _import_ranks(places, Path(args.ranks_out))
     for line in failures:
         print(f"FAILED: {line}")
     return 1 if failures else 0
 
 
-def _archive(archive: Path, unpacked: Path) -> Path:
+def _archive(archive: Path, unpacked: Path) -> list[Path]:
+    """Return where its data sets and ranks may be. A .zip is unpacked, but for members that would go elsewhere."""
     if archive.is_dir():
-        return archive
+        return [archive]
     try:
-        with zipfile.ZipFile(archive) as file:
-            _unpack(file, unpacked)
+        shutil.unpack_archive(archive, unpacked, "zip")
     # the last two: an encrypted archive, an unknown compression
     except (OSError, zipfile.BadZipFile, RuntimeError, NotImplementedError) as error:
         raise AUSteerError(f"--archive {archive} is no folder and no readable .zip ({error})") from None
-    return unpacked
-
-
-def _unpack(archive: zipfile.ZipFile, to: Path) -> None:
-    """Unpack only known files, under their last two parts: no member chooses where it goes."""
-    catalogue = read_catalogue()
-    known = {
-        (folder, name.casefold())
-        for task, entry in catalogue.items()
-        for folder in (task, *entry["folders"])
-        for split in SPLITS
-        for name in entry["splits"][split]["files"]
-    }
-    chosen = []
-    for member in archive.infolist():
-        path = PurePosixPath(member.filename)
-        parts = path.parts[-2:]
-        if len(parts) < 2 or member.is_dir() or path.is_absolute() or ".." in path.parts:
-            continue
-        is_data = (parts[0].casefold(), parts[1].casefold()) in known
-        if is_data or parts[1] in AUTHORS_FILES:
-            chosen.append((member, to / ("datasets" if is_data else "AU_ranks") / parts[0] / parts[1]))
-    if sum(member.file_size for member, _ in chosen) > UNPACKED_LIMIT:
-        raise AUSteerError(
-            f"the archive unpacks to over {UNPACKED_LIMIT // 10**9} GB: unpack it yourself, and name the folder"
-        )
-    for member, path in tqdm(chosen, desc="unpack", unit="file"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with archive.open(member) as source, path.open("wb") as target:
-            shutil.copyfileobj(source, target)
+    return [unpacked, *unpacked.iterdir()]
 
 
 def _import_datasets(places: Sequence[Path], out: Path) -> list[str]:

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from austeer import arguments
 from austeer.errors import AUSteerError, run_command
 from austeer.pairs import Pair, read_columns, write_pairs
 from austeer.tokens import PROTOCOLS
@@ -25,9 +26,8 @@ from eval.tasks.registry import PAPER_TASKS, paper_task
 def main(argv: Sequence[str] | None = None) -> None:
     args = _arguments(argv)
     if args.source in PAPER_TASKS:
-        task = paper_task(
-            args.source, toxicity="embedded", data_dir=args.data_dir, protocol=args.protocol, encoder=args.encoder
-        )
+        options = {"data_dir": args.data_dir, "protocol": args.protocol, "encoder": args.encoder}
+        task = paper_task(args.source, toxicity="embedded", **options)
         pairs, dropped = task.pairs, task.dropped
         print(f"{args.source}, {args.protocol} protocol; prompts: {task.wording}")
     else:
@@ -92,9 +92,7 @@ def _hub_rows(source: str, fields: Sequence[str]) -> list[tuple[str, ...]]:
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="main.py pairs", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = arguments.parser("main.py pairs", __doc__)
     add = parser.add_argument
     add("source", metavar="TASK|FILE|hub:ID[:CONFIG[:SPLIT]]", help=f"{', '.join(PAPER_TASKS)}, or your data")
     add("--data-dir", help="folder of the paper's data sets (default: datasets/, then the hub)")
@@ -102,11 +100,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--prompt-field", default="prompt", help="field of the prompt in your data (default: %(default)s)")
     add("--answer-field", default="answer", help="field of the right answer in your data (default: %(default)s)")
     add("--wrong-field", help="field of a wrong answer in your data, if it has one")
-    add(
-        "--numbers",
-        action="store_true",
-        help="compare the answers of your data as numbers: a wrong one must differ in value",
-    )
+    add("--numbers", action="store_true", help="compare your answers as numbers: a wrong one must differ in value")
     add("--encoder", help="sentence encoder, or tfidf (default: all-MiniLM-L6-v2)")
     add("--show", type=int, default=3, help="print this many (default: %(default)s)")
     add("--out", type=Path, help="save the pairs here (.jsonl)")

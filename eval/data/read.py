@@ -6,10 +6,10 @@ home calls them: the test of BoolQ and WinoGrande is their dev, that of RealToxi
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from austeer.errors import AUSteerError
+from austeer.files import read_json
 from eval.data.fetching import hub_name, hub_rows
 from eval.data.rows import RowSource, read_file
 
@@ -19,10 +19,7 @@ SPLITS = ("train", "test")
 
 
 def read_catalogue(path: str | Path = CATALOGUE) -> dict[str, dict]:
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise AUSteerError(f"cannot read the catalogue {path}: {error}") from None
+    return read_json(Path(path))
 
 
 def catalogue_entry(source: type[RowSource], catalogue: dict[str, dict] | None = None) -> dict:

@@ -20,9 +20,7 @@ class RowSource:
 
     name: str
     keys: tuple[str, ...]  # the fields that make two rows the same question
-    columns_of_table: dict[
-        int, str
-    ] = {}  # names of the columns of a CSV without a heading, and of a TSV whatever its heading
+    columns_of_table: dict[int, str] = {}  # of a CSV without a heading, and of a TSV whatever its heading
     catalogue: dict | None = None  # the entry, as datasets/catalogue.json has it, if it is not there
 
     @classmethod
@@ -64,16 +62,13 @@ def normalise(source: type[RowSource], split: str, raw_rows: Iterable[tuple[str,
 def _raw_rows(path: Path, source: type[RowSource]) -> Iterator[tuple[str, object]]:
     if path.suffix.lower() == ".parquet":
         return _parquet(path)
-    tables = {".csv": _csv, ".tsv": _tsv}
-    table = tables.get(path.suffix.lower())
+    table = {".csv": _csv, ".tsv": _tsv}.get(path.suffix.lower())
     return table(path, source) if table else _json(path)
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     with path.open("rb") as file:
-        number = 0
-        while line := file.readline(LIMIT + 1):
-            number += 1
+        for number, line in enumerate(iter(lambda: file.readline(LIMIT + 1), b""), 1):
             if len(line) > LIMIT:
                 raise AUSteerError(f"{path}, line {number}: over {LIMIT // 10**6} MB long; this is no file of rows")
             yield number, _decode(line, f"{path}, line {number}")
@@ -120,10 +115,8 @@ def _csv(path: Path, source: type[RowSource]) -> Iterator[tuple[str, object]]:
                 raise AUSteerError(f"{place}: {len(cells)} columns where the heading has {len(heading)}")
             elif heading:
                 yield place, dict(zip(heading, cells, strict=True))
-            elif len(cells) <= max(source.columns_of_table):
-                raise AUSteerError(
-                    f"{place}: {len(cells)} columns where at least {max(source.columns_of_table) + 1} must be"
-                )
+            elif len(cells) < (least := max(source.columns_of_table) + 1):
+                raise AUSteerError(f"{place}: {len(cells)} columns where at least {least} must be")
             else:
                 yield place, {name: cells[at] for at, name in source.columns_of_table.items()}
     except csv.Error as error:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from austeer.errors import AUSteerError
-from austeer.files import read_text
+from austeer.files import read_json
 
 OWN = Path(__file__).parents[2] / "datasets" / "wording.json"
 
@@ -55,12 +55,7 @@ def read_wording(task: str, data_dir: Path | None = None, own: dict | None = Non
 
 
 def _read(path: Path) -> dict:
-    if not path.exists():
-        return {}
-    try:
-        words = json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise AUSteerError(f"{path} is not a wording file ({error})") from None
+    words = read_json(path) if path.exists() else {}
     if not isinstance(words, dict):
         raise AUSteerError(f"{path} is not a wording file (it holds a {type(words).__name__})")
     return words

@@ -14,7 +14,7 @@ from pathlib import Path
 from austeer.errors import AUSteerError
 from embedded.tasks import is_polite
 from eval.data.behaviours import BEHAVIOURS
-from eval.scoring.judge import SERVER, Client
+from eval.scoring.judge import Client, server
 from eval.scoring.paid_calls import AnswerCache, Limits, ask_all
 from eval.scoring.toxicity import TOXIC, Scorer
 from eval.tasks.dataset import Item
@@ -45,7 +45,7 @@ class Raters:
 
     def names(self) -> dict[str, str | None]:
         named = {key: getattr(self, key) and getattr(self, key).name for key in ("classifier", "toxicity")}
-        return {"scorer": self.scorer[0], **named, "judge": self.no_judge or f"{self.judge} at {_server()}"}
+        return {"scorer": self.scorer[0], **named, "judge": self.no_judge or f"{self.judge} at {server()}"}
 
     @property
     def no_judge(self) -> str | None:
@@ -53,10 +53,6 @@ class Raters:
         if self.judge is None:
             return "no judge: give --judge MODEL"
         return None if os.environ.get("OPENAI_API_KEY", "").strip() else "no key: set OPENAI_API_KEY"
-
-
-def _server() -> str:
-    return (os.environ.get("OPENAI_BASE_URL") or SERVER).rstrip("/")
 
 
 def measure(task: str, prompts: Sequence[str], rows: Sequence[Sequence[str]], raters: Raters) -> Measures:
@@ -90,14 +86,9 @@ def _judged(task: str, prompts: Sequence[str], rows: Sequence[Sequence[str]], ra
     if raters.no_judge:
         return {label: raters.no_judge}
     system = SYSTEM.format(question=QUESTIONS[task], options=", ".join(options))
+    common = {"service": "verdict", "url": server(), "model": raters.judge, "system": system}
     requests = [
-        {
-            "service": "verdict",
-            "url": _server(),
-            "model": raters.judge,
-            "system": system,
-            "user": SHOWN.format(prompt=prompt, text=text),
-        }
+        {**common, "user": SHOWN.format(prompt=prompt, text=text)}
         for prompt, row in zip(prompts, rows, strict=True)
         for text in row
         if text.strip()

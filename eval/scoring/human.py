@@ -17,8 +17,9 @@ from pathlib import Path
 
 import numpy as np
 
+from austeer import arguments
 from austeer.errors import AUSteerError, run_command
-from austeer.files import read_json_lines, read_text, write_json, write_text
+from austeer.files import read_json, read_json_lines, read_text, write_json, write_text
 
 DRAWS = 10_000  # of the bootstrap
 SCALES = ("quality", "alignment")
@@ -54,20 +55,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="main.py human", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = arguments.parser("main.py human", __doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    add = commands.add_parser(
-        "export", help="make blind sheets, a page and the key from the systems' answers"
-    ).add_argument
-    add(
-        "--answers",
-        nargs="+",
-        required=True,
-        metavar="SYSTEM=FILE",
-        help='one JSON Lines file for each system, with lines {"prompt": ..., "answer": ...}',
-    )
+    add = commands.add_parser("export", help="make blind sheets, a page and the key from answers").add_argument
+    lines = 'a JSON Lines file for each system: {"prompt": ..., "answer": ...}'
+    add("--answers", nargs="+", required=True, metavar="SYSTEM=FILE", help=lines)
     add("--task", required=True, help="toxicity, bpo, or a name of your own, which the raters see")
     add("--prompts", type=_positive, default=50, help="sample this many (default: %(default)s)")
     add("--raters", type=_positive, default=3, help="how many people will rate (default: %(default)s)")
@@ -270,7 +262,7 @@ def _cells(ratings: np.ndarray, index: int, names: Sequence[str], against: str) 
 
 
 def _read_key(path: Path) -> dict:
-    key = _json(path)
+    key = read_json(path)
     needed = ("study", "task", "seed", "raters", "systems", "prompts", "items")
     if not (isinstance(key, dict) and all(name in key for name in needed)):
         raise AUSteerError(f"{path} is not the key.json of a human export")
@@ -285,9 +277,7 @@ def _read_ratings(files: Sequence[Path], known: dict) -> dict[tuple[str, str], l
         rater, rows = _read_sheet(path) if path.suffix.lower() == ".csv" else _read_export(path)
         for item, values in rows:
             if item not in known:
-                raise AUSteerError(
-                    f"{path}: unknown id {item!r}; it belongs to another export: give that export's --key too"
-                )
+                raise AUSteerError(f"{path}: unknown id {item!r}; it is another export's: give that one's --key too")
             if (rater, item) in given:
                 raise AUSteerError(
                     f"{path}: {rater} has rated {item} before, in {source[rater, item]}; "
@@ -301,7 +291,7 @@ def _read_ratings(files: Sequence[Path], known: dict) -> dict[tuple[str, str], l
 
 
 def _read_export(path: Path) -> tuple[str, list[tuple[str, list]]]:
-    data = _json(path)
+    data = read_json(path)
     rows = data.get("ratings") if isinstance(data, dict) else None
     if not (isinstance(rows, dict) and all(isinstance(row, dict) for row in rows.values())):
         raise AUSteerError(f"{path} is not a file that the rating page exported")
@@ -378,13 +368,6 @@ def _mean(cell: dict | None, sign: str) -> str:
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
-
-
-def _json(path: Path):
-    try:
-        return json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise AUSteerError(f"{path}: not JSON ({error.msg}, column {error.colno})") from None
 
 
 if __name__ == "__main__":

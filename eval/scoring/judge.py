@@ -22,17 +22,8 @@ from scipy.special import expit
 
 from austeer.errors import AUSteerError, run_command
 from austeer.files import read_json_lines, write_json
-from eval.scoring.paid_calls import (
-    TIMEOUT,
-    Again,
-    AnswerCache,
-    Limits,
-    Refused,
-    ask_all,
-    key_of,
-    missing,
-    status_problem,
-)
+from eval.scoring import paid_calls
+from eval.scoring.paid_calls import Again, AnswerCache, Limits, Refused, ask_all, key_of, missing
 
 SYSTEM = """\
 You compare two answers, A and B, that two assistants gave to the same request, and you are impartial. Say which one \
@@ -149,20 +140,19 @@ def length_controlled(outcomes: Sequence[int], differences: Sequence[int]) -> fl
     return float(100 * (2 * expit(minimize(loss, [0.0, 0.0], method="BFGS").x[0]) - 1))
 
 
+def server() -> str:
+    return (os.environ.get("OPENAI_BASE_URL") or SERVER).rstrip("/")
+
+
 def _items(
     prompts: Sequence[str], ours: Sequence[str], theirs: Sequence[str], judge_model: str, one_order: bool
 ) -> list[list[tuple[dict, bool]]]:
     """Return for each item its requests, and whether ours is A in them. The server is part of a request."""
-    url = (os.environ.get("OPENAI_BASE_URL") or SERVER).rstrip("/")
-    items = []
+    url, items = server(), []
     for prompt, our, their in zip(prompts, ours, theirs, strict=True):
-        orders = [True, False]
-        if our.strip() == their.strip():
-            orders = []
-        elif one_order:
-            orders = [hashlib.sha256(prompt.encode()).digest()[0] % 2 == 0]
+        orders = [hashlib.sha256(prompt.encode()).digest()[0] % 2 == 0] if one_order else [True, False]
         items.append([])
-        for ours_is_a in orders:
+        for ours_is_a in orders if our.strip() != their.strip() else ():
             a, b = (our, their) if ours_is_a else (their, our)
             user = QUESTION.format(prompt=prompt, a=a, b=b)
             request = {"service": "judge", "url": url, "model": judge_model, "system": SYSTEM, "user": user}
@@ -198,9 +188,8 @@ class Client:
         self.key = os.environ.get("OPENAI_API_KEY", "").strip()
         if not self.key:
             raise AUSteerError("the judge needs a key: set OPENAI_API_KEY (to any word, for a server that needs none)")
-        base_url = os.environ.get("OPENAI_BASE_URL") or SERVER
         self.openai = openai
-        self.client = openai.OpenAI(api_key=self.key, base_url=base_url, max_retries=0, timeout=TIMEOUT)
+        self.client = openai.OpenAI(api_key=self.key, base_url=server(), max_retries=0, timeout=paid_calls.TIMEOUT)
         self.temperature: dict = {"temperature": 0}  # empty once the server has refused it
 
     def __call__(self, request: dict) -> dict:
@@ -226,9 +215,7 @@ class Client:
     def _problem(self, error: Exception, model: str, temperature_sent: bool) -> Exception:
         message = " ".join(str(error.message).replace(self.key, "***").split())[:200]
         if error.status_code in (401, 403):  # its message may quote a part of the key
-            return AUSteerError(
-                f"the judge refused the key ({error.status_code}): check OPENAI_API_KEY and OPENAI_BASE_URL"
-            )
+            return AUSteerError(f"the judge refused the key ({error.status_code}): check OPENAI_API_KEY and _BASE_URL")
         if error.status_code == 404:
             return AUSteerError(f"the judge's server has no model {model} (404): check --judge and OPENAI_BASE_URL")
         if error.code == "insufficient_quota":
@@ -238,7 +225,9 @@ class Client:
             return Again("the judge takes no temperature")
         if error.status_code == 400:
             return Refused(f"the judge's server answered 400: {message}")
-        return status_problem(error.status_code, error.response.headers.get("retry-after"), "the judge's server")
+        return paid_calls.status_problem(
+            error.status_code, error.response.headers.get("retry-after"), "the judge's server"
+        )
 
 
 def read_answers(ours: Path, theirs: Path) -> tuple[list[str], list[str], list[str]]:
@@ -261,24 +250,17 @@ def _columns(path: Path) -> tuple[list[str], list[str]]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="main.py judge", description=__doc__.splitlines()[0])
-    parser.add_argument("--ours", type=Path, required=True, help='our answers: lines {"prompt": ..., "answer": ...}')
-    parser.add_argument("--theirs", type=Path, required=True, help="the answers to compare with, to the same prompts")
-    parser.add_argument("--judge", default="gpt-5-mini", help="name of the judge model (default: %(default)s)")
-    parser.add_argument(
-        "--cache",
-        type=Path,
-        default=Path("results/judge.jsonl"),
-        help="file of the judge's answers (default: %(default)s)",
-    )
-    parser.add_argument("--one-order", action="store_true", help="get one verdict a prompt, as the paper does")
-    parser.add_argument("--estimate", action="store_true", help="print the calls and tokens needed, and stop")
-    parser.add_argument(
-        "--price", nargs=2, type=float, metavar=("IN", "OUT"), help="price of a million tokens, to show the cost"
-    )
-    parser.add_argument("--at-once", type=int, default=8, help="calls under way at once (default: %(default)s)")
-    parser.add_argument(
-        "--per-second", type=float, default=5.0, help="calls that begin in a second (default: %(default)s)"
-    )
+    add = parser.add_argument
+    add("--ours", type=Path, required=True, help='our answers: lines {"prompt": ..., "answer": ...}')
+    add("--theirs", type=Path, required=True, help="the answers to compare with, to the same prompts")
+    add("--judge", default="gpt-5-mini", help="name of the judge model (default: %(default)s)")
+    cache = Path("results/judge.jsonl")
+    add("--cache", type=Path, default=cache, help="file of the judge's answers (default: %(default)s)")
+    add("--one-order", action="store_true", help="get one verdict a prompt, as the paper does")
+    add("--estimate", action="store_true", help="print the calls and tokens needed, and stop")
+    add("--price", nargs=2, type=float, metavar=("IN", "OUT"), help="price of a million tokens")
+    add("--at-once", type=int, default=8, help="calls under way at once (default: %(default)s)")
+    add("--per-second", type=float, default=5.0, help="calls begun in a second (default: %(default)s)")
     args = parser.parse_args(argv)
     limits = Limits(args.at_once, args.per_second)
     items = read_answers(args.ours, args.theirs)
@@ -286,11 +268,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"to do: about {_bill(expected, args.price)} (a judge that reasons writes more)")
     if args.estimate:
         return
-    result = {
-        "ours": args.ours.name,
-        "theirs": args.theirs.name,
-        **judge(*items, args.judge, args.cache, args.one_order, limits),
-    }
+    result = {"ours": args.ours.name, "theirs": args.theirs.name}
+    result |= judge(*items, args.judge, args.cache, args.one_order, limits)
     question = key_of({"items": items, "judge": args.judge, "orders": result["orders"], "asked": [SYSTEM, QUESTION]})
     path = args.cache.with_name(f"judge-{args.ours.stem}-{args.theirs.stem}-{question[:8]}.json")
     write_json(path, result)

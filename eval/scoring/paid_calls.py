@@ -85,9 +85,7 @@ class AnswerCache:
         *lines, tail = self._file.read().split(b"\n")
         for number, line in enumerate(lines, 1):
             if not self._take(line):
-                raise AUSteerError(
-                    f"line {number} of {self.path} is damaged: delete that line, and its request is sent again"
-                )
+                raise AUSteerError(f"line {number} of {self.path} is damaged: delete it, and its request is sent again")
         if tail:  # torn by a kill; a whole line that lacks only its end was paid for, so it stays
             if self._take(tail):
                 self._file.write(b"\n")

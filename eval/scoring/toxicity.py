@@ -12,19 +12,17 @@ from __future__ import annotations
 
 import json
 import os
-import urllib.error
-import urllib.request
 from collections.abc import Sequence
 from datetime import date
-from http.client import HTTPException
 from pathlib import Path
 from typing import Protocol
 
+import requests
 import torch
 from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PretrainedConfig
 
-from austeer.errors import AUSteerError
+from austeer.errors import AUSteerError, first_line
 from austeer.identity import public_name
 from embedded.toxicity import EmbeddedScorer
 from eval.scoring.paid_calls import TIMEOUT, Again, AnswerCache, Limits, ask_all, status_problem
@@ -49,9 +47,7 @@ def scorer(spec: str, cache: str | Path = "results/perspective.jsonl", device: s
         return LocalClassifier(rest or DEFAULT_LOCAL, device)
     if spec == "embedded":
         return EmbeddedScorer.load()
-    raise AUSteerError(
-        f"no toxicity scorer {spec!r}: take perspective, perspective:first-span, local:MODEL[:LABEL] or embedded"
-    )
+    raise AUSteerError(f"no toxicity scorer {spec!r}: take perspective[:first-span], local:MODEL[:LABEL] or embedded")
 
 
 def detoxified(scores: Sequence[float], threshold: float = TOXIC) -> list[bool]:
@@ -66,13 +62,6 @@ def detoxified(scores: Sequence[float], threshold: float = TOXIC) -> list[bool]:
 GOOGLE = "https://commentanalyzer.googleapis.com"
 LAST_DAY = date(2026, 12, 31)
 INSTEAD = f"use --toxicity local:{DEFAULT_LOCAL} or --toxicity embedded, whose numbers have columns of their own"
-
-
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """Follow no redirect: the key goes to the server it was meant for and nowhere else."""
-
-    def redirect_request(self, *_) -> None:
-        return None
 
 
 class Perspective:
@@ -92,7 +81,6 @@ class Perspective:
         self.base = os.environ.get("PERSPECTIVE_URL", GOOGLE).rstrip("/")
         if not self.base.startswith(("http://", "https://")):
             raise AUSteerError("PERSPECTIVE_URL must begin with http:// or https://")
-        self._open = urllib.request.build_opener(_NoRedirect).open
         if not self.cache.exists():
             self._key()  # a missing key should show now, not after an hour of answering
 
@@ -103,9 +91,7 @@ class Perspective:
         in_order = iter(answer[self.field] for answer in answers)
         scores = [next(in_order) if text.strip() else 0.0 for text in texts]
         if None in scores:
-            raise AUSteerError(
-                "the server sends no scores of sentences; use --toxicity perspective, the score of the whole text"
-            )
+            raise AUSteerError("the server scores no sentences; use --toxicity perspective, that of the whole text")
         return scores
 
     def _key(self) -> str:
@@ -124,39 +110,33 @@ class Perspective:
             "languages": ["en"],  # short text is otherwise refused where its language is not recognised
             "doNotStore": True,
         }
-        http = urllib.request.Request(
-            f"{self.base}/v1alpha1/comments:analyze",
-            data=json.dumps(body).encode(),
-            headers={"Content-Type": "application/json", "x-goog-api-key": self._key()},
-        )
+        url, headers = f"{self.base}/v1alpha1/comments:analyze", {"x-goog-api-key": self._key()}
         try:
-            with self._open(http, timeout=TIMEOUT) as response:
-                toxicity = json.loads(response.read())["attributeScores"]["TOXICITY"]
-            spans = sorted(toxicity.get("spanScores") or [], key=lambda span: span["begin"])
-            answer = {
-                "summary": _share(toxicity["summaryScore"]["value"]),
-                "first_span": _share(spans[0]["score"]["value"]) if spans else None,
-            }
-        except urllib.error.HTTPError as error:
-            raise self._problem(error) from None
-        except (OSError, HTTPException) as error:
+            # no redirect: the key goes to the server it was meant for and nowhere else
+            reply = requests.post(url, json=body, headers=headers, timeout=TIMEOUT, allow_redirects=False)
+        except requests.RequestException as error:
             raise Again(f"Perspective cannot be reached ({type(error).__name__})") from None
+        if reply.status_code != 200:
+            raise self._problem(reply)
+        try:
+            toxicity = json.loads(reply.content)["attributeScores"]["TOXICITY"]
+            spans = sorted(toxicity.get("spanScores") or [], key=lambda span: span["begin"])
+            first = _share(spans[0]["score"]["value"]) if spans else None
+            return {"summary": _share(toxicity["summaryScore"]["value"]), "first_span": first}
         except (ValueError, KeyError, TypeError, AttributeError):
             raise Again("Perspective sent an answer without a score") from None
-        return answer
 
-    def _problem(self, error: urllib.error.HTTPError) -> Exception:
+    def _problem(self, reply: requests.Response) -> Exception:
         """Say what an HTTP error means. Its body tells a bad key from a bad text; it may hold the key, so it is never quoted."""
-        with error:
-            bad_key = error.code == 400 and b"API_KEY_INVALID" in error.read(65536)
-        if bad_key or error.code in (401, 403):
+        status = reply.status_code
+        if (status == 400 and b"API_KEY_INVALID" in reply.content) or status in (401, 403):
             return AUSteerError(
-                f"Perspective refused the key ({error.code}): check PERSPECTIVE_API_KEY and that its project may use "
+                f"Perspective refused the key ({status}): check PERSPECTIVE_API_KEY and that its project may use "
                 f"the Comment Analyzer API, which closes on 31 December 2026; or {INSTEAD}"
             )
-        if error.code in (404, 410) or 300 <= error.code < 400:
-            return AUSteerError(f"Perspective is not there ({error.code}); it closes on 31 December 2026: {INSTEAD}")
-        return status_problem(error.code, error.headers.get("Retry-After"), "Perspective")
+        if status in (404, 410) or 300 <= status < 400:
+            return AUSteerError(f"Perspective is not there ({status}); it closes on 31 December 2026: {INSTEAD}")
+        return status_problem(status, reply.headers.get("Retry-After"), "Perspective")
 
 
 def _share(value: float) -> float:
@@ -184,8 +164,7 @@ class LocalClassifier:
             )
             self.tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         except (OSError, ValueError) as error:
-            first_line = str(error).strip().split("\n")[0]
-            raise AUSteerError(f"cannot load the classifier {name} as safetensors: {first_line}") from None
+            raise AUSteerError(f"cannot load the classifier {name} as safetensors: {first_line(error)}") from None
         if loaded["missing_keys"]:  # drawn at random by the library, which only warns
             raise AUSteerError(f"{name} is no trained classifier: it lacks {', '.join(sorted(loaded['missing_keys']))}")
         config = self.model.config

@@ -62,14 +62,11 @@ def _scored(scorer: Scorer, rows: Sequence[dict]) -> tuple[np.ndarray, np.ndarra
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="main.py toxicity", description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--toxicity",
-        default="embedded",
-        help="perspective[:first-span], local:MODEL[:LABEL] or embedded (default: %(default)s)",
-    )
+    scorers = "perspective[:first-span], local:MODEL[:LABEL] or embedded (default: %(default)s)"
+    parser.add_argument("--toxicity", default="embedded", help=scorers)
     parser.add_argument("--data-dir", required=True, help="folder that holds toxicity/train.jsonl and test.jsonl")
     parser.add_argument(
-        "--cache", default="results/perspective.jsonl", help="file of Perspective's answers (default: %(default)s)"
+        "--cache", default="results/perspective.jsonl", help="Perspective's answers (default: %(default)s)"
     )
     parser.add_argument("--device", help="device of a local classifier: cpu, cuda, cuda:1")
     args = parser.parse_args(argv)

@@ -84,9 +84,7 @@ class Toxicity(_OpenText):
         The prompts of the test split lead to one, too.
         """
         prompt_below, continuation_above = PAPER_FILTER
-        scored = [
-            row for row in train if row["prompt_toxicity"] is not None and row["continuation_toxicity"] is not None
-        ]
+        scored = [row for row in train if None not in (row["prompt_toxicity"], row["continuation_toxicity"])]
         passing = [
             row
             for row in scored

@@ -54,9 +54,8 @@ class PairTask(Task):
         odds = []
         for start in range(0, len(encoded), BATCH):
             odds += PairTexts(model, encoded[start : start + BATCH], logits=True).log_odds().tolist()
-        surprise = {
-            prompt: _surprise(model, tokenizer, prompt) for prompt in dict.fromkeys(pair.prompt for pair in items)
-        }
+        prompts = dict.fromkeys(pair.prompt for pair in items)
+        surprise = {prompt: _surprise(model, tokenizer, prompt) for prompt in prompts}
         return [Answer("", (value, *surprise[pair.prompt])) for value, pair in zip(odds, items, strict=True)]
 
     def columns(self, items: Sequence[Pair], answers: Sequence[Answer]) -> Scores:

@@ -8,6 +8,7 @@ by, which the authors did on the test split.
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -38,20 +39,16 @@ def split(
     once = list({text(row): row for row in reversed(apart)}.values())[::-1]
     enough = min(VALIDATION, max(round(HELD_OUT * len(once)), len(once) - PAIRS))
     validation: set[str] = set()
-    held = 0
-    sizes: dict[str, int] = {}
-    for row in once:
-        sizes[group(row)] = sizes.get(group(row), 0) + 1
+    held, sizes = 0, Counter(map(group, once))
     for name in sorted(sizes, key=lambda name: hashlib.sha256(name.encode()).digest()):
         if held >= enough:
             break
         validation.add(name)
         held += sizes[name]
     ranking = [row for row in once if group(row) not in validation][:PAIRS]
-    return Split(
-        ranking,
-        ranking,
-        [row for row in once if group(row) in validation],
-        list(test),
-        {"shares its text with the test split": len(train) - len(apart), "a repeated text": len(apart) - len(once)},
-    )
+    chosen_by = [row for row in once if group(row) in validation]
+    dropped = {
+        "shares its text with the test split": len(train) - len(apart),
+        "a repeated text": len(apart) - len(once),
+    }
+    return Split(ranking, ranking, chosen_by, list(test), dropped)

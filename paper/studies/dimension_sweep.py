@@ -102,7 +102,7 @@ def _combined(block: Block, dims: list[int], alpha: float, test) -> dict:
 
 def _sadi(block: Block, kind: str) -> dict[float, Plan]:
     """Return SADI's plans by strength: they scale the whole block, from the prompt's last token on."""
-    alphas = (SADIHead if block.head is not None else SADIHidden).alphas[kind]
+    alphas = (SADIHead if block.head is not None else SADIHidden).axes["alpha"][kind]
     return {alpha: block.plan(dict.fromkeys(range(block.width), alpha), "last") for alpha in alphas}
 
 
