@@ -162,7 +162,7 @@ def _authors_call(
     model: PreTrainedModel | None,
     applied_module: str | None,
 ) -> Plan:
-    """Do as their code: write AUs one by one until k of them are not zero. So k <= 0 steers one AU, and 2.5 three."""
+    """Do as their code does: write AUs one by one until k of them are not zero. So k <= 0 steers one AU, and 2.5 three."""
     if applied_module is None:
         raise AUSteerError(
             "call set_MFU(ranks, k, alpha) with AURanks, or, as the authors do, "

@@ -69,15 +69,15 @@ def _full_name(root: Root) -> str:
 
 
 class _Target(NamedTuple):
-    """What a name stands for."""
+    """Say what a name stands for."""
 
     key: str | None  # "module:name" of the definition, None outside the repository
     text: str = ""  # how digests spell it, whatever an import calls it
-    attributes: Dotted = ()  # asked of the definition: each may be a method
+    attributes: Dotted = ()  # looked up on the definition: each may be a method
 
 
 class _Code:
-    """The repository as its files are now: after a change of one of them a new object takes over."""
+    """Index the repository as its files are now; once one of them changes, a new object takes over."""
 
     def __init__(self, own: frozenset[str]):
         self.own = own
@@ -145,7 +145,7 @@ class _Code:
     def statements(self, keys: set[str], cut: set[str]) -> Iterator[str]:
         """Yield statements like `register(f)`: they are part of what f does, though no definition names them.
 
-        A statement that names nothing reached in its module leaves it alone; one that names a registry fills it.
+        Left out are statements that name nothing reached in their module, and those that fill a registry.
         """
         for module in {key.partition(":")[0] for key in keys}:
             for name in self.module(module).statements:
@@ -228,7 +228,7 @@ _CODE: dict[frozenset[str], _Code] = {}
 
 
 class _Place(NamedTuple):
-    """Where a module is, and the state of its file."""
+    """Say where a module is, and in which state its file."""
 
     file: str | None  # None for a folder without __init__.py
     folders: tuple[str, ...]  # of a package
@@ -254,12 +254,12 @@ def _find(module: str, folders: tuple[str, ...]) -> _Place | None:
 
 
 class _Module:
-    """What a file defines and imports."""
+    """Hold what a file defines and imports."""
 
     def __init__(self, name: str, place: _Place):
         self.name, self.package = name, name if place.folders else name.rpartition(".")[0]
         self.definitions: dict[str, _Definition] = {}
-        self.statements: list[str] = []  # names of those that do more than define
+        self.statements: list[str] = []  # names of statements that do more than define
         body = _parse(place.file) if place.file else []
         self.imports = _imports(_inside(body), self.package)
         for statement in body:
@@ -305,7 +305,7 @@ def _parse(file: str) -> list[ast.stmt]:
 
 
 class _Definition:
-    """The statements that make up one name: text, with the names in it that others give a meaning."""
+    """Hold the statements that make up one name, as text and the names in it that are defined elsewhere."""
 
     def __init__(self, module: str, package: str):
         self.module, self.package = module, package
@@ -379,7 +379,7 @@ def _unquoted(annotation: Any) -> Any:
 
 
 def _is_idle(node: Any) -> bool:
-    """Tell what digests leave out: imports, docstrings, `pass` and `...`."""
+    """Say whether digests leave a statement out: an import, a docstring, `pass` or `...`."""
     is_constant = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
     return is_constant or isinstance(node, (ast.Import, ast.ImportFrom, ast.Pass))
 

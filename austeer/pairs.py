@@ -72,7 +72,7 @@ def check_pairs(pairs: Sequence[Pair], where: Sequence[str] | None = None) -> No
 
 
 def as_pairs(rows: Sequence[Sequence[str]], first: int | None = None) -> list[Pair]:
-    """Turn [prompt, right, wrong] rows into pairs. first: take only so many, and accept empty or equal answers."""
+    """Turn [prompt, right, wrong] rows into pairs. first: use only the first so many, and accept empty or equal answers."""
     try:
         pairs = [Pair(*row) for row in rows if not isinstance(row, str)]
     except TypeError:

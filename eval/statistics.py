@@ -10,7 +10,7 @@ from scipy.stats import binomtest
 from scipy.stats import t as student
 
 RESAMPLES, SEED = 2000, 0
-RUINED = 0.05  # settings that are worse than vanilla with a smaller p are no candidates
+RUINED = 0.05  # settings that are worse than vanilla with a smaller p are not candidates
 
 
 def wilson(right: int, n: int) -> tuple[float, float]:
@@ -38,7 +38,7 @@ def sign_flip(differences: Sequence[float]) -> float:
 
 
 def holm(ps: Sequence[float]) -> list[float]:
-    """Adjust p values for being many, so that the chance of rejecting any true null stays bounded."""
+    """Adjust p values for how many there are, so that the chance of rejecting any true null stays bounded."""
     order = sorted(range(len(ps)), key=ps.__getitem__)
     adjusted, largest = [0.0] * len(ps), 0.0
     for rank, index in enumerate(order):

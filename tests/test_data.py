@@ -652,7 +652,7 @@ def test_import_says_what_failed_and_goes_on(tmp_path, capsys):
     ):
         assert part in shown.split("FAILED", 1)[1], part
     assert "gsm8k train: 1 rows" in shown and own.exists() and not list((tmp_path / "r").glob("*"))
-    with pytest.raises(AUSteerError, match=r"no folder and no readable \.zip"):
+    with pytest.raises(AUSteerError, match=r"neither a folder nor a readable \.zip"):
         import_authors.main([str(checkout), "--out", str(out), "--archive", str(own)])
 
 

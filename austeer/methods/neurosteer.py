@@ -54,11 +54,11 @@ PRESETS = {
 
 @dataclass(frozen=True)
 class Neurons:
-    counts: tuple[Tensor, Tensor]  # of right and of wrong texts, (latents,)
+    counts: tuple[Tensor, Tensor]  # on right texts and on wrong ones, each (latents,)
     means: tuple[Tensor, Tensor]
     W_dec: Tensor
     layer: int
-    shape: tuple[int, int]  # of the site
+    shape: tuple[int, int]  # (layers, width) of the site
     header: dict
 
 

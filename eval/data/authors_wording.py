@@ -47,7 +47,7 @@ def read_wording(path: str | Path) -> dict:
         if len(data) > FILE_LIMIT:
             raise AUSteerError(f"{path} is over {FILE_LIMIT // 10**6} MB long: it is not the authors' load_dataset.py")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # their "\," is no escape, which Python warns of
+            warnings.simplefilter("ignore")  # their "\," is not an escape, and Python warns about it
             tree = ast.parse(data)
         functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
         wording = {"source": f"authors: utils/load_dataset.py, sha256 {hashlib.sha256(data).hexdigest()[:12]}"}

@@ -37,7 +37,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="load, validate and count the files that are there (default: all; a task named here must be there)",
     )
     parser.add_argument(
-        "--data-dir", default=str(DATASETS), help="folder that holds a folder a task (default: datasets/)"
+        "--data-dir", default=str(DATASETS), help="folder with one folder per task (default: datasets/)"
     )
     parser.add_argument("--catalogue", default=str(CATALOGUE), help="use another catalogue, such as a mirror's")
     return parser.parse_args(argv)

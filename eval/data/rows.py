@@ -16,14 +16,14 @@ from eval.data.fields import LIMIT, texts
 
 
 class RowSource:
-    """Describe a data set to read. A subclass has to give name and keys alone."""
+    """Describe a data set to read. A subclass only has to give `name` and `keys`."""
 
     name: str
     keys: tuple[str, ...]  # the fields that make two rows the same question
     columns_of_table: dict[
         int, str
     ] = {}  # names of the columns of a CSV without a heading, and of a TSV whatever its heading
-    catalogue: dict | None = None  # the entry, as datasets/catalogue.json has it, if it is not there
+    catalogue: dict | None = None  # an entry like those of datasets/catalogue.json, for data sets not listed there
 
     @classmethod
     def read_row(cls, raw: dict) -> dict:
@@ -47,11 +47,11 @@ def read_file(source: type[RowSource], split: str, path: Path) -> list[dict]:
 
 
 def normalise(source: type[RowSource], split: str, raw_rows: Iterable[tuple[str, object]]) -> list[dict]:
-    """Return the rows of the split out of (place, raw row)."""
+    """Return the rows of the split, read from (place, raw row)."""
     rows = []
     for place, raw in raw_rows:
         if not isinstance(raw, dict):
-            raise AUSteerError(f"{place}: a {type(raw).__name__} where an object with named fields must be")
+            raise AUSteerError(f"{place}: a {type(raw).__name__} instead of an object with named fields")
         try:
             row = source.read_row(raw)
         except AUSteerError as error:
@@ -75,7 +75,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
         while line := file.readline(LIMIT + 1):
             number += 1
             if len(line) > LIMIT:
-                raise AUSteerError(f"{path}, line {number}: over {LIMIT // 10**6} MB long; this is no file of rows")
+                raise AUSteerError(f"{path}, line {number}: over {LIMIT // 10**6} MB long; this is not a file of rows")
             yield number, _decode(line, f"{path}, line {number}")
 
 

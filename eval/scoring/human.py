@@ -324,7 +324,7 @@ def _read_sheet(path: Path) -> tuple[str, list[tuple[str, list]]]:
 
 
 def _rater(names: Sequence[object], path: Path) -> str:
-    """Return the one person whose ratings a file holds: no rating counts without somebody who gave it."""
+    """Return the one person whose ratings a file holds: a rating without a rater does not count."""
     raters = {name.strip().upper() for name in names if isinstance(name, str) and name.strip()}
     if len(raters) != 1:
         problem = f"names several raters ({', '.join(sorted(raters))})" if raters else "names no rater"
@@ -337,7 +337,7 @@ def _rating(value: object, place: str) -> float:
         return float("nan")
     text = str(value).strip()
     if text not in {"1", "2", "3", "4", "5"}:
-        raise AUSteerError(f"{place}: {text!r} is no rating; give a whole number from 1 to 5, or leave it empty")
+        raise AUSteerError(f"{place}: {text!r} is not a rating; give a whole number from 1 to 5, or leave it empty")
     return float(text)
 
 

@@ -1,7 +1,7 @@
-"""Let a judge model say which of two answers is better, behind any server of the OpenAI chat interface.
+"""Let a judge model, on any server with OpenAI's chat interface, say which of two answers is better.
 
-The judge sees every pair twice, once in each order, because judges favour a place. A win is a win in both; anything else
-is a tie. `one_order` is the paper's way, one verdict a prompt: there the order follows the hash of the prompt. The prompt
+The judge sees every pair twice, once in each order, because judges favour one position. A win is a win in both; anything else
+is a tie. `one_order` is the paper's way, one verdict per prompt: there the order follows the hash of the prompt. The prompt
 is our own wording of the usual impartial comparison.
 
     python main.py judge --ours A.jsonl --theirs B.jsonl --judge gpt-5-mini      lines {"prompt": ..., "answer": ...}
@@ -56,7 +56,7 @@ QUESTION = """\
 
 SERVER = "https://api.openai.com/v1"
 VERDICT = re.compile(r"\[\[([ABC])\]\]")
-VERDICT_TOKENS = 300  # of a verdict, for the estimate
+VERDICT_TOKENS = 300  # assumed length of a verdict, for the estimate
 DRAWS, SEED = 10_000, 0
 
 
@@ -127,7 +127,7 @@ def win_rates(outcomes: Sequence[int]) -> dict:
 
 
 def length_controlled(outcomes: Sequence[int], differences: Sequence[int]) -> float | None:
-    """Return the win - lose rate to expect, had both answers always been of one length.
+    """Return the win - lose rate to expect if both answers were always of the same length.
 
     P(win) = sigmoid(a + b tanh(d / s)) is fitted by least cross-entropy, where d is the difference of the
     lengths in characters, s its root mean square, and a tie counts as half a win; the figure is 100 (2
@@ -270,7 +270,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         default=Path("results/judge.jsonl"),
         help="file of the judge's answers (default: %(default)s)",
     )
-    parser.add_argument("--one-order", action="store_true", help="get one verdict a prompt, as the paper does")
+    parser.add_argument("--one-order", action="store_true", help="get one verdict per prompt, as the paper does")
     parser.add_argument("--estimate", action="store_true", help="print the calls and tokens needed, and stop")
     parser.add_argument(
         "--price", nargs=2, type=float, metavar=("IN", "OUT"), help="price of a million tokens, to show the cost"

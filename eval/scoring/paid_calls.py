@@ -31,7 +31,7 @@ TIMEOUT = 120.0  # seconds for one answer: generous, since a second call would b
 
 
 class Again(Exception):
-    """Report an attempt that failed where another may not: 429, 5xx, garbage, a dropped connection."""
+    """Report a failed attempt that is worth repeating: 429, 5xx, garbage, a dropped connection."""
 
     def __init__(self, problem: str, after: float = 0.0):
         super().__init__(problem)
@@ -146,7 +146,7 @@ def ask_all(
     limits: Limits = Limits(),
     what: str = "requests",
 ) -> list[dict]:
-    """Return one answer a request, from the cache or from `call`, which makes one attempt: it returns JSON data or raises.
+    """Return one answer per request, from the cache or from `call`, which makes one attempt: it returns JSON data or raises.
 
     Failures do not hold up the others; they are counted and reported in one AUSteerError at the end.
     """
@@ -182,7 +182,7 @@ def ask_all(
 
 
 class _Queue:
-    """Let the attempts of all threads pass one by one: one in 1/per_second seconds, none while the server wants a pause."""
+    """Let the attempts of all threads pass one by one: one every 1/per_second seconds, none while the server wants a pause."""
 
     def __init__(self, limits: Limits):
         try:
