@@ -156,7 +156,7 @@ class _Code:
     def hash(self, keys: set[str]) -> str:
         """Hash the set of digests, each with those of what it names, and of what that names, three steps deep.
 
-        The digests alone would not tell a.f from b.f where both are used, nor whose method a method is.
+        The digests alone would not tell a.f from b.f where both are used, nor say which class a method belongs to.
         """
         labels = {key: self.digest(key) for key in keys}
         edges = {key: [key, *self.edges(key, keys)] for key in keys}

@@ -108,7 +108,7 @@ def _json_rows(text: str, path: Path, fields: Sequence[str]) -> Iterable[tuple[i
 
 
 def _is_array_of_rows(text: str) -> bool:
-    """Tell one JSON array of all rows, as the authors write their triples, from a row per line."""
+    """Say whether a file is one JSON array of all rows, as the authors write their triples, and not a row per line."""
     try:
         whole = json.loads(text)
     except json.JSONDecodeError:

@@ -172,7 +172,7 @@ def decoding(machine: Machine, upstream, ours, batch: int, compiled: bool) -> di
     ids = torch.randint(3, 32000, (batch, PROMPT + STEPS), generator=torch.Generator().manual_seed(2)).to(
         machine.device
     )
-    run = {model: Decoder(model, batch, compiled, machine.cuda) for model in (upstream, ours)}
+    run = {model: Decoder(model, compiled, machine.cuda) for model in (upstream, ours)}
     result = {}
     for name, (model, steering) in ways.items():
         seconds = []
@@ -195,7 +195,7 @@ def decoding(machine: Machine, upstream, ours, batch: int, compiled: bool) -> di
 class Decoder:
     """Decode token by token: eagerly on a growing cache, or compiled on a static one."""
 
-    def __init__(self, model, batch: int, compiled: bool, cuda: bool):
+    def __init__(self, model, compiled: bool, cuda: bool):
         self.model, self.cache, self.step = model, None, model
         if compiled:
             self.cache = StaticCache(config=model.config, max_cache_len=PROMPT + STEPS)
@@ -261,7 +261,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write the figures to this file, as JSON")
     args = parser.parse_args()
     if args.out and not args.out.parent.is_dir():
-        raise AUSteerError(f"there is no folder {args.out.parent}: make it first")
+        raise AUSteerError(f"there is no folder {args.out.parent}: create it first")
     figures = measure(args.shape, rmodels.check_device(args.device), args.n_prompts, args.n_pairs)
     print(json.dumps(figures, indent=1))
     keep(figures, args.out)

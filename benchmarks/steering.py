@@ -77,7 +77,7 @@ def way(name: str, model, folder: Path):
 def loaded(folder: Path):
     """Load the folded checkpoint by upstream's class."""
     model = AutoModelForCausalLM.from_pretrained(folder / "folded", trust_remote_code=False)
-    # copy weights out of the mapped file, of which only the pages read would count as memory
+    # copy weights out of the mapped file: only the pages that were read would count as memory
     model.load_state_dict({name: weight.clone() for name, weight in model.state_dict().items()}, assign=True)
     return model.eval().requires_grad_(False)
 

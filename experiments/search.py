@@ -65,18 +65,18 @@ def racing(ask: Ask, vanilla: Sequence[float], grid: Sequence[GridPoint]) -> Sea
     """
     n, budget = len(vanilla), len(grid) * len(vanilla) // RACE_COST
     outcomes: list[list[float]] = [[] for _ in grid]
-    racers, stop, spent = list(range(len(grid))), 0, 0
+    racers, stop, cost = list(range(len(grid))), 0, 0
     while racers and stop < n:
         if len(racers) == 1 and worse(vanilla[:stop], outcomes[racers[0]]):
             break
         rounds = max(1, (len(racers) - 1).bit_length())  # halvings until one is left
-        more = min(n - stop, (budget - spent) // (rounds * len(racers)))
+        more = min(n - stop, (budget - cost) // (rounds * len(racers)))
         if not more and len(racers) <= 2:
             break
         new_outcomes = ask([grid[racer] for racer in racers], stop, stop + more)
         for racer, values in zip(racers, new_outcomes, strict=True):
             outcomes[racer] += values
-        stop, spent = stop + more, spent + more * len(racers)
+        stop, cost = stop + more, cost + more * len(racers)
         racers = _survivors([(racer, outcomes[racer]) for racer in racers], vanilla[:stop])
     return _result(racers, outcomes, vanilla, grid)
 

@@ -1,4 +1,4 @@
-"""`--estimate`: what a scale would compute, what of that is done, and a rough guess of memory and time. Loads no model."""
+"""`--estimate`: what a scale would compute, what of that is done, and a rough guess of memory and time. It loads no model."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ GRID_SHARE = {
 BATCH = 16  # answers decoded at once
 UTILIZATION = 0.4  # share of the measured rates that a run reaches: a guess
 EMBEDDED_CELL, EMBEDDED_PANEL = 2.0, 10.0  # seconds on one core
-WHOLE_BLOCKS = 30  # plans of a sweep beside single dimensions: the whole block, combinations, and those of ITI and SADI
+WHOLE_BLOCKS = 30  # plans of a sweep besides those of single dimensions: whole block, combinations, ITI, SADI
 WIDTH = {True: 128, False: 4096}  # dimensions of a head, or of an ffn
 
 

@@ -241,8 +241,8 @@ def test_the_guide_to_tables(tmp_path, monkeypatch):
     assert {cell.task.limit for cell in cells} == {200}
     (limited,) = specs.read("embedded", limit=20)
     assert {cell.task.limit for entry in limited.entries for cell in entry.cells} == {20}
-    of_a_file = {"title", "kind", "says", "blocks", "base", "averages", "panels"} | specs.OF_THE_SPEC
-    for word in FIELD_NAMES | specs.OF_THE_TABLE | of_a_file | kinds:
+    of_a_file = {"title", "kind", "says", "blocks", "base", "averages", "panels"} | specs.SPEC_FIELDS
+    for word in FIELD_NAMES | specs.TABLE_FIELDS | of_a_file | kinds:
         assert f"`{word}`" in guide, word
 
 

@@ -93,7 +93,7 @@ def contrast(answers: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
 
 
 def scores(amplitude: Tensor, frequency: Tensor) -> Tensor:
-    """Return frequency where its sign is the amplitude's, else zero; 1 at most.
+    """Return the frequency where it has the amplitude's sign, else zero; 1 at most.
 
     (The authors first normalise it by min and max, which changes nothing if at least one atom is silent.)
     """

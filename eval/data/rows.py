@@ -117,12 +117,12 @@ def _csv(path: Path, source: type[RowSource]) -> Iterator[tuple[str, object]]:
                 names = [cell.strip() for cell in cells]
                 heading = None if source.columns_of_table and source.keys[0] not in names else names
             elif heading and len(cells) != len(heading):
-                raise AUSteerError(f"{place}: {len(cells)} columns where the heading has {len(heading)}")
+                raise AUSteerError(f"{place}: {len(cells)} columns, but the heading has {len(heading)}")
             elif heading:
                 yield place, dict(zip(heading, cells, strict=True))
             elif len(cells) <= max(source.columns_of_table):
                 raise AUSteerError(
-                    f"{place}: {len(cells)} columns where at least {max(source.columns_of_table) + 1} must be"
+                    f"{place}: {len(cells)} columns instead of at least {max(source.columns_of_table) + 1}"
                 )
             else:
                 yield place, {name: cells[at] for at, name in source.columns_of_table.items()}
@@ -139,7 +139,7 @@ def _tsv(path: Path, source: type[RowSource]) -> Iterator[tuple[str, object]]:
             names = names or cells
         elif line.strip():
             if len(cells) != len(names):
-                raise AUSteerError(f"{path}, line {number}: {len(cells)} columns where {len(names)} must be")
+                raise AUSteerError(f"{path}, line {number}: {len(cells)} columns instead of {len(names)}")
             yield f"{path}, line {number}", dict(zip(names, cells, strict=True))
 
 

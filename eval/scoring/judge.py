@@ -118,7 +118,7 @@ def win_rates(outcomes: Sequence[int]) -> dict:
     if not outcomes:
         raise AUSteerError("a win rate needs at least one item")
     counts = np.array([sum(outcome == sign for outcome in outcomes) for sign in (1, 0, -1)])
-    # to draw n items with replacement is to draw their three counts
+    # drawing n items with replacement is the same as drawing their three counts
     drawn = np.random.default_rng(SEED).multinomial(len(outcomes), counts / len(outcomes), size=DRAWS)
     low, high = np.percentile(100 * (drawn[:, 0] - drawn[:, 2]) / len(outcomes), [2.5, 97.5])
     win, tie, lose = (100 * counts / len(outcomes)).tolist()
@@ -188,7 +188,7 @@ def _usage(answers: Iterable[dict]) -> dict:
 
 
 class Client:
-    """Make one attempt at one request. `paid_calls` repeats it, so the library's own repeating is off."""
+    """Make one attempt at one request. `paid_calls` repeats it, so the library's own retries are off."""
 
     def __init__(self):
         try:

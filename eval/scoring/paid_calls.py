@@ -161,7 +161,7 @@ def ask_all(
             try:
                 return queue.attempts(lambda: cache.add(key, call(request)), bar)
             except BaseException:
-                queue.stop.set()  # at once: every other call would meet the same problem
+                queue.stop.set()  # now, since every other call would meet the same problem
                 raise
 
         try:

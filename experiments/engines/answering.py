@@ -1,4 +1,4 @@
-"""Open what answers a bench's prompts under plans: the loaded model, or vLLM with each plan as a LoRA adapter."""
+"""Open the answerer of a bench's prompts under plans: the loaded model, or vLLM with each plan as a LoRA adapter."""
 
 from __future__ import annotations
 
@@ -53,9 +53,9 @@ def one_batch_pays(engine: str, task: Task, n_items: int) -> bool:
 
 
 def answering(bench: Bench, plans: Sequence[Plan | None], n_items: int):
-    """Open what answers `n_items` items under the first plan, then the same items under the second, ...
+    """Open the answerer of `n_items` items under the first plan, then of the same items under the second, ...
 
-    Yields the answerer and a function that says what a single plan has done so far.
+    The context yields the answerer and a function that returns what a single plan has done so far.
     """
     return (live_answering if bench.model_spec.engine == LIVE else vllm_answering)(bench, plans, n_items)
 

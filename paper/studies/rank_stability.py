@@ -79,8 +79,8 @@ def resampled(bench: Bench, momentum: str, draws: int, seed: int, progress: bool
 
 def _counts(n: int, draws: int, seed: int) -> Tensor:
     """Return how often each pair occurs, (n, 1 + draws): once in the full set, then its count in each draw."""
-    drawn = torch.randint(n, (draws, n), generator=torch.Generator().manual_seed(seed))
-    return torch.stack([torch.ones(n), *(row.bincount(minlength=n) for row in drawn)], 1).double()
+    draw_indices = torch.randint(n, (draws, n), generator=torch.Generator().manual_seed(seed))
+    return torch.stack([torch.ones(n), *(row.bincount(minlength=n) for row in draw_indices)], 1).double()
 
 
 def draw(result: dict, params: dict, path: Path) -> None:
