@@ -148,7 +148,7 @@ def _gamma(ranks: AURanks, alpha: float, strength: str, seed: int) -> Tensor:
 def _stat(ranks: AURanks, name: str, purpose: str) -> Tensor:
     if name not in ranks.stats:
         raise AUSteerError(
-            f"{purpose} needs {name}, which these ranks lack: rank with momentum='activation' and this project"
+            f"{purpose} needs {name}, which these ranks lack: rank again with momentum='activation', in this project"
         )
     return ranks.stats[name]
 

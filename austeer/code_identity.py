@@ -145,7 +145,7 @@ class _Code:
     def statements(self, keys: set[str], cut: set[str]) -> Iterator[str]:
         """Yield statements like `register(f)`: they are part of what f does, though no definition names them.
 
-        Left out are statements that name nothing reached in their module, and those that fill a registry.
+        Statements that name nothing reached in their module are left out, and so are those that fill a registry.
         """
         for module in {key.partition(":")[0] for key in keys}:
             for name in self.module(module).statements:

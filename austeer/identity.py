@@ -42,7 +42,7 @@ def precision(model: nn.Module) -> str:
 
 
 def check_made_for(model: nn.Module, shapes: dict[str, tuple[int, int]], header: dict, what: str) -> None:
-    """Refuse a model that ranks or a plan with these shapes by site and this header were not made for."""
+    """Refuse a model for which ranks or a plan, described by their shapes by site and their header, were not made."""
     for site, (layers, width) in shapes.items():
         here = site_shape(model, site)
         if here != (layers, width):

@@ -66,7 +66,7 @@ SHAPES = {  # as in the models' own config.json
 }  # fmt: skip
 BATCHES, PROMPT, STEPS, ROUNDS = (1, 32), 128, 64, 5
 N_PROMPTS, N_PAIRS = 256, 256
-BYTES = 2  # of a bfloat16 number
+BYTES = 2  # size of a bfloat16 number
 
 
 class Machine:

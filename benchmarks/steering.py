@@ -40,7 +40,7 @@ from austeer.steering import apply
 
 ROOT = Path(__file__).parents[1]
 FOLDED = "folded checkpoint"
-PATCHES = contextlib.ExitStack()  # of models that stay patched until the end
+PATCHES = contextlib.ExitStack()  # holds what stays patched until the end
 PEERS = ROOT / ".venv-peers" / "bin" / "python"
 BATCHES, GROWING_K = (1, 8, 32), (1, 10, 100, 1000)
 TURNS = {1: 100, 8: 80, 32: 40}

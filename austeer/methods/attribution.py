@@ -47,7 +47,7 @@ class AttributionAUs(Method):
     paper = "Nanda 2023; Syed et al., arXiv 2310.10348"
     edits = "k AUs, shifted"
     sites = ("attention", "ffn", "layer", "neuron")
-    count: ClassVar[str] = "k"  # the key of a grid point that says how many
+    count: ClassVar[str] = "k"  # the key of a grid point that says how many to steer
     counts: ClassVar[dict[str, tuple[int, ...]]] = KS
 
     def grid(self, kind: str) -> list[GridPoint]:
@@ -64,7 +64,9 @@ class AttributionAUs(Method):
     def plan(self, prepared: Scores, point: GridPoint, draw: int = 0) -> Plan:
         score = prepared.score
         mask = highest(score, point[self.count], self.count) & (score > 0)
-        mask = mask.repeat_interleave(prepared.shift.shape[1] // score.shape[1], 1)  # of a head all its AUs
+        mask = mask.repeat_interleave(
+            prepared.shift.shape[1] // score.shape[1], 1
+        )  # a head is shifted with all its AUs
         shift = torch.where(mask, point["alpha"] * prepared.shift, 0.0)
         return Plan({}, {prepared.header["site"]: shift}, header=prepared.header | point)
 

@@ -65,7 +65,7 @@ class Neurons:
 @dataclass(frozen=True)
 class NeuroSteer(Method):
     """Steer along SAE neurons. cache_trap: the authors' hook skips passes of one token, so if a model generates with a
-    key-value cache, only the prompt is steered. True does as their code does; False steers the answer as well."""
+    key-value cache, only the prompt is steered. True steers as their code does; False steers the answer as well."""
 
     sae: str | None = None  # the name that austeer.sae.find_sae looks up
     weight: str = "dif_mean"

@@ -38,7 +38,7 @@ SEED, TRAIN_SHARE, PROBE_EPOCHS, PROBE_RATE = 42, 0.7, 200, 0.01
 EPOCHS, BATCH, INIT = 3, 8, 1e-3
 SHARES = (0.125, 0.25, 0.5)  # shares of all heads to restore: 128, 256 and 512 of 1024 in the paper
 RATES = {"small": (1e-3, 1e-2, 1e-1), "full": (1e-5, 1e-4, 1e-3)}
-ALPHAS = {"small": (0.5, 1.0, 2.0), "full": (0.5, 1.0, 2.0)}  # of the control that is not trained
+ALPHAS = {"small": (0.5, 1.0, 2.0), "full": (0.5, 1.0, 2.0)}  # strengths of the control that is not trained
 
 
 @dataclass(frozen=True)

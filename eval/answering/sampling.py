@@ -71,7 +71,7 @@ def sampled(
     ids = _encode(tokenizer, repeated, model.config.max_position_embeddings - how.new_tokens)
     order = sorted(
         range(len(repeated)), key=lambda i: (-len(ids[i]), i)
-    )  # longest first: too little memory shows at once
+    )  # longest first, so that too little memory shows at once
     bar = tqdm(range(0, len(order), BATCH), desc=progress, unit=" batches", disable=progress is None)
     for start in bar:
         batch = order[start : start + BATCH]

@@ -20,7 +20,7 @@ import numpy as np
 from austeer.errors import AUSteerError, run_command
 from austeer.files import read_json_lines, read_text, write_json, write_text
 
-DRAWS = 10_000  # of the bootstrap
+DRAWS = 10_000  # resamples of the bootstrap
 SCALES = ("quality", "alignment")
 COLUMNS = ("id", "prompt", "answer", *SCALES, "rater")
 TEMPLATE = Path(__file__).with_name("human_page.html")

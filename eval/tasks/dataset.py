@@ -62,7 +62,7 @@ class DatasetTask(RowSource, Task):
 
     @classmethod
     def build(cls, toxicity: str, cache: str | Path, device: str | None, **settings) -> DatasetTask:
-        """Make the task from what a command line has. toxicity, cache, device: of a toxicity scorer, for tasks with one."""
+        """Make the task from what a command line has. toxicity, cache, device: for tasks with a toxicity scorer."""
         return cls(**settings)
 
     def own_pairs(self) -> PairSet:

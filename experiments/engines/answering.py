@@ -32,12 +32,21 @@ def engine_code(engine: str) -> tuple:
     return (live_answering,) if engine == LIVE else (vllm_answering, *adapters_code())
 
 
-def check_engine(engine: str, device: str | None, **options: object) -> None:
-    """Refuse options that the engine cannot serve. `options` maps the name of an option to its value."""
+def check_engine(
+    engine: str,
+    device: str | None,
+    *,
+    batch_size: int | None,
+    ray: str | None,
+    pairs: str | None = None,
+    quantization: str | None = None,
+) -> None:
+    """Refuse options that the engine cannot serve."""
     if engine == LIVE:
         return
     installed()
-    conflicts = [f"--{name.replace('_', '-')}" for name, value in options.items() if value]
+    options = {"--pairs": pairs, "--quantization": quantization, "--batch-size": batch_size, "--ray": ray}
+    conflicts = [option for option, value in options.items() if value]
     conflicts += [f"--device {device} (use CUDA_VISIBLE_DEVICES)"] if ":" in (device or "") else []
     if conflicts:
         raise AUSteerError(

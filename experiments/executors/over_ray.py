@@ -21,7 +21,7 @@ from transformers.utils import logging as transformers_logging
 from austeer.errors import AUSteerError, one_line
 from experiments.executors.base import Executor, Job
 
-RETRIES = 3  # of a job whose worker died: one that fills any memory must not kill workers forever
+RETRIES = 3  # how often a job whose worker died is tried again: one that fills any memory must not kill workers forever
 
 
 class RayExecutor(Executor):

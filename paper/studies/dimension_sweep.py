@@ -83,7 +83,7 @@ def measure(bench: Bench, params: dict, progress: bool) -> dict:
         "right": {part: [sum(outcomes) for outcomes in by_dim] for part, by_dim in sweeps.items()},
         "p_holm": ps,  # per dimension on the test split, adjusted for their number
         "whole": whole,
-        "combinations": combinations,  # by who chose them; all are tested on the test split
+        "combinations": combinations,  # key: who chose them (CHOOSERS); all are tested on the test split
     }
 
 
