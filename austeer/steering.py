@@ -133,7 +133,7 @@ def apply(
     """Set a plan by hand, replacing what is set at its sites; undo with `.clear()`, or `clear(model)`.
 
     A list of plans steers each row of a batch by its own plan (None: not at all). prompt_end: the column where the
-    answers begin; token scopes other than all need it where no generation cache tells.
+    answers begin; token scopes other than all need it where no generation cache tells it.
     """
     rowwise = not isinstance(plan, Plan)
     plans = list(plan) if rowwise else [plan]

@@ -74,7 +74,7 @@ def shared(model: nn.Module, but: str | None = None) -> nn.Module:
 
 @torch.no_grad()
 def on_weights_of(model: nn.Module, other: nn.Module) -> nn.Module:
-    """Return the other model with its bit-equal weights in the first one's memory, since their place costs time."""
+    """Return the other model with its bit-equal weights in the first one's memory, since where weights lie changes the time."""
     known = model.state_dict()
     equal = {name: known[name] for name, weight in other.state_dict().items() if torch.equal(known[name], weight)}
     other.load_state_dict(equal, strict=False, assign=True)

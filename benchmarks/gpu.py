@@ -136,7 +136,7 @@ class Work:
 
 
 def build(shape: str, device: str):
-    """Return upstream's model with random weights, and ours on the same tensors, in the memory of one."""
+    """Return upstream's model with random weights, and ours, which shares its tensors."""
     config = AutoConfig.for_model(**SHAPES[shape])
     kernel = rmodels.family(config.model_type).DEFAULT_KERNEL or "sdpa"
     config._attn_implementation = kernel

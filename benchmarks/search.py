@@ -242,7 +242,7 @@ def main() -> None:
     parser.add_argument(
         "--out",
         type=Path,
-        help="also write the figures to this file, as JSON; it keeps those of a part that is not run",
+        help="also write the figures to this file, as JSON; the figures of a part that is not run stay in it",
     )
     args = parser.parse_args()
     torch.set_num_threads(1)

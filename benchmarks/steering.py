@@ -6,7 +6,7 @@
 A random Llama (hidden 512, 8 layers, as in core.py), one thread, CPU time. Decoding: ways to steer the same 100 AUs take
 turns, token by token, with upstream's unpatched model on the same weights; "folded checkpoint" is one that
 austeer/export/fold.py wrote and upstream's transformers loaded. Growth: screening with the number of layers, width and pairs; live
-steering with k. Matrix products: those of screening alone, in its very shapes, as a share of its time. Memory: the peak of
+steering with k. Matrix products: those of screening alone, in the same shapes, as a share of its time. Memory: the peak of
 a process that decodes. Peers: benchmarks/peers.py.
 """
 

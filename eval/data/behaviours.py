@@ -166,7 +166,7 @@ def _hub(task: str) -> Iterable[tuple[str, dict]]:
     try:
         table = hub_table(source)
     except AUSteerError as error:
-        raise AUSteerError(f"{error}; give --texts, a file, instead") from None
+        raise AUSteerError(f"{error}; give --texts FILE instead") from None
     text, label = source["fields"]
     return ((f"{source['id']}, row {at}", {"text": row[text], "label": row[label]}) for at, row in enumerate(table, 1))
 
