@@ -53,7 +53,7 @@ class Steering:
         self.release(set(self.sites))
 
     def release(self, sites: set[str]) -> None:
-        """Clear these sites only. Once every site is cleared or replaced, the hooks go."""
+        """Clear these sites only. Once every site is cleared or replaced, the hooks are removed."""
         for gate in self._gates:
             if gate.site in sites:
                 gate.clear()

@@ -59,7 +59,7 @@ def racing(ask: Ask, vanilla: Sequence[float], grid: Sequence[GridPoint]) -> Sea
     """Search by successive halving, where clear losers leave early.
 
     The rest of the budget is shared evenly among the rounds to come. A round evaluates every point in the race on the
-    next items; then the points leave that are significantly worse than the best so far (vanilla included), and the
+    next items; then points drop out: those that are significantly worse than the best so far (vanilla included), and the
     worse half of the others. The last two race until one is worse, and the last one until it is better than vanilla,
     or until items or budget run out.
     """

@@ -123,10 +123,10 @@ def test_parquet_as_the_authors_have_it(tmp_path):
     assert read_rows("mawps", "train", tmp_path) == [MATH, MATH]
     whole = (tmp_path / "MAWPS" / "train.parquet").read_bytes()
     put(tmp_path, "MAWPS/train.parquet", whole[:-20] + b"\xff" * 12 + whole[-8:])
-    with pytest.raises(AUSteerError, match=r"train\.parquet is damaged or no Parquet file \(.+\)$"):
+    with pytest.raises(AUSteerError, match=r"train\.parquet is damaged or not a Parquet file \(.+\)$"):
         read_rows("mawps", "train", tmp_path)
     put(tmp_path, "MAWPS/train.parquet", b"PAR1 no more")
-    with pytest.raises(AUSteerError, match=r"train\.parquet is damaged or no Parquet file"):
+    with pytest.raises(AUSteerError, match=r"train\.parquet is damaged or not a Parquet file"):
         read_rows("mawps", "train", tmp_path)
 
 

@@ -30,7 +30,7 @@ FIELDS = {
     "svamp": {"i['Body']": "body", "i['Question']": "question", "i['Answer']": "answer"},
     "mawps": {f"i['{name}']": name for name in ("question", "answer")},
     "gsm8k": {f"i['{name}']": name for name in ("question", "answer")},
-    "toxicity": {"x": "prompt", "y": "continuation", "xx": "prompt"},  # elements of lists, made further up
+    "toxicity": {"x": "prompt", "y": "continuation", "xx": "prompt"},  # elements of lists made beforehand
     "bpo": {f"i['{name}']": name for name in ("prompt", "good_res", "bad_res")},
 }
 LABELS = {"boolq": ("False", "True"), "copa": (0, 1), "winogrande": ("1", "2"), "storycloze": (1, 2)}  # in our order
@@ -97,7 +97,7 @@ class _Loader:
         self.choices = [node for node in nodes if isinstance(node, ast.If) and isinstance(node.test, ast.Compare)]
         self.values: dict[
             str, list[tuple[int, ast.expr]]
-        ] = {}  # by variable, what is assigned to it, and in which line
+        ] = {}  # variable -> what is assigned to it, and in which line
         for node in nodes:
             if isinstance(node, ast.Assign):
                 self._assign(node.targets[0], node.value)

@@ -151,5 +151,5 @@ def _parquet(path: Path) -> Iterator[tuple[str, object]]:
         rows = parquet.read_table(path).to_pylist()
     except (pyarrow.ArrowException, OSError, ValueError) as error:  # pyarrow's errors have several lines
         what = next(iter(str(error).splitlines()), type(error).__name__)
-        raise AUSteerError(f"{path} is damaged or no Parquet file ({what})") from None
+        raise AUSteerError(f"{path} is damaged or not a Parquet file ({what})") from None
     yield from ((f"{path}, row {number}", row) for number, row in enumerate(rows, 1))

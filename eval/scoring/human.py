@@ -291,7 +291,7 @@ def _read_ratings(files: Sequence[Path], known: dict) -> dict[tuple[str, str], l
             if (rater, item) in given:
                 raise AUSteerError(
                     f"{path}: {rater} has rated {item} before, in {source[rater, item]}; "
-                    "give one of the two, or raters of the same initials different ones"
+                    "give only one of the two; if two raters share initials, change those of one"
                 )
             given[rater, item] = [
                 _rating(value, f"{path}, {item}, {scale}") for scale, value in zip(SCALES, values, strict=True)

@@ -1,7 +1,7 @@
 """Make remote calls that cost money or quota: each once, spaced, repeated where that can help, the answers kept.
 
 Every answer is one line of a JSON Lines file, named by a hash of its request and flushed the moment it arrives. A request
-whose answer is in the file is never sent again, so a killed run resumes by running it again. The file holds no request
+whose answer is in the file is never sent again, so a killed run resumes when it is started again. The file holds no request
 and no key.
 
 One thing no client can promise: a call that is under way when the process is killed, or that the server answers after
