@@ -26,12 +26,7 @@ OTHER_PROMPT = 60  # of the other tasks
 NEW = {"svamp": 20, "mawps": 250, "toxicity": 50, "bpo": 500}  # tokens of an answer; 1 for the other tasks
 OTHER_TEST = 1000  # test items of a task whose number of rows the catalogue does not have
 VALIDATION, RANKING = 400, 1000
-GRID_SHARE = {
-    "grid": 1.0,
-    "racing": 0.25,
-    "sample": 0.25,
-    "test": 1.0,
-}  # share of the full grid's item-runs that a search takes
+GRID_SHARE = {"grid": 1.0, "racing": 0.25, "sample": 0.25, "test": 1.0}  # a search's share of the full grid's item-runs
 BATCH = 16  # answers decoded at once
 UTILIZATION = 0.4  # share of the measured rates that a run reaches: a guess
 EMBEDDED_CELL, EMBEDDED_PANEL = 2.0, 10.0  # seconds on one core

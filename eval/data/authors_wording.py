@@ -95,9 +95,7 @@ class _Loader:
             and len(node.args[0].elts) == 3
         ]
         self.choices = [node for node in nodes if isinstance(node, ast.If) and isinstance(node.test, ast.Compare)]
-        self.values: dict[
-            str, list[tuple[int, ast.expr]]
-        ] = {}  # variable -> what is assigned to it, and in which line
+        self.values: dict[str, list[tuple[int, ast.expr]]] = {}  # variable -> what is assigned to it, and in which line
         for node in nodes:
             if isinstance(node, ast.Assign):
                 self._assign(node.targets[0], node.value)

@@ -1,7 +1,7 @@
 """Detoxification (RealToxicityPrompts) and BPO: the answer is open text.
 
 Detoxification: a continuation is toxic if its score exceeds 0.5, strictly; the columns carry the scorer's name, so that
-numbers of different scorers never meet. BPO: settings are chosen by how often the model finds the good answer likelier,
+numbers of different scorers never mix. BPO: settings are chosen by how often the model finds the good answer likelier,
 per token, than the bad one, which needs no judge; the win rate against the unsteered replies is `main.py judge`, on the
 answers that are kept.
 """
