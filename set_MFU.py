@@ -148,7 +148,7 @@ def _gamma(ranks: AURanks, alpha: float, strength: str, seed: int) -> Tensor:
 def _stat(ranks: AURanks, name: str, purpose: str) -> Tensor:
     if name not in ranks.stats:
         raise AUSteerError(
-            f"{purpose} needs {name}, which these ranks lack: rank with momentum='activation' and this project"
+            f"{purpose} needs {name}, which these ranks lack: rank again with momentum='activation', in this project"
         )
     return ranks.stats[name]
 
@@ -162,7 +162,7 @@ def _authors_call(
     model: PreTrainedModel | None,
     applied_module: str | None,
 ) -> Plan:
-    """Do as their code: write AUs one by one until k of them are not zero. So k <= 0 steers one AU, and 2.5 three."""
+    """Do as their code does: write AUs one by one until k of them are not zero. So k <= 0 steers one AU, and 2.5 three."""
     if applied_module is None:
         raise AUSteerError(
             "call set_MFU(ranks, k, alpha) with AURanks, or, as the authors do, "

@@ -29,7 +29,7 @@ def model_options(required: bool = True, **more) -> ArgumentParser:
 
 
 def loading_options() -> ArgumentParser:
-    """Offer what else can be said of loading."""
+    """Offer the other options of loading a model."""
     options = parent()
     add = options.add_argument
     add("--quantization", choices=["4bit", "8bit"], help="load the weights through bitsandbytes")
@@ -54,14 +54,14 @@ def plan_options() -> ArgumentParser:
     add = options.add_argument
     add("--plan", nargs="+", metavar="FILE", help="plan files (`austeer plan`, or set_MFU.py); several add up")
     add("--ranks", help="instead of a plan: ranks file, or a folder of the authors' .pt files, with --k and --alpha")
-    add("--site", choices=SITES, help="the site of the authors' .pt files, which do not say")
+    add("--site", choices=SITES, help="the site of the authors' .pt files, which do not name it")
     add("--k", type=int, help="how many AUs")
     add("--alpha", type=float, help="strength")
     return options
 
 
 def check_plan_options(args: Namespace) -> None:
-    """Refuse what names no plan, or two."""
+    """Refuse options that name no plan, or name it twice."""
     from_ranks = {"--k": args.k, "--alpha": args.alpha, "--site": args.site}
     if bool(args.plan) == bool(args.ranks):
         raise AUSteerError("give either --plan, or --ranks with --k and --alpha")

@@ -1,4 +1,4 @@
-"""Run pairs and prompts in batches of like size, and halve a batch that does not fit in memory."""
+"""Run pairs and prompts in batches of similar size, and halve a batch that does not fit in memory."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ TOKENS_AT_ONCE = {"cpu": 160, "cuda": 8192, "mps": 8192}
 def pair_batches(
     pairs: Sequence[EncodedPair], device: torch.device, size: int | None = None
 ) -> list[list[EncodedPair]]:
-    """Put pairs of like length together, `size` at once or as many as the device's tokens allow.
+    """Put pairs of similar length together, `size` at once or as many as the device's tokens allow.
 
-    The longest come first, so what does not fit in memory shows at once.
+    The longest come first, so that what does not fit in memory shows at once.
     """
     tokens = TOKENS_AT_ONCE.get(device.type, 8192)
 
@@ -52,7 +52,7 @@ def run_halving(
 ) -> Iterator[tuple[list[T], Any]]:
     """Yield each batch with `run(batch)`. One that does not fit in memory is halved, and so are all that follow.
 
-    what: the things in a batch, in the plural. say: tells the user. remedy: what to do if one alone does not fit.
+    what: the things in a batch, in the plural. say: called with a note to the user. remedy: advice for when one alone does not fit.
     """
     queue = list(batches)[::-1]
     while queue:

@@ -66,15 +66,15 @@ def _full_name(root: Root) -> str:
 
 
 class _Target(NamedTuple):
-    """What a name stands for."""
+    """Say what a name stands for."""
 
     key: str | None  # "module:name" of the definition, None outside the repository
     text: str = ""  # how digests spell it, whatever an import calls it
-    attributes: Dotted = ()  # asked of the definition: each may be a method
+    attributes: Dotted = ()  # looked up on the definition: each may be a method
 
 
 class _Code:
-    """The repository as its files are now: after a change of one of them another object takes over."""
+    """Index the repository as its files are now; once one of them changes, a new object takes over."""
 
     def __init__(self, files: frozenset[tuple[str, File | None]]):
         self.files = dict(files)
@@ -127,7 +127,7 @@ class _Code:
     def statements(self, keys: set[str], cut: set[str]) -> Iterator[str]:
         """Yield statements like `register(f)`: they are part of what f does, though no definition names them.
 
-        A statement that names nothing reached in its module leaves it alone; one that names a registry fills it.
+        Statements that name nothing reached in their module are left out, and so are those that fill a registry.
         """
         for module in {key.partition(":")[0] for key in keys}:
             for name in self.module(module).statements:
@@ -138,7 +138,7 @@ class _Code:
     def hash(self, digests: dict[str, str]) -> str:
         """Hash the set of digests, each with those of what it names, and of what that names, three steps deep.
 
-        The digests alone would not tell a.f from b.f where both are used, nor whose method a method is.
+        The digests alone would not tell a.f from b.f where both are used, nor say which class a method belongs to.
         """
         edges = {key: [key, *(target.key for target in self.targets(key) if target.key in digests)] for key in digests}
         for key in digests:
@@ -233,7 +233,7 @@ def _files(roots: set[str]) -> frozenset[tuple[str, File | None]]:
 
 
 class _Module:
-    """What a file defines and imports."""
+    """Hold what a file defines and imports."""
 
     def __init__(self, name: str, file: File | None):
         is_package = file is not None and file[0].endswith("__init__.py")
@@ -285,7 +285,7 @@ _module = cache(_Module)
 
 
 class _Definition:
-    """The statements that make up one name: text, with the names in it that others give a meaning."""
+    """Hold the statements that make up one name, as text and the names in it that are defined elsewhere."""
 
     def __init__(self) -> None:
         self.pieces: list[str | Dotted] = []
@@ -354,7 +354,7 @@ def _not_local(table: SymbolTable, methods: frozenset[str] = frozenset()) -> set
 
 
 def _is_idle(node: Any) -> bool:
-    """Tell what digests leave out: imports, docstrings, `pass` and `...`."""
+    """Say whether digests leave a statement out: an import, a docstring, `pass` or `...`."""
     is_constant = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
     return is_constant or isinstance(node, (ast.Import, ast.ImportFrom, ast.Pass))
 

@@ -11,7 +11,7 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-# what brings an extra of pyproject.toml into a checkout's environment
+# extra of pyproject.toml -> the command that installs it in a checkout
 IN_THE_CHECKOUT = {
     "export": "pip install -r requirements2.txt",
     "quantization": "pip install -r requirements2.txt",

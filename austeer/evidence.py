@@ -1,4 +1,4 @@
-"""Evidence: a model, contrastive pairs and one site. Methods read activations from it and make their plans of them."""
+"""Evidence: a model, contrastive pairs and one site. Methods read activations from it and make their plans from them."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Evidence:
         return pair_batches(self.encoded(), self.model.device)
 
     def header(self) -> dict:
-        """Return the origin that a plan keeps in its header, so that another model refuses the plan."""
+        """Return the origin that a plan keeps in its header, so that it refuses any other model."""
         return {**model_header(self.model), "pairs_hash": pairs_hash(self.pairs), "site": self.site}
 
     @torch.inference_mode()

@@ -64,7 +64,7 @@ def log_odds_and_gradients(
             place = gate.site, gate.layer
             if place not in probes:
                 probes[place] = x.new_zeros(len(batch), 1, gate.width, requires_grad=True)
-            rows_per_pair = len(x) // len(batch)  # 1 for the prompts, 2 for right and wrong answers behind them
+            rows_per_pair = len(x) // len(batch)  # 1 for the prompts, 2 for right and wrong answers after them
             return change(x, probes[place].repeat_interleave(rows_per_pair, 0))
 
         return tap

@@ -42,7 +42,7 @@ def precision(model: nn.Module) -> str:
 
 
 def check_made_for(model: nn.Module, shapes: dict[str, tuple[int, int]], header: dict, what: str) -> None:
-    """Refuse a model that ranks or a plan with these shapes by site and this header were not made for."""
+    """Refuse a model for which ranks or a plan, described by their shapes by site and their header, were not made."""
     for site, (layers, width) in shapes.items():
         here = site_shape(model, site)
         if here != (layers, width):
@@ -91,7 +91,7 @@ def hash_weights(weights: Iterable[tuple[str, Tensor]]) -> str:
     digest = hashlib.sha256()
     for name, weight in weights:
         bits = weight.detach().contiguous()
-        bits = bits.cpu() if bits.is_mps else bits  # exact integer sums, on Apple's GPUs not to be relied on
+        bits = bits.cpu() if bits.is_mps else bits  # on the CPU, since integer sums on Apple's GPUs may not be exact
         if bits.dtype.is_floating_point:
             bits = bits.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[bits.element_size()])
         rows = bits.reshape(len(bits), -1) if bits.dim() else bits.reshape(1, 1)

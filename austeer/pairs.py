@@ -70,7 +70,7 @@ def check_pairs(pairs: Sequence[Pair], where: Sequence[str] | None = None) -> No
 
 
 def as_pairs(rows: Sequence[Sequence[str]], first: int | None = None) -> list[Pair]:
-    """Turn [prompt, right, wrong] rows into pairs. first: take only so many, and accept empty or equal answers."""
+    """Turn [prompt, right, wrong] rows into pairs. first: use only the first so many, and accept empty or equal answers."""
     try:
         pairs = [Pair(*row) for row in rows if not isinstance(row, str)]
     except TypeError:
@@ -104,7 +104,7 @@ def _json_rows(text: str, path: Path, fields: Sequence[str]) -> Iterable[tuple[i
 
 
 def _is_array_of_rows(text: str) -> bool:
-    """Tell one JSON array of all rows, as the authors write their triples, from a row per line."""
+    """Say whether a file is one JSON array of all rows, as the authors write their triples, and not a row per line."""
     try:
         whole = json.loads(text)
     except json.JSONDecodeError:

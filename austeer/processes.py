@@ -19,7 +19,7 @@ PATIENCE = timedelta(days=7)
 
 
 def join(device: str | None, spread: bool = False) -> str | None:
-    """Meet the other processes, if there are any, and return the device of this one; spread: the model takes several."""
+    """Meet the other processes, if there are any, and return the device of this one; spread: the model takes several devices."""
     state = PartialState(cpu=device == "cpu" or not torch.cuda.is_available(), timeout=PATIENCE)
     return str(state.device) if state.num_processes > 1 and device is None and not spread else device
 

@@ -118,7 +118,7 @@ class AURanks:
                 raise AUSteerError(
                     f"{folder} has no {name}; the authors' ranks are {', '.join(AUTHORS_FILES)}"
                 ) from None
-            except Exception as error:  # a refused unpickling raises many types of errors
+            except Exception as error:  # a refused unpickling may raise many types of errors
                 raise AUSteerError(
                     f"{folder / name} is damaged or is not a plain list of numbers, and was not read; "
                     "save it as such a list"

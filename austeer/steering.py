@@ -53,7 +53,7 @@ class Steering:
         self.release(set(self.sites))
 
     def release(self, sites: set[str]) -> None:
-        """Clear these sites only. Once every site is cleared or replaced, the hooks go."""
+        """Clear these sites only. Once every site is cleared or replaced, the hooks are removed."""
         for gate in self._gates:
             if gate.site in sites:
                 gate.clear()
@@ -133,7 +133,7 @@ def apply(
     """Set a plan by hand, replacing what is set at its sites; undo with `.clear()`, or `clear(model)`.
 
     A list of plans steers each row of a batch by its own plan (None: not at all). prompt_end: the column where the
-    answers begin; token scopes other than all need it where no generation cache tells.
+    answers begin; token scopes other than all need it where no generation cache tells it.
     """
     rowwise = not isinstance(plan, Plan)
     plans = list(plan) if rowwise else [plan]

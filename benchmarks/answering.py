@@ -15,7 +15,7 @@ import platform
 from pathlib import Path
 
 import torch
-from core import VOCABULARY, best_of, build
+from core import VOCABULARY, build, median_seconds
 from figures import keep, show
 
 from eval.answering.answerer import Generation
@@ -88,12 +88,12 @@ def main() -> None:
     few = alone[:BATCH]
     assert ours(model, few, 4) == plain(model, few, 4) and ours(model, instructed, 1) == plain(model, instructed, 1)
 
-    one = best_of(
+    one = median_seconds(
         args.repeats,
         lambda: plain(model, alone, 1), lambda: ours(model, alone, 1), lambda: matmul_floor(model, [[prompt] for prompt in alone]),
         lambda: plain(model, instructed, 1), lambda: ours(model, instructed, 1),
     )  # fmt: skip
-    long = best_of(
+    long = median_seconds(
         args.repeats,
         lambda: plain(model, few, NEW),
         lambda: ours(model, few, NEW, BATCH),

@@ -89,7 +89,7 @@ def matmul_floor(model, data) -> None:
                     torch.mm(x, weight.T)
 
 
-def best_of(repeats: int, *works) -> list[float]:
+def median_seconds(repeats: int, *works) -> list[float]:
     """Return the median seconds of each work, interleaved so that all meet the same load."""
     times = [[] for _ in works]
     for work in works:
@@ -160,7 +160,7 @@ def main() -> None:
         "default": lambda: screen_ours(model, data, "activation"),
         "causal": lambda: screen_ours(model, data, "causal"),
     }
-    seconds = dict(zip(works, best_of(args.repeats, *works.values()), strict=True))
+    seconds = dict(zip(works, median_seconds(args.repeats, *works.values()), strict=True))
     print(f"screening {PAIRS} pairs, {args.threads} thread(s)      pairs/s   against plain")
     for name, elapsed in seconds.items():
         figures[f"screening {name}"] = {"pairs_per_s": PAIRS / elapsed, "ratio": seconds["plain"] / elapsed}

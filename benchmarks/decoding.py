@@ -18,7 +18,7 @@ from austeer.plan import Plan
 
 @dataclass
 class Ratio:
-    """Time per token over that of the first way: the median of all turns, with its 95 % interval."""
+    """Hold time per token over that of the first way: the median of all turns, with its 95 % interval."""
 
     ratio: float
     low: float
@@ -26,11 +26,11 @@ class Ratio:
     milliseconds: float
 
     @classmethod
-    def of(cls, taken: list[float], base: list[float]) -> Ratio:
-        ratios = sorted(a / b for a, b in zip(taken, base, strict=True))
+    def of(cls, seconds: list[float], base: list[float]) -> Ratio:
+        ratios = sorted(a / b for a, b in zip(seconds, base, strict=True))
         half = 0.98 * math.sqrt(len(ratios))  # half the width of the interval, in ranks around the median
         low, high = (ratios[min(max(round(len(ratios) / 2 + step), 0), len(ratios) - 1)] for step in (-half, half))
-        return cls(statistics.median(ratios), low, high, 1000 * statistics.median(taken))
+        return cls(statistics.median(ratios), low, high, 1000 * statistics.median(seconds))
 
 
 @torch.inference_mode()
@@ -43,7 +43,7 @@ def against_first(ways: dict[str, Callable], batch: int, turns: int, prompt: int
         name: way(input_ids=ids[:, :prompt], position_ids=positions[:, :prompt], use_cache=True).past_key_values
         for name, way in ways.items()
     }
-    taken = {name: [] for name in ways}
+    seconds = {name: [] for name in ways}
     names = list(ways)
     for turn in range(turns):
         at = slice(prompt + turn, prompt + turn + 1)
@@ -51,12 +51,12 @@ def against_first(ways: dict[str, Callable], batch: int, turns: int, prompt: int
         for name in names[first:] + names[:first]:
             start = time.process_time()
             ways[name](input_ids=ids[:, at], position_ids=positions[:, at], past_key_values=cache[name], use_cache=True)
-            taken[name].append(time.process_time() - start)
-    return {name: Ratio.of(times, taken[names[0]]) for name, times in taken.items()}
+            seconds[name].append(time.process_time() - start)
+    return {name: Ratio.of(times, seconds[names[0]]) for name, times in seconds.items()}
 
 
 def cpu_seconds(works: dict[str, Callable], repeats: int = 2) -> dict[str, float]:
-    """Return the least CPU seconds of each work, run in turn, since the first run also pays what is done once."""
+    """Return the fewest CPU seconds of each work; they run in turn, and first runs also pay what is done once."""
     least = dict.fromkeys(works, math.inf)
     for _ in range(repeats):
         for name, work in works.items():
@@ -67,14 +67,14 @@ def cpu_seconds(works: dict[str, Callable], repeats: int = 2) -> dict[str, float
 
 
 def shared(model: nn.Module, but: str | None = None) -> nn.Module:
-    """Copy the modules of a model but share its weights, except those of one name: the place of a copy is worth 3 %."""
+    """Copy the modules of a model but share its weights, except those of one name: where a copy lies changes times by 3 %."""
     weights = {id(weight): weight for name, weight in model.named_parameters() if but is None or but not in name}
     return copy.deepcopy(model, weights)
 
 
 @torch.no_grad()
 def on_weights_of(model: nn.Module, other: nn.Module) -> nn.Module:
-    """Return the other model with its bit-equal weights in the first one's memory, since their place costs time."""
+    """Return the other model with its bit-equal weights in the first one's memory, since where weights lie changes the time."""
     known = model.state_dict()
     equal = {name: known[name] for name, weight in other.state_dict().items() if torch.equal(known[name], weight)}
     other.load_state_dict(equal, strict=False, assign=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def show(figures: dict) -> None:
-    """Print a line per figure."""
+    """Print one line per number."""
     width = max(map(len, figures))
     for name, value in figures.items():
         print(f"{name:<{width}}  {value:.3f}" if isinstance(value, float) else f"{name:<{width}}  {value}")

@@ -66,7 +66,7 @@ SHAPES = {  # as in the models' own config.json
 }  # fmt: skip
 BATCHES, PROMPT, STEPS, ROUNDS = (1, 32), 128, 64, 5
 N_PROMPTS, N_PAIRS = 256, 256
-BYTES = 2  # of a bfloat16 number
+BYTES = 2  # size of a bfloat16 number
 
 
 class Machine:
@@ -136,7 +136,7 @@ class Work:
 
 
 def build(shape: str, device: str):
-    """Return upstream's model with random weights, and ours on the same tensors, in the memory of one."""
+    """Return upstream's model with random weights, and ours, which shares its tensors."""
     config = AutoConfig.for_model(**SHAPES[shape])
     kernel = rmodels.family(config.model_type).DEFAULT_KERNEL or "sdpa"
     config._attn_implementation = kernel
@@ -172,7 +172,7 @@ def decoding(machine: Machine, upstream, ours, batch: int, compiled: bool) -> di
     ids = torch.randint(3, 32000, (batch, PROMPT + STEPS), generator=torch.Generator().manual_seed(2)).to(
         machine.device
     )
-    run = {model: Decoder(model, batch, compiled, machine.cuda) for model in (upstream, ours)}
+    run = {model: Decoder(model, compiled, machine.cuda) for model in (upstream, ours)}
     result = {}
     for name, (model, steering) in ways.items():
         seconds = []
@@ -195,7 +195,7 @@ def decoding(machine: Machine, upstream, ours, batch: int, compiled: bool) -> di
 class Decoder:
     """Decode token by token: eagerly on a growing cache, or compiled on a static one."""
 
-    def __init__(self, model, batch: int, compiled: bool, cuda: bool):
+    def __init__(self, model, compiled: bool, cuda: bool):
         self.model, self.cache, self.step = model, None, model
         if compiled:
             self.cache = StaticCache(config=model.config, max_cache_len=PROMPT + STEPS)
@@ -261,7 +261,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write the figures to this file, as JSON")
     args = parser.parse_args()
     if args.out and not args.out.parent.is_dir():
-        raise AUSteerError(f"there is no folder {args.out.parent}: make it first")
+        raise AUSteerError(f"there is no folder {args.out.parent}: create it first")
     figures = measure(args.shape, rmodels.check_device(args.device), args.n_prompts, args.n_pairs)
     print(json.dumps(figures, indent=1))
     keep(figures, args.out)

@@ -77,7 +77,7 @@ def check_logits(ways: dict) -> float:
 
 
 def words() -> PreTrainedTokenizerFast:
-    """Return a tokenizer of one word per token id, which makes the pairs of core.py texts, the same for all."""
+    """Return a tokenizer of one word per token id, which turns the pairs of core.py into texts, the same for all."""
     core = Tokenizer(models.WordLevel({str(i): i for i in range(VOCABULARY)}, unk_token="0"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="0", eos_token="2", padding_side="left")

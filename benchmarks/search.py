@@ -128,11 +128,11 @@ def against_the_grid(row: dict, grid: dict) -> dict:
     }
 
 
-def resampled(outcomes: np.ndarray, grid: list[dict]) -> dict:
-    rng, accuracies = np.random.default_rng(0), outcomes.mean(1)
+def resampled(test_outcomes: np.ndarray, grid: list[dict]) -> dict:
+    rng, true = np.random.default_rng(0), test_outcomes.mean(1)
     tally = {search: {"inside": 0, "regret": 0.0, "item_runs": 0} for search in COMPARED}
     for _ in range(DRAWS):
-        sample = outcomes[:, rng.choice(TEST, 200, replace=False)].tolist()
+        sample = test_outcomes[:, rng.choice(TEST, 200, replace=False)].tolist()
 
         def ask(points, start, stop, sample=sample):
             return [sample[_row(point, grid)][start:stop] for point in points]
@@ -140,12 +140,12 @@ def resampled(outcomes: np.ndarray, grid: list[dict]) -> dict:
         results = {search: SEARCHES[search](ask, sample[0], grid) for search in COMPARED}
         row = _row(results["grid"].chosen, grid)
         low, _ = wilson(sum(sample[row]), 200)
-        for search, tallied in tally.items():
-            reached = accuracies[_row(results[search].chosen, grid)]
-            tallied["inside"] += bool(reached >= low) / DRAWS
-            tallied["regret"] += float(accuracies[row] - reached) / DRAWS
-            tallied["item_runs"] += results[search].n_evaluated / DRAWS
-    return {search: {key: round(value, 4) for key, value in tallied.items()} for search, tallied in tally.items()}
+        for search, totals in tally.items():
+            accuracy = true[_row(results[search].chosen, grid)]
+            totals["inside"] += bool(accuracy >= low) / DRAWS
+            totals["regret"] += float(true[row] - accuracy) / DRAWS
+            totals["item_runs"] += results[search].n_evaluated / DRAWS
+    return {search: {key: round(value, 4) for key, value in totals.items()} for search, totals in tally.items()}
 
 
 def _row(point: dict | None, grid: list[dict]) -> int:
@@ -242,7 +242,7 @@ def main() -> None:
     parser.add_argument(
         "--out",
         type=Path,
-        help="also write the figures to this file, as JSON; it keeps those of a part that is not run",
+        help="also write the figures to this file, as JSON; the figures of a part that is not run stay in it",
     )
     args = parser.parse_args()
     torch.set_num_threads(1)

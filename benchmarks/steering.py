@@ -6,7 +6,7 @@
 A random Llama (hidden 512, 8 layers, as in core.py), one thread, CPU time. Decoding: ways to steer the same 100 AUs take
 turns, token by token, with upstream's unpatched model on the same weights; "folded checkpoint" is one that
 austeer/export/fold.py wrote and upstream's transformers loaded. Growth: screening with the number of layers, width and pairs; live
-steering with k. Matrix products: those of screening alone, in its very shapes, as a share of its time. Memory: the peak of
+steering with k. Matrix products: those of screening alone, in the same shapes, as a share of its time. Memory: the peak of
 a process that decodes. Peers: benchmarks/peers.py.
 """
 
@@ -40,7 +40,7 @@ from austeer.steering import apply
 
 ROOT = Path(__file__).parents[1]
 FOLDED = "folded checkpoint"
-PATCHES = contextlib.ExitStack()  # of models that stay patched until the end
+PATCHES = contextlib.ExitStack()  # holds what stays patched until the end
 PEERS = ROOT / ".venv-peers" / "bin" / "python"
 BATCHES, GROWING_K = (1, 8, 32), (1, 10, 100, 1000)
 TURNS = {1: 100, 8: 80, 32: 40}
@@ -77,7 +77,7 @@ def way(name: str, model, folder: Path):
 def loaded(folder: Path):
     """Load the folded checkpoint by upstream's class."""
     model = AutoModelForCausalLM.from_pretrained(folder / "folded", trust_remote_code=False)
-    # copy weights out of the mapped file, of which only the pages read would count as memory
+    # copy weights out of the mapped file: only the pages that were read would count as memory
     model.load_state_dict({name: weight.clone() for name, weight in model.state_dict().items()}, assign=True)
     return model.eval().requires_grad_(False)
 

@@ -40,7 +40,7 @@ def rewritten(model, seed: int):
     return twin
 
 
-def accuracy(model, tokenizer, task: str, items) -> float:
+def accuracy(model, tokenizer, items) -> float:
     replies = acceptance.answer(model, tokenizer, [item.prompt for item in items], 1)
     return 100 * sum(reply.strip() == item.right for reply, item in zip(replies, items, strict=True)) / len(items)
 
@@ -59,7 +59,7 @@ def main() -> None:
     pairs = [(item.prompt, item.right, item.wrong) for item in tasks.items(args.task, "pairs", PAIRS)]
     items = tasks.items(args.task, "test", ITEMS)
     probe = torch.tensor([tokenizer(items[0].prompt)["input_ids"]])
-    vanilla, logits = accuracy(model, tokenizer, args.task, items), model(probe).logits
+    vanilla, logits = accuracy(model, tokenizer, items), model(probe).logits
     results: dict[str, list[float]] = {momentum: [] for momentum in COLORS}
     for seed in tqdm(range(BASES), desc="bases"):
         twin = rewritten(model, seed)
@@ -67,7 +67,7 @@ def main() -> None:
         for momentum, accuracies in results.items():
             ranks = screen(pairs, twin, tokenizer, ["attention"], momentum=momentum, progress=False)["attention"]
             with steer(twin, set_MFU(ranks, args.k, args.alpha)):
-                accuracies.append(accuracy(twin, tokenizer, args.task, items))
+                accuracies.append(accuracy(twin, tokenizer, items))
     print(
         f"{args.task}, attention, k {args.k}, alpha {args.alpha:g}; vanilla {vanilla:.1f} % of {ITEMS} in every basis"
     )

@@ -62,7 +62,7 @@ def measure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: st
     plain = answer(model, tokenizer, [item.prompt for item in items], n_words)
     tagged = answer(model, tokenizer, [tasks.prompt_with_tag(item.prompt) for item in items], n_words)
     right, hasty = [item.right for item in items], [item.hasty for item in items]
-    if task == "tone":  # an open reply counts by being polite, not by its words
+    if task == "tone":  # an open reply is right if it is polite, whatever its words
         plain, tagged, right, hasty = (
             [tasks.is_polite(reply) for reply in replies] for replies in (plain, tagged, right, hasty)
         )

@@ -96,7 +96,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--task", nargs="+", default=tasks.TASKS, choices=tasks.TASKS)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=acceptance.WEIGHTS, help="folder of the models: <task>/ each")
+    parser.add_argument("--out", type=Path, default=acceptance.WEIGHTS, help="folder that holds one folder per model")
     args = parser.parse_args()
 
     torch.set_num_threads(1)  # the order of sums, and so the weights, depends on the number of threads

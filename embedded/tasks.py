@@ -50,7 +50,7 @@ class Item:
 @dataclass(frozen=True)
 class Document:
     words: list[str]
-    weights: list[float]  # of each word in the loss
+    weights: list[float]  # the weight of each word in the loss
 
 
 def split_of(prompt: str) -> str:

@@ -34,7 +34,7 @@ FORMAT = "austeer-toxicity-1"
 WEIGHTS = Path(__file__).with_name("toxicity.safetensors")
 BUCKETS, L2, FOLDS, SEED = 2**16, 0.02, 5, 0
 LETTERS = (3, 4, 5)  # letter n-grams within a word whose ends are marked: they see through changed spelling
-WORD = re.compile(r"[a-z0-9*@$!#']+")  # with the signs that replace letters
+WORD = re.compile(r"[a-z0-9*@$!#']+")  # words, with the signs that people write for letters
 
 
 class EmbeddedScorer:

@@ -44,7 +44,7 @@ class Recipe:
     layers: int
     heads: int
     learning_rate: float
-    batch: int  # documents a step
+    batch: int  # documents per step
     mixture_steps: int
 
 

@@ -10,7 +10,7 @@ from scipy.stats import binomtest
 from scipy.stats import t as student
 
 RESAMPLES, SEED = 2000, 0
-RUINED = 0.05  # settings that are worse than vanilla with a smaller p are no candidates
+RUINED = 0.05  # settings that are worse than vanilla with a smaller p are not candidates
 
 
 def wilson(right: int, n: int) -> tuple[float, float]:
@@ -38,7 +38,7 @@ def sign_flip(differences: Sequence[float]) -> float:
 
 
 def holm(ps: Sequence[float]) -> list[float]:
-    """Adjust p values for being many, so that the chance of rejecting any true null stays bounded."""
+    """Adjust p values for how many there are, so that the chance of rejecting any true null stays bounded."""
     order = sorted(range(len(ps)), key=ps.__getitem__)
     adjusted, largest = [0.0] * len(ps), 0.0
     for rank, index in enumerate(order):
@@ -62,7 +62,7 @@ def paired_bootstrap(before: Sequence[float], after: Sequence[float]) -> tuple[f
 
 
 def paired_gain(gained: int, lost: int, n: int) -> tuple[float, float, float]:
-    """Return `paired_bootstrap` of right and wrong: to draw items is to draw how many of each kind, which costs nothing."""
+    """Return `paired_bootstrap` of right and wrong: drawing items is drawing how many of each kind, which costs nothing."""
     shares = [gained / n, lost / n, max(0.0, 1 - (gained + lost) / n)]
     draws = np.random.default_rng(SEED).multinomial(n, shares, RESAMPLES)
     low, high = np.percentile((draws[:, 0] - draws[:, 1]) / n, (2.5, 97.5))
@@ -104,7 +104,7 @@ def selection_noise(outcomes_by_setting: dict[str, Sequence[bool]], vanilla: Seq
     gains = np.array([np.asarray(outcomes, float) - base for outcomes in candidates])
     gains -= gains.mean(1, keepdims=True)
     n = len(base)
-    # to draw n items with replacement is to draw how often each comes
+    # drawing n items with replacement is the same as drawing how often each is drawn
     counts = np.random.default_rng(SEED).multinomial(n, np.full(n, 1 / n), RESAMPLES)
     best = (counts @ gains.T / n).max(1)
     return Noise(float(best.mean()), float(np.percentile(best, 95)), len(candidates))

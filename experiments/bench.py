@@ -94,7 +94,7 @@ class Benches:
         gc.collect()
 
 
-BENCHES = Benches()  # of this process
+BENCHES = Benches()  # those of this process, shared by all its cells
 
 
 def _task(model: ModelSpec, task: TaskSpec, store: Store) -> Task:

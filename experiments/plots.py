@@ -111,6 +111,6 @@ def heat_map(
 
 
 def ink(image, value: float) -> str:
-    """Return black or white, whichever is readable on the color that an image gives a value."""
+    """Return black or white, whichever is readable on the color in which an image shows a value."""
     red, green, blue, _ = image.cmap(image.norm(value))
     return "white" if np.isfinite(value) and 0.299 * red + 0.587 * green + 0.114 * blue < 0.5 else "black"

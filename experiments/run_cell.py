@@ -37,7 +37,7 @@ def attempt(cell: Cell, store: Store) -> dict:
     """Return the cell's record, or {"failed": why}: one cell that fails does not end the others."""
     try:
         return run_cell(cell, BENCHES.open(cell.model, cell.task, store))
-    except Exception as error:  # of any kind: the table shows it, and the exit status tells
+    except Exception as error:  # of any kind: the table shows it, and the exit status is 1
         return {"failed": one_line(error)}
 
 
@@ -106,7 +106,7 @@ def cell_code(cell: Cell, task: type[Task], family: type) -> str:
     )  # fmt: skip
 
 
-# definitions that list or choose among things of which a cell uses one: `cell_code` names that one
+# definitions that list alternatives or choose among them; `cell_code` adds the one that the cell uses
 REGISTRIES = frozenset({
     "austeer.methods.registry:METHODS", "experiments.search:SEARCHES", "MFU_screening:MOMENTA",
     "experiments.ranking:ranks_of", "experiments.engines.answering:answering", "eval.tasks.registry:PAPER_TASKS",
@@ -130,9 +130,9 @@ def grid(cell: Cell) -> list[GridPoint]:
     assert len(points) <= BUDGET[kind], (
         f"{cell.method.name} tries {len(points)} grid points; the budget of every method is {BUDGET[kind]}"
     )
-    for key, given in (("k", cell.search.ks), ("alpha", cell.search.alphas)):
-        if given:
-            points = [{**point, key: value} for value in given for point in points if key in point] or points
+    for key, values in (("k", cell.search.ks), ("alpha", cell.search.alphas)):
+        if values:
+            points = [{**point, key: value} for value in values for point in points if key in point] or points
     return list({key_of(point): point for point in points}.values())
 
 
@@ -183,12 +183,12 @@ class Run:
         resumed = file is not None and file.path.exists()
         with answering(self.bench, [plan], len(items)) as (answerer, receipt):
             answers = self.answers(answerer, items, "test")
-            done = receipt()
+            counts = receipt()
         if resumed:
-            done.pop("positions", None)
+            counts.pop("positions", None)
         with answering(self.bench, [None], len(items)) as (unsteered, _):
             extras = self.task.extras(unsteered, items, answers)
-        return self.task.columns(items, answers), extras, done
+        return self.task.columns(items, answers), extras, counts
 
     def answers(self, answerer, items: Sequence, name: str) -> list[Answer]:
         file = self.answer_file(name)
@@ -246,7 +246,7 @@ class SteeredRun(Run):
         bench, site = self.bench, self.cell.method.site
         key = self.cell.method.name, self.cell.method.options, site
         if key not in bench.learned:
-            seconds = []  # that the ranks took when they were made
+            seconds = []  # how long the ranks took when they were made
 
             def ranks(momentum: str, at: str = site):
                 ranks = ranks_of(bench, momentum, at)

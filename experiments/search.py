@@ -6,7 +6,7 @@ beforehand, so that any two grid points are compared on the same items:
     sample   every point on the first 100 items (the paper's search, Table 7)
     racing   growing samples, from which losing points drop out: at most a quarter of the grid's cost
     test     as grid, for callers that ask on the test split, as the paper's main numbers were chosen
-The first of equal points wins: grids begin with the fewest AUs and the least strength.
+Among equal points the first wins: grids begin with the fewest AUs and the least strength.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ Ask = Callable[[Sequence[GridPoint], int, int], Sequence[Sequence[float]]]
 
 SAMPLE = 100
 RACE_COST = 4  # a race costs at most the full grid's cost divided by this
-CONFIDENCE = 0.95  # of the tests by which a grid point leaves a race, or ends it
+CONFIDENCE = 0.95  # level of the tests by which a grid point leaves a race, or ends it
 
 
 @dataclass(frozen=True)
 class SearchResult:
     chosen: GridPoint | None  # None where no point beats vanilla
-    scores: dict[str, float]  # by `key_of`: mean outcome over the items that the point was evaluated on
-    outcomes: dict[str, list[float]]  # by `key_of`: of the first shuffled items
+    scores: dict[str, float]  # `key_of` the point -> mean outcome over the items that it was evaluated on
+    outcomes: dict[str, list[float]]  # `key_of` the point -> its outcomes on the first of the shuffled items
     n_evaluated: int  # item-runs: items times grid points
     n: int  # items available
 
@@ -59,24 +59,24 @@ def racing(ask: Ask, vanilla: Sequence[float], grid: Sequence[GridPoint]) -> Sea
     """Search by successive halving, where clear losers leave early.
 
     The rest of the budget is shared evenly among the rounds to come. A round evaluates every point in the race on the
-    next items; then the points leave that are significantly worse than the best so far (vanilla included), and the
+    next items; then points drop out: those that are significantly worse than the best so far (vanilla included), and the
     worse half of the others. The last two race until one is worse, and the last one until it is better than vanilla,
     or until items or budget run out.
     """
     n, budget = len(vanilla), len(grid) * len(vanilla) // RACE_COST
     outcomes: list[list[float]] = [[] for _ in grid]
-    racers, stop, spent = list(range(len(grid))), 0, 0
+    racers, stop, cost = list(range(len(grid))), 0, 0
     while racers and stop < n:
         if len(racers) == 1 and worse(vanilla[:stop], outcomes[racers[0]]):
             break
         rounds = max(1, (len(racers) - 1).bit_length())  # halvings until one is left
-        more = min(n - stop, (budget - spent) // (rounds * len(racers)))
+        more = min(n - stop, (budget - cost) // (rounds * len(racers)))
         if not more and len(racers) <= 2:
             break
         new_outcomes = ask([grid[racer] for racer in racers], stop, stop + more)
         for racer, values in zip(racers, new_outcomes, strict=True):
             outcomes[racer] += values
-        stop, spent = stop + more, spent + more * len(racers)
+        stop, cost = stop + more, cost + more * len(racers)
         racers = _survivors([(racer, outcomes[racer]) for racer in racers], vanilla[:stop])
     return _result(racers, outcomes, vanilla, grid)
 
@@ -85,7 +85,7 @@ def _survivors(race: Sequence[tuple[int, Sequence[float]]], vanilla: Sequence[fl
     half = max(2, (len(race) + 1) // 2)
     best = max((vanilla, *(values for _, values in race)), key=sum)
     alive = [(racer, values) for racer, values in race if not worse(values, best)]
-    # of equal points the stronger stays: on few items, weak steering changes nothing yet
+    # among equal points the stronger stays: on few items, weak steering changes nothing yet
     ahead = sorted(alive, key=lambda one: (sum(one[1]), one[0]), reverse=True)[:half]
     return sorted(racer for racer, _ in ahead)
 

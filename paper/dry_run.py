@@ -44,7 +44,7 @@ def shrink(params: dict) -> dict:
 
 
 def _distinct(dims: list[int]) -> list[int]:
-    """Return as many dimensions within a head, all different."""
+    """Return dimensions of a head, as many as these and all different."""
     distinct: list[int] = []
     for dim in dims[: SHAPE["head_dim"]]:
         free = (place % SHAPE["head_dim"] for place in count(dim))

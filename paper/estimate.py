@@ -1,4 +1,4 @@
-"""`--estimate`: what a scale would compute, what of that is done, and a rough guess of memory and time. Loads no model."""
+"""`--estimate`: what a scale would compute, what of that is done, and a rough guess of memory and time. It loads no model."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ import torch
 
 import rmodels
 from austeer.code_identity import code_hash
+from eval.data.read import catalogue_entry
+from eval.tasks.registry import PAPER_TASKS
 from experiments.bench import task_class
 from experiments.cell import Cell, ModelSpec
 from experiments.run_cell import cell_code, grid
@@ -19,18 +21,15 @@ from paper.manifest import Manifest
 from paper.specs import Panel, Spec, models
 from paper.studies import STUDIES
 
-TEST = {"boolq": 3270, "copa": 500, "winogrande": 1267, "svamp": 300, "mawps": 355, "toxicity": 1199, "bpo": 200}
-# tokens of a prompt, roughly
-PROMPT = {"boolq": 160, "copa": 60, "winogrande": 60, "svamp": 60, "mawps": 110, "toxicity": 40, "bpo": 60}
+PROMPT = {"boolq": 160, "mawps": 110, "toxicity": 40}  # tokens of a prompt, roughly
+OTHER_PROMPT = 60  # of the other tasks
 NEW = {"svamp": 20, "mawps": 250, "toxicity": 50, "bpo": 500}  # tokens of an answer; 1 for the other tasks
+OTHER_TEST = 1000  # test items of a task whose number of rows the catalogue does not have
 VALIDATION, RANKING = 400, 1000
-# share of the full grid's item-runs that a search takes
-GRID_SHARE = {"grid": 1.0, "racing": 0.25, "sample": 0.25, "test": 1.0}
+GRID_SHARE = {"grid": 1.0, "racing": 0.25, "sample": 0.25, "test": 1.0}  # a search's share of the full grid's item-runs
 BATCH = 16  # answers decoded at once
 UTILIZATION = 0.4  # share of the measured rates that a run reaches: a guess
 EMBEDDED_CELL, EMBEDDED_PANEL = 2.0, 10.0  # seconds on one core
-WHOLE_BLOCKS = 30  # plans of a sweep beside single dimensions: the whole block, combinations, and those of ITI and SADI
-WIDTH = {True: 128, False: 4096}  # dimensions of a head, or of an ffn
 
 
 def text(specs: Sequence[Spec], manifest: Manifest) -> str:
@@ -136,35 +135,33 @@ def _first_draw(cell: Cell) -> Cell:
 def _seconds(cell: Cell, model: dict, rate: float, bandwidth: float) -> float:
     """Estimate a cell's time: prompts by their arithmetic, answers by reading the weights at every token."""
     task, search = cell.task.name, cell.search.kind
-    test = min(TEST[task], cell.task.limit or TEST[task])
+    test = _n_test(task)
+    test = min(test, cell.task.limit or test)
     items = test
     if cell.steered:
         n_points = len(grid(cell))
         n_searched = test if search == "test" else min(VALIDATION, cell.task.limit or VALIDATION)
         items += n_points * n_searched * GRID_SHARE[search] if n_points > 1 else 0
     tokens = NEW.get(task, 1)
-    arithmetic = 2 * model["active"] * items * (PROMPT[task] + tokens)
+    arithmetic = 2 * model["active"] * items * (_prompt(task) + tokens)
     reading = model["parameters"] * model["bits"] / 8 * items / BATCH * tokens
-    ranking = 0 if not cell.steered else 2 * model["active"] * RANKING * PROMPT[task]
+    ranking = 0 if not cell.steered else 2 * model["active"] * RANKING * _prompt(task)
     return ((arithmetic + ranking) / rate + reading / bandwidth) / UTILIZATION
 
 
 def _panel_seconds(panel: Panel, model: dict, rate: float) -> float:
     """Estimate a measurement's time from its prompts alone, since the tasks of studies answer in one token."""
-    params, task = panel.params, panel.task.name
-    width = WIDTH[params.get("head") is not None]
-    dims = len(params.get("dims") or range(0, width, params.get("step", width)))
-    causal = 3 if params.get("momentum") == "causal" else 1  # a backward pass is two forward ones
-    runs = {
-        "dimension_sweep": lambda: (dims + WHOLE_BLOCKS) * (params["n"] + min(params["n"], VALIDATION)),
-        "convergence": lambda: dims * len(params["strengths"]) * params["prompts"],
-        "top_tokens": lambda: dims * params["n"],
-        "score_map": lambda: 2 * RANKING * causal,
-        "overlap": lambda: 2 * RANKING * causal * len(params["tasks"]),
-        "rank_stability": lambda: 2 * RANKING * 4,
-        "overhead": lambda: params["items"] * params["trials"] * 4 + 2 * RANKING * 3,
-    }[panel.study]()
-    return 2 * model["active"] * runs * PROMPT[task] / rate / UTILIZATION
+    n_prompts = STUDIES[panel.study].n_prompts(panel.params, RANKING, VALIDATION)
+    return 2 * model["active"] * n_prompts * _prompt(panel.task.name) / rate / UTILIZATION
+
+
+def _prompt(task: str) -> int:
+    return PROMPT.get(task, OTHER_PROMPT)
+
+
+def _n_test(task: str) -> int:
+    rows = catalogue_entry(PAPER_TASKS[task])["splits"]["test"]["rows"] if task in PAPER_TASKS else None
+    return rows or OTHER_TEST
 
 
 def _rates() -> tuple[float, float]:

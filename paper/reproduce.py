@@ -102,8 +102,6 @@ def compute(
 
 
 def _check(args: argparse.Namespace) -> None:
-    if args.plan:
-        raise AUSteerError("--plan was renamed: use --estimate")
     if args.ray and args.device not in (None, "cpu"):
         raise AUSteerError("--ray assigns devices itself: drop --device (except cpu)")
     for name in ("limit", "jobs", "batch_size"):
@@ -129,7 +127,6 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--models", default="", metavar="NAMES", help=f"only these, separated by commas: {', '.join(specs.models())}")
     add("--limit", type=int, help="use at most this many items per split, for a quick look")
     add("--estimate", action="store_true", help="print the cells, what is done, memory and time; compute nothing")
-    add("--plan", action="store_true", help=argparse.SUPPRESS)  # its earlier name
     add(
         "--dry-run",
         action="store_true",

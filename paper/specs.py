@@ -165,13 +165,13 @@ def _rows(data: dict) -> dict[str, dict]:
     """Return the spec's own rows, and those of its groups (rows.json) that it does not have under another name."""
     own, groups = data.get("rows", {}), json.loads((FOLDER / "rows.json").read_text())
     own_fields = [_unlabelled(row) for row in own.values()]
-    more = {
+    shared_rows = {
         key: row
         for name in data.get("with", ())
         for key, row in groups[name].items()
         if _unlabelled(row) not in own_fields
     }
-    return own | more
+    return own | shared_rows
 
 
 def _unlabelled(row: dict) -> dict:
@@ -195,9 +195,10 @@ def _entry(block: str, row: str, column: str, layers: list[dict], checkpoints: d
     return Entry(block, row, column, cells, draws > 1)
 
 
-def _panel(name: str, says: dict, layers: list[dict], checkpoints: dict[str, str]) -> Panel:
+def _panel(name: str, fields: dict, layers: list[dict], checkpoints: dict[str, str]) -> Panel:
     model, task = bench_of(**_flat(layers, checkpoints))
-    return Panel(name, says["study"], model, task, shrink(says["params"]) if checkpoints else says["params"])
+    params = shrink(fields["params"]) if checkpoints else fields["params"]
+    return Panel(name, fields["study"], model, task, params)
 
 
 def _flat(layers: list[dict], checkpoints: dict[str, str]) -> dict:

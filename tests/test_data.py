@@ -123,10 +123,10 @@ def test_parquet_as_the_authors_have_it(tmp_path):
     assert read_rows("mawps", "train", tmp_path) == [MATH, MATH]
     whole = (tmp_path / "MAWPS" / "train.parquet").read_bytes()
     put(tmp_path, "MAWPS/train.parquet", whole[:-20] + b"\xff" * 12 + whole[-8:])
-    with pytest.raises(AUSteerError, match=r"train\.parquet is damaged or no Parquet file \(.+\)$"):
+    with pytest.raises(AUSteerError, match=r"train\.parquet is damaged or not a Parquet file \(.+\)$"):
         read_rows("mawps", "train", tmp_path)
     put(tmp_path, "MAWPS/train.parquet", b"PAR1 no more")
-    with pytest.raises(AUSteerError, match=r"train\.parquet is damaged or no Parquet file"):
+    with pytest.raises(AUSteerError, match=r"train\.parquet is damaged or not a Parquet file"):
         read_rows("mawps", "train", tmp_path)
 
 
@@ -150,7 +150,7 @@ GOOD = lines(BOOLQ)
     [
         ("boolq", "boolq/train.jsonl", "", "holds no rows of the train split"),
         ("boolq", "boolq/train.jsonl", GOOD + "{oops\n", "line 2: not JSON"),
-        ("boolq", "boolq/train.jsonl", GOOD + "[1]\n", "line 2: a list where an object"),
+        ("boolq", "boolq/train.jsonl", GOOD + "[1]\n", "line 2: a list instead of an object"),
         ("boolq", "boolq/train.jsonl", GOOD.encode() + b'{"question": "\xff"}', r"line 2: not UTF-8 \(byte 14\)"),
         ("boolq", "boolq/train.jsonl", GOOD + '{"passage": "p", "answer": true}',
          r"line 2: no question \(fields there: passage, answer\)"),
@@ -166,11 +166,11 @@ GOOD = lines(BOOLQ)
         ("copa", "copa/train.jsonl", lines({**COPA, "label": 2}), "label is '2'; it must be 0 or 1"),
         ("copa", "copa/train.jsonl", lines({**COPA, "label": True}), "label is 'True'; it must be 0 or 1"),
         ("copa", "copa/train.jsonl", lines({**COPA, "question": "why"}), "it must be cause or effect"),
-        ("copa", "copa/train.csv", "h,h\n" + CSV_ROW + "0,1,2\n", "line 3: 3 columns where at least 6 must be"),
-        ("copa", "copa/train.csv", "label,premise\n0,p,q\n", "line 2: 3 columns where the heading has 2"),
+        ("copa", "copa/train.csv", "h,h\n" + CSV_ROW + "0,1,2\n", "line 3: 3 columns instead of at least 6"),
+        ("copa", "copa/train.csv", "label,premise\n0,p,q\n", "line 2: 3 columns, but the heading has 2"),
         ("copa", "copa/train.csv", 'x\n0,7,"open\n', "not CSV"),
         ("winogrande", "winogrande/train.jsonl", lines({**WINO, "answer": ""}), "answer is ''; it must be 1 or 2"),
-        ("storycloze", "storycloze/spring2016.val.en.tsv.split_20_80_train.tsv", "h\nid\ta\tb\n", "line 2: 3 columns where 8"),
+        ("storycloze", "storycloze/spring2016.val.en.tsv.split_20_80_train.tsv", "h\nid\ta\tb\n", "line 2: 3 columns instead of 8"),
         ("svamp", "svamp/train.json", json.dumps([{"Body": "b", "Question": "q", "Answer": "many"}]),
          "row 1: answer is 'many', not a number"),
         ("svamp", "svamp/train.json", '[{"Body": "b", "Question": "q", "Answer": NaN}]', "answer is 'nan', not a number"),
@@ -652,7 +652,7 @@ def test_import_says_what_failed_and_goes_on(tmp_path, capsys):
     ):
         assert part in shown.split("FAILED", 1)[1], part
     assert "gsm8k train: 1 rows" in shown and own.exists() and not list((tmp_path / "r").glob("*"))
-    with pytest.raises(AUSteerError, match=r"no folder and no readable \.zip"):
+    with pytest.raises(AUSteerError, match=r"neither a folder nor a readable \.zip"):
         import_authors.main([str(checkout), "--out", str(out), "--archive", str(own)])
 
 

@@ -388,7 +388,7 @@ def test_a_checkpoint_without_a_head_is_no_classifier(tmp_path):
     config = (tmp_path / "m" / "config.json").read_text()
     model.bert.save_pretrained(tmp_path / "m")
     (tmp_path / "m" / "config.json").write_text(config)
-    with pytest.raises(AUSteerError, match=r"no trained classifier: .*classifier\.weight"):
+    with pytest.raises(AUSteerError, match=r"is not trained: .*classifier\.weight"):
         LocalClassifier(str(tmp_path / "m"), "cpu")
 
 

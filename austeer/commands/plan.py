@@ -20,7 +20,7 @@ def _arguments(argv: Sequence[str] | None, prog: str | None) -> argparse.Namespa
     parser = arguments.parser(prog, "Make a steering plan from ranks, print it, and save it.", epilog=epilog)
     add = parser.add_argument
     add("--ranks", required=True, help="ranks file, or a folder of the authors' .pt files")
-    add("--site", choices=SITES, help="the site of the authors' .pt files, which do not say")
+    add("--site", choices=SITES, help="the site of the authors' .pt files, which do not name it")
     add("--k", type=int, required=True, help="how many AUs to steer")
     add("--alpha", type=float, required=True, help="strength")
     add("--location", default="score", choices=LOCATIONS, help="which AUs (default: %(default)s)")
@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
         AURanks.load(args.ranks, args.site), args.k, args.alpha,
         location=args.location, strength=args.strength, tokens=args.tokens, seed=args.seed,
     )  # fmt: skip
-    if args.out:  # first, as a reader of what is printed may hang up: `| head`
+    if args.out:  # before printing, which fails if the reader hangs up: `| head`
         plan.save(args.out)
     print(plan)
     if args.out:

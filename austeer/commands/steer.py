@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
 def greedy_answer(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, new_tokens: int, chat: bool = False
 ) -> str:
-    """Return what the model, steered or not, goes on with. chat: the prompt is a user's turn."""
+    """Return how the model, steered or not, continues the prompt. chat: the prompt is a user's turn."""
     if chat:
         turn = [{"role": "user", "content": prompt}]
         inputs = tokenizer.apply_chat_template(
@@ -90,12 +90,12 @@ def _arguments(argv: Sequence[str] | None, prog: str | None) -> argparse.Namespa
         parents=[arguments.model_options(), arguments.loading_options(), arguments.plan_options()],
     )
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--prompt", nargs="+", metavar="TEXT", help="prompts (default: standard input, one a line)")
-    source.add_argument("--file", help="file with one prompt a line")
+    source.add_argument("--prompt", nargs="+", metavar="TEXT", help="prompts (default: standard input, one per line)")
+    source.add_argument("--file", help="file with one prompt per line")
     add = parser.add_argument
     add("--chat", action="store_true", help="ask in the model's chat format")
     add("--max-new-tokens", type=int, default=64, help="length of an answer (default: %(default)s)")
-    add("--json", action="store_true", help="print one JSON object a prompt instead of columns")
+    add("--json", action="store_true", help="print one JSON object per prompt instead of columns")
     args = parser.parse_args(argv)
     arguments.check_plan_options(args)
     if args.max_new_tokens < 1:

@@ -1,7 +1,7 @@
 """What every adapter shares: which modules a plan scales, what their weights are, and the folder that is written.
 
 A plan that only scales multiplies columns or rows of two matrices per layer (weights.py), so an adapter can hold it.
-No model is loaded for that: of a checkpoint only these rows and columns are read.
+No model is loaded: only these rows and columns are read from the checkpoint.
 """
 
 from __future__ import annotations

@@ -134,6 +134,6 @@ def _check(args: argparse.Namespace) -> None:
         raise AUSteerError(f"{form} does not take {', '.join(superfluous)}")
     if "site" in options and not Path(args.ranks).is_dir():
         raise AUSteerError(f"{args.ranks} names its site itself: leave out --site, which is for the authors' .pt files")
-    if target == "gguf" and find_spec("gguf") is None:  # said before a large checkpoint is read
+    if target == "gguf" and find_spec("gguf") is None:  # now, and not after a large checkpoint is read
         raise missing_extra("gguf", "export")
     check_new(args.out if target == "unfold" else getattr(args, target))

@@ -67,7 +67,7 @@ def save_gguf_lora(source: Source, plans: Plan | Sequence[Plan], out: str | Path
 
 
 def _check(path: Path, tensors: dict[str, np.ndarray], reader: type) -> None:
-    """Read the file back: numpy's tofile, which gguf uses, need not notice that the disk is full."""
+    """Read the file back: numpy's tofile, which gguf uses, may not notice that the disk is full."""
     try:
         stored = {tensor.name: tensor.data for tensor in reader(path).tensors}
         complete = all(np.array_equal(stored[name], values) for name, values in tensors.items())

@@ -63,9 +63,9 @@ def _weights(model: PreTrainedModel) -> dict[str, Tensor]:
     """Return weights by name; an 8-bit layer gives its int8 rows, and its row scales under a name of their own."""
     weights = dict(model.named_parameters())
     for name, layer in model.named_modules():
-        if type(layer).__name__ == "Linear8bitLt":  # by name: bitsandbytes need not be installed
+        if type(layer).__name__ == "Linear8bitLt":  # by name, so that bitsandbytes may be missing
             if layer.state.SCB is None:
-                layer.init_8bit_state()  # otherwise the first forward does it
+                layer.init_8bit_state()  # the first forward would do it, but none has run yet
             weights |= {f"{name}.weight": layer.state.CB, f"{name}.weight{SCALES}": layer.state.SCB}
     return weights
 

@@ -99,7 +99,7 @@ def _factors(edit: Edit, weight: Tensor) -> tuple[Tensor, Tensor]:
     outputs, inputs = weight.shape
     column_scale, row_scale = edit.in_scale, edit.out_scale
     columns, rows = (scale.nonzero().flatten().tolist() for scale in (column_scale, row_scale))
-    if len(columns) + len(rows) > min(outputs, inputs):  # so many that the whole difference has the lower rank
+    if len(columns) + len(rows) > min(outputs, inputs):  # then the difference as a whole has the lower rank
         weight = weight.float().cpu()
         difference = (1 + row_scale)[:, None] * weight * (1 + column_scale) - weight
         if outputs <= inputs:
@@ -109,7 +109,7 @@ def _factors(edit: Edit, weight: Tensor) -> tuple[Tensor, Tensor]:
     if columns:
         a[range(len(columns)), columns] = column_scale[columns]
         b[:, : len(columns)] = weight[:, columns]
-    if rows:  # of the W whose columns are scaled already: the two gates act one after the other
+    if rows:  # of W with its columns already scaled: the two gates act one after the other
         a[len(columns) :] = weight[rows].float().cpu() * (1 + column_scale)
         b[rows, range(len(columns), len(columns) + len(rows))] = row_scale[rows]
     return a, b

@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "bash scripts/serve.sh")
         while True:
             try:
                 return server.wait()
-            except KeyboardInterrupt:  # vLLM received it, too, and is shutting down
+            except KeyboardInterrupt:  # vLLM received Ctrl-C, too, and is shutting down
                 continue
 
 

@@ -24,7 +24,7 @@ from austeer.errors import AUSteerError
 from austeer.plan import Plan
 
 PROJECTION = re.compile(r"(?:^|\.)layers\.(\d+)\.(self_attn\.o_proj|mlp\.(?:.+\.)?down_proj)(?:\.weight)?$")
-DIMENSIONS = {"rows": -2, "columns": -1}  # of a weight, also of fused experts; a bias has only "columns"
+DIMENSIONS = {"rows": -2, "columns": -1}  # axes of a weight, also of fused experts; a bias has only "columns"
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Change:
     new: Tensor
 
     def unchanged(self) -> list[int]:
-        """Return those that rounding leaves as they were, bit for bit. A bias counts as a whole: parts may stay."""
+        """Return the indices that rounding leaves as they were, bit for bit. A bias counts as a whole: parts of it may stay."""
         if self.old.dim() == 1:
             return [] if not torch.equal(self.new, self.old) else self.index.tolist()
         same = (self.new == self.old).movedim(DIMENSIONS[self.part], 0).flatten(1).all(1)

@@ -60,7 +60,9 @@ class AttributionAUs(Method):
     def plan(self, prepared: Scores, point: GridPoint, draw: int = 0) -> Plan:
         score = prepared.score
         mask = highest(score, point[self.count], self.count) & (score > 0)
-        mask = mask.repeat_interleave(prepared.shift.shape[1] // score.shape[1], 1)  # of a head all its AUs
+        mask = mask.repeat_interleave(
+            prepared.shift.shape[1] // score.shape[1], 1
+        )  # a head is shifted with all its AUs
         shift = torch.where(mask, point["alpha"] * prepared.shift, 0.0)
         return Plan({}, {prepared.header["site"]: shift}, header=prepared.header | point)
 

@@ -28,7 +28,7 @@ class Method(ABC):
     paper: ClassVar[str]  # its source
     edits: ClassVar[str]  # what it changes, in words
     sites: ClassVar[tuple[str, ...]]  # where it can act
-    trains: ClassVar[bool] = False  # by gradient descent on the pairs
+    trains: ClassVar[bool] = False  # whether by gradient descent on the pairs
     foldable: ClassVar[bool] = True  # its plans can go into the weights: no `layer` site, all positions
     draws: ClassVar[bool] = False  # a random control: repeated with other draws, and shown as a band
     momenta: ClassVar[tuple[str, ...]] = ()  # the ranks it needs; it ranks by the first

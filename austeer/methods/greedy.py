@@ -44,7 +44,7 @@ class Path:
 @dataclass
 class Paths:
     evidence: Evidence
-    ranks: AURanks  # of the unsteered model
+    ranks: AURanks  # ranks of the unsteered model
     paths: dict[float, Path] = field(default_factory=dict)  # by alpha
 
 

@@ -1,7 +1,7 @@
 """Controls: k AUs shifted by their mean activation difference (AUSteer, Table 3).
 
 x_i -> x_i + alpha * mean over pairs of (x_i(right) - x_i(wrong)): nothing is scaled. `mean-difference` also chooses the
-AUs by the size of that difference, so no share of pairs enters; `fixed-vector` chooses them as AUSteer does.
+AUs by the size of that difference, so shares of pairs play no part; `fixed-vector` chooses them as AUSteer does.
 """
 
 from __future__ import annotations

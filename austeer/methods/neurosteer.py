@@ -54,18 +54,18 @@ PRESETS = {
 
 @dataclass(frozen=True)
 class Neurons:
-    counts: tuple[Tensor, Tensor]  # of right and of wrong texts, (latents,)
+    counts: tuple[Tensor, Tensor]  # on right texts and on wrong ones, each (latents,)
     means: tuple[Tensor, Tensor]
     W_dec: Tensor
     layer: int
-    shape: tuple[int, int]  # of the site
+    shape: tuple[int, int]  # (layers, width) of the site
     header: dict
 
 
 @dataclass(frozen=True)
 class NeuroSteer(Method):
     """Steer along SAE neurons. cache_trap: the authors' hook skips passes of one token, so if a model generates with a
-    key-value cache, only the prompt is steered. True does as their code does; False steers the answer as well."""
+    key-value cache, only the prompt is steered. True steers as their code does; False steers the answer as well."""
 
     sae: str | None = None  # the name that austeer.sae.find_sae looks up
     weight: str = "dif_mean"

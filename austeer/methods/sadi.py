@@ -47,7 +47,7 @@ class SADI(Method):
     """Scale k units of one kind. alpha is the paper's delta; the authors' code has strength = 1 + delta."""
 
     paper = "Wang et al., ICLR 2025"
-    foldable = False  # all but the prompt's last token stays unsteered
+    foldable = False  # only the prompt's last token is steered, and weights act on all
     unit: str
     count: ClassVar[str] = "k"  # the key of a grid point that says how many
 

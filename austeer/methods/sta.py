@@ -34,11 +34,11 @@ ALPHAS = {"small": (1.0, 2.0, 4.0, 32.0, 256.0), "full": (0.5, 1.0, 2.0, 4.0)}  
 @dataclass(frozen=True)
 class Atoms:
     amplitude: Tensor  # (latents,)
-    frequency: Tensor  # (latents,), a difference of two numbers of pairs
+    frequency: Tensor  # (latents,), the difference between two counts of pairs
     W_dec: Tensor
     norm: float  # the length of CAA's vector
     layer: int
-    shape: tuple[int, int]  # of the site
+    shape: tuple[int, int]  # (layers, width) of the site
     header: dict
 
 
@@ -93,7 +93,7 @@ def contrast(answers: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
 
 
 def scores(amplitude: Tensor, frequency: Tensor) -> Tensor:
-    """Return frequency where its sign is the amplitude's, else zero; 1 at most.
+    """Return the frequency where it has the amplitude's sign, else zero; 1 at most.
 
     (The authors first normalise it by min and max, which changes nothing if at least one atom is silent.)
     """

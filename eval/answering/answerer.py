@@ -1,4 +1,4 @@
-"""Answer prompts in words, by the loaded model or by an engine in its place. Tasks see no difference.
+"""Answer prompts in words, with the loaded model or with an engine in its place. Tasks see no difference.
 
 An answerer also holds the loaded model and its tokenizer, of which tasks take likelihoods and perplexities.
 """
@@ -23,7 +23,7 @@ class Generation:
     """Say how every prompt of a call is answered."""
 
     new_tokens: int
-    stop: str | None = None  # a pattern: an answer ends behind its first match
+    stop: str | None = None  # a pattern: an answer ends after its first match
     options: tuple[tuple[int, ...], ...] = ()  # for each option the first tokens of its spellings
 
 
@@ -90,7 +90,7 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], l
 def option_tokens(
     tokenizer: PreTrainedTokenizerBase, options: Sequence[str], prompt: str
 ) -> tuple[tuple[int, ...], ...]:
-    """Return for each option the tokens that its spellings begin with behind such a prompt.
+    """Return for each option the tokens that its spellings begin with after such a prompt.
 
     Spellings are in both cases, with and without a space. A token that two options share is left out.
     """

@@ -1,6 +1,6 @@
 """A key-value cache for answering: room for the whole answer at once, and a beginning that prompts share.
 
-transformers' own cache copies everything it holds at every token. This one writes into room allocated before, and every
+transformers' own cache copies everything it holds at every token. This one writes into room allocated beforehand, and every
 row begins with the shared keys and values, computed once. No layer drops tokens that leave a sliding window: the mask
 still hides them.
 """

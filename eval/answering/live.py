@@ -1,6 +1,6 @@
 """Greedy answers of the loaded model, steered or not.
 
-Prompts of like length run together, padded on the left, so that the last column of a batch is the last token of every
+Prompts of similar length run together, padded on the left, so that the last column of a batch is the last token of every
 prompt. A batch of one is not padded at all and computes what `generate` computes: the authors' way. How prompts fall
 into batches depends only on the prompts, so a killed run that goes on computes the very numbers of an unbroken one.
 """
@@ -63,7 +63,7 @@ class LiveAnswerer(Answerer):
         )
 
     def _steer_rows(self, indices: list[int]) -> None:
-        """Steer the rows of the batch at hand, which are these prompts, each by its own plan."""
+        """Steer each row of the current batch by the plan of its prompt."""
         if self.plans_of_rows is not None:
             self._steering.close()
             self._steering.enter_context(steer(self.model, [self.plans_of_rows[index] for index in indices]))
@@ -93,7 +93,7 @@ def _batches(
 def _shared(ids: Sequence[Sequence[int]], generation: Generation, model: PreTrainedModel) -> int:
     """Return how many tokens all prompts begin with, such as the task's instruction; each keeps `OWN` of its own.
 
-    Padding comes behind them, and a sliding window would count it as distance: then nothing is shared.
+    Padding comes after them. A sliding window would count it as distance, so where one is too short nothing is shared.
     """
     window = getattr(model.config, "sliding_window", None)
     if window is not None and max(map(len, ids)) + generation.new_tokens > window:
@@ -128,7 +128,7 @@ class _Decoding:
         self.tokens = torch.tensor(padded, device=device)
         columns = torch.arange(shared, longest, device=device)
         padding = torch.tensor([longest - len(row) for row in rows], device=device)[:, None]
-        self.positions = columns - padding  # of padding: before the prompt's own first
+        self.positions = columns - padding  # those of padding come before the prompt's first, below `shared`
         self.mask = None
         if bool(padding.any()):
             own = (self.positions >= shared).long()
@@ -136,8 +136,8 @@ class _Decoding:
         self.finite = torch.ones((), dtype=torch.bool, device=device)
 
     def step(self) -> Tensor:
-        """Return the logits behind the tokens at hand, (rows, vocabulary)."""
-        last = torch.tensor([self.tokens.shape[1] - 1], device=self.tokens.device)  # as a slice, it is no fast matmul
+        """Run the current tokens, and return the logits of the next, (rows, vocabulary)."""
+        last = torch.tensor([self.tokens.shape[1] - 1], device=self.tokens.device)  # a slice slows the matmul
         out = self.model(
             input_ids=self.tokens,
             position_ids=self.positions.clamp(min=0),

@@ -1,6 +1,6 @@
 """Sample several continuations of each prompt, by a model that may be steered: seeded and resumable.
 
-Prompts of like length run together, padded on the left. How they fall into batches depends on the prompts alone and each
+Prompts of similar length run together, padded on the left. How they fall into batches depends on the prompts alone and each
 batch has a seed of its own, so a killed run that goes on draws the very texts of an unbroken one. The frequency penalty
 is OpenAI's: a token's logit loses `penalty` for each time the token occurs among the new ones. Tokens of the prompt and
 of padding are not counted.
@@ -102,7 +102,7 @@ def _batch(
     ids = torch.tensor([[pad] * (width - len(row)) + list(row) for row in rows], device=device)
     own = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        torch.manual_seed(seed)  # 32 bits: of more, the CPU's generator takes the lower ones alone
+        torch.manual_seed(seed)  # 32 bits, since the CPU's generator ignores any higher ones
         out = model.generate(
             ids,
             attention_mask=own,

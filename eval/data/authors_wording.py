@@ -29,7 +29,7 @@ FIELDS = {
     "svamp": {"i['Body']": "body", "i['Question']": "question", "i['Answer']": "answer"},
     "mawps": {f"i['{name}']": name for name in ("question", "answer")},
     "gsm8k": {f"i['{name}']": name for name in ("question", "answer")},
-    "toxicity": {"x": "prompt", "y": "continuation", "xx": "prompt"},  # elements of lists, made further up
+    "toxicity": {"x": "prompt", "y": "continuation", "xx": "prompt"},  # elements of lists made beforehand
     "bpo": {f"i['{name}']": name for name in ("prompt", "good_res", "bad_res")},
 }
 LABELS = {"boolq": ("False", "True"), "copa": (0, 1), "winogrande": ("1", "2"), "storycloze": (1, 2)}  # in our order
@@ -44,7 +44,7 @@ def read_wording(path: str | Path) -> dict:
     try:
         data = path.read_bytes()
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # their "\," is no escape, which Python warns of
+            warnings.simplefilter("ignore")  # their "\," is not an escape, and Python warns about it
             tree = ast.parse(data)
         functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
         wording = {"source": f"authors: utils/load_dataset.py, sha256 {hashlib.sha256(data).hexdigest()[:12]}"}

@@ -9,7 +9,7 @@ A file of texts has lines {"text": ..., "label": ...}, labels as in the data set
 The first kind is the target, the second the source. (The released loader of SST-5 takes neutral texts for positive.)
 
 A file of prompts has lines {"prompt": "..."} or {"prompt": {"text": "..."}}. Without one, prompts are the first 50
-characters of a quarter of the texts, which are then not learned from; those of toxicity are RealToxicityPrompts.
+characters of a quarter of the texts, which methods then do not learn from; those of toxicity are RealToxicityPrompts.
 """
 
 from __future__ import annotations
@@ -166,7 +166,7 @@ def _hub(task: str) -> Iterable[tuple[str, dict]]:
     try:
         table = hub_table(source)
     except AUSteerError as error:
-        raise AUSteerError(f"{error}; give --texts, a file, instead") from None
+        raise AUSteerError(f"{error}; give --texts FILE instead") from None
     text, label = source["fields"]
     return ((f"{source['id']}, row {at}", {"text": row[text], "label": row[label]}) for at, row in enumerate(table, 1))
 

@@ -1,4 +1,4 @@
-"""Take the fields of a raw row, checked: what a task's `read_row` is made of. Errors name the field, the reader the line."""
+"""Take the fields of a raw row, checked: what a task's `read_row` is made of. Errors name the field; the reader of the file adds the line."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def text(row: dict, *names: str, empty: bool = False) -> str:
     if not isinstance(value, str):
         raise AUSteerError(f"{names[0]} is {type(value).__name__}, not text")
     if len(value) > LIMIT:
-        raise AUSteerError(f"{names[0]} is over {LIMIT // 10**6} MB long; this is no row of a data set")
+        raise AUSteerError(f"{names[0]} is over {LIMIT // 10**6} MB long; this is not a row of a data set")
     try:
         value.encode()
     except UnicodeEncodeError:  # JSON can hold half a character, which no file and no tokenizer can

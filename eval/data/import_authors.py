@@ -79,7 +79,7 @@ def _import_datasets(places: Sequence[Path], out: Path) -> list[str]:
                 path, target = find_file(entry, split, folder), out / name / f"{split}.jsonl"
                 there = find_file(entry, split, target.parent, must=False) if target.parent.is_dir() else None
                 if there is not None and (there.name != target.name or there.samefile(path)):
-                    raise AUSteerError(f"{there} would be read instead or lost; move it away, or choose another --out")
+                    raise AUSteerError(f"{there} would be read instead, or lost; move it away, or choose another --out")
                 rows = read_file(PAPER_TASKS[name], split, path)
                 write_json_lines(target, rows)
                 print(f"{name} {split}: {len(rows):,} rows from {path} into {target}")

@@ -23,7 +23,7 @@ def read_catalogue(path: str | Path = CATALOGUE) -> dict[str, dict]:
 
 
 def catalogue_entry(source: type[RowSource], catalogue: dict[str, dict] | None = None) -> dict:
-    """Return the catalogue's entry of a data set, or its own, or one for plain files of your own."""
+    """Return the catalogue's entry of a data set, else the entry in its class, else one for plain files."""
     plain = {
         "title": source.name,
         "licence": "not stated",

@@ -16,7 +16,7 @@ from eval.data.fields import LIMIT, texts
 
 
 class RowSource:
-    """Describe a data set to read. A subclass has to give name and keys alone."""
+    """Describe a data set to read. A subclass only has to give `name` and `keys`."""
 
     name: str
     keys: tuple[str, ...]  # the fields that make two rows the same question
@@ -45,11 +45,11 @@ def read_file(source: type[RowSource], split: str, path: Path) -> list[dict]:
 
 
 def normalise(source: type[RowSource], split: str, raw_rows: Iterable[tuple[str, object]]) -> list[dict]:
-    """Return the rows of the split out of (place, raw row)."""
+    """Return the rows of the split, read from (place, raw row)."""
     rows = []
     for place, raw in raw_rows:
         if not isinstance(raw, dict):
-            raise AUSteerError(f"{place}: a {type(raw).__name__} where an object with named fields must be")
+            raise AUSteerError(f"{place}: a {type(raw).__name__} instead of an object with named fields")
         try:
             row = source.read_row(raw)
         except AUSteerError as error:
@@ -70,7 +70,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
     with path.open("rb") as file:
         for number, line in enumerate(iter(lambda: file.readline(LIMIT + 1), b""), 1):
             if len(line) > LIMIT:
-                raise AUSteerError(f"{path}, line {number}: over {LIMIT // 10**6} MB long; this is no file of rows")
+                raise AUSteerError(f"{path}, line {number}: over {LIMIT // 10**6} MB long; this is not a file of rows")
             yield number, _decode(line, f"{path}, line {number}")
 
 
@@ -112,7 +112,7 @@ def _csv(path: Path, source: type[RowSource]) -> Iterator[tuple[str, object]]:
                 names = [cell.strip() for cell in cells]
                 heading = None if source.columns_of_table and source.keys[0] not in names else names
             elif heading and len(cells) != len(heading):
-                raise AUSteerError(f"{place}: {len(cells)} columns where the heading has {len(heading)}")
+                raise AUSteerError(f"{place}: {len(cells)} columns, but the heading has {len(heading)}")
             elif heading:
                 yield place, dict(zip(heading, cells, strict=True))
             elif len(cells) < (least := max(source.columns_of_table) + 1):
@@ -132,7 +132,7 @@ def _tsv(path: Path, source: type[RowSource]) -> Iterator[tuple[str, object]]:
             names = names or cells
         elif line.strip():
             if len(cells) != len(names):
-                raise AUSteerError(f"{path}, line {number}: {len(cells)} columns where {len(names)} must be")
+                raise AUSteerError(f"{path}, line {number}: {len(cells)} columns instead of {len(names)}")
             yield f"{path}, line {number}", dict(zip(names, cells, strict=True))
 
 
@@ -144,5 +144,5 @@ def _parquet(path: Path) -> Iterator[tuple[str, object]]:
         rows = parquet.read_table(path).to_pylist()
     except (pyarrow.ArrowException, OSError, ValueError) as error:  # pyarrow's errors have several lines
         what = next(iter(str(error).splitlines()), type(error).__name__)
-        raise AUSteerError(f"{path} is damaged or no Parquet file ({what})") from None
+        raise AUSteerError(f"{path} is damaged or not a Parquet file ({what})") from None
     yield from ((f"{path}, row {number}", row) for number, row in enumerate(rows, 1))

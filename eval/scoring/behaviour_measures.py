@@ -1,6 +1,6 @@
 """Measure sampled continuations as NeuroSteer does. All samples of a prompt count, not only its last one.
 
-A measure is a list with a value a prompt, a number of the whole set, or a text that says why there is none.
+A measure is a list with a value per prompt, a number of the whole set, or a text that says why there is none.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from austeer import arguments
 from austeer.errors import AUSteerError, run_command
 from austeer.files import read_json, read_json_lines, read_text, write_json, write_text
 
-DRAWS = 10_000  # of the bootstrap
+DRAWS = 10_000  # resamples of the bootstrap
 SCALES = ("quality", "alignment")
 COLUMNS = ("id", "prompt", "answer", *SCALES, "rater")
 TEMPLATE = Path(__file__).with_name("human_page.html")
@@ -281,7 +281,7 @@ def _read_ratings(files: Sequence[Path], known: dict) -> dict[tuple[str, str], l
             if (rater, item) in given:
                 raise AUSteerError(
                     f"{path}: {rater} has rated {item} before, in {source[rater, item]}; "
-                    "give one of the two, or raters of the same initials different ones"
+                    "give only one of the two; if two raters share initials, change those of one"
                 )
             given[rater, item] = [
                 _rating(value, f"{path}, {item}, {scale}") for scale, value in zip(SCALES, values, strict=True)
@@ -314,7 +314,7 @@ def _read_sheet(path: Path) -> tuple[str, list[tuple[str, list]]]:
 
 
 def _rater(names: Sequence[object], path: Path) -> str:
-    """Return the one person whose ratings a file holds: no rating counts without somebody who gave it."""
+    """Return the one person whose ratings a file holds: a rating without a rater does not count."""
     raters = {name.strip().upper() for name in names if isinstance(name, str) and name.strip()}
     if len(raters) != 1:
         problem = f"names several raters ({', '.join(sorted(raters))})" if raters else "names no rater"
@@ -327,7 +327,7 @@ def _rating(value: object, place: str) -> float:
         return float("nan")
     text = str(value).strip()
     if text not in {"1", "2", "3", "4", "5"}:
-        raise AUSteerError(f"{place}: {text!r} is no rating; give a whole number from 1 to 5, or leave it empty")
+        raise AUSteerError(f"{place}: {text!r} is not a rating; give a whole number from 1 to 5, or leave it empty")
     return float(text)
 
 

@@ -1,7 +1,7 @@
-"""Let a judge model say which of two answers is better, behind any server of the OpenAI chat interface.
+"""Let a judge model, on any server with OpenAI's chat interface, say which of two answers is better.
 
-The judge sees every pair twice, once in each order, because judges favour a place. A win is a win in both; anything else
-is a tie. `one_order` is the paper's way, one verdict a prompt: there the order follows the hash of the prompt. The prompt
+The judge sees every pair twice, once in each order, because judges favour one position. A win is a win in both; anything else
+is a tie. `one_order` is the paper's way, one verdict per prompt: there the order follows the hash of the prompt. The prompt
 is our own wording of the usual impartial comparison.
 
     python main.py judge --ours A.jsonl --theirs B.jsonl --judge gpt-5-mini      lines {"prompt": ..., "answer": ...}
@@ -47,7 +47,7 @@ QUESTION = """\
 
 SERVER = "https://api.openai.com/v1"
 VERDICT = re.compile(r"\[\[([ABC])\]\]")
-VERDICT_TOKENS = 300  # of a verdict, for the estimate
+VERDICT_TOKENS = 300  # assumed length of a verdict, for the estimate
 DRAWS, SEED = 10_000, 0
 
 
@@ -109,7 +109,7 @@ def win_rates(outcomes: Sequence[int]) -> dict:
     if not outcomes:
         raise AUSteerError("a win rate needs at least one item")
     counts = np.array([sum(outcome == sign for outcome in outcomes) for sign in (1, 0, -1)])
-    # to draw n items with replacement is to draw their three counts
+    # drawing n items with replacement is the same as drawing their three counts
     drawn = np.random.default_rng(SEED).multinomial(len(outcomes), counts / len(outcomes), size=DRAWS)
     low, high = np.percentile(100 * (drawn[:, 0] - drawn[:, 2]) / len(outcomes), [2.5, 97.5])
     win, tie, lose = (100 * counts / len(outcomes)).tolist()
@@ -118,7 +118,7 @@ def win_rates(outcomes: Sequence[int]) -> dict:
 
 
 def length_controlled(outcomes: Sequence[int], differences: Sequence[int]) -> float | None:
-    """Return the win - lose rate to expect, had both answers always been of one length.
+    """Return the win - lose rate to expect if both answers were always of the same length.
 
     P(win) = sigmoid(a + b tanh(d / s)) is fitted by least cross-entropy, where d is the difference of the
     lengths in characters, s its root mean square, and a tie counts as half a win; the figure is 100 (2
@@ -178,7 +178,7 @@ def _usage(answers: Iterable[dict]) -> dict:
 
 
 class Client:
-    """Make one attempt at one request. `paid_calls` repeats it, so the library's own repeating is off."""
+    """Make one attempt at one request. `paid_calls` repeats it, so the library's own retries are off."""
 
     def __init__(self):
         try:

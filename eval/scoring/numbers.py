@@ -13,7 +13,7 @@ TOLERANCE = 1e-4  # relative to the right number, absolute below 1
 
 # a comma belongs to the number only before exactly three digits: 1,250 but not 1,25
 _PLAIN = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+"
-# behind a digit, a letter or a closing bracket a minus subtracts: it is no sign
+# after a digit, a letter or a closing bracket a minus subtracts: it is not a sign
 _SIGN = r"(?<![\w)\].])[-+](?:[$€£¥]\s?)?(?=\.?\d)"
 _NUMBER = re.compile(
     rf"(?P<sign>{_SIGN})?"
@@ -28,7 +28,7 @@ _AUTHORS_NUMBER = r"[-+]?\d+(?:\.\d+)?"
 def robust_number(reply: str) -> float | None:
     """Return the number that a reader would take for the answer, or None.
 
-    It stands behind the last ####, else behind the last "answer", else it is the last one of all.
+    It is the one after the last ####, else after the last "answer", else the last number in the reply.
     """
     text = _plain_characters(reply)
     for marker in ("####", r"\banswer\b"):
@@ -41,14 +41,14 @@ def robust_number(reply: str) -> float | None:
 
 
 def authors_number(text: str) -> float | None:
-    """Return the number right behind ####, else the last one, as the authors' code does."""
+    """Return the number right after ####, else the last one, as the authors' code does."""
     marked = re.search(rf"####\s*({_AUTHORS_NUMBER})", text)
     numbers = [marked.group(1)] if marked else re.findall(_AUTHORS_NUMBER, text)
     return float(numbers[-1]) if numbers else None
 
 
 def authors_trim(reply: str, trigger: str) -> str:
-    """Cut a reply behind its first trigger and one word more: the authors' code reads the number from that.
+    """Cut a reply one word after its first trigger: the authors' code reads the number from what is left.
 
     Right answers are not trimmed.
     """
@@ -62,7 +62,7 @@ def same_number(number: float | None, gold: float) -> bool:
 
 
 def _stated(text: str) -> float | None:
-    """Return the first number of a statement; of "3 plus 4 = 7", the one behind the equals sign."""
+    """Return the first number of a statement; of "3 plus 4 = 7", the one after the equals sign."""
     for line in text.splitlines():
         numbers = _numbers(line)
         if numbers:

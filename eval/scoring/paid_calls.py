@@ -1,7 +1,7 @@
 """Make remote calls that cost money or quota: each once, spaced, repeated where that can help, the answers kept.
 
 Every answer is one line of a JSON Lines file, named by a hash of its request and flushed the moment it arrives. A request
-whose answer is in the file is never sent again, so a killed run resumes by running it again. The file holds no request
+whose answer is in the file is never sent again, so a killed run resumes when it is started again. The file holds no request
 and no key.
 
 One thing no client can promise: a call that is under way when the process is killed, or that the server answers after
@@ -31,7 +31,7 @@ TIMEOUT = 120.0  # seconds for one answer: generous, since a second call would b
 
 
 class Again(Exception):
-    """Report an attempt that failed where another may not: 429, 5xx, garbage, a dropped connection."""
+    """Report a failed attempt that is worth repeating: 429, 5xx, garbage, a dropped connection."""
 
     def __init__(self, problem: str, after: float = 0.0):
         super().__init__(problem)
@@ -144,7 +144,7 @@ def ask_all(
     limits: Limits = Limits(),
     what: str = "requests",
 ) -> list[dict]:
-    """Return one answer a request, from the cache or from `call`, which makes one attempt: it returns JSON data or raises.
+    """Return one answer per request, from the cache or from `call`, which makes one attempt: it returns JSON data or raises.
 
     Failures do not hold up the others; they are counted and reported in one AUSteerError at the end.
     """
@@ -159,7 +159,7 @@ def ask_all(
             try:
                 return queue.attempts(lambda: cache.add(key, call(request)), bar)
             except BaseException:
-                queue.stop.set()  # at once: every other call would meet the same problem
+                queue.stop.set()  # now, since every other call would meet the same problem
                 raise
 
         try:
@@ -180,7 +180,7 @@ def ask_all(
 
 
 class _Queue:
-    """Let the attempts of all threads pass one by one: one in 1/per_second seconds, none while the server wants a pause."""
+    """Let the attempts of all threads pass one by one: one every 1/per_second seconds, none while the server wants a pause."""
 
     def __init__(self, limits: Limits):
         try:

@@ -153,7 +153,7 @@ class LocalClassifier:
 
     Logits are read as the library's text-classification pipeline reads them: by a sigmoid where labels do not exclude
     each other and where there is one label; by a softmax where they do. Two labels exclude each other unless the config
-    says otherwise. Of more than two, the config has to say it.
+    says otherwise. With more than two, the config has to say so.
     """
 
     def __init__(self, spec: str, device: str | None = None):
@@ -166,7 +166,7 @@ class LocalClassifier:
         except (OSError, ValueError) as error:
             raise AUSteerError(f"cannot load the classifier {name} as safetensors: {first_line(error)}") from None
         if loaded["missing_keys"]:  # drawn at random by the library, which only warns
-            raise AUSteerError(f"{name} is no trained classifier: it lacks {', '.join(sorted(loaded['missing_keys']))}")
+            raise AUSteerError(f"{name} is not trained: it lacks {', '.join(sorted(loaded['missing_keys']))}")
         config = self.model.config
         self.index = _toxic_label(config, label, name)
         self.kind = _kind(config, name)
@@ -180,7 +180,7 @@ class LocalClassifier:
     @torch.inference_mode()
     def scores(self, texts: Sequence[str]) -> list[float]:
         ids = {i: self._encode(text) for i, text in enumerate(texts) if text.strip()}
-        order = sorted(ids, key=lambda i: len(ids[i]))  # like lengths together: little is padded
+        order = sorted(ids, key=lambda i: len(ids[i]))  # similar lengths together, so that little is padded
         scores = [0.0] * len(texts)
         for start in tqdm(range(0, len(order), BATCH), desc="toxicity", disable=len(order) <= BATCH):
             chosen = order[start : start + BATCH]

@@ -22,8 +22,8 @@ DRAWS, SEED = 2000, 0
 def agreement(scorer: Scorer, test: Sequence[dict], train: Sequence[dict]) -> dict:
     """Return how well a scorer separates the continuations that Perspective scored above 0.5 from the others.
 
-    Beside the fixed threshold stands the one that matches best, chosen on train rows and measured on test rows. That of
-    a calibrated scorer, which was trained on the train rows, is 0.5. Intervals: percentile bootstrap over test rows.
+    The result has the agreement at the fixed threshold and at the best one, which is chosen on train rows; a calibrated
+    scorer was trained on those, so it keeps 0.5. Intervals are percentile bootstraps over test rows.
     """
     scores, toxic = _scored(scorer, test)
     best = TOXIC if getattr(scorer, "calibrated", False) else best_threshold(*_scored(scorer, train))

@@ -1,4 +1,4 @@
-"""SVAMP, MAWPS and GSM8K: a number is the answer, with its steps or without.
+"""SVAMP, MAWPS and GSM8K: the answer is a number, with its steps or without.
 
 Wrong answers of pairs are the most similar other right answers (appendix B.1). clean: another number. paper: as the
 authors' code, the nearest answer, or white space where that is the same text.
@@ -37,7 +37,7 @@ class NumberTask(DatasetTask):
         golds = [(robust_number(item.gold), authors_number(item.gold)) for item in items]
         right = {
             "right number": [same_number(a, gold) for a, (gold, _) in zip(robust, golds, strict=True)],
-            # compared exactly, and no number is wrong
+            # compared exactly; an answer without a number is wrong
             "right number, authors' rule": [
                 a is not None and a == gold for a, (_, gold) in zip(theirs, golds, strict=True)
             ],

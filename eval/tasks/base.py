@@ -22,7 +22,7 @@ from eval.data.similar import general_pairs
 
 @dataclass(frozen=True)
 class Scores:
-    """Hold a value an item, by measure: True and False for what is right or wrong. Settings are chosen by `main`."""
+    """Hold one value per item, by measure: True and False for right and wrong. Settings are chosen by `main`."""
 
     main: str
     columns: dict[str, list[float]]
@@ -52,7 +52,7 @@ class Task(ABC):
     def __init__(self, *, n_pairs: int | None = None, general_pairs: bool = False, encoder: str | None = None):
         """Set how pairs are made.
 
-        n_pairs: rank on the first so many. general_pairs: take wrong answers by the paper's general recipe. encoder: finds
+        n_pairs: use only the first so many. general_pairs: take wrong answers by the paper's general recipe. encoder: finds
         similar answers.
         """
         self.n_pairs, self.general_pairs, self.encoder = n_pairs, general_pairs, encoder
@@ -91,7 +91,7 @@ class Task(ABC):
         return answerer.answer(prompts, generation, batch_size=self.batch_size, file=file, progress=progress)
 
     def prompted(self, items: Sequence) -> list:
-        """Return the same items behind an instruction that asks for the behaviour, for tasks that have one."""
+        """Return the same items with an instruction in front that asks for the behaviour, for tasks that have one."""
         raise NotImplementedError(f"{self.name} has no instruction")
 
     @abstractmethod

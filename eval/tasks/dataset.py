@@ -30,10 +30,10 @@ class Item(NamedTuple):
 
 
 class DatasetTask(RowSource, Task):
-    """Make pairs and items of rows. Subclasses say what a row is, what it becomes, and how answers are scored."""
+    """Make pairs and items from rows. Subclasses say what a row is, what it becomes, and how answers are scored."""
 
     new_tokens: ClassVar[dict[str, int]]  # by model family, "" for all others; the authors' lengths
-    templates: ClassVar[dict | None] = None  # the wording, as datasets/wording.json has it, if it is not there
+    templates: ClassVar[dict | None] = None  # wording like that of datasets/wording.json, for tasks not listed there
     test_split = "test"
 
     def __init__(
@@ -62,11 +62,11 @@ class DatasetTask(RowSource, Task):
 
     @classmethod
     def build(cls, toxicity: str, cache: str | Path, device: str | None, **settings) -> DatasetTask:
-        """Make the task from what a command line has. toxicity, cache, device: of a toxicity scorer, for tasks with one."""
+        """Make the task from what a command line has. toxicity, cache, device: for tasks with a toxicity scorer."""
         return cls(**settings)
 
     def own_pairs(self) -> PairSet:
-        """Make pairs of the ranking rows. What cannot be a pair is left out, and counted."""
+        """Make pairs from the ranking rows. What cannot be a pair is left out, and counted."""
         dropped = Counter({why: n for why, n in self.split.dropped.items() if n})
         pairs, by = self._pairs(self.split.ranking, dropped)
         if self.protocol == "clean":
@@ -82,7 +82,7 @@ class DatasetTask(RowSource, Task):
         return PairSet(in_chat, by, dropped)
 
     def prompted(self, items: Sequence[Item]) -> list[Item]:
-        """Return the same items behind an instruction that asks for the behaviour: the prompt-only control."""
+        """Return the same items with an instruction in front that asks for the behaviour: the prompt-only control."""
         instructed = [f"{self.words.instruction}\n\n{self._plain[item.prompt]}" for item in items]
         return [item._replace(prompt=prompt) for item, prompt in zip(items, self._in_chat(instructed), strict=True)]
 
@@ -93,7 +93,7 @@ class DatasetTask(RowSource, Task):
         return self.new_tokens.get(family, self.new_tokens[""])
 
     def text(self, row: dict) -> str:
-        """Return what makes a row this row: equal texts are one item."""
+        """Return the text that identifies a row: rows of equal text are one item."""
         return "\n".join(row[key] for key in self.keys)
 
     def group(self, row: dict) -> str:

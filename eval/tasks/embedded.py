@@ -41,7 +41,7 @@ class EmbeddedTask(Task):
         return Scores("accuracy", {"accuracy": [answer.text.strip() == item.right for answer, item in pairs]})
 
     def extras(self, answerer, items: Sequence[Item], answers) -> dict[str, float]:
-        """Return the perplexity of replies: a reply can be polite and no reply at all."""
+        """Return the perplexity of replies: a reply can be polite without being a reply at all."""
         if self.name != "tone":
             return {}
         texts = [answer.text for answer in answers]

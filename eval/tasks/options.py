@@ -1,7 +1,7 @@
-"""BoolQ, COPA, WinoGrande and StoryCloze: one token answers, out of two options.
+"""BoolQ, COPA, WinoGrande and StoryCloze: the answer is one token, one of two options.
 
 Strict exact match is the paper's measure: the one greedy token, stripped, in lower case, is the option. A model that
-begins with a newline scores nothing, so three columns stand beside it: which option the model finds likelier over all
+begins with a newline scores nothing, so two columns stand beside it: which option the model finds likelier over all
 spellings, and whether the answer was an option at all.
 """
 

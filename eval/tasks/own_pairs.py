@@ -46,7 +46,7 @@ class PairTask(Task):
 
     @torch.inference_mode()
     def answers(self, answerer, items: Sequence[Pair], file=None, progress=None) -> list[Answer]:
-        """Return of each pair the log-odds, and the prompt's own surprise and tokens. Nothing is generated."""
+        """Return for each pair its log-odds, and its prompt's surprise and number of tokens. Nothing is generated."""
         model, tokenizer = answerer.model, answerer.tokenizer
         encoded, _ = encode(items, tokenizer, CLEAN, model.config.max_position_embeddings)
         if len(encoded) < len(items):
@@ -71,7 +71,7 @@ class PairTask(Task):
 
 
 def _surprise(model, tokenizer, text: str) -> tuple[float, int]:
-    """Return minus the log-probability of a text behind its first token, and how many tokens that are.
+    """Return minus the log-probability of a text after its first token, and how many tokens that are.
 
     To a plan for some tokens only, these count as generated: what would it cost to write this text?
     """

@@ -34,6 +34,6 @@ def paper_task(
 ) -> DatasetTask:
     """Make a task; settings are those of `DatasetTask`.
 
-    toxicity: the scorer, for tasks that have one. cache: of Perspective's answers. device: of a local scorer.
+    toxicity: the scorer, for tasks that have one. cache: the file of Perspective's answers. device: the local scorer's.
     """
     return one_of(PAPER_TASKS, name, "task").build(toxicity, cache, device, **settings)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 PAIRS, VALIDATION = 1000, 500
-HELD_OUT = 0.2  # of small training files
+HELD_OUT = 0.2  # the share of a small training file that is held out for validation
 
 
 @dataclass(frozen=True)

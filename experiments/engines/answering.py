@@ -1,4 +1,4 @@
-"""Open what answers a bench's prompts under plans: the loaded model, or vLLM with each plan as a LoRA adapter."""
+"""Open the answerer of a bench's prompts under plans: the loaded model, or vLLM with each plan as a LoRA adapter."""
 
 from __future__ import annotations
 
@@ -32,12 +32,21 @@ def engine_code(engine: str) -> tuple:
     return (live_answering,) if engine == LIVE else (vllm_answering, *adapters_code())
 
 
-def check_engine(engine: str, device: str | None, **options: object) -> None:
-    """Refuse options that the engine cannot serve. `options` maps the name of an option to its value."""
+def check_engine(
+    engine: str,
+    device: str | None,
+    *,
+    batch_size: int | None,
+    ray: str | None,
+    pairs: str | None = None,
+    quantization: str | None = None,
+) -> None:
+    """Refuse options that the engine cannot serve."""
     if engine == LIVE:
         return
     installed()
-    conflicts = [f"--{name.replace('_', '-')}" for name, value in options.items() if value]
+    options = {"--pairs": pairs, "--quantization": quantization, "--batch-size": batch_size, "--ray": ray}
+    conflicts = [option for option, value in options.items() if value]
     conflicts += [f"--device {device} (use CUDA_VISIBLE_DEVICES)"] if ":" in (device or "") else []
     if conflicts:
         raise AUSteerError(
@@ -53,9 +62,9 @@ def one_batch_pays(engine: str, task: Task, n_items: int) -> bool:
 
 
 def answering(bench: Bench, plans: Sequence[Plan | None], n_items: int):
-    """Open what answers `n_items` items under the first plan, then the same items under the second, ...
+    """Open the answerer of `n_items` items under the first plan, then of the same items under the second, ...
 
-    Yields the answerer and a function that says what a single plan has done so far.
+    The context yields the answerer and a function that returns what a single plan has done so far.
     """
     return (live_answering if bench.model_spec.engine == LIVE else vllm_answering)(bench, plans, n_items)
 

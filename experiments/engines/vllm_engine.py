@@ -1,6 +1,6 @@
-"""Greedy answers by vLLM, each prompt under its own adapter: a whole grid runs as one batch.
+"""Answer greedily with vLLM, each prompt under its own adapter: a whole grid runs as one batch.
 
-Needs vLLM, which scripts/setup-vllm.sh installs. Prompts and answers have the types of eval/answering/answerer.py; an
+This needs vLLM, which scripts/setup-vllm.sh installs. Prompts and answers have the types of eval/answering/answerer.py; an
 adapter is a folder that austeer/export/lora.py wrote, and None leaves the model unsteered.
 """
 
@@ -140,7 +140,7 @@ class VLLMEngine:
             raise AUSteerError("the model's logits are inf or nan, so its answers are not scored: use another dtype")
         first = output.logprobs[0]
         options = tuple(max(first[token].logprob for token in option) for option in generation.options)
-        ended = output.finish_reason == "stop"  # the token that ended the answer is no text
+        ended = output.finish_reason == "stop"  # the token that ended the answer is not text
         text = self.tokenizer.decode(tokens[: len(tokens) - ended], skip_special_tokens=True)
         return Answer(up_to(text, generation.stop) if generation.stop else text, options)
 

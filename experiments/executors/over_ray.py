@@ -21,14 +21,14 @@ from transformers.utils import logging as transformers_logging
 from austeer.errors import AUSteerError, one_line
 from experiments.executors.base import Executor, Job
 
-RETRIES = 3  # of a job whose worker died: one that fills any memory must not kill workers forever
+RETRIES = 3  # how often a job whose worker died is tried again: one that fills any memory must not kill workers forever
 
 
 class RayExecutor(Executor):
     def __init__(self, address: str, processes: int | None = None, device: str | None = None):
         self.ray = _connect(address, processes)
         on_gpu = self.ray.cluster_resources().get("GPU", 0) > 0 and device != "cpu"
-        # on GPUs every job is a new process, so that the memory of the job before is surely free
+        # on GPUs every job is a new process, so that the previous job's memory is free for certain
         self.needs = {"num_cpus": 1, **({"num_gpus": 1, "max_calls": 1} if on_gpu else {})}
 
     def map(self, work: Callable[[Job], dict], jobs: Sequence[Job], what: str) -> Iterator[tuple[Job, dict]]:
@@ -36,12 +36,12 @@ class RayExecutor(Executor):
         running = {task.remote(os.getcwd(), work, job): job for job in jobs}
         with tqdm(total=len(jobs), desc=what, unit="job", disable=None if jobs else True) as bar:
             while running:
-                (done,), _ = self.ray.wait(list(running))
+                (future,), _ = self.ray.wait(list(running))
                 try:
-                    result = self.ray.get(done)
+                    result = self.ray.get(future)
                 except self.ray.exceptions.RayError as error:
                     result = {"failed": one_line(getattr(error, "cause", None) or error)}
-                job = running.pop(done)
+                job = running.pop(future)
                 bar.update()
                 yield job, result
 

@@ -9,7 +9,7 @@ from paper.render.values import Value
 
 AUS = "AUs"
 PRINTED = "acts"  # its key in the paper's numbers
-DENSE = 0.25  # of a site's AUs: steering more of them is not what the paper calls fine-grained
+DENSE = 0.25  # share of a site's AUs: steering more of them is not what the paper calls fine-grained
 
 
 def changed(records: Sequence[dict]) -> Value:

@@ -37,7 +37,7 @@ class Point:
 def draw(spec: Spec, manifest: Manifest, path: Path) -> str | None:
     """Draw the picture and return how to read it; None without any record."""
     figure, axes = picture.subplots(len(spec.blocks), (7 * len(spec.blocks), 5.6), squeeze=False, sharey=True)
-    xs, log = [says["x"] for says in spec.columns.values()], bool(spec.show.get("log"))
+    xs, log = [column["x"] for column in spec.columns.values()], bool(spec.show.get("log"))
     places = _shifted_xs(xs, log, len(spec.rows))
     legend: dict[str, Line2D] = {}
     all_points: list[Point] = []
@@ -48,10 +48,10 @@ def draw(spec: Spec, manifest: Manifest, path: Path) -> str | None:
                 point for column in spec.columns if (point := _point(spec, manifest, block, row, column)) is not None
             ]
             if points:
-                says = spec.rows[row]
+                row_fields = spec.rows[row]
                 xs_of_row = [places[index][point.x] for point in points]
-                name = _legend_label(says["label"], points, says.get("draws", 1))
-                legend[name] = _line(axis, xs_of_row, points, index, says.get("draws", 1) > 1)
+                name = _legend_label(row_fields["label"], points, row_fields.get("draws", 1))
+                legend[name] = _line(axis, xs_of_row, points, index, row_fields.get("draws", 1) > 1)
                 block_points += points
         vanilla = sorted({point.x: point.vanilla for point in block_points}.items())
         if vanilla:

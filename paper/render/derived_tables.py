@@ -50,7 +50,7 @@ def counts(spec: Spec, manifest: Manifest, block: str) -> Block:
 def noise(spec: Spec, manifest: Manifest, block: str) -> Block:
     """Show how many points the best grid point gains by chance, over all sites that were searched."""
     rows = []
-    for row, says in spec.rows.items():
+    for row, row_fields in spec.rows.items():
         values = []
         for column in spec.columns:
             records = [
@@ -71,14 +71,14 @@ def noise(spec: Spec, manifest: Manifest, block: str) -> Block:
             facts = [f"best of {by_chance.kept} of {len(outcomes)} grid points on {len(vanilla)} items"]
             ids = [record["id"] for record in records]
             values.append(Value(f"{100 * by_chance.mean:+.1f}", small, facts, number=100 * by_chance.mean, ids=ids))
-        rows.append(Row(row, says["label"], False, values))
+        rows.append(Row(row, row_fields["label"], False, values))
     return Block(block, list(spec.columns), list(spec.columns), rows)
 
 
 def prediction(spec: Spec, manifest: Manifest, block: str) -> Block:
     """Show the predicted gain, the measured gain on the pairs, and the test accuracy, with that of the searched row."""
     rows = []
-    for row, says in spec.rows.items():
+    for row, row_fields in spec.rows.items():
         searched = spec.show["searched"][row]
         kinds: dict[str, list[Value]] = {}
         for column in spec.columns:
@@ -88,7 +88,7 @@ def prediction(spec: Spec, manifest: Manifest, block: str) -> Block:
             by_kind = _predicted(records[0]) if records else {kind: Value(why=why) for kind in PREDICTED}
             by_kind[ACCURACY] = _accuracy(records, why)
             for kind, value in by_kind.items():
-                kinds.setdefault(f"{says['label']}: {kind}", []).append(value)
+                kinds.setdefault(f"{row_fields['label']}: {kind}", []).append(value)
             why = manifest.why_missing(spec.source, block, searched, column)
             kinds.setdefault(f"{spec.show['labels'][searched]}: {ACCURACY}", []).append(
                 _accuracy(searched_records, why)
@@ -129,7 +129,7 @@ def human(spec: Spec, manifest: Manifest, block: str) -> Block:
     ratings = manifest.load(path)["rows"] if path.exists() else []
     ratings = [row for row in ratings if row["task"] == "all tasks"] or ratings
     rows = []
-    for row, says in spec.rows.items():
+    for row, row_fields in spec.rows.items():
         values = []
         for column in spec.columns:
             rating = next((one[column] for one in ratings if one["system"].casefold() == row), None)
@@ -142,7 +142,7 @@ def human(spec: Spec, manifest: Manifest, block: str) -> Block:
                 )
             value.printed = spec.printed.get(block, {}).get(row, {}).get(column)
             values.append(value)
-        rows.append(Row(row, says["label"], False, values))
+        rows.append(Row(row, row_fields["label"], False, values))
     return Block(block, list(spec.columns), list(spec.columns), rows)
 
 

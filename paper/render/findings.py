@@ -26,8 +26,8 @@ N_FINDINGS = 3
 @dataclass(frozen=True)
 class Finding:
     verdict: str
-    numbers: str  # that support the verdict
-    section: Section  # that shows them
+    numbers: str  # the numbers that support the verdict
+    section: Section  # the section that shows these numbers
 
 
 def findings(sections: Sequence[Section]) -> list[Finding]:

@@ -25,7 +25,7 @@ def draw(main: Section, folder: Path) -> Picture | None:
     path, columns = folder / NAME, next(iter(main.spec.averages.values()))
     by_block = {block.name: _gains(main, block, columns) for block in main.blocks if block.name in main.spec.blocks}
     labels_with_gain = {label for gains in by_block.values() for label in gains}
-    labels = [says["label"] for says in main.spec.rows.values() if says["label"] in labels_with_gain]
+    labels = [row["label"] for row in main.spec.rows.values() if row["label"] in labels_with_gain]
     if not labels:
         return None
     if _SOURCES.get(path) is not main or not path.exists():

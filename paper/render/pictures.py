@@ -20,7 +20,7 @@ class Picture:
     caption: str
     path: Path | None  # None if it could not be drawn
     note: str = ""  # how to read this picture, and what its record adds; or why it could not be drawn
-    ids: list[str] = field(default_factory=list)  # of the records it is drawn from
+    ids: list[str] = field(default_factory=list)  # ids of the records that it is drawn from
 
 
 def draw(spec: Spec, manifest: Manifest, folder: Path) -> list[Picture]:

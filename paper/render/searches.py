@@ -12,8 +12,8 @@ COST = "cost, share of the full grid"
 
 def searches(spec: Spec, manifest: Manifest, block: str) -> Block:
     """Compare rows with the full grid. show["searches"]: cheaper row -> row of the full grid."""
-    columns = [column for column, says in spec.columns.items() if not says.get("judge")]
-    rows, inside, costs = [], {}, {}  # inside and costs: by kind of search
+    columns = [column for column, fields in spec.columns.items() if not fields.get("judge")]
+    rows, inside, costs = [], {}, {}  # both by kind of search
     for cheap, full in spec.show["searches"].items():
         kind = spec.rows[cheap]["search"]
         for site in spec.rows[cheap]["sites"]:

@@ -32,9 +32,8 @@ class Section:
         return [picture for picture in self.pictures if picture.path is not None]
 
 
-_CACHE: dict[
-    tuple[Path, str], tuple[object, Section]
-] = {}  # (folder, spec) -> what the section was made from, and the section
+# (folder, spec) -> what the section was made from, and the section
+_CACHE: dict[tuple[Path, str], tuple[object, Section]] = {}
 
 
 def section(spec: Spec, manifest: Manifest) -> Section:

@@ -10,7 +10,7 @@ from paper.specs import Spec
 
 
 def selected_records(spec: Spec, manifest: Manifest, block: str, row: str, column: str) -> list[dict]:
-    """Return the draws of a control, or the one record of an entry: of two sites the one better on validation."""
+    """Return the draws of a control, or the one record of an entry: of two sites, the one that was better on validation."""
     records = manifest.records(spec.name, block, row, column)
     if len(records) < 2 or spec.rows[row].get("draws", 1) > 1:
         return records
@@ -18,7 +18,7 @@ def selected_records(spec: Spec, manifest: Manifest, block: str, row: str, colum
 
 
 def better_site(records: Sequence[dict]) -> dict:
-    """Return the record of the site that was better on the items that all were evaluated on; the first of equals."""
+    """Return the record of the site that was better on the items that all were evaluated on; among equals, the first."""
     outcomes_by_site = [
         unpack(record["grid_outcomes"][record["chosen"]]) if record["chosen"] else [] for record in records
     ]

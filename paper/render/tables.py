@@ -38,9 +38,9 @@ def accuracy(spec: Spec, manifest: Manifest, block: str) -> Block:
     records: dict[str, dict[str, list[dict]]] = {}
     for row in spec.rows:
         table[row], records[row] = {}, {}
-        for column, says in spec.columns.items():
+        for column, column_fields in spec.columns.items():
             cell_records = records[row][column] = selected_records(spec, manifest, block, row, column)
-            table[row][column] = _accuracy(cell_records, says, manifest, spec, block, row, column)
+            table[row][column] = _accuracy(cell_records, column_fields, manifest, spec, block, row, column)
             table[row][column].ids = [record["id"] for record in cell_records]
             if cell_records:
                 sizes[column] = cell_records[0]["n"]
@@ -54,7 +54,7 @@ def accuracy(spec: Spec, manifest: Manifest, block: str) -> Block:
             for cells in table.values():
                 cells[name] = _average([cells[part] for part in parts])
     if spec.kind == "accuracy" and spec.show.get("aus", True):
-        notes += not_sparse(records, {row: says["label"] for row, says in spec.rows.items()})
+        notes += not_sparse(records, {row: fields["label"] for row, fields in spec.rows.items()})
         cell_records = [record for row in records.values() for several in row.values() for record in several]
         printed = spec.printed.get(block, {}).values()
         if any(record.get("touched") is not None for record in cell_records) or any(PRINTED in row for row in printed):

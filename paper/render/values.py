@@ -12,17 +12,19 @@ class Value:
     facts: list[str] = field(default_factory=list)  # what was chosen, perplexity and the like, shown on demand
     printed: float | str | None = None  # the paper's number
     number: float | None = None
-    why: str = ""  # the reason for a dash
+    why: str = ""  # why there is a dash
     best: bool = False  # better than every other row of its column, by the adjusted test
     significant: bool = False  # different from vanilla, by the adjusted test
     fair: bool = True  # False if it was chosen on the test split, so that it may not be tested
     hits: list[list[bool]] = field(default_factory=list)  # per draw, whether each item was right
     band: tuple[float, float] | None = None  # lowest and highest draw of a control
-    ids: list[str] = field(default_factory=list)  # of the records behind the number
-    gain: tuple[float, float, float] | None = None  # over vanilla, in points, with its 95 % interval
-    p: float | None = None  # p of that gain, adjusted
-    p_best: float | None = None  # of a column's best: adjusted p against its closest rival
-    place: tuple[float, float, float] | None = None  # of a control: low, median, high, as 0 to 1 of its column's range
+    ids: list[str] = field(default_factory=list)  # ids of the records behind the number
+    gain: tuple[float, float, float] | None = None  # gain over vanilla in points, and its 95 % interval
+    p: float | None = None  # adjusted p-value of that gain
+    p_best: float | None = None  # adjusted p-value of a column's best run against its closest rival
+    place: tuple[float, float, float] | None = (
+        None  # low, median and high of a control, from 0 to 1 within its column's range
+    )
 
     @property
     def marks(self) -> str:
@@ -62,7 +64,7 @@ class Value:
 class Row:
     key: str  # the row's name in the spec, or what tells the rows of a derived table apart
     label: str
-    ours: bool  # whether the paper does not have it
+    ours: bool  # True if the paper does not have this row
     values: list[Value]  # one per column
 
     @property

@@ -3,6 +3,7 @@
 Each file documents its params and offers
 
     measure(bench, params, progress) -> dict       everything that the picture shows, as JSON; repeatable
+    n_prompts(params, n_pairs, n_validation)       about how many prompts it runs, for `--estimate`
     draw(result, params, path)                     draws the picture from that dict alone
     note(result, params) -> str                    optional: the text below the picture, from that dict alone
 """

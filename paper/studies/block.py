@@ -86,6 +86,12 @@ class Evaluator:
         return [self.outcomes(block.plan({dim: alpha})) for dim in bar]
 
 
+def n_dims(params: dict) -> int:
+    """Return how many dimensions a study steers, in a head of 128 or in 4,096 of a layer's output."""
+    width = 4096 if params.get("head") is None else 128
+    return len(params.get("dims") or range(0, width, params.get("step", width)))
+
+
 def extremes(bench: Bench, block: Block, params: dict, progress: bool) -> dict[str, int]:
     """Return the best, a neutral and the worst dimension of a sweep on validation items."""
     task = bench.task

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from austeer.errors import AUSteerError
 from experiments.bench import Bench
 from paper.studies import picture
-from paper.studies.block import Block, extremes, next_token
+from paper.studies.block import Block, extremes, n_dims, next_token
 
 
 def measure(bench: Bench, params: dict, progress: bool) -> dict:
@@ -45,6 +45,10 @@ def measure(bench: Bench, params: dict, progress: bool) -> dict:
         "prompts": len(prompts),
         "nats": (total / len(prompts)).tolist(),
     }
+
+
+def n_prompts(params: dict, n_pairs: int, n_validation: int) -> int:
+    return n_dims(params) * len(params["strengths"]) * params["prompts"]
 
 
 def kl(p: Tensor, q: Tensor) -> Tensor:

@@ -24,13 +24,14 @@ from austeer.plan import Plan
 from eval.statistics import holm, mcnemar, wilson
 from experiments.bench import Bench
 from paper.studies import picture
-from paper.studies.block import Block, Evaluator
+from paper.studies.block import Block, Evaluator, n_dims
 
 CHOOSERS = {  # who chose a combination -> the style of its lines, and their name
     "validation": ("-", "chosen on validation"),
     "test": (":", "chosen on test"),  # the paper's way
     "paper": ("-.", "the paper's dimensions"),
 }
+WHOLE_BLOCKS = 30  # about how many plans are not single dimensions: whole block, combinations, ITI, SADI
 
 
 def measure(bench: Bench, params: dict, progress: bool) -> dict:
@@ -83,8 +84,12 @@ def measure(bench: Bench, params: dict, progress: bool) -> dict:
         "right": {part: [sum(outcomes) for outcomes in by_dim] for part, by_dim in sweeps.items()},
         "p_holm": ps,  # per dimension on the test split, adjusted for their number
         "whole": whole,
-        "combinations": combinations,  # by who chose them; all are tested on the test split
+        "combinations": combinations,  # key: who chose them (CHOOSERS); all are tested on the test split
     }
+
+
+def n_prompts(params: dict, n_pairs: int, n_validation: int) -> int:
+    return (n_dims(params) + WHOLE_BLOCKS) * (params["n"] + min(params["n"], n_validation))
 
 
 def _beneficial(gains: dict[int, int], count: int) -> list[int]:

@@ -17,6 +17,7 @@ from austeer.steering import steer
 from eval.answering.live import LiveAnswerer
 from experiments.bench import Bench
 from MFU_screening import screen
+from paper.studies.ranks import n_ranking_prompts
 
 METHOD_OF_ROW = {"iti": "iti", "sadi": "sadi-head", "austeer": "published", "causal": "causal"}
 
@@ -55,3 +56,8 @@ def measure(bench: Bench, params: dict, progress: bool) -> dict:
         spread = stdev(seconds) if trials > 1 else 0.0
         result[row] |= {"inference_s": mean(seconds) * len(items), "s_per_sample": mean(seconds), "std": spread}
     return result
+
+
+def n_prompts(params: dict, n_pairs: int, n_validation: int) -> int:
+    answers = params["items"] * params["trials"] * (len(METHOD_OF_ROW) + 1)
+    return answers + 3 * n_ranking_prompts("activation", n_pairs)

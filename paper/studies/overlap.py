@@ -15,7 +15,7 @@ import numpy as np
 
 from experiments.bench import Bench
 from paper.studies import picture
-from paper.studies.ranks import rank_sites
+from paper.studies.ranks import n_ranking_prompts, rank_sites
 
 
 def measure(bench: Bench, params: dict, progress: bool) -> dict:
@@ -34,6 +34,10 @@ def measure(bench: Bench, params: dict, progress: bool) -> dict:
             "ties_at_cut": [ranks[site].ties(k) for ranks in by_task],
         }
     return result
+
+
+def n_prompts(params: dict, n_pairs: int, n_validation: int) -> int:
+    return len(params["tasks"]) * n_ranking_prompts(params["momentum"], n_pairs)
 
 
 def draw(result: dict, params: dict, path: Path) -> None:

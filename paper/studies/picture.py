@@ -29,7 +29,7 @@ def subplots(columns: int = 1, size: tuple[float, float] = (8.0, 4.6), rows: int
 
 
 def save(figure, path: Path) -> None:
-    """Save a figure so that the same picture has the same bytes."""
+    """Save a figure; the same picture always gives the same bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Software": None})
     plt.close(figure)
@@ -61,13 +61,13 @@ class Level:
 def draw_levels(axis, levels: Sequence[Level]) -> None:
     """Draw levels as lines, named at their right ends. Equal ones alternate dash by dash, so that all are visible."""
     levels_at = Counter(round(level.y, 6) for level in levels)
-    seen: Counter = Counter()
+    drawn_at: Counter = Counter()
     for level in levels:
         height = round(level.y, 6)
-        turn, alike = seen[height], levels_at[height]
+        turn, alike = drawn_at[height], levels_at[height]
         style = level.style if alike == 1 else (-DASH * turn, (DASH, DASH * (alike - 1)))
         axis.axhline(level.y, color=level.color, ls=style, lw=level.width if alike == 1 else 2.0)
-        seen[height] += 1
+        drawn_at[height] += 1
     low, high = axis.get_ylim()
     axis.set_ylim(low, high)  # names are placed in these limits
     for level, place in zip(levels, spread([(level.y - low) / (high - low) for level in levels], 0.062), strict=True):

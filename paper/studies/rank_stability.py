@@ -22,6 +22,7 @@ from austeer.tokens import PROTOCOLS, encode
 from experiments.bench import Bench
 from MFU_screening import MOMENTA
 from paper.studies import picture
+from paper.studies.ranks import n_ranking_prompts
 
 COLORS = {"activation": picture.BLUE, "causal": picture.VERMILLION}
 
@@ -45,6 +46,10 @@ def measure(bench: Bench, params: dict, progress: bool) -> dict:
                 "ties_at_cut": [AURanks(site, scores_by_draw[0], scores_by_draw[0]).ties(k) for k in ks],
             }
     return result
+
+
+def n_prompts(params: dict, n_pairs: int, n_validation: int) -> int:
+    return sum(n_ranking_prompts(momentum, n_pairs) for momentum in MOMENTA)
 
 
 def resampled(bench: Bench, momentum: str, draws: int, seed: int, progress: bool) -> tuple[dict[str, Tensor], int]:
@@ -79,8 +84,8 @@ def resampled(bench: Bench, momentum: str, draws: int, seed: int, progress: bool
 
 def _counts(n: int, draws: int, seed: int) -> Tensor:
     """Return how often each pair occurs, (n, 1 + draws): once in the full set, then its count in each draw."""
-    drawn = torch.randint(n, (draws, n), generator=torch.Generator().manual_seed(seed))
-    return torch.stack([torch.ones(n), *(row.bincount(minlength=n) for row in drawn)], 1).double()
+    draw_indices = torch.randint(n, (draws, n), generator=torch.Generator().manual_seed(seed))
+    return torch.stack([torch.ones(n), *(row.bincount(minlength=n) for row in draw_indices)], 1).double()
 
 
 def draw(result: dict, params: dict, path: Path) -> None:

@@ -23,3 +23,8 @@ def rank_sites(
         bench.pairs_of(task), bench.model, bench.tokenizer, sites,
         momentum=momentum, protocol=bench.task_spec.protocol, progress=progress,
     )  # fmt: skip
+
+
+def n_ranking_prompts(momentum: str, n_pairs: int) -> int:
+    """Return how many prompts ranking runs: both texts of a pair; a backward pass counts as two forward ones."""
+    return 2 * n_pairs * (3 if momentum == "causal" else 1)

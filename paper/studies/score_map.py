@@ -12,7 +12,7 @@ import numpy as np
 
 from experiments.bench import Bench
 from paper.studies import picture
-from paper.studies.ranks import rank_sites
+from paper.studies.ranks import n_ranking_prompts, rank_sites
 
 SCORE = {"activation": "score: share of pairs", "causal": "score: |t| over pairs"}
 
@@ -29,6 +29,10 @@ def measure(bench: Bench, params: dict, progress: bool) -> dict:
         },
         "marked": {site: (score > params["threshold"]).sum(1).tolist() for site, score in scores.items()},
     }
+
+
+def n_prompts(params: dict, n_pairs: int, n_validation: int) -> int:
+    return n_ranking_prompts(params["momentum"], n_pairs)
 
 
 def draw(result: dict, params: dict, path: Path) -> None:

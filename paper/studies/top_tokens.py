@@ -14,7 +14,7 @@ import numpy as np
 from austeer.plan import Plan
 from experiments.bench import Bench
 from paper.studies import picture
-from paper.studies.block import Block, Evaluator, extremes, next_token
+from paper.studies.block import Block, Evaluator, extremes, n_dims, next_token
 
 TOP = 5
 
@@ -45,6 +45,10 @@ def measure(bench: Bench, params: dict, progress: bool) -> dict:
         "answer": answer,
         "columns": columns,
     }
+
+
+def n_prompts(params: dict, n_pairs: int, n_validation: int) -> int:
+    return n_dims(params) * params["n"]
 
 
 def _first_set_right(evaluator: Evaluator, plans: list[Plan]) -> int:
