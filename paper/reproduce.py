@@ -50,14 +50,14 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     if not selected:
         raise AUSteerError(f"nothing in scale {args.scale} matches --only and --models: --help lists the names")
     manifest = Manifest.resume(folder, args.scale, how, args.dry_run)
-    if args.estimate:
-        print(estimate.text(selected, manifest))
-        return None
     if args.scale == "embedded":
         torch.set_num_threads(1)  # in so small a model, threads wait for each other longer than they work
     selected_names = {spec.name for spec in selected}
     sources = [spec.source for spec in selected if spec.source and spec.source not in selected_names]
     computed = specs.with_sources(selected, read(sources, _names(args.models)) if sources else [])
+    if args.estimate:
+        print(estimate.text(computed, manifest))
+        return None
 
     def publish(to: Manifest = manifest) -> Path:
         """Write the report of everything in the folder, not of this run alone."""
@@ -102,6 +102,8 @@ def compute(
 
 
 def _check(args: argparse.Namespace) -> None:
+    if args.plan:
+        raise AUSteerError("--plan was renamed: use --estimate")
     if args.ray and args.device not in (None, "cpu"):
         raise AUSteerError("--ray assigns devices itself: drop --device (except cpu)")
     for name in ("limit", "jobs", "batch_size"):
@@ -126,6 +128,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--only", default="", metavar="NAMES", help=f"only these, separated by commas: {', '.join(specs.names())}")
     add("--models", default="", metavar="NAMES", help=f"only these, separated by commas: {', '.join(specs.models())}")
     add("--limit", type=int, help="use at most this many items per split, for a quick look")
+    add("--plan", action="store_true", help=argparse.SUPPRESS)  # the earlier name of --estimate
     add("--estimate", action="store_true", help="print the cells, what is done, memory and time; compute nothing")
     add(
         "--dry-run",

@@ -116,7 +116,7 @@ def test_folders_of_one_name_are_different_adapters(served, tmp_path):
 
 
 def test_refusals(served, tmp_path):
-    wide = save_lora(served.model, plan_for(served.model, ["attention"], units=20), tmp_path / "wide")
+    wide = save_lora(served.model, plan_for(served.model, ["attention"], aus=20), tmp_path / "wide")
     with pytest.raises(AUSteerError, match="has rank 21, and this engine takes 16"):
         served.engine.answers(["a"], Generation(1), [wide.folder])
     served.engine.targets, allowed = {"down_proj"}, served.engine.targets
@@ -149,7 +149,7 @@ def test_bfloat16(tmp_path):
 def test_a_family_with_experts_is_refused_on_the_cpu(tmp_path):
     if torch.cuda.is_available():
         pytest.skip("a GPU takes it")
-    with pytest.raises(AUSteerError, match="models with experts on the CPU"):
+    with pytest.raises(AUSteerError, match="mixtures of experts on the CPU"):
         VLLMEngine(checkpoint("qwen3_moe", tmp_path / "model"), max_loras=1, max_lora_rank=8, max_model_len=64)
 
 
