@@ -1,6 +1,7 @@
 """Tiny seeded checkpoints of every family, and a byte tokenizer."""
 
 import os
+from collections import defaultdict
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before the hub's library is imported: no test asks the network
@@ -22,18 +23,15 @@ COMMON = dict(
     head_dim=16, vocab_size=320, max_position_embeddings=256, bos_token_id=1, eos_token_id=2, pad_token_id=0,
     initializer_range=0.2,
 )  # fmt: skip
-SPECIAL = {  # head_dim * heads differs from hidden_size everywhere: code that confuses them fails
-    "llama": {},
+SPECIAL = defaultdict(dict, {  # head_dim * heads differs from hidden_size everywhere: code that confuses them fails
     "gemma2": dict(
         sliding_window=12, attn_logit_softcapping=3.0, final_logit_softcapping=6.0, query_pre_attn_scalar=16,
         layer_types=["sliding_attention", "full_attention", "sliding_attention"],
     ),
-    "qwen3": {},
     "qwen3_moe": dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, mlp_only_layers=[1]),
     "mistral": dict(sliding_window=12),
-}  # fmt: skip
+})  # fmt: skip
 FAMILIES = sorted(rmodels.FAMILIES)
-assert set(SPECIAL) == set(FAMILIES), "a new family needs a tiny config here"
 
 PAIRS = [
     (f"Question: is {a} {w} than {b}?\nAnswer:", right, wrong)
