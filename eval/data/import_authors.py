@@ -62,7 +62,7 @@ def _archive(archive: Path, unpacked: Path) -> list[Path]:
         shutil.unpack_archive(archive, unpacked, "zip")
     # the last two: an encrypted archive, an unknown compression
     except (OSError, zipfile.BadZipFile, RuntimeError, NotImplementedError) as error:
-        raise AUSteerError(f"--archive {archive} is no folder and no readable .zip ({error})") from None
+        raise AUSteerError(f"--archive {archive} is neither a folder nor a readable .zip ({error})") from None
     return [unpacked, *unpacked.iterdir()]
 
 

@@ -116,7 +116,7 @@ def _csv(path: Path, source: type[RowSource]) -> Iterator[tuple[str, object]]:
             elif heading:
                 yield place, dict(zip(heading, cells, strict=True))
             elif len(cells) < (least := max(source.columns_of_table) + 1):
-                raise AUSteerError(f"{place}: {len(cells)} columns where at least {least} must be")
+                raise AUSteerError(f"{place}: {len(cells)} columns instead of at least {least}")
             else:
                 yield place, {name: cells[at] for at, name in source.columns_of_table.items()}
     except csv.Error as error:
