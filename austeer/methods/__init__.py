@@ -1,0 +1,1 @@
+"""Every steering method: one file each, found here by the registry."""
