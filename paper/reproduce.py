@@ -84,8 +84,9 @@ def compute(
 ) -> dict[str, str]:
     """Compute all that is missing. Return what failed, and why."""
     cells: list[Cell] = list(dict.fromkeys(cell for spec in selected for entry in spec.entries for cell in entry.cells))
-    # the first table is finished, and on screen, before anything is ranked for the others
-    first = {cell for entry in selected[0].entries for cell in entry.cells}
+    # the first table comes before anything is ranked for the others, but for the rows that can wait
+    rows = selected[0].rows
+    first = {cell for entry in selected[0].entries if not rows[entry.row].get("later") for cell in entry.cells}
     pictures: list[Panel] = [panel for spec in selected for panel in spec.panels]
     progress = Progress(selected, manifest, publish)
     try:
@@ -93,6 +94,7 @@ def compute(
             for cell, record in run_cells(wave, store, executor):
                 progress.add(cell, record)
             progress.write()
+            publish()
         for panel, record in executor.map(partial(panels.attempt, store=store), pictures, "figures"):
             progress.add(panel, record)
     finally:

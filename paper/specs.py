@@ -22,7 +22,20 @@ from paper.dry_run import TINY_AUS, TINY_PAIRS, shrink
 FOLDER = Path(__file__).parent / "specs"
 SCALES = ("embedded", "small", "paper")
 COMPUTED = ("accuracy", "lines", "heatmap")  # kinds whose entries are cells of their own
-TABLE_FIELDS = {"label", "ours", "sites", "blocks", "columns", "only", "at", "judge", "x", "test_chosen", "draws"}
+TABLE_FIELDS = {
+    "label",
+    "ours",
+    "sites",
+    "blocks",
+    "columns",
+    "only",
+    "at",
+    "judge",
+    "x",
+    "test_chosen",
+    "draws",
+    "later",
+}
 SPEC_FIELDS = {"title", "kind", "says", "rows", "with", "scales", "printed", "show", "source"}
 
 
@@ -175,7 +188,7 @@ def _rows(data: dict) -> dict[str, dict]:
 
 
 def _unlabelled(row: dict) -> dict:
-    return {key: value for key, value in row.items() if key not in ("label", "ours")}
+    return {key: value for key, value in row.items() if key not in ("label", "ours", "later")}
 
 
 def _has_model(name: str, block: dict, model_names: Sequence[str]) -> bool:

@@ -11,6 +11,8 @@ from one_cell import computed, embedded_cell
 from austeer.errors import AUSteerError
 from embedded.tasks import TASKS
 from experiments import records, run_cell
+from experiments.executors.local import LocalExecutor
+from experiments.store import Store
 from paper import dry_run, estimate, progress, specs, trace
 from paper import reproduce as run
 from paper.manifest import Manifest, bundle
@@ -897,3 +899,18 @@ def test_records_of_other_code_are_counted(tmp_path):
     manifest.count_orphans()
     page.write([spec], Manifest.read(tmp_path))
     assert "because other code or options made them: 1." in (tmp_path / "report.md").read_text()
+
+
+def test_the_first_table_is_published_before_its_slow_rows_and_the_other_tables(tmp_path, monkeypatch):
+    selected, events = specs.read("embedded", ["table1", "table4"]), []
+
+    def run_cells(wave, store, executor):
+        events.append({cell.method.name for cell in wave})
+        yield from ((cell, {"id": str(place)}) for place, cell in enumerate(wave))
+
+    monkeypatch.setattr(run, "run_cells", run_cells)
+    executor = LocalExecutor(1)
+    run.compute(selected, Manifest(tmp_path, "embedded"), Store(), executor, lambda: events.append("published"))
+    first, then, *_ = events
+    assert {"vanilla", "published", "causal", "random"} <= first and then == "published"
+    assert not first & {"causal-greedy", "causal-fdr"} and "causal-greedy" in events[2]
