@@ -25,6 +25,7 @@ class Manifest:
     dry_run: bool = False  # whether tiny random checkpoints stand for the models
     entries: dict[str, dict[str, list[str]]] = field(default_factory=dict)  # spec -> "block|row|column" -> record ids
     panels: dict[str, dict[str, str]] = field(default_factory=dict)  # spec -> panel -> record id
+    bases: list[str] = field(default_factory=list)  # ids of unsteered records that steered ones are compared with
     orphans: int = 0  # records of the folder that no table names, at the end of the last run
     failed: dict[str, str] = field(default_factory=dict)  # "spec|block|row|column" -> why
 
@@ -46,7 +47,8 @@ class Manifest:
 
     def write(self) -> None:
         content = {
-            key: getattr(self, key) for key in ("scale", "how", "dry_run", "entries", "panels", "orphans", "failed")
+            key: getattr(self, key)
+            for key in ("scale", "how", "dry_run", "entries", "panels", "bases", "orphans", "failed")
         }
         write_json(self.folder / NAME, content)
 
@@ -63,7 +65,7 @@ class Manifest:
 
     def count_orphans(self) -> None:
         """Count the records in the folder that no table names: other code or other options made them."""
-        self.orphans = len({path.stem for path in (self.folder / "records").glob("*.json")} - set(self.ids))
+        self.orphans = len({path.stem for path in (self.folder / "records").glob("*.json")} - {*self.ids, *self.bases})
         self.write()
 
     def why_missing(self, spec: str, block: str, row: str, column: str) -> str:

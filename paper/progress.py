@@ -47,6 +47,8 @@ class Progress:
                     by_panel.pop(panel.name, None)  # an earlier picture must not stand for this one
                     by_panel.update((panel.name, id) for id in ids)
             complete += sum(map(all, finished.values()))
+        bases = {record["id"] for cell, record in self.records.items() if not cell.steered and "id" in record}
+        self.manifest.bases = sorted({*self.manifest.bases, *bases})
         self.manifest.write()
         if complete > self._complete:
             self._complete = complete

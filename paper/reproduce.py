@@ -83,7 +83,8 @@ def compute(
     selected: Sequence[Spec], manifest: Manifest, store: Store, executor: Executor, publish: Callable[[], object]
 ) -> dict[str, str]:
     """Compute all that is missing. Return what failed, and why."""
-    cells: list[Cell] = list(dict.fromkeys(cell for spec in selected for entry in spec.entries for cell in entry.cells))
+    in_tables = [cell for spec in selected for entry in spec.entries for cell in entry.cells]
+    cells: list[Cell] = list(dict.fromkeys([*in_tables, *(cell.unsteered() for cell in in_tables)]))
     # the first table comes before anything is ranked for the others, but for the rows that can wait
     rows = selected[0].rows
     first = {cell for entry in selected[0].entries if not rows[entry.row].get("later") for cell in entry.cells}
