@@ -124,7 +124,7 @@ def test_refusals(served, tmp_path):
     with pytest.raises(AUSteerError, match="changes o_proj"):
         served.engine.answers(["a"], Generation(1), [narrow.folder])
     served.engine.targets = allowed
-    with pytest.raises(AUSteerError, match="no adapter"):
+    with pytest.raises(AUSteerError, match="cannot read the adapter"):
         served.engine.answers(["a"], Generation(1), [tmp_path / "nowhere"])
     with pytest.raises(AUSteerError, match="1 adapters for 2 prompts"):
         served.engine.answers(["a", "b"], Generation(1), [None])
