@@ -75,7 +75,7 @@ def test_what_fails_is_said_and_the_rest_goes_on(tmp_path, monkeypatch):
     assert set(records) == set(todo)
     vanilla, published, sta, *others = (records[cell] for cell in todo)
     assert vanilla["n"] == published["n"] == 20 and "failed" not in {**vanilla, **published}
-    assert sta == {"failed": "nowhere is neither a file nor RELEASE/ID of sae-lens"}
+    assert sta == {"failed": "nowhere is neither a file nor RELEASE/ID of sae-lens; give one of them"}
     assert all("unknown task 'nothing'" in record["failed"] for record in others)
     assert len(records_in(tmp_path)) == 2  # what failed is no record: it is tried again
 
