@@ -36,10 +36,6 @@ class Bench:
     def grid_kind(self) -> str:
         return "small" if self.model_spec.embedded else "full"
 
-    @property
-    def has_instruction(self) -> bool:
-        return has_instruction(self.model_spec, self.task_spec)
-
     def pairs_of(self, task: str) -> list[Pair]:
         """Return the pairs of this or another task, to rank this bench's model on."""
         if task == self.task_spec.name:

@@ -85,23 +85,40 @@ def compute(
     """Compute all that is missing. Return what failed, and why."""
     in_tables = [cell for spec in selected for entry in spec.entries for cell in entry.cells]
     cells: list[Cell] = list(dict.fromkeys([*in_tables, *(cell.unsteered() for cell in in_tables)]))
-    # the first table comes before anything is ranked for the others, but for the rows that can wait
-    rows = selected[0].rows
-    first = {cell for entry in selected[0].entries if not rows[entry.row].get("later") for cell in entry.cells}
     pictures: list[Panel] = [panel for spec in selected for panel in spec.panels]
     progress = Progress(selected, manifest, publish)
     try:
-        for wave in ([cell for cell in cells if cell in first], [cell for cell in cells if cell not in first]):
-            for cell, record in run_cells(wave, store, executor):
+        for stage_cells, stage_pictures in _stages(selected[0], cells, pictures, executor.spreads):
+            for cell, record in run_cells(stage_cells, store, executor):
                 progress.add(cell, record)
+            for panel, record in executor.map(partial(panels.attempt, store=store), stage_pictures, "figures"):
+                progress.add(panel, record)
             progress.write()
             publish()
-        for panel, record in executor.map(partial(panels.attempt, store=store), pictures, "figures"):
-            progress.add(panel, record)
     finally:
         progress.write()
         executor.close()
     return progress.failed
+
+
+def _stages(
+    first: Spec, cells: Sequence[Cell], pictures: Sequence[Panel], spreads: bool
+) -> list[tuple[list[Cell], list[Panel]]]:
+    """Return what to compute, stage by stage.
+
+    Where models are computed side by side, the first table comes before anything is ranked for the others, except for
+    its rows that can wait. Where one model fills the machine, all its cells and pictures are one stage: it is loaded once.
+    """
+    if spreads:
+        soon = {cell for entry in first.entries if not first.rows[entry.row].get("later") for cell in entry.cells}
+        stages = [([cell for cell in cells if cell in soon], []), ([c for c in cells if c not in soon], list(pictures))]
+    else:
+        names = dict.fromkeys(one.model.name for one in (*cells, *pictures))
+        stages = [
+            ([cell for cell in cells if cell.model.name == name], [one for one in pictures if one.model.name == name])
+            for name in names
+        ]
+    return [stage for stage in stages if any(stage)]
 
 
 def _check(args: argparse.Namespace) -> None:

@@ -909,8 +909,19 @@ def test_the_first_table_is_published_before_its_slow_rows_and_the_other_tables(
         yield from ((cell, {"id": str(place)}) for place, cell in enumerate(wave))
 
     monkeypatch.setattr(run, "run_cells", run_cells)
-    executor = LocalExecutor(1)
+    executor = LocalExecutor(2)
     run.compute(selected, Manifest(tmp_path, "embedded"), Store(), executor, lambda: events.append("published"))
     first, then, *_ = events
     assert {"vanilla", "published", "causal", "random"} <= first and then == "published"
     assert not first & {"causal-greedy", "causal-fdr"} and "causal-greedy" in events[2]
+
+
+def test_a_model_that_fills_the_machine_is_loaded_for_one_stage():
+    selected = specs.read("paper", ["table1", "table3", "figure2", "figure4"])
+    cells = [cell for spec in selected for entry in spec.entries for cell in entry.cells]
+    pictures = [panel for spec in selected for panel in spec.panels]
+    stages = run._stages(selected[0], cells, pictures, spreads=False)
+    names = [{one.model.name for one in (*stage_cells, *panels)} for stage_cells, panels in stages]
+    assert all(len(of_stage) == 1 for of_stage in names) and len(names) == len(set().union(*names))
+    assert sum(len(stage_cells) for stage_cells, _ in stages) == len(cells)
+    assert sum(len(panels) for _, panels in stages) == len(pictures) > 0

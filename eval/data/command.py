@@ -31,7 +31,9 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     what.add_argument("--fetch", nargs="*", metavar="TASK", help="fetch these tasks (default: all)")
     check = "load, validate and count the files that are there (default: all; a task named here must be there)"
     what.add_argument("--check", nargs="*", metavar="TASK", help=check)
-    parser.add_argument("--data-dir", default=str(DATASETS), help="holds a folder a task (default: datasets/)")
+    parser.add_argument(
+        "--data-dir", default=str(DATASETS), help="folder with one folder per task (default: datasets/)"
+    )
     parser.add_argument("--catalogue", default=str(CATALOGUE), help="use another catalogue, such as a mirror's")
     return parser.parse_args(argv)
 
