@@ -275,7 +275,7 @@ class _Module:
             definition.bases += [_path(base) or ("unknown",) for base in bases]
 
     def table(self, node: ast.stmt) -> SymbolTable:
-        """Return the scopes of a statement as Python sees them: which names are variables of their own."""
+        """Return Python's symbol tables of a statement, which tell local names from global ones."""
         first = min(part.lineno for part in (node, *getattr(node, "decorator_list", ())))
         source = "\n".join(["if 1:" if node.col_offset else "", *self.lines[first - 1 : node.end_lineno]])
         return symtable(source, "", "exec")

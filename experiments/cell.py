@@ -1,7 +1,7 @@
 """A cell: a model, a task, a method and a search. Nothing else decides its number.
 
-Tables (paper/specs) and command lines give the fields in one flat dict, such as {"model": ..., "task": ..., "ks": ...};
-`cell_of` sorts them into the four parts and refuses a field that none of them has.
+Specs of tables (paper/specs) and command lines describe a cell as one flat dict, such as {"model": ..., "task": ..., "ks": ...};
+`cell_of` sorts its fields into the four parts and refuses a field that none of them has.
 """
 
 from __future__ import annotations

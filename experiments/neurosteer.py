@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def run(args: argparse.Namespace) -> dict:
-    """Return the record of one task: the stored one, or a new one that is written."""
+    """Return the stored record of one task, or compute and store it."""
     data = material(args.task, args.texts, args.prompts, args.data_dir, args.n_texts, args.n_prompts, args.test_split)
     checkpoint = str(WEIGHTS / "tone") if args.model == EMBEDDED else args.model
     model = rmodels.load(checkpoint, dtype=args.dtype, device=args.device)

@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def restore(bench: Bench, pruning: str, sparsity: str, components: str, draws: int) -> dict:
-    """Return the record of one task: the stored one, or a new one that is written."""
+    """Return the stored record of one task, or compute and store it."""
     target = parse_sparsity(sparsity)
     dense, tokenizer, task = bench.model, bench.tokenizer, bench.task
     if not task.validation:

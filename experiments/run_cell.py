@@ -46,7 +46,7 @@ def stored(cell: Cell, store: Store) -> dict | None:
 
 
 def run_cell(cell: Cell, bench: Bench) -> dict:
-    """Return the cell's record: the stored one, or a new one that is written."""
+    """Return the cell's stored record, or compute and store it."""
     key = cell_key(cell, bench)
     record = bench.store.find(key)
     if record is not None:

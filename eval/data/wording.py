@@ -36,7 +36,7 @@ class Wording:
 
 
 def read_wording(task: str, data_dir: Path | None = None, own: dict | None = None) -> Wording:
-    """Return a task's wording. own: what the task brings along, used where no file has any."""
+    """Return a task's wording. own: the wording in the task's own file, used if no data file has one."""
     project = _read(OWN)
     instruction = (project.get(task) or own or {}).get("instruction", "")
     theirs = data_dir / OWN.name if data_dir else OWN

@@ -22,7 +22,7 @@ from eval.data.similar import general_pairs
 
 @dataclass(frozen=True)
 class Scores:
-    """Hold one value per item, by measure: True and False for right and wrong. Settings are chosen by `main`."""
+    """Hold a value per item for each measure, True or False if answers are right or wrong. Grid points are chosen by `main`."""
 
     main: str
     columns: dict[str, list[float]]
@@ -80,7 +80,7 @@ class Task(ABC):
         return self._pair_set.dropped
 
     def generation(self, answerer: Answerer, items: Sequence) -> Generation:
-        """Return how these items are answered in words."""
+        """Return how answers to these items are generated."""
         raise NotImplementedError(f"{self.name} is not answered in words")
 
     def answers(

@@ -32,7 +32,7 @@ def paper_task(
     device: str | None = None,
     **settings,
 ) -> DatasetTask:
-    """Make a task; settings are those of `DatasetTask`.
+    """Make a task. settings: keyword arguments of `DatasetTask`.
 
     toxicity: the scorer, for tasks that have one. cache: the file of Perspective's answers. device: the local scorer's.
     """
