@@ -61,8 +61,9 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         default=[],
         help="strength of steering; with several values, the search chooses",
     )
-    add("--search", default="grid", choices=SEARCHES,
-        help="how a grid point is chosen: by the whole grid on validation (default), racing on growing samples of it, the "
+    add("--search", choices=SEARCHES,
+        help="how a grid point is chosen: by the whole grid on validation (default for the embedded models), by racing, "
+        "which tries coarse points and then those around the leaders on growing samples (default for all others), by the "
         "paper's sample of 100 items, or on the test split itself, as for the paper's main numbers")  # fmt: skip
     add("--steer", type=_yes_or_no, default=True, metavar="yes|no", help="no: run only vanilla and prompt-only")
     add("--path", default="AU_ranks", help="folder of ranks; those that fit are reused (default: %(default)s)")
@@ -80,7 +81,14 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "each plan becomes an adapter and a whole grid runs as one batch (needs .venv-vllm/bin/python; docs/serving.md)")  # fmt: skip
     add("--jobs", type=int, help="processes for the embedded models (default: one per core, at most 4)")
     add("--ray", metavar="ADDRESS", help="compute cells on a Ray cluster: HOST:PORT, auto or local (docs/scaling.md)")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.search = args.search or _default_search(args.model)
+    return args
+
+
+def _default_search(model: str) -> str:
+    """Return the search that a model's grid can pay for: that of real models has eight times as many points."""
+    return "grid" if model == EMBEDDED else "racing"
 
 
 def _method_table() -> str:
@@ -246,7 +254,7 @@ def _report(rows: dict[str, list[dict]], store: Store, sites: Sequence[str], arg
     name = f"{Path(args.model).name}-{Path(args.pairs).stem if args.pairs else args.data_name}"
     name += "-paper-protocol" if args.protocol == "paper" else ""
     name += "-test2" if args.test_split == "test2" else ""
-    name += f"-{args.search}" if args.search != "grid" else ""
+    name += f"-{args.search}" if args.search != _default_search(args.model) else ""
     name += f"-{args.engine}" if args.engine != LIVE else ""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.md").write_text("\n".join(text))

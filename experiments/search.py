@@ -4,8 +4,9 @@ Every search calls `ask(points, start, stop)` for the outcomes of validation ite
 beforehand, so that any two grid points are compared on the same items:
     grid     every point on every item
     sample   every point on the first 100 items (the paper's search, Table 7)
-    racing   growing samples, from which losing points drop out: at most a quarter of the grid's cost
+    racing   coarse points first, then those around the leaders, on growing samples; losing points drop out on the way
     test     as grid, for callers that ask on the test split, as the paper's main numbers were chosen
+A race over COARSE or more points costs what a quarter of COARSE points would cost on all items, however fine the grid.
 Among equal points the first wins: grids begin with the fewest AUs and the least strength.
 """
 
@@ -17,12 +18,17 @@ from dataclasses import dataclass
 
 from scipy.stats import binom
 
-from austeer.methods.base import GridPoint
+from austeer.methods.base import BUDGET, GridPoint
+from experiments.lattice import Lattice
 
 Ask = Callable[[Sequence[GridPoint], int, int], Sequence[Sequence[float]]]
 
 SAMPLE = 100
-RACE_COST = 4  # a race costs at most the full grid's cost divided by this
+COARSE = BUDGET["full"]  # points of the coarse pass
+RACE_COST = 4  # a race costs at most what its coarse points cost on all items, divided by this
+FEWEST = 20  # items that a point is asked before it can drop out
+LEADERS = 4  # points whose neighbours are tried next
+EXPLORING = 0.75  # share of the budget that may be spent before the race
 CONFIDENCE = 0.95  # level of the tests by which a grid point leaves a race, or ends it
 
 
@@ -56,38 +62,78 @@ def sample(ask: Ask, vanilla: Sequence[float], grid: Sequence[GridPoint]) -> Sea
 
 
 def racing(ask: Ask, vanilla: Sequence[float], grid: Sequence[GridPoint]) -> SearchResult:
-    """Search by successive halving, where clear losers leave early.
+    """Explore the grid on a few items, then let the points that were tried race by successive halving.
 
-    The rest of the budget is shared evenly among the rounds to come. A round evaluates every point in the race on the
-    next items; then points drop out: those that are significantly worse than the best so far (vanilla included), and the
-    worse half of the others. The last two race until one is worse, and the last one until it is better than vanilla,
-    or until items or budget run out.
+    A grid of more than COARSE points is explored coarsely, then around the points that lead, at half the distance each
+    time. In the race, the rest of the budget is shared evenly among the rounds to come. A round asks every racer the next
+    items; then points drop out: those that are significantly worse than the best so far (vanilla included), and the worse
+    half of the others. The last two race until one is worse, and the last one until it is better than vanilla, or until
+    items or budget run out. The budget does not depend on how fine the grid is, and no point drops out on fewer than
+    FEWEST items.
     """
-    n, budget = len(vanilla), len(grid) * len(vanilla) // RACE_COST
-    outcomes: list[list[float]] = [[] for _ in grid]
-    racers, stop, cost = list(range(len(grid))), 0, 0
+    n, budget, stop = len(vanilla), race_budget(len(grid), len(vanilla)), min(FEWEST, len(vanilla))
+    race = _Race(ask, grid)
+    racers = _survivors(race, _explore(race, int(EXPLORING * budget), stop), vanilla[:stop])
     while racers and stop < n:
-        if len(racers) == 1 and worse(vanilla[:stop], outcomes[racers[0]]):
+        if len(racers) == 1 and worse(vanilla[:stop], race.outcomes[racers[0]]):
             break
         rounds = max(1, (len(racers) - 1).bit_length())  # halvings until one is left
-        more = min(n - stop, (budget - cost) // (rounds * len(racers)))
-        if not more and len(racers) <= 2:
+        more = min(n - stop, (budget - race.cost) // (rounds * len(racers)))
+        if more <= 0 and len(racers) <= 2:
             break
-        new_outcomes = ask([grid[racer] for racer in racers], stop, stop + more)
-        for racer, values in zip(racers, new_outcomes, strict=True):
-            outcomes[racer] += values
-        stop, cost = stop + more, cost + more * len(racers)
-        racers = _survivors([(racer, outcomes[racer]) for racer in racers], vanilla[:stop])
-    return _result(racers, outcomes, vanilla, grid)
+        stop += max(0, more)
+        race.run(racers, stop)
+        racers = _survivors(race, racers, vanilla[:stop])
+    return _result(racers, race.outcomes, vanilla, grid)
 
 
-def _survivors(race: Sequence[tuple[int, Sequence[float]]], vanilla: Sequence[float]) -> list[int]:
-    half = max(2, (len(race) + 1) // 2)
-    best = max((vanilla, *(values for _, values in race)), key=sum)
-    alive = [(racer, values) for racer, values in race if not worse(values, best)]
-    # among equal points the stronger stays: on few items, weak steering changes nothing yet
-    ahead = sorted(alive, key=lambda one: (sum(one[1]), one[0]), reverse=True)[:half]
-    return sorted(racer for racer, _ in ahead)
+def race_budget(points: int, items: int) -> int:
+    """Return the most item-runs that a race over a grid of so many points may cost; FEWEST wins where items are few."""
+    coarse = min(points, COARSE)
+    return max(coarse * items // RACE_COST, coarse * min(FEWEST, items))
+
+
+class _Race:
+    """Ask grid points about items, in order, and count the item-runs."""
+
+    def __init__(self, ask: Ask, grid: Sequence[GridPoint]):
+        self.ask, self.grid, self.cost = ask, grid, 0
+        self.outcomes: list[list[float]] = [[] for _ in grid]
+
+    def run(self, points: Sequence[int], stop: int) -> None:
+        """Ask points that have come equally far about the items up to `stop`."""
+        start = len(self.outcomes[points[0]])
+        if start < stop:
+            for point, values in zip(points, self.ask([self.grid[i] for i in points], start, stop), strict=True):
+                self.outcomes[point] += values
+            self.cost += len(points) * (stop - start)
+
+    def ahead(self, points: Sequence[int]) -> list[int]:
+        """Order points by their outcomes. Among equals the stronger leads: on few items, weak steering changes nothing yet."""
+        return sorted(points, key=lambda point: (sum(self.outcomes[point]), point), reverse=True)
+
+
+def _explore(race: _Race, budget: int, stop: int) -> list[int]:
+    """Ask a coarse part of the grid about the items up to `stop`, then neighbours of what leads. Return all that was asked."""
+    lattice = Lattice(race.grid)
+    tried, steps = lattice.coarse(COARSE)
+    race.run(tried, stop)
+    while max(steps) > 1:
+        rounds = max(steps).bit_length() - 1  # halvings until the steps are 1
+        room = (budget - race.cost) // (rounds * stop)
+        steps = [max(1, step // 2) for step in steps]
+        around = (near for leader in race.ahead(tried)[:LEADERS] for near in lattice.neighbours(leader, steps))
+        newcomers = [point for point in dict.fromkeys(around) if point not in tried][: max(0, room)]
+        if newcomers:
+            race.run(newcomers, stop)
+            tried += newcomers
+    return tried
+
+
+def _survivors(race: _Race, racers: Sequence[int], vanilla: Sequence[float]) -> list[int]:
+    best = max((vanilla, *(race.outcomes[racer] for racer in racers)), key=sum)
+    alive = [racer for racer in racers if not worse(race.outcomes[racer], best)]
+    return sorted(race.ahead(alive)[: max(2, (len(racers) + 1) // 2)])
 
 
 def worse(values: Sequence[float], best: Sequence[float]) -> bool:

@@ -17,6 +17,7 @@ from eval.tasks.registry import PAPER_TASKS
 from experiments.bench import task_class
 from experiments.cell import Cell, ModelSpec
 from experiments.run_cell import cell_code, grid
+from experiments.search import SAMPLE, race_budget
 from paper.manifest import Manifest
 from paper.specs import Panel, Spec, models
 from paper.studies import STUDIES
@@ -26,7 +27,6 @@ OTHER_PROMPT = 60  # of the other tasks
 NEW = {"svamp": 20, "mawps": 250, "toxicity": 50, "bpo": 500}  # tokens of an answer; 1 for the other tasks
 OTHER_TEST = 1000  # test items of a task whose number of rows the catalogue does not have
 VALIDATION, RANKING = 400, 1000
-GRID_SHARE = {"grid": 1.0, "racing": 0.25, "sample": 0.25, "test": 1.0}  # a search's share of the full grid's item-runs
 BATCH = 16  # answers decoded at once
 UTILIZATION = 0.4  # share of the measured rates that a run reaches: a guess
 EMBEDDED_CELL, EMBEDDED_PANEL = 2.0, 10.0  # seconds on one core
@@ -134,19 +134,29 @@ def _first_draw(cell: Cell) -> Cell:
 
 def _seconds(cell: Cell, model: dict, rate: float, bandwidth: float) -> float:
     """Estimate a cell's time: prompts by their arithmetic, answers by reading the weights at every token."""
-    task, search = cell.task.name, cell.search.kind
+    task = cell.task.name
     test = _n_test(task)
     test = min(test, cell.task.limit or test)
-    items = test
-    if cell.steered:
-        n_points = len(grid(cell))
-        n_searched = test if search == "test" else min(VALIDATION, cell.task.limit or VALIDATION)
-        items += n_points * n_searched * GRID_SHARE[search] if n_points > 1 else 0
-    tokens = NEW.get(task, 1)
-    arithmetic = 2 * model["active"] * items * (_prompt(task) + tokens)
-    reading = model["parameters"] * model["bits"] / 8 * items / BATCH * tokens
+    searched, tokens = _searched(cell, test), NEW.get(task, 1)
+    answered = test + (searched if task_class(cell.model, cell.task).generates_on_validation else 0)
+    arithmetic = 2 * model["active"] * (test + searched) * (_prompt(task) + tokens)
+    reading = model["parameters"] * model["bits"] / 8 * answered / BATCH * tokens
     ranking = 0 if not cell.steered else 2 * model["active"] * RANKING * _prompt(task)
     return ((arithmetic + ranking) / rate + reading / bandwidth) / UTILIZATION
+
+
+def _searched(cell: Cell, test: int) -> int:
+    """Return the item-runs of a cell's search."""
+    n_points = len(grid(cell)) if cell.steered else 1
+    if n_points == 1:
+        return 0
+    validation = min(VALIDATION, cell.task.limit or VALIDATION)
+    return {
+        "racing": race_budget(n_points, validation),
+        "sample": n_points * min(SAMPLE, validation),
+        "grid": n_points * validation,
+        "test": n_points * test,
+    }[cell.search.kind]
 
 
 def _panel_seconds(panel: Panel, model: dict, rate: float) -> float:

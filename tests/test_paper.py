@@ -764,6 +764,18 @@ def test_the_estimate_loads_nothing_and_lists_every_cell(tmp_path):
     assert "llama3.3-70b-instruct-4bit" in text and "42 GB" in text
 
 
+def test_a_finer_grid_costs_a_race_nothing():
+    table = specs.read("paper", ["table1"], ["llama2-7b-chat"])[0]
+    cells = {entry.row: entry.cells[0] for entry in table.entries if entry.column == "copa"}
+    searched = {row: estimate._searched(cells[row], 500) for row in ("vanilla", "sadi", "austeer-ffn")}
+    assert len(run_cell.grid(cells["austeer-ffn"])) > 5 * len(run_cell.grid(cells["sadi"]))
+    assert searched == {
+        "vanilla": 0,
+        "sadi": 21 * estimate.VALIDATION // 4,
+        "austeer-ffn": 21 * estimate.VALIDATION // 4,
+    }
+
+
 def test_the_estimate_counts_what_is_there_and_current(tmp_path, monkeypatch, capsys):
     """Check that records with other options or of other code do not count as done."""
     fewer = [replace(spec, entries=spec.entries[:2]) for spec in specs.read("embedded", ["table3"], limit=20)]

@@ -15,9 +15,13 @@ from austeer.plan import Plan
 from austeer.ranks import AURanks
 from set_MFU import set_MFU
 
-# The paper steers at most 100 AUs and sweeps alpha up to 100; the embedded models have 512 AUs per site
-KS = {"small": (4, 16, 32), "full": (8, 32, 100)}
-ALPHAS = {"small": (0.5, 1.0, 2.0, 4.0, 8.0), "full": (0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0)}
+# The paper sweeps k and alpha from 1 to 100: the full grid has all settings of its Tables 8 and 9. Causal momentum also
+# needs gentle steps. The embedded models have 512 AUs per site
+KS = {"small": (4, 16, 32), "full": (2, 4, 8, 10, 16, 32, 50, 64, 80, 100)}
+ALPHAS = {
+    "small": (0.5, 1.0, 2.0, 4.0, 8.0),
+    "full": (0.5, 1.0, 2.0, 5.0, 8.0, 10.0, 15.0, 16.0, 20.0, 32.0, 50.0, 100.0),
+}
 # Table 13: up to 99.95 % of the AUs, the least important ones, are multiplied by 0.99 to 0.05
 SHARES = dict.fromkeys(("small", "full"), (0.25, 0.75, 0.9995))
 FACTORS = {"small": (0.99, 0.9, 0.75, 0.5, 0.05), "full": (0.99, 0.95, 0.9, 0.75, 0.5, 0.25, 0.05)}

@@ -1,7 +1,7 @@
 """The interface of a method, which turns evidence into plans. A method is a file in this folder; registry.py finds it.
 
 A method looks at the evidence once (`prepare`: the costly part, timed) and then turns the points of its grid into
-plans. All methods get the same pairs and the same number of grid points to try on validation. None sees a test item.
+plans. All methods get the same pairs and the same budget of validation items to search with. None sees a test item.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Method(ABC):
     axes: ClassVar[dict[str, dict[str, Sequence[float]]]] = {}  # of its grid: key -> kind -> values
 
     def grid(self, kind: str) -> list[GridPoint]:
-        """Return the grid points to try. kind is "small" or "full", and `BUDGET` limits their number."""
+        """Return the grid points to choose from. kind is "small" or "full", and `MOST_POINTS` limits their number."""
         return [dict(zip(self.axes, point, strict=True)) for point in product(*(at[kind] for at in self.axes.values()))]
 
     @abstractmethod
@@ -55,7 +55,9 @@ class Method(ABC):
         return self.momenta[0]
 
 
-# how many grid points a method may try on validation, by kind of grid: as many as AUSteer's own grid has
+# how many grid points a method may choose from, by kind of grid: as many as AUSteer's own grid has
+MOST_POINTS = {"small": 15, "full": 120}
+# how many of them a search begins with, which sets its cost (experiments/search.py): the same for every method
 BUDGET = {"small": 15, "full": 21}
 # the name of several sites that a method steers at once
 TOGETHER = {"both": ("attention", "ffn")}
