@@ -3,7 +3,8 @@
     python benchmarks/search.py [--only searches|batches] [--out benchmarks/results/search-cpu.json]
 
 searches: at every place (task, site, kind of ranks) of the embedded models, every search runs live on 200 validation
-items, and its choice is tested on 1000 items, with 95 % intervals. A search that chooses nothing has the accuracy of
+items, and its choice is tested on 1000 items, with 95 % intervals. The grid is that of the embedded scale, and with the
+published ranks also that of the paper scale, which is eight times as fine. A search that chooses nothing has the accuracy of
 vanilla. "against the grid" has the cost of a search as a share of the full grid's, in item-runs and in seconds of CPU time
 on one thread, and whether the test accuracy of its choice is inside, above or below the interval of the grid's choice.
 "resampled" lets 200 of the test items stand for validation, 200 times: "inside" is how often the true accuracy of the
@@ -45,7 +46,8 @@ from eval.tasks.embedded import EmbeddedTask
 from experiments.engines.answering import FEW
 from experiments.search import SEARCHES, key_of, shuffled
 
-TASKS, SITES, NAMES = ("copa", "svamp", "tone"), ("attention", "ffn"), ("causal", "published")
+TASKS, SITES = ("copa", "svamp", "tone"), ("attention", "ffn")
+GRIDS = {("causal", "small"): "causal", ("published", "small"): "published", ("published", "full"): "published, fine"}
 COMPARED = ("grid", "sample", "racing")
 TEST, DRAWS, SAMPLES = 1000, 200, (8, 25, 100)
 RANKS = Path(__file__).parents[1] / "AU_ranks" / "embedded"
@@ -80,10 +82,10 @@ class Bench:
         return [self.task.columns(items, answers[start : start + len(items)]).outcomes for start in starts]
 
 
-def compare_searches(bench: Bench, site: str, name: str) -> dict:
+def compare_searches(bench: Bench, site: str, name: str, kind: str = "small") -> dict:
     method: AUSteer = METHODS[name]
     ranks = AURanks.load(RANKS / bench.task.name / method.momentum / f"{site}.safetensors")
-    grid = method.grid("small")
+    grid = method.grid(kind)
     plans = {key_of(point): method.plan(ranks, point) for point in grid}
     vanilla = bench.outcomes(bench.validation)
     test_outcomes = np.array(
@@ -156,9 +158,8 @@ def searches() -> Iterator[tuple[str, dict]]:
     for name in TASKS:
         bench = Bench(name)
         for site in SITES:
-            for method in NAMES:
-                key = f"{name} {site} {method}"
-                yield key, compare_searches(bench, site, method)
+            for (method, kind), label in GRIDS.items():
+                yield f"{name} {site} {label}", compare_searches(bench, site, method, kind)
 
 
 def table(places: dict[str, dict]) -> str:
@@ -175,9 +176,16 @@ def table(places: dict[str, dict]) -> str:
                 place, search, row["chosen"] or "nothing", f"{row['validation']:.3f}", f"{row['test']:.3f}", cost["test"],
                 f"{cost['item_runs']:.2f}", f"{cost['seconds']:.2f}",
             ])  # fmt: skip
-    positions = Counter(figures["against the grid"]["racing"]["test"] for figures in places.values())
-    counts = ", ".join(f"{positions[where]} {where}" for where in ("inside", "above", "below"))
-    return f"{markdown(head, rows, words=3)}\n\nracing's choices against the grid's interval: {counts}"
+    lines = [markdown(head, rows, words=3), ""]
+    for of, is_fine in (("", False), (" on the fine grid", True)):
+        positions = Counter(
+            figures["against the grid"]["racing"]["test"]
+            for place, figures in places.items()
+            if place.endswith("fine") == is_fine
+        )
+        counts = ", ".join(f"{positions[where]} {where}" for where in ("inside", "above", "below"))
+        lines.append(f"racing's choices{of} against the grid's interval: {counts}")
+    return "\n".join(lines)
 
 
 def batches() -> Iterator[tuple[str, dict]]:

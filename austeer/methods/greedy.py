@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 
 from austeer.evidence import Evidence
-from austeer.methods.austeer import Causal
+from austeer.methods.austeer import ALPHAS, KS, Causal
 from austeer.methods.base import GridPoint
 from austeer.plan import Plan
 from austeer.ranks import AURanks
@@ -22,6 +22,11 @@ from austeer.steering import steer
 from MFU_screening import screen
 from set_MFU import set_MFU
 
+# every alpha costs several passes over the pairs, so there are fewer than in AUSteer's grid
+AXES = {
+    "k": {"small": KS["small"], "full": (8, 32, 100)},
+    "alpha": {"small": ALPHAS["small"], "full": (0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0)},
+}
 GROWTH = 4  # the number of AUs after the first round, and the factor by which each later round multiplies it
 
 
@@ -51,6 +56,7 @@ class Paths:
 class CausalGreedy(Causal):
     name, label = "causal-greedy", "causal AUSteer, ranked again as it goes"
     paper = "ours: causal momentum at the steered point"
+    axes = AXES
 
     def prepare(self, evidence: Evidence) -> Paths:
         return Paths(evidence, evidence.ranks(self.momentum))
