@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,8 +50,7 @@ def holm(ps: Sequence[float]) -> list[float]:
 def bootstrap(values: Sequence[float]) -> tuple[float, float]:
     """Return the 95 % percentile interval of a mean, over resampled items."""
     values = np.asarray(values, float)
-    draws = np.random.default_rng(SEED).integers(0, len(values), (RESAMPLES, len(values)))
-    low, high = np.percentile(values[draws].mean(1), (2.5, 97.5))
+    low, high = np.percentile([values[drawn].mean() for drawn in _resamples(len(values))], (2.5, 97.5))
     return float(low), float(high)
 
 
@@ -59,6 +58,19 @@ def paired_bootstrap(before: Sequence[float], after: Sequence[float]) -> tuple[f
     """Return the mean difference of two methods on the same items, with its 95 % interval. Items are drawn with both outcomes."""
     differences = [float(a) - float(b) for b, a in zip(before, after, strict=True)]
     return (sum(differences) / len(differences), *bootstrap(differences))
+
+
+def resampled_ratios(totals: Sequence[float], counts: Sequence[float]) -> np.ndarray:
+    """Return sum(totals) / sum(counts) over resampled items. Equal numbers of items are resampled alike, so that differences are paired."""
+    totals, counts = np.asarray(totals, float), np.asarray(counts, float)
+    with np.errstate(invalid="ignore"):  # nan where nothing is counted
+        return np.array([totals[drawn].sum() / counts[drawn].sum() for drawn in _resamples(len(totals))])
+
+
+def _resamples(n: int) -> Iterator[np.ndarray]:
+    """Yield n items drawn with replacement, again and again: one draw at a time, since all would not fit for many items."""
+    generator = np.random.default_rng(SEED)
+    return (generator.integers(0, n, n) for _ in range(RESAMPLES))
 
 
 def paired_gain(gained: int, lost: int, n: int) -> tuple[float, float, float]:

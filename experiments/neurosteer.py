@@ -1,20 +1,24 @@
 """Run NeuroSteer on its own tasks: find neurons from two kinds of texts, sample with and without steering, and measure.
 
 python main.py neurosteer                                             tone: the embedded model, offline
+python main.py neurosteer --sweep alpha=64,128,256 k=4,16             six points, with a table and a figure
 python main.py neurosteer --task politeness --texts T.jsonl --model google/gemma-2-2b \\
     --sae gemma-scope-2b-pt-res-canonical/layer_12/width_16k/canonical --judge gpt-5-mini
 
 eval/data/behaviours.py describes the texts and prompts. alpha, k and mode are those of the authors' scripts, which are
-made for GPT-2 small; nothing is searched. Samples are stored as they come: after a kill, the same command continues.
+made for GPT-2 small (cot: for gemma-2-2b); nothing is searched. Samples are stored as they come, and so are the counts of
+the neurons, which other values of alpha and k use again: after a kill, the same command continues.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -26,9 +30,10 @@ from austeer.code_identity import code_hash
 from austeer.errors import AUSteerError, run_command
 from austeer.evidence import Evidence
 from austeer.identity import fingerprint, public_name
-from austeer.methods.neurosteer import MODES, PRESETS, NeuroSteer, Preset
+from austeer.methods.neurosteer import MODES, PRESETS, Neurons, NeuroSteer, Preset
 from austeer.pairs import Pair
 from austeer.plan import Plan
+from austeer.sae import files_beside, find_sae
 from austeer.steering import steer
 from embedded.acceptance import WEIGHTS
 from embedded.tasks import REPLY_WORDS
@@ -37,12 +42,15 @@ from eval.answering.sampling import Sampling, sampled
 from eval.data.behaviours import BEHAVIOURS, Material, material, texts_hash
 from eval.scoring.behaviour_measures import JUDGED, Measures, Raters, measure
 from eval.scoring.toxicity import scorer
-from eval.statistics import paired_bootstrap
+from eval.tasks.arithmetic import GSM8K
 from experiments import records
 from experiments.cell import EMBEDDED
+from experiments.neurosteer_report import sweep_figure, sweep_table, table
+from experiments.neurosteer_sweep import Point, parse, points
 
 # steers the answers too; chosen with --test_split validation (docs/methods.md has the runs)
 TONE = Preset(128.0, 16, "all")
+NEW_TOKENS = {"tone": REPLY_WORDS, "cot": GSM8K.new_tokens[""]}  # the authors' 50 would cut steps off
 SENTIMENT = "siebert/sentiment-roberta-large-english:POSITIVE"
 
 
@@ -51,56 +59,113 @@ def main(argv: Sequence[str] | None = None) -> None:
     transformers_logging.disable_progress_bar()
     if args.model == EMBEDDED:
         torch.set_num_threads(1)  # in so small a model, threads wait for each other longer than they work
-    record = run(args)
-    name = f"neurosteer-{Path(args.model).name}-{args.task}{'-reversed' if args.reverse else ''}.md"
-    text = table(record)
-    (Path(args.results) / name).write_text(text)
-    print(f"{text}\ntable: {Path(args.results) / name}   records and samples: {Path(args.results) / 'neurosteer'}")
-
-
-def run(args: argparse.Namespace) -> dict:
-    """Return the stored record of one task, or compute and store it."""
-    data = material(args.task, args.texts, args.prompts, args.data_dir, args.n_texts, args.n_prompts, args.test_split)
-    checkpoint = str(WEIGHTS / "tone") if args.model == EMBEDDED else args.model
-    model = rmodels.load(checkpoint, dtype=args.dtype, device=args.device)
-    tokenizer = rmodels.load_tokenizer(checkpoint)
-    raters = _raters(args, model, tokenizer)
-    sampling = Sampling(args.new_tokens or (REPLY_WORDS if args.task == "tone" else 50), args.samples, seed=args.seed)
+    sweep = parse(args.sweep)
     preset = TONE if args.task == "tone" else PRESETS[args.task]
-    point = {"neurons": args.k or preset.k, "alpha": preset.alpha if args.alpha is None else args.alpha}
-    cache_trap = args.cache_trap == "on" if args.cache_trap else args.task != "tone"
-    method = NeuroSteer(args.sae, mode=args.mode or preset.mode, cache_trap=cache_trap)
-    folder = Path(args.results) / "neurosteer"
-    unsteered_key = {
-        "task": args.task,
-        "method": "neurosteer",
-        "model": EMBEDDED if args.model == EMBEDDED else public_name(args.model),
-        "fingerprint": fingerprint(model),
-        "dtype": str(model.dtype),
-        "device": model.device.type,
-        "prompts_hash": texts_hash(data.prompts),
-        "sampling": asdict(sampling),
-        "code": code_hash(_continued, NeuroSteer, measure, type(model)),
-    }
-    steered_key = unsteered_key | {
-        "texts_hash": texts_hash(data.target + data.source),
-        "sae": _content(args.sae),
-        "settings": point,
-        "tokens": method.tokens,
-        "reverse": args.reverse,
-    }
-    key = steered_key | {"raters": raters.names()}
-    record = records.find(folder, key)
-    if record is not None:
-        return record
-    plan = method.plan(method.prepare(_evidence(model, tokenizer, data, args.reverse)), point)
-    measures: list[Measures] = []
-    for name, side_key, side_plan in (("unsteered", unsteered_key, None), ("steered", steered_key, plan)):
-        file = AnswerFile(folder / f"{records.record_id(side_key)}-{name}.jsonl")
-        rows = _continued(model, tokenizer, data.prompts, sampling, file, side_plan, name)
-        measures.append(measure(args.task, data.prompts, rows, raters))
-    counts = {"texts": len(data.target), "prompts": len(data.prompts), "touched": len(plan)}
-    return records.write(folder, key, {**counts, "unsteered": measures[0], "steered": measures[1]})
+    alpha, k = preset.alpha if args.alpha is None else args.alpha, preset.k if args.k is None else args.k
+    swept = points(sweep, Point(alpha, k, args.n_texts, args.sae))
+    experiment = Experiment(args, preset.mode, max(point.n_texts for _, point in swept), "n-texts" in sweep)
+    results = []
+    for number, (values, point) in enumerate(swept, 1):
+        if sweep:
+            now = ", ".join(f"{name} {value:g}" for name, value in values.items())
+            print(f"point {number} of {len(swept)}: {now}", file=sys.stderr)
+        results.append((values, experiment.record(point)))
+    name = f"neurosteer-{Path(args.model).name}-{args.task}{'-reversed' if args.reverse else ''}"
+    folder, pictures = Path(args.results), ""
+    if sweep:
+        name += f"-sweep-{'-'.join(sweep)}"
+        sweep_figure(results, folder / f"{name}.png")
+        pictures = f"   figure: {folder / name}.png"
+    text = sweep_table(results) if sweep else table(results[0][1])
+    (folder / f"{name}.md").write_text(text)
+    print(f"{text}\ntable: {folder / name}.md{pictures}   records and samples: {folder / 'neurosteer'}")
+
+
+class Experiment:
+    """Run points of one task, which share the model, the raters and the unsteered samples."""
+
+    def __init__(self, args: argparse.Namespace, mode: str, n_texts: int, must_have_all: bool):
+        prompts = args.task, args.texts, args.prompts, args.data_dir
+        self.data = material(*prompts, n_texts, args.n_prompts, args.test_split)
+        if must_have_all and len(self.data.target) < n_texts:
+            raise AUSteerError(
+                f"there are {len(self.data.target)} texts of each kind, fewer than the {n_texts} of --sweep n-texts"
+            )
+        checkpoint = str(WEIGHTS / "tone") if args.model == EMBEDDED else args.model
+        self.args, self.model = args, rmodels.load(checkpoint, dtype=args.dtype, device=args.device)
+        self.tokenizer = rmodels.load_tokenizer(checkpoint)
+        self.raters = _raters(args, self.model, self.tokenizer)
+        self.sampling = Sampling(args.new_tokens or NEW_TOKENS.get(args.task, 50), args.samples, seed=args.seed)
+        cache_trap = args.cache_trap == "on" if args.cache_trap else args.task != "tone"
+        self.method = NeuroSteer(mode=args.mode or mode, cache_trap=cache_trap)
+        self.folder = Path(args.results) / "neurosteer"
+        self.origin = {
+            "task": args.task,
+            "method": "neurosteer",
+            "model": EMBEDDED if args.model == EMBEDDED else public_name(args.model),
+            "fingerprint": fingerprint(self.model),
+            "dtype": str(self.model.dtype),
+            "device": self.model.device.type,
+        }
+        self.unsteered_key = self.origin | {
+            "prompts_hash": texts_hash(self.data.prompts + self.data.golds),
+            "sampling": asdict(self.sampling),
+            "code": code_hash(_continued, _evidence, NeuroSteer, measure, type(self.model)),
+        }
+        self._neurons: dict[Path, Neurons] = {}
+
+    def record(self, point: Point) -> dict:
+        """Return the stored record of a point, or compute and store it."""
+        data = replace(self.data, target=self.data.target[: point.n_texts], source=self.data.source[: point.n_texts])
+        learned = {
+            "texts_hash": texts_hash(data.target + data.source),
+            "sae": _content(point.sae or files_beside(self.model).get("sae")),
+        }
+        settings = {"neurons": point.k, "alpha": point.alpha}
+        steered_key = (
+            self.unsteered_key
+            | learned
+            | {"settings": settings, "tokens": self.method.tokens, "reverse": self.args.reverse}
+        )
+        key = steered_key | {"raters": self.raters.names(), "prompt_sets": data.sets}
+        record = records.find(self.folder, key)
+        if record is not None:
+            return record
+        neurons = self.neurons(data, point.sae, learned)
+        plan = self.method.plan(neurons.reversed() if self.args.reverse else neurons, settings)
+        counts = {"texts": len(data.target), "prompts": len(data.prompts), "touched": len(plan), "layer": neurons.layer}
+        both = {"unsteered": self.unsteered, "steered": self.measured(steered_key, "steered", plan)}
+        return records.write(self.folder, key, counts | both)
+
+    @cached_property
+    def unsteered(self) -> Measures:
+        return self.measured(self.unsteered_key, "unsteered", None)
+
+    def measured(self, key: dict, name: str, plan: Plan | None) -> Measures:
+        file = AnswerFile(self.folder / f"{records.record_id(key)}-{name}.jsonl")
+        rows = _continued(self.model, self.tokenizer, self.data.prompts, self.sampling, file, plan, name)
+        return measure(self.args.task, self.data, rows, self.raters)
+
+    def neurons(self, data: Material, sae: str | None, learned: dict) -> Neurons:
+        """Return how the neurons of an SAE fire on the texts: counted once, and kept for all alphas, Ks and directions."""
+        key = (
+            self.origin
+            | learned
+            | {"method": "neurons", "code": code_hash(_evidence, NeuroSteer.prepare, type(self.model))}
+        )
+        path = self.folder / f"{records.record_id(key)}.safetensors"
+        if path in self._neurons:
+            return self._neurons[path]
+        evidence, texts = _evidence(self.model, self.tokenizer, data), f"{len(data.target)} texts of each kind"
+        if path.exists():
+            print(f"neurons: their counts on {texts} are those of {path}", file=sys.stderr)
+            neurons = Neurons.load(path, find_sae(evidence, sae).W_dec.cpu())
+        else:
+            print(f"neurons: counting on {texts}; the counts will be kept in {path}", file=sys.stderr)
+            neurons = replace(self.method, sae=sae).prepare(evidence)
+            neurons.save(path)
+        self._neurons = {path: neurons}  # one at a time: decoders are large
+        return neurons
 
 
 def _continued(model, tokenizer, prompts, sampling: Sampling, file: AnswerFile, plan: Plan | None, name: str):
@@ -108,10 +173,9 @@ def _continued(model, tokenizer, prompts, sampling: Sampling, file: AnswerFile, 
         return sampled(model, tokenizer, prompts, sampling, file, name)
 
 
-def _evidence(model, tokenizer, data: Material, reverse: bool) -> Evidence:
+def _evidence(model, tokenizer, data: Material) -> Evidence:
     """Pair the texts of two kinds one by one: they share no prompt, but NeuroSteer only counts over each kind."""
-    kinds = (data.source, data.target) if reverse else (data.target, data.source)
-    pairs = [Pair("", *texts) for texts in zip(*kinds, strict=True)]
+    pairs = [Pair("", *texts) for texts in zip(data.target, data.source, strict=True)]
 
     def no_ranks(momentum: str):
         raise AssertionError("NeuroSteer looks at no ranks")
@@ -143,38 +207,9 @@ def _perplexity_scorer(name: str | None, model, tokenizer, device: str | None) -
     return public_name(name), theirs.eval().to(rmodels.check_device(device)), words
 
 
-def _content(sae: str | None) -> str | None:
+def _content(sae: str | Path | None) -> str | None:
     """Return a file's hash in place of its path: another SAE under the same path makes another record."""
     return hashlib.sha256(Path(sae).read_bytes()).hexdigest() if sae and Path(sae).is_file() else sae
-
-
-def table(record: dict) -> str:
-    """Return a Markdown table, a line per measure: steered against unsteered."""
-    behaviour, sampling = BEHAVIOURS[record["task"]], record["sampling"]
-    towards = behaviour.source if record["reverse"] else behaviour.target
-    k, alpha = record["settings"]["neurons"], record["settings"]["alpha"]
-    lines = [
-        f"## NeuroSteer, {record['task']}, towards {towards}: {record['model']}",
-        "",
-        f"{k} neurons from {record['texts']} texts of each kind, alpha {alpha:g}, steered tokens: {record['tokens']}; "
-        f"{record['prompts']} prompts, {sampling['samples']} samples each, {sampling['new_tokens']} new tokens, seed {sampling['seed']}; "
-        "[95 % interval, paired bootstrap over prompts]",
-        "",
-        "| measure | unsteered | steered | difference |",
-        "|---|--:|--:|--:|",
-    ]
-    for name, before in record["unsteered"].items():
-        after = record["steered"][name]
-        if isinstance(before, str):
-            cells = ("-", "-", before)
-        elif isinstance(before, list):
-            gain, low, high = paired_bootstrap(before, after)
-            means = (sum(values) / len(values) for values in (before, after))
-            cells = (*(f"{mean:.3f}" for mean in means), f"{gain:+.3f} [{low:+.3f}, {high:+.3f}]")
-        else:
-            cells = (f"{before:.3f}", f"{after:.3f}", f"{after - before:+.3f}")
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -186,22 +221,29 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--model", default=EMBEDDED, help="embedded (default), a hub id, or the folder of a checkpoint")
     add(
         "--sae",
-        help="sparse autoencoder of the model: a file, or RELEASE/ID of sae-lens (default for embedded: its own)",
+        help="sparse autoencoder of the model: a file, or RELEASE/ID of sae-lens (default for embedded: its own); "
+        "{layer} in it stands for the layer of --sweep layer=...",
     )
     add(
         "--texts",
         type=Path,
-        help='file of lines {"text": ..., "label": ...} (default: from the hub, for tasks whose data are there)',
+        help='file of lines {"text": ..., "label": ...} (default: from the hub, for tasks whose data are there); for cot of '
+        'lines {"question": ..., "answer": ...}',
     )
-    add("--prompts", type=Path, help='file of lines {"prompt": ...} (default: beginnings of held-out texts)')
+    add("--prompts", type=Path, nargs="+", default=[], metavar="FILE",
+        help='files of lines {"prompt": ...}, each a set with results of its own (default: beginnings of held-out texts); '
+        'for cot of lines {"question": ..., "answer": ...}')  # fmt: skip
     add("--n-texts", type=int, default=1000, help="at most this many texts of each kind (default: %(default)s)")
-    add("--n-prompts", type=int, default=1000, help="at most this many prompts (default: %(default)s)")
-    add("--data-dir", help="folder with toxicity/, for its prompts (default: datasets/, then the hub)")
+    add("--n-prompts", type=int, default=1000, help="at most this many prompts of each file (default: %(default)s)")
+    add("--data-dir", help="folder with toxicity/ and gsm8k/, for toxicity and cot (default: datasets/, then the hub)")
     add(
         "--test_split", default="test", choices=["validation", "test", "test2"], help="whose prompts to use (tone only)"
     )
     add("--k", type=int, help="number of neurons to steer (default: the task's)")
     add("--alpha", type=float, help="strength of steering (default: the task's)")
+    add("--sweep", nargs="+", default=[], metavar="NAME=V,V",
+        help="run all combinations of these values of alpha, k, n-texts and layer, such as alpha=64,128 k=4,16; the figure's "
+        "axis is the first name")  # fmt: skip
     add("--mode", choices=MODES, help="which positions of a prompt to steer (default: the task's)")
     add(
         "--cache-trap",
@@ -210,7 +252,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--reverse", action="store_true", help="steer towards the other kind of texts")
     add("--samples", type=int, default=2, help="samples per prompt (default: %(default)s)")
-    add("--new-tokens", type=int, help="tokens per sample (default: 50; for tone 8, a whole reply)")
+    add("--new-tokens", type=int, help="tokens per sample (default: 50; for tone 8, a whole reply; for cot 400)")
     add("--seed", type=int, default=0, help="seed of sampling (default: %(default)s)")
     add("--classifier", default=SENTIMENT, metavar="MODEL:LABEL", help="classifier of sentiment (default: %(default)s)")
     add("--toxicity", metavar="SCORER", help="scorer of toxicity, as in main.py (default: local; for tone embedded)")

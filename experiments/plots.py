@@ -1,8 +1,9 @@
-"""Draw the picture of a comparison from records and ranks. Colors are the Okabe-Ito set, safe for color-blind readers."""
+"""Draw the pictures of comparisons and sweeps. Colors are the Okabe-Ito set, safe for color-blind readers."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
@@ -19,6 +20,8 @@ COLORS = {
     "published": "#0072B2", "sign-aware": "#56B4E9", "causal": "#D55E00",
 }  # fmt: skip
 OTHERS = "#009E73"
+LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+WIDE = 10  # an axis whose values differ by more than this factor is logarithmic
 
 
 def comparison(
@@ -46,6 +49,46 @@ def comparison(
             right.text(0.5, 0.5, "k and alpha were given:\nno search", ha="center", va="center")
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Software": None})
+    plt.close(figure)
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Hold the curves of one measure. An estimate is a value with the ends of its interval."""
+
+    label: str
+    base: tuple[float, float, float]  # the estimate without steering
+    lines: dict[str, Sequence[tuple[float, tuple[float, float, float]]]]  # x and estimate
+    logarithmic: bool = False  # if the values differ much
+
+
+def curves(panels: Sequence[Panel], x_label: str, title: str, path: Path) -> None:
+    """Draw measures against a swept value, side by side, with their intervals."""
+    plt.rcParams.update({"font.size": 12, "axes.titlesize": 13, "figure.dpi": 110})
+    figure, axes = plt.subplots(1, len(panels), figsize=(6.5 * len(panels), 4.8), squeeze=False)
+    for axis, panel in zip(axes[0], panels, strict=True):
+        value, low, high = panel.base
+        axis.axhline(value, color=COLORS["vanilla"], lw=1.5, ls="--", label="unsteered")
+        axis.axhspan(low, high, color=COLORS["vanilla"], alpha=0.15, lw=0)
+        for color, (label, points) in zip(LINES * len(panel.lines), panel.lines.items(), strict=False):
+            xs, estimates = zip(*sorted(points), strict=True)
+            middle, low, high = zip(*estimates, strict=True)
+            axis.fill_between(xs, low, high, color=color, alpha=0.2, lw=0)
+            axis.plot(xs, middle, "o-", color=color, label=label or "steered")
+        shown = [estimate[0] for points in panel.lines.values() for _, estimate in points]
+        if panel.logarithmic and max(shown) > WIDE * min(shown):
+            axis.set_yscale("log")
+        swept = sorted({x for points in panel.lines.values() for x, _ in points})
+        if swept[0] > 0 and swept[-1] > WIDE * swept[0]:
+            axis.set_xscale("log")
+        axis.set_xticks(swept, [f"{x:g}" for x in swept])
+        axis.xaxis.minorticks_off()
+        axis.set(xlabel=x_label, title=panel.label)
+        axis.grid(alpha=0.3)
+        axis.legend()
+    figure.suptitle(title)
+    figure.tight_layout()
     figure.savefig(path, metadata={"Software": None})
     plt.close(figure)
 

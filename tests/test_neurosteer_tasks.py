@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -9,17 +10,19 @@ import torch
 from fake_server import FakeServer
 
 from austeer.errors import AUSteerError
+from austeer.methods.neurosteer import Neurons, NeuroSteer
 from austeer.plan import Plan
 from austeer.steering import steer
 from eval.answering import sampling
 from eval.answering.answer_file import AnswerFile
 from eval.answering.sampling import FrequencyPenalty, Sampling, sampled
-from eval.data.behaviours import material
+from eval.data.behaviours import Material, material
 from eval.scoring import behaviour_measures
 from eval.scoring.behaviour_measures import Raters, measure, verdict
 from eval.scoring.paid_calls import Limits
 from eval.tasks.open_text import perplexity
 from experiments import neurosteer as neurosteer_tasks
+from experiments import neurosteer_report
 
 PROMPTS = ["he gave", "a much longer prompt than that one", "so", "the last one of the four"]
 SHORT = Sampling(new_tokens=6, samples=2)
@@ -141,21 +144,55 @@ def texts(path, *labels):
 def test_labels_are_those_of_the_data_sets(tmp_path, task, target, source, neither):
     path = texts(tmp_path / "t.jsonl", *(target * 3 + source * 3 + neither))
     prompts_file = lines(tmp_path / "p.jsonl", [{"prompt": "a"}, {"prompt": {"text": "b", "toxicity": 0.1}}])
-    data = material(task, path, prompts_file, None, 100, 100)
+    data = material(task, path, [prompts_file], None, 100, 100)
     assert data.prompts == ["a", "b"]
     assert {text.split()[-1] for text in data.target} == {str(label) for label in target}
     assert {text.split()[-1] for text in data.source} == {str(label) for label in source}
     assert len(data.target) == len(data.source) == min(len(target), len(source)) * 3
-    assert len(material(task, path, prompts_file, None, 2, 1).target) == 2
+    assert len(material(task, path, [prompts_file], None, 2, 1).target) == 2
 
 
 def test_held_out_texts_are_prompts_and_nothing_else(tmp_path):
     rows = [{"text": f"{i} " + "is a sentence of some length " * 4, "label": i % 3} for i in range(90)]
-    data = material("politeness", lines(tmp_path / "t.jsonl", rows * 2), None, None, 1000, 1000)
+    data = material("politeness", lines(tmp_path / "t.jsonl", rows * 2), [], None, 1000, 1000)
     assert 10 < len(data.prompts) < 40 and all(len(prompt) <= 50 for prompt in data.prompts)
     numbers = {text.split()[0] for text in data.target + data.source}
     assert numbers.isdisjoint(prompt.split()[0] for prompt in data.prompts)
     assert {int(prompt.split()[0]) % 3 for prompt in data.prompts} == {0, 1, 2}  # neutral ones too
+
+
+def worked(path, *numbers):
+    rows = [
+        {"question": f"How much is {n} + 1?", "answer": f"{n} + 1 = <<{n}+1={n + 1}>>{n + 1}\n#### {n + 1}"}
+        for n in numbers
+    ]
+    return lines(path, rows)
+
+
+def test_cot_learns_from_answers_with_steps_and_numbers_alone(tmp_path):
+    learned, asked = worked(tmp_path / "train.jsonl", 3, 1499), worked(tmp_path / "test.jsonl", 5, 6, 7)
+    data = material("cot", learned, [asked], None, 1000, 2)
+    assert data.target == ["3 + 1 = <<3+1=4>>4\n#### 4", "1499 + 1 = <<1499+1=1500>>1500\n#### 1500"]
+    assert data.source == ["4", "1500"] and data.golds == ["6", "7"] and data.sets == [("test", 2)]
+    assert data.prompts == ["Q: How much is 5 + 1?\nA:", "Q: How much is 6 + 1?\nA:"]
+    (tmp_path / "gsm8k").mkdir()
+    learned.rename(tmp_path / "gsm8k" / "train.jsonl")
+    asked.rename(tmp_path / "gsm8k" / "test.jsonl")
+    found = material("cot", None, [], str(tmp_path), 1, 3)
+    assert found.target == data.target[:1] and found.golds == ["6", "7", "8"] and found.sets == []
+    with pytest.raises(AUSteerError, match=r"t\.jsonl.*does not end in '#### number'"):
+        material("cot", lines(tmp_path / "t.jsonl", [{"question": "a", "answer": "b"}]), [], str(tmp_path), 1, 1)
+
+
+def test_files_of_prompts_are_sets(tmp_path):
+    good = texts(tmp_path / "t.jsonl", "support", "oppose")
+    files = [
+        lines(tmp_path / f"{name}.jsonl", [{"prompt": f"{name} {i}"} for i in range(3)])
+        for name in ("negative", "neutral")
+    ]
+    data = material("stance", good, files, None, 10, 2)
+    assert data.prompts == ["negative 0", "negative 1", "neutral 0", "neutral 1"]
+    assert data.sets == [("negative", 2), ("neutral", 2)]
 
 
 @pytest.mark.parametrize(
@@ -175,7 +212,7 @@ def test_held_out_texts_are_prompts_and_nothing_else(tmp_path):
 def test_wrong_lines_of_texts(tmp_path, rows, message):
     prompts_file = lines(tmp_path / "p.jsonl", [{"prompt": "a"}])
     with pytest.raises(AUSteerError, match=message):
-        material("politeness", lines(tmp_path / "t.jsonl", rows), prompts_file, None, 10, 10)
+        material("politeness", lines(tmp_path / "t.jsonl", rows), [prompts_file], None, 10, 10)
 
 
 def test_wrong_prompts_and_missing_files(tmp_path):
@@ -183,13 +220,13 @@ def test_wrong_prompts_and_missing_files(tmp_path):
     for rows, message in (([{"prompt": 3}], 'line 1: "prompt" must be'), ([{"text": "a"}], '"prompt" must be'),
                           ([{"prompt": {"text": ""}}], '"prompt" must be'), ([], "0 prompts")):  # fmt: skip
         with pytest.raises(AUSteerError, match=message):
-            material("stance", good, lines(tmp_path / "p.jsonl", rows), None, 10, 10)
+            material("stance", good, [lines(tmp_path / "p.jsonl", rows)], None, 10, 10)
     with pytest.raises(AUSteerError, match=r"no such file: .*none\.jsonl"):
-        material("stance", tmp_path / "none.jsonl", None, None, 10, 10)
+        material("stance", tmp_path / "none.jsonl", [], None, 10, 10)
     with pytest.raises(AUSteerError, match="no known home on the hub: give --texts"):
-        material("stance", None, None, None, 10, 10)
+        material("stance", None, [], None, 10, 10)
     with pytest.raises(AUSteerError, match="leave --texts and --prompts out"):
-        material("tone", good, None, None, 10, 10)
+        material("tone", good, [], None, 10, 10)
 
 
 # measures
@@ -209,7 +246,7 @@ def raters(llama, tokenizer, **more):
 
 
 ROWS = [["ends in 0.9", "ends in 0.1"], ["ends in 0.5", "ends in 0.2"], ["", "ends in 1.0"]]
-THREE_PROMPTS = ["one ", "two ", "three "]
+THREE_PROMPTS = Material([], [], ["one ", "two ", "three "])
 
 
 def test_every_sample_counts(llama, tokenizer):
@@ -219,13 +256,30 @@ def test_every_sample_counts(llama, tokenizer):
     assert measures["toxicity of the worst sample (words)"] == [0.9, 0.5, 1.0]
     assert measures["any sample toxic (words)"] == [1.0, 0.0, 1.0]
     assert measures["distinct-1"] == pytest.approx(7 / 15)
-    items = [SimpleNamespace(prompt=prompt) for prompt in THREE_PROMPTS for _ in range(2)]
+    items = [SimpleNamespace(prompt=prompt) for prompt in THREE_PROMPTS.prompts for _ in range(2)]
     flat = [text for row in ROWS for text in row]
-    assert measures["perplexity (tiny)"] == pytest.approx(perplexity(llama, tokenizer, items, flat))
+    nats, tokens = (measures["perplexity (tiny)"][part] for part in ("nats", "tokens"))
+    assert len(nats) == len(tokens) == 3
+    assert math.exp(sum(nats) / sum(tokens)) == pytest.approx(perplexity(llama, tokenizer, items, flat))
+    last = perplexity(llama, tokenizer, items[-2:], flat[-2:])  # of one prompt, in whatever order batches ran
+    assert math.exp(nats[2] / tokens[2]) == pytest.approx(last, rel=1e-4)
     polite = measure(
         "tone", THREE_PROMPTS, [["so lovely", "so vile"], ["warm", "bright"], ["", "x"]], raters(llama, tokenizer)
     )
     assert polite["polite (its words)"] == [0.5, 1.0, 0.0]
+
+
+def test_cot_counts_steps_and_right_numbers(llama, tokenizer):
+    data = Material([], [], ["Q: a\nA:", "Q: b\nA:", "Q: c\nA:"], ["1500", "7", "8"])
+    rows = [
+        ["He earns 3 * $500 = $1,500 .\n#### 1500", "1500"],  # both right, one with steps
+        ["It is 7.\nQ: 3 + 4 =\nA: 9", "3 + 4 = 8"],  # what the model asks itself does not count
+        ["", "x = 8"],
+    ]
+    measures = measure("cot", data, rows, raters(llama, tokenizer))
+    assert next(iter(measures)) == "steps (a calculation is written out)"
+    assert measures["steps (a calculation is written out)"] == [0.5, 0.5, 0.0]
+    assert measures["right number"] == [1.0, 0.5, 0.5] and measures["words a sample"] == [5.5, 4.0, 1.5]
 
 
 def test_verdicts_are_one_word():
@@ -291,6 +345,137 @@ def test_tone_end_to_end(tmp_path, capsys, monkeypatch):
     assert "towards rude" in capsys.readouterr().out
 
 
+def stored(folder, kind):
+    return sorted((folder / "neurosteer").glob(kind))
+
+
+def test_a_sweep_is_runs_side_by_side(tmp_path, capsys, monkeypatch):
+    command = ["--n-prompts", "10", "--n-texts", "60", "--results", str(tmp_path), "--device", "cpu"]
+    counted, panels = [], []
+    prepare, curves = NeuroSteer.prepare, neurosteer_report.curves
+    monkeypatch.setattr(NeuroSteer, "prepare", lambda *args: counted.append(args) or prepare(*args))
+    monkeypatch.setattr(neurosteer_report, "curves", lambda *args: panels.extend(args[0]) or curves(*args))
+    neurosteer_tasks.main([*command, "--alpha", "64"])
+    capsys.readouterr()
+    sweep = [*command, "--sweep", "alpha=32,64", "k=4,16"]
+    neurosteer_tasks.main(sweep)
+    output, messages = capsys.readouterr()
+    assert (
+        len(counted) == 1
+        and "texts of each kind are those of" in messages
+        and "point 4 of 4: alpha 64, k 16" in messages
+    )
+    assert (
+        len(stored(tmp_path, "*.json")) == 4 and len(stored(tmp_path, "*-unsteered.jsonl")) == 1
+    )  # one of them was there
+    records = [json.loads(path.read_text()) for path in stored(tmp_path, "*.json")]
+    by_point = {(r["settings"]["alpha"], r["settings"]["neurons"]): r for r in records}
+    rate, loss = panels
+    assert rate.label == "polite (its words)" and rate.lines.keys() == {"k 4", "k 16"}
+    for label, k in (("k 4", 4), ("k 16", 16)):
+        for alpha, (value, low, high) in rate.lines[label]:
+            values = by_point[alpha, k]["steered"]["polite (its words)"]
+            assert value == sum(values) / 10 and low <= value <= high
+            assert f"| {alpha:g} | {k} | {value:.3f} [{low:.3f}, {high:.3f}] |" in output
+    nats, tokens = (by_point[64, 16]["steered"][loss.label][part] for part in ("nats", "tokens"))
+    assert dict(loss.lines["k 16"])[64][0] == pytest.approx(math.exp(sum(nats) / sum(tokens))) and loss.logarithmic
+    picture = tmp_path / "neurosteer-embedded-tone-sweep-alpha-k.png"
+    assert picture.read_bytes().startswith(b"\x89PNG") and (tmp_path / picture.with_suffix(".md")).read_text() in output
+
+    def never(*args):
+        raise AssertionError("sampled again")
+
+    monkeypatch.setattr(sampling, "_batch", never)
+    neurosteer_tasks.main(sweep)
+    assert capsys.readouterr().out == output
+
+
+def test_counts_of_neurons_are_kept_for_the_same_texts_alone(tmp_path, capsys, monkeypatch):
+    def run(*options):
+        neurosteer_tasks.main(["--n-prompts", "2", "--results", str(tmp_path), "--device", "cpu", *options])
+        return "are those of" in capsys.readouterr().err
+
+    assert not run("--n-texts", "40") and len(stored(tmp_path, "*.safetensors")) == 1
+    assert run("--n-texts", "40", "--k", "5") and run("--n-texts", "40", "--reverse")
+    assert not run("--sweep", "n-texts=20,30") and len(stored(tmp_path, "*.safetensors")) == 3
+    polite, rude = (
+        next(r for path in stored(tmp_path, "*.json") if (r := json.loads(path.read_text()))["reverse"] is reverse)
+        for reverse in (False, True)
+    )
+    assert polite["steered"] != rude["steered"]
+
+
+def test_kept_counts_make_the_same_plan(tmp_path):
+    counts, means = torch.tensor([[3, 1, 2, 1], [1, 2, 2, 1]]), torch.tensor([[2.0, 1, 2, 4], [1, 2, 2, 1]])
+    neurons = Neurons(tuple(counts), tuple(means.double()), torch.randn(4, 3), 1, (2, 3), {"fingerprint": "f"})
+    neurons.save(tmp_path / "n.safetensors")
+    kept = Neurons.load(tmp_path / "n.safetensors", neurons.W_dec)
+    for one, other in ((neurons, kept), (neurons.reversed(), kept.reversed())):
+        plans = [NeuroSteer().plan(each, {"neurons": 2, "alpha": 3.0}) for each in (one, other)]
+        assert torch.equal(plans[0].shifts["layer"], plans[1].shifts["layer"]) and plans[0].header == plans[1].header
+    towards, back = (NeuroSteer().plan(each, {"neurons": 2, "alpha": 3.0}) for each in (kept, kept.reversed()))
+    assert not torch.equal(towards.shifts["layer"], back.shifts["layer"])
+    assert neurons.reversed().counts[0].tolist() == [1, 2, 2, 1] and neurons.reversed().means[0].tolist() == [
+        1,
+        2,
+        2,
+        1,
+    ]
+
+
+def test_a_sweep_over_layers_takes_an_sae_of_each(tmp_path, checkpoints, capsys, monkeypatch):
+    from test_sae_methods import random_sae
+
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    for layer in (0, 2):
+        random_sae(seed=layer, layer=layer).save(tmp_path / f"sae{layer}.safetensors")
+    path = texts(tmp_path / "t.jsonl", *["support", "oppose"] * 20)
+    prompts = [
+        lines(tmp_path / f"{name}.jsonl", [{"prompt": f"{name} {i}"} for i in range(2)]) for name in ("one", "two")
+    ]
+    neurosteer_tasks.main(["--task", "stance", "--model", str(checkpoints["llama"]), "--sae", str(tmp_path / "sae{layer}.safetensors"),
+                           "--texts", str(path), "--k", "5", "--new-tokens", "4", "--device", "cpu", "--results", str(tmp_path),
+                           "--prompts", *map(str, prompts), "--sweep", "layer=0,2"])  # fmt: skip
+    records = [json.loads(path.read_text()) for path in stored(tmp_path, "*.json")]
+    assert {record["layer"] for record in records} == {0, 2} and len(stored(tmp_path, "*.safetensors")) == 2
+    output = capsys.readouterr().out
+    assert "support (judge): no judge: give --judge MODEL" in output  # and only perplexity is drawn
+    assert "| layer | perplexity (the same model, unsteered) | difference |" in output and "alpha 15, " in output
+    single = neurosteer_report.table(records[0])
+    by_set = [line for line in single.splitlines() if line.startswith("| perplexity")]
+    assert [line.split(" |")[0].rpartition(": ")[2] for line in by_set[1:]] == ["2 one", "2 two"]
+    nats, tokens = (
+        records[0]["steered"]["perplexity (the same model, unsteered)"][part] for part in ("nats", "tokens")
+    )
+    assert f"| {math.exp(sum(nats[2:]) / sum(tokens[2:])):.3f} |" in by_set[2]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["beta=1"], "a sweep over 'beta' is unknown; use one of alpha, k, n-texts, layer"),
+        (["alpha=1,x"], "alpha takes numbers, with commas between them"),
+        (["alpha"], "alpha takes numbers"),
+        (["alpha=nan"], "alpha takes numbers"),
+        (["k=4,0.5"], "k takes whole numbers from 1 on"),
+        (["n-texts=0,10"], "n-texts takes whole numbers from 1 on"),
+        (["layer=0,1"], "needs an SAE of each layer: give --sae with {layer} in its name"),
+        (["k=9999"], "k must be a whole number from 1 to 512"),
+    ],
+)
+def test_sweeps_that_cannot_be(tmp_path, options, message):
+    command = ["--n-prompts", "2", "--n-texts", "10", "--results", str(tmp_path), "--device", "cpu", "--sweep"]
+    with pytest.raises(AUSteerError, match=re.escape(message)):
+        neurosteer_tasks.main([*command, *options])
+
+
+def test_a_sweep_over_more_texts_than_there_are(tmp_path, checkpoints):
+    path = texts(tmp_path / "t.jsonl", *["support", "oppose"] * 20)
+    with pytest.raises(AUSteerError, match=r"there are \d+ texts of each kind, fewer than the 50 of --sweep n-texts"):
+        neurosteer_tasks.main(["--task", "stance", "--model", str(checkpoints["llama"]), "--texts", str(path),
+                               "--sweep", "n-texts=5,50", "--results", str(tmp_path)])  # fmt: skip
+
+
 def test_another_task_on_a_tiny_model(tmp_path, checkpoints, capsys, monkeypatch):
     from test_sae_methods import random_sae
 
@@ -304,7 +489,7 @@ def test_another_task_on_a_tiny_model(tmp_path, checkpoints, capsys, monkeypatch
     assert (
         "| support (m) | - | - | no key: set OPENAI_API_KEY |" in output and "steered tokens: before-last-2" in output
     )
-    assert "| distinct-2 | " in output and "5 neurons from 1" in output
+    assert "| distinct-2 | " in output and "5 neurons of layer 1, alpha 15, 1" in output
 
 
 def test_tasks_and_models_that_do_not_fit(tmp_path):

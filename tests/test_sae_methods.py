@@ -390,6 +390,7 @@ def test_modes_presets_and_the_cache_trap():
         "toxicity": (101, 100, "before-last"),
         "politeness": (10, 150, "prompt"),
         "stance": (15, 150, "prompt"),
+        "cot": (20, 100, "before-last"),
     }
     assert NeuroSteer(preset="stance").grid("full") == [{"neurons": 150, "alpha": 15}]
     for options, message in (
@@ -397,7 +398,7 @@ def test_modes_presets_and_the_cache_trap():
         ({"mode": "last2", "cache_trap": False}, "all but the last two positions of a pass, which only a prompt has"),
         ({"mode": "last", "cache_trap": False}, "which only a prompt has"),
         ({"preset": "toxicity", "cache_trap": False}, "which only a prompt has"),
-        ({"preset": "anger"}, "use one of sentiment, toxicity, politeness, stance"),
+        ({"preset": "anger"}, "use one of sentiment, toxicity, politeness, stance, cot"),
         ({"weight": "mean"}, "use one of dif_mean, tar_mean"),
     ):
         with pytest.raises(AUSteerError, match=message):

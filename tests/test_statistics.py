@@ -15,6 +15,7 @@ from eval.statistics import (
     mcnemar,
     paired_bootstrap,
     paired_gain,
+    resampled_ratios,
     selection_noise,
     sign_flip,
     summary,
@@ -70,6 +71,18 @@ def test_sign_flip_is_about_the_t_test():
     values = np.random.default_rng(1).normal(0.15, 1, 300)
     assert sign_flip(values) == pytest.approx(ttest_1samp(values, 0).pvalue, abs=0.03)
     assert sign_flip([0.0] * 9) == 1.0 and sign_flip([1.0] * 40) < 0.001
+
+
+def test_ratios_are_of_sums_and_paired():
+    draw = np.random.default_rng(5)
+    tokens = draw.integers(1, 30, 400)
+    totals = tokens * 2.0 + draw.normal(0, 3, 400)
+    ratios = resampled_ratios(totals, tokens)
+    residual = totals - tokens * totals.sum() / tokens.sum()  # the delta method's spread of a ratio
+    assert ratios.std() == pytest.approx(residual.std() / tokens.mean() / 400**0.5, rel=0.1)
+    assert ratios.mean() == pytest.approx(totals.sum() / tokens.sum(), abs=0.02)
+    assert resampled_ratios(totals + 0.5 * tokens, tokens) - ratios == pytest.approx(np.full(len(ratios), 0.5))
+    assert np.isnan(resampled_ratios([0.0, 0.0], [0, 0])).all()
 
 
 def test_paired_bootstrap_is_that_of_the_differences():

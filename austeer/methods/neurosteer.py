@@ -13,25 +13,28 @@ shorter texts has more of; here padding never counts.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from austeer.errors import AUSteerError
 from austeer.evidence import Evidence
+from austeer.files import read_tensors, write_tensors
 from austeer.methods.base import GridPoint, Method
 from austeer.plan import Plan
 from austeer.sae import SITE, files_beside, find_sae, token_activations
 from rmodels import site_shape
 
+FORMAT = "austeer-neurons-1"
 # Texts of a pair share their prompt, so their means hardly differ and dmu is small: hence alphas in the hundreds
 KS = {"small": (4, 16, 64), "full": (100, 150, 600)}
 ALPHAS = {"small": (16.0, 64.0, 256.0, 512.0, 1024.0), "full": (10.0, 15.0, 50.0, 100.0, 200.0, 400.0, 700.0)}
 WEIGHTS = ("dif_mean", "tar_mean")
-# the authors' code names last2 without defining it; this is its natural reading beside last
 MODES = {"all": "every position", "last": "all but the last position", "last2": "all but the last two positions"}
 
 
@@ -49,17 +52,36 @@ PRESETS = {
     "toxicity": Preset(101.0, 100, "last"),
     "politeness": Preset(10.0, 150, "all"),
     "stance": Preset(15.0, 150, "all"),
+    "cot": Preset(20.0, 100, "last"),
 }
 
 
 @dataclass(frozen=True)
 class Neurons:
+    """Hold how often and how strongly neurons fire: everything but K and alpha, so that one file serves them all."""
+
     counts: tuple[Tensor, Tensor]  # on right texts and on wrong ones, each (latents,)
     means: tuple[Tensor, Tensor]
     W_dec: Tensor
     layer: int
     shape: tuple[int, int]  # (layers, width) of the site
     header: dict
+
+    def reversed(self) -> Neurons:
+        return replace(self, counts=self.counts[::-1], means=self.means[::-1])
+
+    def save(self, path: Path) -> None:
+        """Write all but W_dec, which the SAE has."""
+        tensors = {"counts": torch.stack(self.counts), "means": torch.stack(self.means)}
+        values = {"layer": self.layer, "shape": self.shape, "header": self.header}
+        write_tensors(path, tensors, {"format": FORMAT, "neurons": json.dumps(values, sort_keys=True)})
+
+    @classmethod
+    def load(cls, path: Path, W_dec: Tensor) -> Neurons:
+        tensors, metadata = read_tensors(path, FORMAT, "neuron")
+        values = json.loads(metadata["neurons"])
+        pair = {name: tuple(tensors[name]) for name in ("counts", "means")}
+        return cls(**pair, W_dec=W_dec, layer=values["layer"], shape=tuple(values["shape"]), header=values["header"])
 
 
 @dataclass(frozen=True)

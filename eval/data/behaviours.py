@@ -8,8 +8,12 @@ A file of texts has lines {"text": ..., "label": ...}, labels as in the data set
     tone        the embedded model's replies, polite or rude; generated, not read
 The first kind is the target, the second the source. (The released loader of SST-5 takes neutral texts for positive.)
 
-A file of prompts has lines {"prompt": "..."} or {"prompt": {"text": "..."}}. Without one, prompts are the first 50
-characters of a quarter of the texts, which methods then do not learn from; those of toxicity are RealToxicityPrompts.
+A file of prompts has lines {"prompt": "..."} or {"prompt": {"text": "..."}}; several files are several sets, each with
+results of its own. Without a file, prompts are the first 50 characters of a quarter of the texts, which methods then do
+not learn from; those of toxicity are RealToxicityPrompts.
+
+cot reads both from files of GSM8K's format, {"question": ..., "answer": "steps #### number"}: a text is the answer with
+its steps or the number alone, without the question, and a prompt is "Q: question A:".
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from austeer.errors import AUSteerError
@@ -25,6 +29,8 @@ from austeer.files import read_json_lines
 from embedded.tasks import items
 from eval.data.fetching import hub_table
 from eval.data.read import read_rows
+from eval.data.rows import read_file
+from eval.tasks.arithmetic import GSM8K
 from eval.tasks.open_text import Toxicity
 
 PROMPT_CHARACTERS = 50
@@ -78,6 +84,7 @@ BEHAVIOURS = {
     ),
     "politeness": Behaviour("polite", "impolite", _among({0: False, 1: None, 2: True}), "0, 1 or 2"),
     "stance": Behaviour("support", "oppose", _among({"oppose": False, "support": True}), '"support" or "oppose"'),
+    "cot": Behaviour("steps", "the number alone"),
     "tone": Behaviour("polite", "rude"),
 }
 
@@ -87,18 +94,20 @@ class Material:
     target: list[str]  # as many as of the source
     source: list[str]
     prompts: list[str]
+    golds: list[str] = field(default_factory=list)  # the right answer to each prompt, where there is one
+    sets: list[tuple[str, int]] = field(default_factory=list)  # name and number of the prompts of each file, in order
 
 
 def material(
     task: str,
     texts: Path | None,
-    prompts: Path | None,
+    prompts: Sequence[Path],
     data_dir: str | None,
     n_texts: int,
     n_prompts: int,
     tone_split: str = "test",
 ) -> Material:
-    """Return at most n_texts texts of each kind and n_prompts prompts, in the order of the files."""
+    """Return at most n_texts texts of each kind and n_prompts prompts of each file, in the order of the files."""
     if n_texts < 1 or n_prompts < 1:
         raise AUSteerError("at least one text of each kind and one prompt are needed (--n-texts, --n-prompts)")
     if task == "tone":
@@ -107,18 +116,23 @@ def material(
         replies = items("tone", "pairs", n_texts)
         beginnings = [item.prompt for item in items("tone", tone_split, n_prompts)]
         return Material([i.prompt + i.right for i in replies], [i.prompt + i.wrong for i in replies], beginnings)
+    if task == "cot":
+        return _worked_answers(texts, prompts, data_dir, n_texts, n_prompts)
     behaviour = BEHAVIOURS[task]
     labelled = _labelled(task, texts)
-    if prompts is not None:
-        beginnings = [_prompt(row, place) for place, row in _lines(prompts)]
+    sets = []
+    if prompts:
+        by_file = [(path.stem, [_prompt(row, place) for place, row in _lines(path)][:n_prompts]) for path in prompts]
+        sets = [(name, len(lines)) for name, lines in by_file]
+        beginnings = [line for _, lines in by_file for line in lines]
     elif task == "toxicity":
-        beginnings = [row["prompt"] for row in read_rows(Toxicity, "test", data_dir)]
+        beginnings = [row["prompt"] for row in read_rows(Toxicity, "test", data_dir)][:n_prompts]
     else:
         held_out = sorted(
             {text for text, _ in labelled if _digest(text)[0] % HELD_OUT == 0}, key=_digest
         )  # neutral too
         labelled = [(text, kind) for text, kind in labelled if _digest(text)[0] % HELD_OUT]
-        beginnings = [text[:PROMPT_CHARACTERS].rstrip() for text in held_out]
+        beginnings = [text[:PROMPT_CHARACTERS].rstrip() for text in held_out][:n_prompts]
     target, source = ([text for text, kind in labelled if kind is side] for side in (True, False))
     n = min(len(target), len(source), n_texts)  # the released code takes equal numbers too
     if not n or not beginnings:
@@ -126,7 +140,30 @@ def material(
             f"{task} has {len(target)} {behaviour.target} texts, {len(source)} {behaviour.source} ones and {len(beginnings)} "
             "prompts: all three are needed"
         )
-    return Material(target[:n], source[:n], beginnings[:n_prompts])
+    return Material(target[:n], source[:n], beginnings, sets=sets)
+
+
+def _worked_answers(
+    texts: Path | None, prompts: Sequence[Path], data_dir: str | None, n_texts: int, n_prompts: int
+) -> Material:
+    """Return texts and prompts of GSM8K: its training answers, and the questions of its test split."""
+
+    def rows(path: Path | None, split: str) -> list[dict]:
+        return read_rows(GSM8K, split, data_dir) if path is None else read_file(GSM8K, split, path)
+
+    def number(row: dict) -> str:
+        return row["answer"].rpartition("####")[2].strip()
+
+    learned = rows(texts, "train")[:n_texts]
+    by_file = [rows(path, "test")[:n_prompts] for path in prompts or [None]]
+    asked = [row for part in by_file for row in part]
+    return Material(
+        [row["answer"] for row in learned],
+        [number(row) for row in learned],
+        [f"Q: {row['question']}\nA:" for row in asked],
+        [number(row) for row in asked],
+        [(path.stem, len(part)) for path, part in zip(prompts, by_file, strict=False)],
+    )
 
 
 def _labelled(task: str, path: Path | None) -> list[tuple[str, bool | None]]:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from austeer.errors import AUSteerError
 from austeer.forward import PairTexts, input_device
@@ -148,13 +149,23 @@ def distinct(texts: Sequence[str], n: int) -> float:
     return len(set(grams)) / len(grams) if grams else 0.0
 
 
-@torch.inference_mode()
 def perplexity(model, tokenizer, items: Sequence[Item], texts: Sequence[str]) -> float:
     """Return the answers' perplexity after their prompts, over all tokens, to the model as it is set: callers do not steer it."""
-    begins = [len(tokenizer(item.prompt)["input_ids"]) for item in items]
+    nats, tokens = losses(model, tokenizer, items, texts)
+    return math.exp(sum(nats) / sum(tokens)) if any(tokens) else math.nan
+
+
+@torch.inference_mode()
+def losses(
+    model, tokenizer, items: Sequence[Item], texts: Sequence[str], progress: str | None = None
+) -> tuple[list[float], list[int]]:
+    """Return the negative log-likelihood of each answer after its prompt, and its number of tokens."""
+    begins = [max(1, len(tokenizer(item.prompt)["input_ids"])) for item in items]  # nothing predicts a first token
     whole = [tokenizer(item.prompt + text)["input_ids"] for item, text in zip(items, texts, strict=True)]
-    order = sorted((i for i in range(len(whole)) if len(whole[i]) > begins[i]), key=lambda i: len(whole[i]))
-    loss = 0.0
+    tokens = [max(0, len(text) - begin) for text, begin in zip(whole, begins, strict=True)]
+    order = sorted((i for i, count in enumerate(tokens) if count), key=lambda i: len(whole[i]))
+    nats = [0.0] * len(whole)
+    bar = tqdm(total=len(order), desc=progress, unit=" texts", disable=progress is None)
     while order:
         rows = max(1, LOGITS // (len(whole[order[-1]]) * model.config.vocab_size))
         batch, order = order[-rows:], order[:-rows]
@@ -167,9 +178,12 @@ def perplexity(model, tokenizer, items: Sequence[Item], texts: Sequence[str]) ->
         logits = model(ids, use_cache=False).logits[:, :-1]
         targets, counted = ids[:, 1:].to(logits.device), own[:, 1:].to(logits.device)
         logp = logits[counted].float().log_softmax(-1).gather(1, targets[counted][:, None])
-        loss -= float(logp.double().sum())
-    count = sum(max(0, len(text) - begin) for text, begin in zip(whole, begins, strict=True))
-    return math.exp(loss / count) if count else math.nan
+        # in the order of the rows, since a mask is read row by row
+        for i, part in zip(batch, logp[:, 0].double().split([tokens[i] for i in batch]), strict=True):
+            nats[i] = -float(part.sum())
+        bar.update(len(batch))
+    bar.close()
+    return nats, tokens
 
 
 @torch.inference_mode()
