@@ -85,8 +85,9 @@ class Experiment:
     """Run points of one task, which share the model, the raters and the unsteered samples."""
 
     def __init__(self, args: argparse.Namespace, mode: str, n_texts: int, must_have_all: bool):
-        prompts = args.task, args.texts, args.prompts, args.data_dir
-        self.data = material(*prompts, n_texts, args.n_prompts, args.test_split)
+        self.data = material(
+            args.task, args.texts, args.prompts, args.data_dir, n_texts, args.n_prompts, args.test_split
+        )
         if must_have_all and len(self.data.target) < n_texts:
             raise AUSteerError(
                 f"there are {len(self.data.target)} texts of each kind, fewer than the {n_texts} of --sweep n-texts"
@@ -107,7 +108,8 @@ class Experiment:
             "dtype": str(self.model.dtype),
             "device": self.model.device.type,
         }
-        self.unsteered_key = self.origin | {
+        self.unsteered_key = {
+            **self.origin,
             "prompts_hash": texts_hash(self.data.prompts + self.data.golds),
             "sampling": asdict(self.sampling),
             "code": code_hash(_continued, _evidence, NeuroSteer, measure, type(self.model)),
@@ -122,12 +124,14 @@ class Experiment:
             "sae": _content(point.sae or files_beside(self.model).get("sae")),
         }
         settings = {"neurons": point.k, "alpha": point.alpha}
-        steered_key = (
-            self.unsteered_key
-            | learned
-            | {"settings": settings, "tokens": self.method.tokens, "reverse": self.args.reverse}
-        )
-        key = steered_key | {"raters": self.raters.names(), "prompt_sets": data.sets}
+        steered_key = {
+            **self.unsteered_key,
+            **learned,
+            "settings": settings,
+            "tokens": self.method.tokens,
+            "reverse": self.args.reverse,
+        }
+        key = {**steered_key, "raters": self.raters.names(), "prompt_sets": data.sets}
         record = records.find(self.folder, key)
         if record is not None:
             return record
@@ -148,11 +152,8 @@ class Experiment:
 
     def neurons(self, data: Material, sae: str | None, learned: dict) -> Neurons:
         """Return how the neurons of an SAE fire on the texts: counted once, and kept for all alphas, Ks and directions."""
-        key = (
-            self.origin
-            | learned
-            | {"method": "neurons", "code": code_hash(_evidence, NeuroSteer.prepare, type(self.model))}
-        )
+        code = code_hash(_evidence, NeuroSteer.prepare, type(self.model))
+        key = {**self.origin, **learned, "method": "neurons", "code": code}
         path = self.folder / f"{records.record_id(key)}.safetensors"
         if path in self._neurons:
             return self._neurons[path]

@@ -448,6 +448,14 @@ def test_a_sweep_over_layers_takes_an_sae_of_each(tmp_path, checkpoints, capsys,
         records[0]["steered"]["perplexity (the same model, unsteered)"][part] for part in ("nats", "tokens")
     )
     assert f"| {math.exp(sum(nats[2:]) / sum(tokens[2:])):.3f} |" in by_set[2]
+    rated = {**records[0], "unsteered": {"rate": [0.0, 0.0, 0.0, 1.0]}, "steered": {"rate": [0.0, 1.0, 1.0, 1.0]}}
+    shown = neurosteer_report.table(rated)
+    for line in (
+        "| rate | 0.250 | 0.750 | +0.500 ",
+        "| rate: 2 one | 0.000 | 0.500 | +0.500 ",
+        "| rate: 2 two | 0.500 | 1.000 | ",
+    ):
+        assert line in shown
 
 
 @pytest.mark.parametrize(
