@@ -49,7 +49,7 @@ from experiments.neurosteer_report import sweep_figure, sweep_table, table
 from experiments.neurosteer_sweep import Point, parse, points
 
 # steers the answers too; chosen with --test_split validation (docs/methods.md has the runs)
-TONE = Preset(128.0, 16, "all")
+TONE = Preset(64.0, 16, "all")
 NEW_TOKENS = {"tone": REPLY_WORDS, "cot": GSM8K.new_tokens[""]}  # the authors' 50 would cut steps off
 SENTIMENT = "siebert/sentiment-roberta-large-english:POSITIVE"
 
@@ -119,10 +119,10 @@ class Experiment:
     def record(self, point: Point) -> dict:
         """Return the stored record of a point, or compute and store it."""
         data = replace(self.data, target=self.data.target[: point.n_texts], source=self.data.source[: point.n_texts])
-        learned = {
-            "texts_hash": texts_hash(data.target + data.source),
-            "sae": _content(point.sae or files_beside(self.model).get("sae")),
-        }
+        sae = point.sae or files_beside(self.model).get("sae")
+        if sae is None:
+            raise AUSteerError("this model has no SAE beside it: give --sae, a file or RELEASE/ID of sae-lens")
+        learned = {"texts_hash": texts_hash(data.target + data.source), "sae": _content(sae)}
         settings = {"neurons": point.k, "alpha": point.alpha}
         steered_key = {
             **self.unsteered_key,
@@ -208,9 +208,9 @@ def _perplexity_scorer(name: str | None, model, tokenizer, device: str | None) -
     return public_name(name), theirs.eval().to(rmodels.check_device(device)), words
 
 
-def _content(sae: str | Path | None) -> str | None:
+def _content(sae: str | Path) -> str:
     """Return a file's hash in place of its path: another SAE under the same path makes another record."""
-    return hashlib.sha256(Path(sae).read_bytes()).hexdigest() if sae and Path(sae).is_file() else sae
+    return hashlib.sha256(Path(sae).read_bytes()).hexdigest() if Path(sae).is_file() else str(sae)
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:

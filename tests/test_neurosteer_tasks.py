@@ -477,6 +477,13 @@ def test_sweeps_that_cannot_be(tmp_path, options, message):
         neurosteer_tasks.main([*command, *options])
 
 
+def test_other_models_need_an_sae(tmp_path, checkpoints):
+    path = texts(tmp_path / "t.jsonl", *["support", "oppose"] * 20)
+    with pytest.raises(AUSteerError, match="no SAE beside it: give --sae"):
+        neurosteer_tasks.main(["--task", "stance", "--model", str(checkpoints["llama"]), "--texts", str(path),
+                               "--results", str(tmp_path)])  # fmt: skip
+
+
 def test_a_sweep_over_more_texts_than_there_are(tmp_path, checkpoints):
     path = texts(tmp_path / "t.jsonl", *["support", "oppose"] * 20)
     with pytest.raises(AUSteerError, match=r"there are \d+ texts of each kind, fewer than the 50 of --sweep n-texts"):
