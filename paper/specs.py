@@ -4,7 +4,8 @@ A spec of kind `accuracy`, `lines` or `heatmap` has blocks x rows x columns; its
 that many tables share (rows.json). An entry is one cell or several: the draws of a control, or two sites, of which the
 better on validation is shown. Fields of a cell are merged in the order scale, block, row, column (experiments/cell.py has
 them all). A spec of kind `study` has panels, each a measurement of paper/studies/. Other kinds read the records of
-another spec, their `source`. `printed` has the paper's numbers. docs/tables.md says how to add a spec.
+another spec, their `source`. `printed` has the paper's numbers, and `dagger` says which of them the paper took from other
+papers. docs/tables.md says how to add a spec.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ TABLE_FIELDS = {
     "draws",
     "later",
 }
-SPEC_FIELDS = {"title", "kind", "says", "rows", "with", "scales", "printed", "show", "source"}
+SPEC_FIELDS = {"title", "kind", "says", "rows", "with", "scales", "printed", "dagger", "show", "source"}
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,8 @@ class Panel:
     model: ModelSpec
     task: TaskSpec
     params: dict = field(hash=False)
+    block: str = ""  # panels of one model that one table shows together: the model's name; else the panel's own
+    printed: dict | list = field(default_factory=dict, hash=False)  # what the paper prints in this very picture
 
     def __str__(self) -> str:
         return f"{self.study} {self.name}"
@@ -80,6 +83,7 @@ class Spec:
     source: str = ""  # the spec whose records this one shows
     show: dict = field(default_factory=dict)  # options of its kind
     printed: dict = field(default_factory=dict)  # block -> row -> column
+    dagger: dict = field(default_factory=dict)  # block -> row -> columns that the paper took from other papers
 
     @property
     def reads(self) -> set[str]:
@@ -161,16 +165,18 @@ def _read(name: str, scale: str, model_names: Sequence[str], checkpoints: dict[s
                         entries.append(
                             _entry(block, row, column, [base, block_fields, row_fields, column_fields, at], checkpoints)
                         )
-    panels = tuple(
-        _panel(key, panel, [base, panel, {"engine": LIVE}], checkpoints)
-        for key, panel in here.get("panels", {}).items()
-        if _has_model(key, panel, model_names)
-    )
     # the paper's numbers never stand beside another model's
     printed = data.get("printed", {}) if scale != "embedded" and not checkpoints else {}
+    panels = tuple(
+        panel
+        for key, fields in here.get("panels", {}).items()
+        if _has_model(key, fields, model_names)
+        for panel in _panels(key, fields, base, checkpoints, printed)
+    )
     return Spec(
         name, scale, data["title"], data["kind"], data["says"], blocks, rows, columns, here.get("averages", {}),
         tuple(entries), panels, data.get("source", ""), {**data.get("show", {}), **here.get("show", {})}, printed,
+        data.get("dagger", {}),
     )  # fmt: skip
 
 
@@ -208,10 +214,17 @@ def _entry(block: str, row: str, column: str, layers: list[dict], checkpoints: d
     return Entry(block, row, column, cells, draws > 1)
 
 
-def _panel(name: str, fields: dict, layers: list[dict], checkpoints: dict[str, str]) -> Panel:
-    model, task = bench_of(**_flat(layers, checkpoints))
+def _panels(key: str, fields: dict, base: dict, checkpoints: dict[str, str], printed: dict) -> list[Panel]:
+    """Return the panel, or one for each of its tasks."""
     params = shrink(fields["params"]) if checkpoints else fields["params"]
-    return Panel(name, fields["study"], model, task, params)
+    own = printed.get(fields["model"], {}).get(key, {})
+    panels = []
+    for name, task in {f"{key}, {task}": task for task in fields.get("tasks", ())}.items() or {
+        key: fields["task"]
+    }.items():
+        model, task_spec = bench_of(**_flat([base, fields, {"task": task, "engine": LIVE}], checkpoints))
+        panels.append(Panel(name, fields["study"], model, task_spec, params, key, own))
+    return panels
 
 
 def _flat(layers: list[dict], checkpoints: dict[str, str]) -> dict:

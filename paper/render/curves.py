@@ -26,6 +26,8 @@ APART = 0.014  # shift between neighbouring lines, as a share of the width: none
 @dataclass(frozen=True)
 class Point:
     x: float
+    column: str
+    ids: tuple[str, ...]  # of its records
     accuracy: float  # the median of several draws
     low: float  # the lowest draw, or the lower end of a single run's interval
     high: float
@@ -36,29 +38,33 @@ class Point:
 
 def draw(spec: Spec, manifest: Manifest, path: Path) -> str | None:
     """Draw the picture and return how to read it; None without any record."""
+    found = {
+        (block, row): [
+            point for column in spec.columns if (point := _point(spec, manifest, block, row, column)) is not None
+        ]
+        for block in spec.blocks
+        for row in spec.rows
+    }
+    lines = {place: list({point.ids: point for point in points}.values()) for place, points in found.items()}
+    all_points = [point for points in lines.values() for point in points]
+    if not all_points:
+        return None
     figure, axes = picture.subplots(len(spec.blocks), (7 * len(spec.blocks), 5.6), squeeze=False, sharey=True)
-    xs, log = [column["x"] for column in spec.columns.values()], bool(spec.show.get("log"))
+    xs, log = sorted({point.x for point in all_points}), bool(spec.show.get("log"))
     places = _shifted_xs(xs, log, len(spec.rows))
     legend: dict[str, Line2D] = {}
-    all_points: list[Point] = []
     for axis, block in zip(axes[0], spec.blocks, strict=True):
-        block_points: list[Point] = []
         for index, row in enumerate(spec.rows):
-            points = [
-                point for column in spec.columns if (point := _point(spec, manifest, block, row, column)) is not None
-            ]
-            if points:
+            if points := lines[block, row]:
                 row_fields = spec.rows[row]
                 xs_of_row = [places[index][point.x] for point in points]
                 name = _legend_label(row_fields["label"], points, row_fields.get("draws", 1))
                 legend[name] = _line(axis, xs_of_row, points, index, row_fields.get("draws", 1) > 1)
-                block_points += points
-        vanilla = sorted({point.x: point.vanilla for point in block_points}.items())
+        vanilla = sorted({point.x: point.vanilla for row in spec.rows for point in lines[block, row]}.items())
         if vanilla:
             legend.setdefault(
                 "vanilla", axis.plot(*zip(*vanilla, strict=True), "--", color=picture.GREY, zorder=2.5)[0]
             )
-        all_points += block_points
         axis.set(xlabel=spec.show["x"], title=block)
         if log:
             axis.set_xscale("log")
@@ -68,8 +74,20 @@ def draw(spec: Spec, manifest: Manifest, path: Path) -> str | None:
     axes[0][0].set_ylabel("accuracy, %")
     legend |= _marker_legend(all_points)
     figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=3, frameon=False)
-    picture.save(figure, path) if all_points else picture.plt.close(figure)
-    return _note(all_points) if all_points else None
+    picture.save(figure, path)
+    return " ".join([_note(all_points), *_drawn_once(found)])
+
+
+def _drawn_once(found: dict[tuple[str, str], list[Point]]) -> list[str]:
+    """Return a sentence per panel and group of columns that are the same run, since a column may ask for more than there is."""
+    sentences = []
+    for (block, _), points in found.items():
+        for one in dict.fromkeys(point.ids for point in points):
+            same = [point for point in points if point.ids == one]
+            if len(same) > 1:
+                names = ", ".join(point.column for point in same)
+                sentences.append(f"{block}: {names} are one run, drawn once, at {same[0].x:g}.")
+    return list(dict.fromkeys(sentences))
 
 
 def _point(spec: Spec, manifest: Manifest, block: str, row: str, column: str) -> Point | None:
@@ -84,7 +102,10 @@ def _point(spec: Spec, manifest: Manifest, block: str, row: str, column: str) ->
     first = records[0]
     vanilla = 100 * (first["right"] - first.get("gained", 0) + first.get("lost", 0)) / first["n"]
     unchosen = sum(record["site"] is not None and record["settings"] is None for record in records)
-    return Point(spec.columns[column]["x"], median(shares), low, high, len(records), unchosen, vanilla)
+    # how many pairs there were, for example, where a column can only ask for a number
+    x = first[spec.show["x_of"]] if "x_of" in spec.show else spec.columns[column]["x"]
+    ids = tuple(record["id"] for record in records)
+    return Point(x, column, ids, median(shares), low, high, len(records), unchosen, vanilla)
 
 
 def _shifted_xs(xs: Sequence[float], log: bool, rows: int) -> list[dict[float, float]]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from statistics import mean, stdev
+
 from eval.statistics import selection_noise, wilson
 from experiments.records import unpack
 from paper.manifest import Manifest
@@ -147,28 +150,59 @@ def human(spec: Spec, manifest: Manifest, block: str) -> Block:
 
 
 def overhead(spec: Spec, manifest: Manifest, block: str) -> Block:
-    """Show the times of methods, with a difference from the paper's only where both measured the same task."""
-    panel = manifest.panel(spec.name, block)
-    columns = {"prepare_s": "preparation, s", "inference_s": "inference, s", "s_per_sample": "s per sample",
-               "std": "± over trials", "gb": "memory, GB"}  # fmt: skip
-    source, same = spec.show.get("printed_of", {}).get(block, ""), spec.show.get("same", {}).get(block, ())
+    """Show memory and times of methods over all tasks of a model: the largest memory, the sum of times."""
+    panels = [panel for panel in spec.panels if panel.block == block]
+    records = {panel.task.name: manifest.panel(spec.name, panel.name) for panel in panels}
+    failed = [panel for panel in panels if records[panel.task.name] is None]
+    why = (
+        f"{failed[0].name}: {manifest.why_missing(spec.name, failed[0].name, 'panel', failed[0].name)}"
+        if failed
+        else ""
+    )
+    measured = {task: record["found"] for task, record in records.items() if record is not None}
+    columns = {"prepare_gb": "memory of pairs, GB", "prepare_s": "preparation, s", "gb": "memory of answers, GB",
+               "inference_s": "inference, s", "s_per_sample": "s per sample", "std": "± over trials"}  # fmt: skip
     rows = []
     for row, label in spec.show["labels"].items():
-        measured = (panel or {}).get("found", {}).get(row, {})
-        printed = spec.printed.get(block, {}).get(row, {})
+        totals = {} if failed else _overhead(measured, row)
         values = []
         for column in columns:
-            number = measured.get(column)
-            value = Value(f"{number:.4g}", number=number) if number is not None else Value()
-            value.ids = [panel["id"]] if panel else []
-            value.why = "" if panel else manifest.why_missing(spec.name, block, "panel", block)
-            paper = printed.get(column)
-            if column in same:
-                value.printed = paper
-            elif paper is not None:
-                value.small = f"paper, {source}: {paper:g}"
+            number, by_task = totals.get(column, (None, {}))
+            value = Value(f"{number:.4g}", number=number) if number is not None else Value(why=why)
+            if number is None and not failed and column in ("prepare_gb", "gb"):
+                value.why = "torch counts the memory of GPUs only"
+            if row == "vanilla" and column.startswith("prepare"):
+                value = Value("")  # it learns nothing from the pairs
+            value.facts = [f"{task} {part:.4g}" for task, part in by_task.items() if part is not None]
+            value.ids = [record["id"] for record in records.values() if record is not None]
+            value.printed = spec.printed.get(block, {}).get(row, {}).get(column)
             values.append(value)
         rows.append(Row(row, label, row == "causal", values))
-    items = (panel or {}).get("params", {}).get("items", "?")
-    name = f"{block} (n = {items})" + (f"; the paper's numbers: {source}" if source and spec.printed else "")
-    return Block(name, list(columns), list(columns.values()), rows)
+    sizes = [f"{task} {one['items']} of {one['test']}" for task, one in measured.items()]
+    notes = [f"Timed test items: {', '.join(sizes)}. Memory is that of the task that needs most."] if sizes else []
+    return Block(block, list(columns), list(columns.values()), rows, notes)
+
+
+def _overhead(measured: dict[str, dict], row: str) -> dict[str, tuple[float | None, dict[str, float | None]]]:
+    """Return each column's number over all tasks, and its parts by task. Every test item counts alike, timed or not."""
+    of_row = {task: one["methods"][row] for task, one in measured.items()}
+    sizes = {task: one["test"] for task, one in measured.items()}
+    prepare, prepare_gb, gb = ({t: of[key] for t, of in of_row.items()} for key in ("prepare_s", "prepare_gb", "gb"))
+    latency = {task: mean(of["s_per_sample"]) for task, of in of_row.items()}
+    inference = {task: sizes[task] * seconds for task, seconds in latency.items()}
+    n = sum(sizes.values())
+    trials = zip(*([sizes[task] * s for s in of["s_per_sample"]] for task, of in of_row.items()), strict=True)
+    by_trial = [sum(trial) / n for trial in trials]
+    spread = stdev(by_trial) if len(by_trial) > 1 else 0.0
+    return {
+        "prepare_gb": (_of_all(max, prepare_gb), prepare_gb),
+        "prepare_s": (_of_all(sum, prepare), prepare),
+        "gb": (_of_all(max, gb), gb),
+        "inference_s": (sum(inference.values()), inference),
+        "s_per_sample": (mean(by_trial), latency),
+        "std": (spread, {}),
+    }
+
+
+def _of_all(combine: Callable, parts: dict[str, float | None]) -> float | None:
+    return None if None in parts.values() else combine(parts.values())

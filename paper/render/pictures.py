@@ -43,7 +43,7 @@ def _study(spec: Spec, panel: Panel, record: dict, folder: Path) -> Picture:
     path = folder / f"{spec.name}-{'-'.join(re.findall('[a-z0-9]+', panel.name.lower()))}.png"
     caption, study = f"{spec.label}: {spec.title} ({panel.name})", STUDIES[panel.study]
     try:
-        study.draw(record["found"], panel.params, path)
+        study.draw(record["found"], panel.params, path, panel.printed)
         note = study.note(record["found"], panel.params) if hasattr(study, "note") else ""
     except Exception as error:  # one picture that fails must not take the report of days with it
         return Picture(caption, None, f"measured, but could not be drawn: {one_line(error)}")

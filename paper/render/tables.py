@@ -20,12 +20,14 @@ from paper.render.significance_marks import mark_significance
 from paper.render.values import Block, Row, Value
 from paper.specs import Spec
 
+DAGGER = "† The paper did not run this itself: it took the number from Wang et al. (2025a; 2025b)."
+
 
 def blocks(spec: Spec, manifest: Manifest) -> list[Block]:
     make = {"accuracy": accuracy, "lines": accuracy, "settings": settings, "counts": counts, "noise": noise,
             "prediction": prediction, "human": human, "overhead": overhead}[spec.kind]  # fmt: skip
     result = []
-    for block in spec.blocks or spec.panels_by_name:
+    for block in spec.blocks or dict.fromkeys(panel.block for panel in spec.panels):
         result.append(make(spec, manifest, block))
         if "searches" in spec.show:
             result.append(searches(spec, manifest, block))
@@ -65,8 +67,10 @@ def accuracy(spec: Spec, manifest: Manifest, block: str) -> Block:
         for column in columns:
             key = PRINTED if column == AUS else column
             cells[column].printed = spec.printed.get(block, {}).get(row, {}).get(key)
+            cells[column].dagger = key in spec.dagger.get(block, {}).get(row, ())
     for column in columns:
         _place([cells[column] for cells in table.values()])
+    notes += [DAGGER] if spec.printed and spec.dagger.get(block) else []
     rows = [
         Row(row, spec.rows[row]["label"], spec.rows[row].get("ours", False), [cells[column] for column in columns])
         for row, cells in table.items()

@@ -11,6 +11,7 @@ class Value:
     small: str = ""  # beneath the number: its interval, or the range of a control's draws
     facts: list[str] = field(default_factory=list)  # what was chosen, perplexity and the like, shown on demand
     printed: float | str | None = None  # the paper's number
+    dagger: bool = False  # whether the paper took it from another paper
     number: float | None = None
     why: str = ""  # why there is a dash
     best: bool = False  # better than every other row of its column, by the adjusted test
@@ -28,7 +29,7 @@ class Value:
 
     @property
     def marks(self) -> str:
-        return ("*" if self.significant else "") + ("" if self.fair else "†")
+        return ("*" if self.significant else "") + ("" if self.fair else "‡")
 
     @property
     def paper(self) -> str:
@@ -36,6 +37,7 @@ class Value:
         if self.printed is None:
             return ""
         printed = f"paper {self.printed}" if isinstance(self.printed, str) else f"paper {self.printed:g}"
+        printed += "†" if self.dagger else ""
         return printed if self.difference is None else f"{printed} ({self.difference:+.1f})"
 
     @property

@@ -23,10 +23,11 @@ KEY = (
     "* differs significantly from vanilla (exact McNemar test, Holm-adjusted over the table, p < 0.05).",
     "Bold: significantly better than every other row of its column and than every draw of its controls (same test, adjusted "
     "over all such comparisons of the table).",
-    "† the grid point was chosen on the test split, so the number is not tested. All others were chosen on validation items.",
+    "‡ the grid point was chosen on the test split, so the number is not tested. All others were chosen on validation items.",
     "Controls (random AUs, and AUs with flipped signs, with the same search) show the median and the range of their draws.",
     "Columns that are training seeds are summarised by the mean gain over vanilla with a t interval over seeds.",
-    "paper: the number the paper prints, and in parentheses ours minus the paper's, where both measure the same.",
+    "paper: the number the paper prints, and in parentheses ours minus the paper's, where both measure the same. "
+    "†: a number that the paper took from another paper.",
     "AUs: how many AUs a row changes, fewest to most over its columns and draws.",
     "Rows in italics are not in the paper. The reason for every dash stands below its table.",
 )

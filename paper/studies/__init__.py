@@ -1,10 +1,10 @@
 """Measurements behind the paper's figures that are more than accuracies: one file per kind.
 
-Each file documents its params and offers
+Each file documents its params, and `printed` where the paper prints numbers; both come from the spec. It offers
 
     measure(bench, params, progress) -> dict       everything that the picture shows, as JSON; repeatable
     n_prompts(params, n_pairs, n_validation)       about how many prompts it runs, for `--estimate`
-    draw(result, params, path)                     draws the picture from that dict alone
+    draw(result, params, path, printed)            draws the picture from that dict, and the paper's numbers beside it
     note(result, params) -> str                    optional: the text below the picture, from that dict alone
 """
 

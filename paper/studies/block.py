@@ -17,6 +17,7 @@ from austeer.steering import steer
 from eval.answering.live import LiveAnswerer
 from eval.tasks.base import Scores
 from experiments.bench import Bench
+from paper.studies.counting import place
 from rmodels import site_shape
 
 
@@ -36,24 +37,26 @@ class Block:
         site, layer, head = params["site"], params["layer"], params.get("head")
         layers, width = shape = site_shape(model, site)
         if not 0 <= layer < layers:
-            raise AUSteerError(f"no layer {layer}: the model has layers 0 to {layers - 1}")
+            raise AUSteerError(f"no layer {layer}: params count layers from 0, here to {layers - 1}")
         if head is None:
             return cls(site, layer, None, 0, width, shape)
         heads = model.config.num_attention_heads
         if site != "attention" or not 0 <= head < heads:
-            raise AUSteerError(f"no head {head} at site {site}: site attention has heads 0 to {heads - 1}")
+            raise AUSteerError(
+                f"no head {head} at site {site}: params count the heads of site attention from 0, here to {heads - 1}"
+            )
         head_width = width // heads
         return cls(site, layer, head, head * head_width, head_width, shape)
 
     def __str__(self) -> str:
-        return f"layer {self.layer}, " + (f"{self.site} output" if self.head is None else f"head {self.head}")
+        return place({"site": self.site, "layer": self.layer, "head": self.head})
 
     def plan(self, strengths: dict[int, float], tokens: str = "all") -> Plan:
         """Return the plan x -> (1 + strength) x at these dimensions."""
         scale = torch.zeros(self.shape)
         for dim, strength in strengths.items():
             if not 0 <= dim < self.width:
-                raise AUSteerError(f"no dimension {dim}: {self} has dimensions 0 to {self.width - 1}")
+                raise AUSteerError(f"no dimension {dim}: the {self} has dimensions 0 to {self.width - 1}")
             scale[self.layer, self.first + dim] = strength
         return Plan({self.site: scale}, {}, tokens)
 

@@ -6,6 +6,8 @@ params: site, layer, head; dims (two, or None: the worst and the best of a sweep
 Rows are strengths s. Columns are KL(p_s || p_S) of the next token for either AU, where S is the largest strength, and
 KL(p_s of one AU || p_s of the other), which tells whether both converge to the same distribution. As in the paper, all
 are divided by the largest in the picture; the record has them in nats. At s = S the first two are 0 by construction.
+
+printed: the paper's values, a row per strength, written below ours.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from austeer.errors import AUSteerError
 from experiments.bench import Bench
 from paper.studies import picture
 from paper.studies.block import Block, extremes, n_dims, next_token
+from paper.studies.counting import place
 
 
 def measure(bench: Bench, params: dict, progress: bool) -> dict:
@@ -39,7 +42,6 @@ def measure(bench: Bench, params: dict, progress: bool) -> dict:
         total += torch.stack([kl(one, one[-1:]), kl(other, other[-1:]), kl(one, other)], 1)
     return {
         "task": bench.task_spec.label,
-        "where": str(block),
         "dims": dims,
         "strengths": list(strengths),
         "prompts": len(prompts),
@@ -56,13 +58,14 @@ def kl(p: Tensor, q: Tensor) -> Tensor:
     return (p.exp() * (p - q)).sum(-1).clamp(min=0)
 
 
-def draw(result: dict, params: dict, path: Path) -> None:
+def draw(result: dict, params: dict, path: Path, printed: list) -> None:
     nats = np.array(result["nats"])
     values = nats / (nats.max() or 1.0)
     figure, axis = picture.subplots(size=(7.6, 5.0))
     image = axis.imshow(values, aspect="auto", cmap="viridis", vmin=0, vmax=1)
     texts = [[f"{value:.3f}" for value in row] for row in values]
     texts[-1][:2] = ["0, with itself"] * 2
+    texts = picture.with_printed(texts, [[f"{value:.3f}" for value in row] for row in printed])
     picture.write_labels(axis, values, image, texts)
     one, other = (f"AU {dim}" for dim in result["dims"])
     last = f"{result['strengths'][-1]:g}"
@@ -70,7 +73,7 @@ def draw(result: dict, params: dict, path: Path) -> None:
         range(3), [f"{one}: at s\nand at {last}", f"{other}: at s\nand at {last}", f"{one} and {other},\nboth at s"]
     )
     axis.set_yticks(range(len(values)), [f"{strength:g}" for strength in result["strengths"]])
-    axis.set(ylabel="strength s", title=f"{result['task']}: {result['where']}, mean of {result['prompts']} prompts")
+    axis.set(ylabel="strength s", title=f"{result['task']}: {place(params)}, mean of {result['prompts']} prompts")
     figure.colorbar(image, ax=axis, label=f"KL / largest ({nats.max():.3g} nats)")
     picture.save(figure, path)
 

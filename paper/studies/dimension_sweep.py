@@ -2,9 +2,10 @@
 
 params: site, layer, head (None: the whole layer's output), step (sweep every step-th dimension), alpha (x -> (1 + alpha) x),
     n (at most this many items of either split), positive and mixed (how many of the best dimensions make the positive
-    combination, and how many of the worst join them in the mixed one), lines (numbers to draw for comparison, such as
-    the paper's: label -> accuracy in percent), paper_dims (on a block of the paper, the dimensions it combined:
-    positive, and those that join them in mixed).
+    combination, and how many of the worst join them in the mixed one), paper_dims (on a block of the paper, the
+    dimensions it combined: positive, and those that join them in mixed).
+
+printed: the paper's accuracies in percent, by label; they are drawn as lines.
 
 Combinations are chosen twice: on validation items and, as in the paper, on the very test items that they are then
 tested on; where the paper's own are known, they are tested too. SADI and ITI edit this block alone, at the strength
@@ -25,6 +26,7 @@ from eval.statistics import holm, mcnemar, wilson
 from experiments.bench import Bench
 from paper.studies import picture
 from paper.studies.block import Block, Evaluator, n_dims
+from paper.studies.counting import place
 
 CHOOSERS = {  # who chose a combination -> the style of its lines, and their name
     "validation": ("-", "chosen on validation"),
@@ -76,7 +78,6 @@ def measure(bench: Bench, params: dict, progress: bool) -> dict:
     ps = holm([mcnemar(vanilla["test"], outcomes)[2] for outcomes in sweeps["test"]])
     return {
         "task": bench.task_spec.label,
-        "where": str(block),
         "measure": unsteered["test"].main,
         "n": {part: len(outcomes) for part, outcomes in vanilla.items()},
         "vanilla": {part: sum(outcomes) for part, outcomes in vanilla.items()},
@@ -120,7 +121,7 @@ def _no_ranks(momentum: str):
     raise AUSteerError("ITI ranks heads by its own probes")
 
 
-def draw(result: dict, params: dict, path: Path) -> None:
+def draw(result: dict, params: dict, path: Path, printed: dict) -> None:
     figure, axis = picture.subplots(size=(12.5, 5.8))
     n, dims = result["n"]["test"], result["dims"]
 
@@ -135,16 +136,16 @@ def draw(result: dict, params: dict, path: Path) -> None:
         axis.plot(*zip(*significant, strict=True), "o", color=picture.BLUE, ms=7, label=label, zorder=4)
     low, high = (100 * edge for edge in wilson(result["vanilla"]["test"], n))
     axis.axhspan(low, high, color=picture.GREY, alpha=0.12, lw=0, label="vanilla, 95 % interval")
-    picture.draw_levels(axis, _levels(result, params, percent))
+    picture.draw_levels(axis, _levels(result, printed, percent))
     margin = 0.02 * (dims[-1] - dims[0]) or 0.5
     axis.set(xlabel="dimension", ylabel=f"{result['measure']} in %", xlim=(dims[0] - margin, dims[-1] + margin))
-    axis.set_title(f"{result['task']}: {result['where']}, alpha = {params['alpha']:g}, n = {n}")
+    axis.set_title(f"{result['task']}: {place(params)}, alpha = {params['alpha']:g}, n = {n}")
     axis.grid(alpha=0.25)
     figure.legend(loc="outside lower center", ncols=3, frameon=False)
     picture.save(figure, path)
 
 
-def _levels(result: dict, params: dict, percent) -> list[picture.Level]:
+def _levels(result: dict, printed: dict[str, float], percent) -> list[picture.Level]:
     levels = [picture.Level(percent(result["vanilla"]["test"]), "vanilla", picture.GREY, "--", 1.5)]
     names = {
         "iti": ("ITI, this head", picture.GREEN),
@@ -160,8 +161,8 @@ def _levels(result: dict, params: dict, percent) -> list[picture.Level]:
         for key, color in (("positive", picture.VERMILLION), ("mixed", picture.PURPLE)):
             if pair.get(key, {}).get("dims"):
                 levels.append(picture.Level(percent(pair[key]["right"]), f"{key}, {chooser}", color, style))
-    lines = params.get("lines", {}).items()
-    return levels + [picture.Level(value, label, picture.BLACK, (0, (8, 3, 1, 3)), 1.0) for label, value in lines]
+    style = (0, (8, 3, 1, 3))
+    return levels + [picture.Level(y, f"the paper's {name}", picture.BLACK, style, 1.0) for name, y in printed.items()]
 
 
 def note(result: dict, params: dict) -> str:

@@ -5,6 +5,8 @@ model of the bench's task, and the picture says so.
 
 Two random choices of k among N AUs share k / N of each on average. AUs that tie at the cut are chosen lower layer first,
 so ties let all tasks choose alike: the record and the picture say how many AUs tie.
+
+printed: the paper's shares by site, row by row as in the record, written below ours.
 """
 
 from __future__ import annotations
@@ -40,15 +42,17 @@ def n_prompts(params: dict, n_pairs: int, n_validation: int) -> int:
     return len(params["tasks"]) * n_ranking_prompts(params["momentum"], n_pairs)
 
 
-def draw(result: dict, params: dict, path: Path) -> None:
+def draw(result: dict, params: dict, path: Path, printed: dict) -> None:
     tasks = result["tasks"]
-    figure, axes = picture.subplots(2, (6.2 + 1.1 * len(tasks), 2.6 + 0.55 * len(tasks)))
+    figure, axes = picture.subplots(2, (6.2 + 1.1 * len(tasks), 2.6 + (0.8 if printed else 0.55) * len(tasks)))
     for axis, (site, site_result) in zip(axes, result["sites"].items(), strict=True):
         values = np.full((len(tasks), len(tasks)), np.nan)
         for i, row in enumerate(site_result["shared"]):
             values[i, : len(row)] = row
         image = axis.imshow(values, cmap="cividis", vmin=0, vmax=1, aspect="auto")
-        picture.write_values(axis, values, image, ".2f")
+        texts = [[f"{x:.2f}" for x in row] for row in site_result["shared"]]
+        papers = [[f"{x:.1f}" for x in row] for row in printed.get(site, [])]
+        picture.write_labels(axis, values, image, picture.with_printed(texts, papers))
         axis.set_xticks(range(len(tasks)), tasks, rotation=35, ha="right", rotation_mode="anchor")
         axis.set_yticks(range(len(tasks)), tasks)
         axis.spines[["top", "right"]].set_visible(False)

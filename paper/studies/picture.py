@@ -35,16 +35,21 @@ def save(figure, path: Path) -> None:
     plt.close(figure)
 
 
-def write_values(axis, values: np.ndarray, image, form: str) -> None:
-    """Write each cell's number on it; nothing where it is nan."""
-    texts = [[format(value, form) if np.isfinite(value) else "" for value in row] for row in values]
-    write_labels(axis, values, image, texts)
-
-
 def write_labels(axis, values: np.ndarray, image, texts: list[list[str]]) -> None:
-    """Write texts on cells, in black or white, whichever is readable on the cell's color."""
+    """Write texts on cells, in black or white, whichever is readable on the cell's color; nothing where a value is nan."""
     for (i, j), value in np.ndenumerate(values):
-        axis.text(j, i, texts[i][j], ha="center", va="center", color=ink(image, value), parse_math=False)
+        if np.isfinite(value):
+            axis.text(j, i, texts[i][j], ha="center", va="center", color=ink(image, value), parse_math=False)
+
+
+def with_printed(texts: list[list[str]], printed: Sequence[Sequence[str]]) -> list[list[str]]:
+    """Return the texts of cells with the paper's below, where it has any."""
+    if not printed:
+        return texts
+    return [
+        [f"{text}\npaper {paper}" if paper else text for text, paper in zip(row, papers, strict=True)]
+        for row, papers in zip(texts, printed, strict=True)
+    ]
 
 
 @dataclass(frozen=True)

@@ -88,7 +88,7 @@ def _counts(n: int, draws: int, seed: int) -> Tensor:
     return torch.stack([torch.ones(n), *(row.bincount(minlength=n) for row in draw_indices)], 1).double()
 
 
-def draw(result: dict, params: dict, path: Path) -> None:
+def draw(result: dict, params: dict, path: Path, printed: object) -> None:
     figure, axes = picture.subplots(len(result["sites"]), (12.5, 5.2), sharey=True)
     for axis, (site, site_result) in zip(axes, result["sites"].items(), strict=True):
         ks = site_result["ks"]

@@ -12,6 +12,7 @@ import numpy as np
 
 from experiments.bench import Bench
 from paper.studies import picture
+from paper.studies.counting import counted
 from paper.studies.ranks import n_ranking_prompts, rank_sites
 
 SCORE = {"activation": "score: share of pairs", "causal": "score: |t| over pairs"}
@@ -35,24 +36,27 @@ def n_prompts(params: dict, n_pairs: int, n_validation: int) -> int:
     return n_ranking_prompts(params["momentum"], n_pairs)
 
 
-def draw(result: dict, params: dict, path: Path) -> None:
+def draw(result: dict, params: dict, path: Path, printed: object) -> None:
     threshold = params["threshold"]
     figure, axes = picture.subplots(4, (16, 5.2), width_ratios=(4, 1, 4, 1))
     for (site, rows), axis, beside in zip(result["scores"].items(), axes[::2], axes[1::2], strict=True):
         scores = np.array([[float(x) for x in row.split()] for row in rows])
-        image = axis.imshow(scores, aspect="auto", cmap="viridis", interpolation="nearest")
+        layers, width = scores.shape
+        first, last = counted(0), counted(layers - 1)
+        extent = (-0.5, width - 0.5, last + 0.5, first - 0.5)
+        image = axis.imshow(scores, aspect="auto", cmap="viridis", interpolation="nearest", extent=extent)
         layer, dim = (scores > threshold).nonzero()
-        size = 22 if scores.shape[1] <= 512 else 5
-        axis.scatter(dim, layer, size, color=picture.VERMILLION, edgecolors="white", linewidths=0.3)
+        size = 22 if width <= 512 else 5
+        axis.scatter(dim, counted(layer), size, color=picture.VERMILLION, edgecolors="white", linewidths=0.3)
         axis.set(xlabel="dimension", ylabel="layer")
         axis.set_title(f"{result['task']}, {picture.SITES[site]}, {params['momentum']} momentum", fontsize=13)
         figure.colorbar(image, ax=axis, label=SCORE[params["momentum"]], location="bottom", aspect=40)
         marked = result["marked"][site]
-        beside.barh(range(len(marked)), marked, color=picture.VERMILLION)
-        beside.set(xlabel="AUs of the layer", xlim=(0, max(1, *marked) * 1.05), ylim=(len(marked) - 0.5, -0.5))
+        beside.barh(range(first, last + 1), marked, color=picture.VERMILLION)
+        beside.set(xlabel="AUs of the layer", xlim=(0, max(1, *marked) * 1.05), ylim=(last + 0.5, first - 0.5))
         beside.set_title(f"• > {threshold:g}", color=picture.VERMILLION)
         beside.xaxis.get_major_locator().set_params(integer=True, nbins=4)
         for both in (axis, beside):
-            if len(marked) <= 12:
-                both.set_yticks(range(len(marked)))
+            if layers <= 12:
+                both.set_yticks(range(first, last + 1))
     picture.save(figure, path)

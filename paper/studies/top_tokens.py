@@ -1,20 +1,26 @@
 """Figure 4: the five likeliest tokens after one prompt, while each of three AUs of one block is steered.
 
 params: site, layer, head; dims (three, or None: the best, a neutral and the worst of a sweep on validation, which needs
-    step); alpha; n (at most this many items); item (the index of a test item, or None: the first of n that the
-    unsteered model gets wrong and one of the AUs sets right; the first of all if there is none).
+    step); alpha; n (at most this many items); answer (what the prompt's right answer has to be, as in the paper, or None:
+    any); item (the index of a test item, or None: the first of n with that answer that the unsteered model gets wrong and
+    one of the AUs sets right; the first with that answer if there is none).
+
+printed: the paper's tokens by AU, the likeliest first, written below ours.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
+from austeer.errors import AUSteerError
 from austeer.plan import Plan
 from experiments.bench import Bench
 from paper.studies import picture
 from paper.studies.block import Block, Evaluator, extremes, n_dims, next_token
+from paper.studies.counting import place
 
 TOP = 5
 
@@ -26,7 +32,9 @@ def measure(bench: Bench, params: dict, progress: bool) -> dict:
     plans = {"unsteered": block.plan({}), **{name: block.plan({dim: params["alpha"]}) for name, dim in chosen.items()}}
     index = params["item"]
     if index is None:
-        index = _first_set_right(Evaluator(bench, task.test[: params["n"]]), list(plans.values()))
+        places = _with_answer(task.test[: params["n"]], params["answer"])
+        evaluator = Evaluator(bench, [task.test[place] for place in places])
+        index = places[_first_set_right(evaluator, list(plans.values()))]
     item = task.test[index]
     probabilities = next_token(model, tokenizer, item.prompt, list(plans.values())).exp()
     columns = []
@@ -35,14 +43,11 @@ def measure(bench: Bench, params: dict, progress: bool) -> dict:
         tokens = tokenizer.convert_ids_to_tokens(best.indices.tolist())
         top = [[token, round(p, 6)] for token, p in zip(tokens, best.values.tolist(), strict=True)]
         columns.append({"name": name, "dim": chosen.get(name), "top": top})
-    # tasks name an item's right answer differently
-    answer = next(getattr(item, name) for name in ("right", "gold", "positive") if hasattr(item, name))
     return {
         "task": bench.task_spec.label,
         "item": index,
-        "where": str(block),
         "prompt": item.prompt,
-        "answer": answer,
+        "answer": _answer(item),
         "columns": columns,
     }
 
@@ -51,26 +56,41 @@ def n_prompts(params: dict, n_pairs: int, n_validation: int) -> int:
     return n_dims(params) * params["n"]
 
 
+def _answer(item) -> str:
+    """Return an item's right answer, which tasks name differently."""
+    return next(getattr(item, name) for name in ("right", "gold", "positive") if hasattr(item, name))
+
+
+def _with_answer(items: Sequence, answer: str | None) -> list[int]:
+    """Return the places of the items with this right answer, or of all items if it is None."""
+    places = [i for i, item in enumerate(items) if answer is None or _answer(item).strip().lower() == answer]
+    if not places:
+        raise AUSteerError(f"no item of the first {len(items)} has the answer {answer!r}: raise n or change answer")
+    return places
+
+
 def _first_set_right(evaluator: Evaluator, plans: list[Plan]) -> int:
     unsteered, *steered = (evaluator.outcomes(plan) for plan in plans)
     set_right = (i for i, (before, *after) in enumerate(zip(unsteered, *steered, strict=True)) if any(after) > before)
     return next(set_right, 0)
 
 
-def draw(result: dict, params: dict, path: Path) -> None:
+def draw(result: dict, params: dict, path: Path, printed: dict) -> None:
     columns = result["columns"]
     values = np.array([[p for _, p in column["top"]] for column in columns]).T
-    figure, axis = picture.subplots(size=(2.6 * len(columns) + 1.2, 4.6))
+    figure, axis = picture.subplots(size=(2.6 * len(columns) + 1.2, 6.2 if printed else 4.6))
     image = axis.imshow(values, aspect="auto", cmap="cividis", vmin=0, vmax=1)
     labels = [[f"{_printable(token)}\n{_percent(p)}" for token, p in column["top"]] for column in columns]
-    picture.write_labels(axis, values, image, [list(row) for row in zip(*labels, strict=True)])
+    papers = [[_printable(token) for token in printed.get(str(column["dim"]), ())] or [""] * TOP for column in columns]
+    texts = picture.with_printed(_by_rank(labels), _by_rank(papers))
+    picture.write_labels(axis, values, image, texts)
     axis.set_xticks(range(len(columns)), [_heading(column) for column in columns])
     axis.xaxis.tick_top()
     axis.set_yticks(range(TOP), [str(rank) for rank in range(1, TOP + 1)])
     axis.tick_params(length=0)
     axis.set_ylabel("rank")
     axis.set_xlabel(
-        f"{result['task']}: {result['where']}, alpha = {params['alpha']:g}; test item {result['item']}, right answer: {result['answer']}"
+        f"{result['task']}: {place(params)}, alpha = {params['alpha']:g}; test item {result['item']}, right answer: {result['answer']}"
     )
     figure.colorbar(image, ax=axis, label="probability")
     picture.save(figure, path)
@@ -80,6 +100,10 @@ def note(result: dict, params: dict) -> str:
     """Quote the prompt, with line breaks visible and backticks, which would end the quotation, replaced."""
     prompt = result["prompt"].replace("`", "'").replace("\n", " ⏎ ")
     return f"The prompt (test item {result['item']}): `{prompt}` The right answer: {result['answer']}."
+
+
+def _by_rank(columns: list[list[str]]) -> list[list[str]]:
+    return [list(row) for row in zip(*columns, strict=True)]
 
 
 def _heading(column: dict) -> str:
