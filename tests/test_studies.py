@@ -13,18 +13,17 @@ from austeer.pairs import Pair
 from embedded import acceptance
 from eval.tasks.base import PairSet
 from MFU_screening import screen
-from paper.studies import STUDIES, convergence, dimension_sweep, picture, rank_stability, top_tokens
+from paper.studies import STUDIES, convergence, dimension_sweep, overhead, picture, rank_stability, top_tokens
 from paper.studies.block import Block, next_token
 
 BENCH = bench_for(Path("nowhere"), task="svamp", limit=24, n_pairs=12)
 HEAD = {"site": "attention", "layer": 0, "head": 1}
 SMALL = {
     "dimension_sweep": {
-        **HEAD, "step": 6, "alpha": 5.0, "n": 24, "positive": 9, "mixed": 1, "lines": {"paper": 70.5},
-        "paper_dims": {"positive": [3, 7], "mixed": [11]},
+        **HEAD, "step": 6, "alpha": 5.0, "n": 24, "positive": 9, "mixed": 1, "paper_dims": {"positive": [3, 7], "mixed": [11]},
     },
     "convergence": {**HEAD, "dims": [2, 0], "strengths": [10, 1000, 100000], "prompts": 3},
-    "top_tokens": {**HEAD, "dims": None, "step": 8, "alpha": 20.0, "n": 24, "item": None},
+    "top_tokens": {**HEAD, "dims": None, "step": 8, "alpha": 20.0, "n": 24, "answer": None, "item": None},
     "score_map": {"momentum": "causal", "threshold": 2.0},
     "overlap": {"momentum": "activation", "k": 8, "tasks": ["boolq", "svamp", "tone"]},
     "rank_stability": {"ks": [2, 8], "draws": 3, "seed": 0},
@@ -179,6 +178,38 @@ def test_top_tokens_are_the_likeliest(results):
     ]
 
 
+def test_the_item_may_have_to_have_an_answer():
+    items = BENCH.task.test
+    rare = items[5].right
+    found = [i for i, item in enumerate(items) if item.right == rare]
+    assert top_tokens._with_answer(items, rare) == found and 0 < len(found) < len(items)
+    assert top_tokens._with_answer(items, None) == list(range(len(items)))
+    result = top_tokens.measure(BENCH, {**SMALL["top_tokens"], "dims": [0, 1, 2], "answer": rare}, False)
+    assert result["item"] in found and result["answer"] == rare
+    with pytest.raises(AUSteerError, match="no item of the first 24 has the answer 'yes': raise n or change answer"):
+        top_tokens.measure(BENCH, {**SMALL["top_tokens"], "dims": [0, 1, 2], "answer": "yes"}, False)
+
+
+def test_the_papers_numbers_stand_in_their_cells(results, tmp_path, monkeypatch):
+    written = []
+    monkeypatch.setattr(picture, "write_labels", lambda axis, values, image, texts: written.append(texts))
+    draw = {name: STUDIES[name].draw for name in ("convergence", "top_tokens", "overlap", "dimension_sweep")}
+    stored, path = dict(results), tmp_path / "a.png"
+    draw["convergence"](stored["convergence"], SMALL["convergence"], path, [[0.1, 0.2, 0.3]] * 3)
+    assert [text.partition("\n")[2] for text in written[-1][0]] == ["paper 0.100", "paper 0.200", "paper 0.300"]
+    dim = str(stored["top_tokens"]["columns"][2]["dim"])
+    draw["top_tokens"](stored["top_tokens"], SMALL["top_tokens"], path, {dim: ["_no", "NO", "a", "b", "c"]})
+    assert written[-1][0][2].endswith("\npaper '_no'") and "paper" not in written[-1][0][1]
+    shares = [[1.0], [0.1, 1.0], [0.0, 0.0, 1.0]]
+    draw["overlap"](stored["overlap"], SMALL["overlap"], path, {"attention": shares, "ffn": shares})
+    assert len(written) == 4 and written[-1][1][0].endswith("\npaper 0.1")
+    levels = []
+    monkeypatch.setattr(picture, "draw_levels", lambda axis, drawn: levels.extend(drawn))
+    draw["dimension_sweep"](stored["dimension_sweep"], SMALL["dimension_sweep"], path, {"ITI": 71.56})
+    assert (levels[-1].name, levels[-1].y) == ("the paper's ITI", 71.56)
+    assert path.exists()
+
+
 def test_extremes_are_best_neutral_and_worst(results):
     block = Block.of(BENCH.model, HEAD)
     items = BENCH.task.validation
@@ -186,7 +217,7 @@ def test_extremes_are_best_neutral_and_worst(results):
     best, neutral, worst = (column["dim"] for column in results["top_tokens"]["columns"][1:])
     assert gains[best] == max(gains.values()) and gains[worst] == min(gains.values())
     assert abs(gains[neutral]) == min(abs(gain) for dim, gain in gains.items() if dim not in (best, worst))
-    assert str(block) == "layer 0, head 1"
+    assert str(block) == "2nd head of the 1st layer"
 
 
 def test_score_map_holds_the_scores(results):
@@ -244,7 +275,7 @@ def test_pictures_come_from_the_stored_record_alone(name, results, tmp_path, mon
     assert STUDIES[name].measure(BENCH, SMALL[name], False) == stored
     monkeypatch.setattr("rmodels.load", lambda *how: pytest.fail("a picture needs no model"))
     for file in ("a.png", "b.png") if name == "overlap" else ("a.png",):
-        STUDIES[name].draw(stored, SMALL[name], tmp_path / "new" / file)
+        STUDIES[name].draw(stored, SMALL[name], tmp_path / "new" / file, {})
     pictures = [file.read_bytes() for file in sorted((tmp_path / "new").iterdir())]
     assert len(pictures[0]) > 10_000 and len(set(pictures)) == 1
 
@@ -254,16 +285,36 @@ def test_a_place_that_is_not_there_is_named():
     for wrong, message in (({"layer": 4}, "no layer 4"), ({"head": 4}, "no head 4"), ({"site": "ffn"}, "no head 1")):
         with pytest.raises(AUSteerError, match=message):
             Block.of(model, {**HEAD, **wrong})
-    with pytest.raises(AUSteerError, match="no dimension 32: layer 0, head 1 has dimensions 0 to 31"):
+    with pytest.raises(AUSteerError, match="no dimension 32: the 2nd head of the 1st layer has dimensions 0 to 31"):
         Block.of(model, HEAD).plan({32: 1.0})
     with pytest.raises(AUSteerError, match="at least three dimensions"):
         STUDIES["top_tokens"].measure(BENCH, {**SMALL["top_tokens"], "step": 16}, False)
     assert BENCH.pairs_of("copa")[0].positive in ("A", "B")
 
 
+def test_memory_is_the_peak_of_all_gpus_and_is_reset_before_each_measurement(monkeypatch):
+    peaks = {0: 0, 1: 0}
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda gpu: None)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda gpu: peaks.update({gpu: 1_000_000_000}))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda gpu: peaks[gpu])
+
+    def work():
+        peaks[1] += 500_000_000
+        return "done"
+
+    for _ in range(2):
+        result, seconds, peak = overhead._measured(torch.device("cuda"), work)
+        assert (result, peak) == ("done", 2.5) and seconds >= 0
+    assert overhead._measured(torch.device("cpu"), work)[2] is None
+
+
 @pytest.mark.slow
 def test_overhead_times_every_method():
-    results = STUDIES["overhead"].measure(BENCH, {"items": 5, "trials": 2}, False)
-    assert list(results) == ["vanilla", "iti", "sadi", "austeer", "causal"]
-    assert all(row["s_per_sample"] > 0 and row["std"] >= 0 for row in results.values())
-    assert all(row["prepare_s"] > 0 for name, row in results.items() if name != "vanilla")
+    result = STUDIES["overhead"].measure(BENCH, {"items": 5, "trials": 2}, False)
+    assert (result["pairs"], result["items"], result["test"]) == (12, 5, 24)
+    assert list(result["methods"]) == ["vanilla", "iti", "sadi", "austeer", "causal"]
+    for name, one in result["methods"].items():
+        assert len(one["s_per_sample"]) == 2 and min(one["s_per_sample"]) > 0
+        assert one["prepare_s"] is None if name == "vanilla" else one["prepare_s"] > 0
+        assert one["gb"] is one["prepare_gb"] is None, "on a CPU"

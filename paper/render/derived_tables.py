@@ -160,7 +160,7 @@ def overhead(spec: Spec, manifest: Manifest, block: str) -> Block:
         else ""
     )
     measured = {task: record["found"] for task, record in records.items() if record is not None}
-    columns = {"prepare_gb": "memory of pairs, GB", "prepare_s": "preparation, s", "gb": "memory of answers, GB",
+    columns = {"prepare_gb": "preparation, GB", "prepare_s": "preparation, s", "gb": "inference, GB",
                "inference_s": "inference, s", "s_per_sample": "s per sample", "std": "± over trials"}  # fmt: skip
     rows = []
     for row, label in spec.show["labels"].items():
