@@ -202,7 +202,7 @@ def test_the_papers_numbers_stand_in_their_cells(results, tmp_path, monkeypatch)
     assert written[-1][0][2].endswith("\npaper '_no'") and "paper" not in written[-1][0][1]
     shares = [[1.0], [0.1, 1.0], [0.0, 0.0, 1.0]]
     draw["overlap"](stored["overlap"], SMALL["overlap"], path, {"attention": shares, "ffn": shares})
-    assert len(written) == 4 and written[-1][1][0].endswith("\npaper 0.1")
+    assert len(written) == 4 and written[-1][1][0].endswith("\npaper\n0.1")
     levels = []
     monkeypatch.setattr(picture, "draw_levels", lambda axis, drawn: levels.extend(drawn))
     draw["dimension_sweep"](stored["dimension_sweep"], SMALL["dimension_sweep"], path, {"ITI": 71.56})

@@ -50,10 +50,11 @@ def draw(spec: Spec, manifest: Manifest, path: Path) -> str | None:
     if not all_points:
         return None
     figure, axes = picture.subplots(len(spec.blocks), (7 * len(spec.blocks), 5.6), squeeze=False, sharey=True)
-    xs, log = sorted({point.x for point in all_points}), bool(spec.show.get("log"))
-    places = _shifted_xs(xs, log, len(spec.rows))
+    log = bool(spec.show.get("log"))
     legend: dict[str, Line2D] = {}
     for axis, block in zip(axes[0], spec.blocks, strict=True):
+        xs = sorted({point.x for row in spec.rows for point in lines[block, row]})
+        places = _shifted_xs(xs, log, len(spec.rows))
         for index, row in enumerate(spec.rows):
             if points := lines[block, row]:
                 row_fields = spec.rows[row]
@@ -112,7 +113,7 @@ def _shifted_xs(xs: Sequence[float], log: bool, rows: int) -> list[dict[float, f
     """Return, row by row, the x at which points are drawn: a little beside their own, never halfway to the next."""
     transform, inverse = (math.log, math.exp) if log else (float, float)
     transformed = sorted(map(transform, xs))
-    width = transformed[-1] - transformed[0]
+    width = transformed[-1] - transformed[0] if xs else 0.0
     narrowest = min((b - a for a, b in pairwise(transformed)), default=0.0)
     apart = min(APART * width, 0.8 * narrowest / rows)
     return [{x: inverse(transform(x) + (row - (rows - 1) / 2) * apart) for x in xs} for row in range(rows)]

@@ -65,7 +65,7 @@ def draw(result: dict, params: dict, path: Path, printed: list) -> None:
     image = axis.imshow(values, aspect="auto", cmap="viridis", vmin=0, vmax=1)
     texts = [[f"{value:.3f}" for value in row] for row in values]
     texts[-1][:2] = ["0, with itself"] * 2
-    texts = picture.with_printed(texts, [[f"{value:.3f}" for value in row] for row in printed])
+    texts = picture.with_printed(texts, [[f"paper {value:.3f}" for value in row] for row in printed])
     picture.write_labels(axis, values, image, texts)
     one, other = (f"AU {dim}" for dim in result["dims"])
     last = f"{result['strengths'][-1]:g}"

@@ -51,7 +51,7 @@ def draw(result: dict, params: dict, path: Path, printed: dict) -> None:
             values[i, : len(row)] = row
         image = axis.imshow(values, cmap="cividis", vmin=0, vmax=1, aspect="auto")
         texts = [[f"{x:.2f}" for x in row] for row in site_result["shared"]]
-        papers = [[f"{x:.1f}" for x in row] for row in printed.get(site, [])]
+        papers = [[f"paper\n{x:.1f}" for x in row] for row in printed.get(site, [])]
         picture.write_labels(axis, values, image, picture.with_printed(texts, papers))
         axis.set_xticks(range(len(tasks)), tasks, rotation=35, ha="right", rotation_mode="anchor")
         axis.set_yticks(range(len(tasks)), tasks)

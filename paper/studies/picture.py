@@ -47,7 +47,7 @@ def with_printed(texts: list[list[str]], printed: Sequence[Sequence[str]]) -> li
     if not printed:
         return texts
     return [
-        [f"{text}\npaper {paper}" if paper else text for text, paper in zip(row, papers, strict=True)]
+        [f"{text}\n{paper}" if paper else text for text, paper in zip(row, papers, strict=True)]
         for row, papers in zip(texts, printed, strict=True)
     ]
 

@@ -58,12 +58,12 @@ def n_prompts(params: dict, n_pairs: int, n_validation: int) -> int:
 
 def _answer(item) -> str:
     """Return an item's right answer, which tasks name differently."""
-    return next(getattr(item, name) for name in ("right", "gold", "positive") if hasattr(item, name))
+    return next(getattr(item, name) for name in ("right", "gold", "positive") if hasattr(item, name)).strip()
 
 
 def _with_answer(items: Sequence, answer: str | None) -> list[int]:
     """Return the places of the items with this right answer, or of all items if it is None."""
-    places = [i for i, item in enumerate(items) if answer is None or _answer(item).strip().lower() == answer]
+    places = [i for i, item in enumerate(items) if answer is None or _answer(item).lower() == answer]
     if not places:
         raise AUSteerError(f"no item of the first {len(items)} has the answer {answer!r}: raise n or change answer")
     return places
@@ -81,7 +81,10 @@ def draw(result: dict, params: dict, path: Path, printed: dict) -> None:
     figure, axis = picture.subplots(size=(2.6 * len(columns) + 1.2, 6.2 if printed else 4.6))
     image = axis.imshow(values, aspect="auto", cmap="cividis", vmin=0, vmax=1)
     labels = [[f"{_printable(token)}\n{_percent(p)}" for token, p in column["top"]] for column in columns]
-    papers = [[_printable(token) for token in printed.get(str(column["dim"]), ())] or [""] * TOP for column in columns]
+    papers = [
+        [f"paper {_printable(token)}" for token in printed.get(str(column["dim"]), ())] or [""] * TOP
+        for column in columns
+    ]
     texts = picture.with_printed(_by_rank(labels), _by_rank(papers))
     picture.write_labels(axis, values, image, texts)
     axis.set_xticks(range(len(columns)), [_heading(column) for column in columns])
