@@ -746,10 +746,10 @@ def test_times_are_not_traced_again(tmp_path):
     folder = tmp_path / "embedded"
     (folder / "records").mkdir(parents=True)
     (folder / "records" / "x.json").write_text(json.dumps({"id": "x", "found": {}}))
-    Manifest(folder, "embedded", panels={"table11": {"embedded": "x"}}).write()
-    assert trace.main(["table11", "embedded", "--results", str(tmp_path)]) is None
+    Manifest(folder, "embedded", panels={"table11": {"embedded, svamp": "x"}}).write()
+    assert trace.main(["table11", "embedded, svamp", "--results", str(tmp_path)]) is None
     with pytest.raises(AUSteerError, match="never the same twice"):
-        trace.main(["table11", "embedded", "--results", str(tmp_path), "--again"])
+        trace.main(["table11", "embedded, svamp", "--results", str(tmp_path), "--again"])
 
 
 def test_the_way_of_a_run_is_in_its_manifest(tmp_path):
