@@ -218,10 +218,9 @@ def _panels(key: str, fields: dict, base: dict, checkpoints: dict[str, str], pri
     """Return the panel, or one for each of its tasks."""
     params = shrink(fields["params"]) if checkpoints else fields["params"]
     own = printed.get(fields["model"], {}).get(key, {})
+    tasks = {f"{key}, {task}": task for task in fields["tasks"]} if "tasks" in fields else {key: fields["task"]}
     panels = []
-    for name, task in {f"{key}, {task}": task for task in fields.get("tasks", ())}.items() or {
-        key: fields["task"]
-    }.items():
+    for name, task in tasks.items():
         model, task_spec = bench_of(**_flat([base, fields, {"task": task, "engine": LIVE}], checkpoints))
         panels.append(Panel(name, fields["study"], model, task_spec, params, key, own))
     return panels

@@ -364,7 +364,7 @@ def test_overhead_is_that_of_all_tasks(tmp_path):
     assert austeer["inference_s"].number == pytest.approx(100 * 0.5), "40 items of BoolQ, 10 of six tasks"
     assert austeer["s_per_sample"].number == pytest.approx(0.5)
     assert austeer["std"].number == pytest.approx(0.02**0.5), "two trials, 0.4 and 0.6 s of every item"
-    assert austeer["inference_s"].facts[0] == "boolq 20" and "boolq 5 of 40" in gemma.notes[0]
+    assert austeer["inference_s"].facts[0] == "boolq 20" and "boolq 9 pairs, 5 of 40 test items; copa" in gemma.notes[0]
     assert vanilla["prepare_s"].text == "" and not vanilla["prepare_s"].why, "nothing to prepare, hence no dash"
     assert [value.why for value in llama.rows[1].values] == ["llama3.3-70b-instruct-4bit, copa: not run"] * 6
 

@@ -153,23 +153,19 @@ def overhead(spec: Spec, manifest: Manifest, block: str) -> Block:
     """Show memory and times of methods over all tasks of a model: the largest memory, the sum of times."""
     panels = [panel for panel in spec.panels if panel.block == block]
     records = {panel.task.name: manifest.panel(spec.name, panel.name) for panel in panels}
-    failed = [panel for panel in panels if records[panel.task.name] is None]
-    why = (
-        f"{failed[0].name}: {manifest.why_missing(spec.name, failed[0].name, 'panel', failed[0].name)}"
-        if failed
-        else ""
-    )
+    missing = next((panel.name for panel in panels if records[panel.task.name] is None), None)
+    why = f"{missing}: {manifest.why_missing(spec.name, missing, 'panel', missing)}" if missing else ""
     measured = {task: record["found"] for task, record in records.items() if record is not None}
     columns = {"prepare_gb": "preparation, GB", "prepare_s": "preparation, s", "gb": "inference, GB",
                "inference_s": "inference, s", "s_per_sample": "s per sample", "std": "± over trials"}  # fmt: skip
     rows = []
     for row, label in spec.show["labels"].items():
-        totals = {} if failed else _overhead(measured, row)
+        totals = {} if missing else _overhead(measured, row)
         values = []
         for column in columns:
             number, by_task = totals.get(column, (None, {}))
             value = Value(f"{number:.4g}", number=number) if number is not None else Value(why=why)
-            if number is None and not failed and column in ("prepare_gb", "gb"):
+            if number is None and not missing and column in ("prepare_gb", "gb"):
                 value.why = "torch counts the memory of GPUs only"
             if row == "vanilla" and column.startswith("prepare"):
                 value = Value("")  # it learns nothing from the pairs
@@ -178,8 +174,10 @@ def overhead(spec: Spec, manifest: Manifest, block: str) -> Block:
             value.printed = spec.printed.get(block, {}).get(row, {}).get(column)
             values.append(value)
         rows.append(Row(row, label, row == "causal", values))
-    sizes = [f"{task} {one['items']} of {one['test']}" for task, one in measured.items()]
-    notes = [f"Timed test items: {', '.join(sizes)}. Memory is that of the task that needs most."] if sizes else []
+    sizes = [
+        f"{task} {one['pairs']} pairs, {one['items']} of {one['test']} test items" for task, one in measured.items()
+    ]
+    notes = [f"Measured on: {'; '.join(sizes)}. Memory is that of the task that needs most."] if sizes else []
     return Block(block, list(columns), list(columns.values()), rows, notes)
 
 

@@ -33,7 +33,7 @@ def measure(bench: Bench, params: dict, progress: bool) -> dict:
     index = params["item"]
     if index is None:
         places = _with_answer(task.test[: params["n"]], params["answer"])
-        evaluator = Evaluator(bench, [task.test[place] for place in places])
+        evaluator = Evaluator(bench, [task.test[i] for i in places])
         index = places[_first_set_right(evaluator, list(plans.values()))]
     item = task.test[index]
     probabilities = next_token(model, tokenizer, item.prompt, list(plans.values())).exp()
