@@ -40,7 +40,8 @@ class Bench:
         """Return the pairs of this or another task, to rank this bench's model on."""
         if task == self.task_spec.name:
             return self.task.pairs
-        return _task(self.model_spec, TaskSpec(task, data_dir=self.task_spec.data_dir), self.store).pairs
+        other = TaskSpec(task, data_dir=self.task_spec.data_dir, toxicity=self.task_spec.toxicity)
+        return _task(self.model_spec, other, self.store).pairs
 
 
 def is_paper_task(model: ModelSpec, task: TaskSpec) -> bool:

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -243,6 +244,13 @@ def test_overlap_is_of_one_model_and_all_tasks_pairs(results):
             assert row[i] == 1 and len(row) == i + 1
             for share, other in zip(row, overlap["tasks"], strict=False):
                 assert share == len(best[overlap["tasks"][i]][site] & best[other][site]) / 8
+
+
+def test_pairs_of_another_task_load_no_other_scorer(monkeypatch):
+    asked = []
+    monkeypatch.setattr("experiments.bench._task", lambda model, task, store: asked.append(task) or BENCH.task)
+    replace(BENCH, task_spec=replace(BENCH.task_spec, toxicity="embedded")).pairs_of("toxicity")
+    assert [(task.name, task.toxicity) for task in asked] == [("toxicity", "embedded")]
 
 
 @pytest.mark.parametrize("momentum", ["activation", "causal"])
