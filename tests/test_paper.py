@@ -106,7 +106,9 @@ def made_up(
                 "id": id, "method": row, "site": None if row == "vanilla" else "ffn", "n": len(hits), "right": sum(hits),
                 "outcomes": records.pack(hits), "settings": {"k": 4, "alpha": 2.0}, "search": "grid", "device": "cpu", "extras": {},
                 "grid_scores": {"4,2": sum(hits) / len(hits)}, "grid_outcomes": {"4,2": records.pack(hits)},
-                "chosen": "4,2", "options": {}, "environment": {"torch": "2", "commit": "0123456789ab"},
+                "chosen": "4,2", "options": {}, "grid": [{"k": 4, "alpha": 2.0}], "task": column, "pairs_by": "theirs",
+                "wording": "authors: a file; 0123456789ab", "protocol": "paper", "kernel": "au_sdpa", "measured": {},
+                "environment": {"torch": "2", "commit": "0123456789ab"},
                 **(fields_of_row or {}).get(row, {}),
             }  # fmt: skip
             (folder / "records").mkdir(parents=True, exist_ok=True)
@@ -274,10 +276,11 @@ def test_how_many_aus_a_row_changes(tmp_path):
     rows = {row.label: row.values for row in block.rows}
     assert [rows[row][0].text for row in rows] == ["0", "4", "371", "32"] and rows["x"][0].small == "of 512"
     assert rows["fdr"][1].facts == ["ffn, q 0.05, 371 AUs"] and rows["x"][1].facts == ["ffn, k 4, alpha 2"]
-    assert block.notes == ["Not sparse (more than a quarter of the site's AUs): fdr (a 72 %, b 72 %)."]
+    sparse = "Not sparse (more than a quarter of the site's AUs): fdr (a 72 %, b 72 %)."
+    assert sparse in block.notes
     page.write([spec], manifest)
     text = (tmp_path / "report.md").read_text()
-    assert "| x | 4 of 512 paper <=100 |" in text and block.notes[0] in text
+    assert "| x | 4 of 512 paper <=100 |" in text and sparse in text
 
 
 def test_k_and_alpha_that_a_method_took_by_itself_are_shown(tmp_path):
@@ -596,7 +599,9 @@ def test_grids_stand_beside_the_papers_and_win_rates_need_a_judge(tmp_path, monk
     for column in ("copa", "delta_win_rate"):
         says = spec.columns[column]
         scores = {f"{k:g},{alpha:g}": 0.9 for k in says["ks"] for alpha in says["alphas"]}
-        record = {"measure": "drawn", "grid_scores": scores, "grid_vanilla": records.pack(HALF)}
+        theirs = {"task": column, "n": 500, "measured": {}, "wording": "authors: a file", "protocol": "paper",
+                  "kernel": "au_sdpa", "grid": [{}, {}], "search": "test"}  # fmt: skip
+        record = {"measure": "drawn", "grid_scores": scores, "grid_vanilla": records.pack(HALF)} | theirs
         (tmp_path / "records").mkdir(exist_ok=True)
         (tmp_path / "records" / f"{column}.json").write_text(json.dumps(record))
         manifest.entries.setdefault("figure10", {})[f"gemma2-9b-it|austeer-ffn|{column}"] = [column]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from eval.statistics import selection_noise, wilson
 from experiments.records import unpack
+from paper.comparable import RATED_BY_OTHERS
 from paper.manifest import Manifest
+from paper.render.conditions import unlike
 from paper.render.selection import better_site, chosen_text, nothing_beat_vanilla
 from paper.render.values import Block, Row, Value
 from paper.specs import Spec
@@ -26,6 +28,7 @@ def settings(spec: Spec, manifest: Manifest, block: str) -> Block:
                 else:
                     value = Value(f"{chosen:g}", best["site"], number=chosen)
                 value.ids = [best["id"]]
+                value.unlike = unlike([best]) if spec.printed else []
             value.printed = spec.printed.get(block, {}).get(row, {}).get(column)
             values.append(value)
         rows.append(Row(row, spec.rows[row]["label"], spec.rows[row].get("ours", False), values))
@@ -138,7 +141,10 @@ def human(spec: Spec, manifest: Manifest, block: str) -> Block:
             )
             if rating is not None:
                 value = Value(
-                    f"{rating['mean']:.1f}", f"[{rating['low']:.1f}, {rating['high']:.1f}]", number=rating["mean"]
+                    f"{rating['mean']:.1f}",
+                    f"[{rating['low']:.1f}, {rating['high']:.1f}]",
+                    number=rating["mean"],
+                    unlike=[RATED_BY_OTHERS],
                 )
             value.printed = spec.printed.get(block, {}).get(row, {}).get(column)
             values.append(value)

@@ -1,0 +1,56 @@
+"""Decide whether a number of ours measures what the paper's number does, and say in words what differs.
+
+Both numbers always stand in the report. A difference between them stands there only where nothing differs.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+from eval.data.read import read_catalogue
+
+JUDGE = "gpt-5-mini"
+KERNEL = "au_sdpa"  # the authors' models run transformers' default kernel
+OUR_JUDGE_PROMPT = (
+    "the judge's prompt is ours, not that of Liang et al. (Findings of EMNLP 2024, no. 171), which the paper uses"
+)
+RATED_BY_OTHERS = "other people rated other answers"
+
+
+def differences(record: dict) -> list[str]:
+    """Return what a record was measured by that the paper's number was not."""
+    scorer, wording, protocol = record["measured"].get("scorer"), record["wording"], record["protocol"]
+    reasons = []
+    if scorer and scorer.partition(":")[0] != "perspective":
+        reasons.append(f"toxicity is scored by {scorer}, not by Perspective")
+    if not wording.startswith("authors:"):
+        reasons.append("the prompts are not the authors'")
+    elif "chat format" in wording:
+        reasons.append("the prompts are in the model's chat format")
+    if protocol != "paper":
+        reasons.append(f"the protocol is {protocol}, not that of the authors' code")
+    elif record["kernel"] != KERNEL:
+        reasons.append(f"the attention kernel is {record['kernel'].removeprefix('au_')}, theirs sdpa")
+    if record["grid"] and len(record["grid"]) > 1 and record["search"] != "test":
+        reasons.append("settings are chosen on validation items, theirs on the test split")
+    n = _test_items(record["task"])
+    if n and record["n"] != n:
+        reasons.append(f"{record['n']} test items instead of {n}")
+    return reasons
+
+
+def judge_differences(verdicts: dict) -> list[str]:
+    """Return how a result of `main.py judge` was made that the paper's was not, beside the prompt of the judge."""
+    reasons = []
+    if not verdicts["judge"].startswith(JUDGE):
+        reasons.append(f"the judge is {verdicts['judge']}, not GPT-5-mini")
+    if verdicts["orders"] != "one":
+        reasons.append("the judge sees both orders, in the paper one")
+    return reasons
+
+
+@cache
+def _test_items(task: str) -> int | None:
+    """Return the number of test items in the paper; None of tasks that it does not have."""
+    entry = read_catalogue().get(task)
+    return entry["splits"]["test"].get("paper") if entry else None
