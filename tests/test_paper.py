@@ -9,14 +9,15 @@ import pytest
 from one_cell import computed, embedded_cell
 
 from austeer.errors import AUSteerError
+from austeer.ranks import AURanks
 from embedded.tasks import TASKS
-from experiments import records, run_cell
+from experiments import records, report, run_cell
 from experiments.executors.local import LocalExecutor
 from experiments.store import Store
 from paper import dry_run, estimate, progress, specs, trace
 from paper import reproduce as run
 from paper.manifest import Manifest, bundle
-from paper.render import curves, findings, page, pictures, sections, tables
+from paper.render import curves, findings, page, pictures, sections, selection, tables
 
 ROOT = Path(__file__).parents[1]
 PRINTED = ROOT.parent / "shared" / "paper" / "tables.json"
@@ -311,6 +312,18 @@ def test_a_record_says_what_was_foretold_and_of_how_many_aus(tmp_path):
     assert set(record["foretold"]) == {"k", "alpha", "predicted", "measured"} and record["aus"] == 4 * 128
     assert record["foretold"]["k"] == record["touched"] > 0 and 0 < record["foretold"]["alpha"] <= 1
     assert computed(tmp_path, **few, ks=[4], alphas=[1.0], method="published", site="ffn")["foretold"] == {}
+
+
+def test_a_record_counts_the_aus_whose_sign_is_turned_over(tmp_path):
+    few = {"task": "copa", "limit": 10, "method": "published", "site": "ffn", "ks": [8]}
+    (strong, weak) = (computed(tmp_path, **few, alphas=[alpha]) for alpha in (8.0, 0.5))
+    ranks = AURanks.load(ROOT / "AU_ranks" / "embedded" / "copa" / "activation" / "ffn.safetensors")
+    below = sum(8.0 * ranks.gain.flatten()[au] < -1 for au in ranks.order[:8].tolist())
+    assert strong["inverted"] == below > 0 and weak["inverted"] == 0
+    assert selection.chosen_text(strong) == f"k 8, alpha 8, {below} of 8 turned over"
+    assert selection.chosen_text(weak) == "k 8, alpha 0.5"
+    lines = report.table([computed(tmp_path, task="copa", limit=10, method="vanilla"), strong], {}).splitlines()
+    assert f"| 8, {below} turned over |" in lines[-1]
 
 
 def test_cheaper_searches_are_compared_site_by_site(tmp_path):
