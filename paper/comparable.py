@@ -18,7 +18,7 @@ RATED_BY_OTHERS = "other people rated other answers"
 
 
 def differences(record: dict) -> list[str]:
-    """Return what a record was measured by that the paper's number was not."""
+    """Return how the record of a number was measured otherwise than the paper's number."""
     scorer, wording, protocol = record["measured"].get("scorer"), record["wording"], record["protocol"]
     reasons = []
     if scorer and scorer.partition(":")[0] != "perspective":
@@ -40,7 +40,7 @@ def differences(record: dict) -> list[str]:
 
 
 def judge_differences(verdicts: dict) -> list[str]:
-    """Return how a result of `main.py judge` was made that the paper's was not, beside the prompt of the judge."""
+    """Return how a result of `main.py judge` was measured otherwise than the paper's, but for the judge's prompt."""
     reasons = []
     if not verdicts["judge"].startswith(JUDGE):
         reasons.append(f"the judge is {verdicts['judge']}, not GPT-5-mini")

@@ -100,14 +100,14 @@ class COPA(OptionTask):
         return pairs, f"{by}, every item also with its choices swapped"
 
     def _with_swapped(self, rows: Sequence[dict]) -> list[dict]:
-        """Put behind every row the same with its choices swapped, if that is no row yet.
+        """Put before every row the same with its choices swapped, if that is no row yet: so the authors' log begins.
 
         The rows are those to rank by, split from the others before, so no copy gets to the validation or test items.
         """
         once = {}
         for row in rows:
             swapped = {"choice1": row["choice2"], "choice2": row["choice1"], "label": 1 - row["label"]}
-            for one in (row, {**row, **swapped}):
+            for one in ({**row, **swapped}, row):
                 once.setdefault(self.text(one), one)
         return list(once.values())
 

@@ -11,10 +11,12 @@ class Value:
     small: str = ""  # beneath the number: its interval, or the range of a control's draws
     facts: list[str] = field(default_factory=list)  # what was chosen, perplexity and the like, shown on demand
     printed: float | str | None = None  # the paper's number
-    by: str = ""  # the scorer or judge that measured it
-    unlike: list[str] = field(default_factory=list)  # what the paper's number was not measured by: paper/comparable.py
     number: float | None = None
     why: str = ""  # why there is a dash
+    by: str = ""  # the scorer or judge that measured it
+    unlike: list[str] = field(
+        default_factory=list
+    )  # how the paper's number was measured otherwise: paper/comparable.py
     best: bool = False  # better than every other row of its column, by the adjusted test
     significant: bool = False  # different from vanilla, by the adjusted test
     fair: bool = True  # False if it was chosen on the test split, so that it may not be tested
