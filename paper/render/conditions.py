@@ -9,36 +9,33 @@ from paper.comparable import differences
 from paper.render.values import Row
 
 Records = dict[str, dict[str, list[dict]]]  # by row and column
+CONDITIONS = {  # title -> what a record has, and whether columns differ in it, else rows
+    "Prompts": (lambda record: re.sub("; [0-9a-f]{12}", "", record["wording"]), True),  # without the hash of the texts
+    "Pairs": (lambda record: record["pairs_by"], True),
+    "Toxicity": (lambda record: record["measured"].get("scorer"), True),
+    "Protocol": (lambda record: record["protocol"], False),
+    "Attention kernel": (lambda record: record["kernel"].removeprefix("au_"), False),
+}
 
 
 def conditions(records: Records, labels: dict[str, str]) -> list[str]:
     """Return a note on whose prompts, pairs, scorer and protocol these are, or none."""
-    whose: dict[str, dict[str, list[str]]] = {}
-    for row, cells in records.items():
-        for column, cell_records in cells.items():
-            for record in cell_records:
-                for title, (value, place) in _said(record, column, labels[row]).items():
-                    if value:
-                        places = whose.setdefault(title, {}).setdefault(value, [])
-                        places += [place] if place not in places else []
-    return [" ".join(f"{title}: {_by_place(values)}." for title, values in whose.items())] if whose else []
+    sentences = []
+    for title, (value_of, by_column) in CONDITIONS.items():
+        places: dict[str, dict[str, None]] = {}
+        for row, cells in records.items():
+            for column, cell_records in cells.items():
+                for value in filter(None, map(value_of, cell_records)):
+                    places.setdefault(value, {})[column if by_column else labels[row]] = None
+        if places:
+            sentences.append(f"{title}: {_by_place(places)}.")
+    return [" ".join(sentences)] if sentences else []
 
 
-# columns have prompts, pairs and scorers of their own, rows protocols and kernels
-def _said(record: dict, column: str, row: str) -> dict[str, tuple[str | None, str]]:
-    return {
-        "Prompts": (re.sub("; [0-9a-f]{12}", "", record["wording"]), column),  # without the hash of the texts
-        "Pairs": (record["pairs_by"], column),
-        "Toxicity": (record["measured"].get("scorer"), column),
-        "Protocol": (record["protocol"], row),
-        "Attention kernel": (record["kernel"].removeprefix("au_"), row),
-    }
-
-
-def _by_place(values: dict[str, list[str]]) -> str:
+def _by_place(places: dict[str, dict[str, None]]) -> str:
     """Return the values, the most common without its places."""
-    most = max(values, key=lambda value: len(values[value]))
-    others = [f"{value} ({', '.join(places)})" for value, places in values.items() if value != most]
+    most = max(places, key=lambda value: len(places[value]))
+    others = [f"{value} ({', '.join(where)})" for value, where in places.items() if value != most]
     return "; ".join([most, *others])
 
 
