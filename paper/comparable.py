@@ -22,20 +22,20 @@ def differences(record: dict) -> list[str]:
     scorer, wording, protocol = record["measured"].get("scorer"), record["wording"], record["protocol"]
     reasons = []
     if scorer and scorer.partition(":")[0] != "perspective":
-        reasons.append(f"toxicity is scored by {scorer}, not by Perspective")
+        reasons.append(f"toxicity is scored by {scorer} instead of Perspective")
     if not wording.startswith("authors:"):
         reasons.append("the prompts are not the authors'")
     elif "chat format" in wording:
         reasons.append("the prompts are in the model's chat format")
     if protocol != "paper":
-        reasons.append(f"the protocol is {protocol}, not that of the authors' code")
+        reasons.append(f"the protocol is {protocol} instead of the authors'")
     elif record["kernel"] != KERNEL:
-        reasons.append(f"the attention kernel is {record['kernel'].removeprefix('au_')}, theirs sdpa")
+        reasons.append(f"the attention kernel is {record['kernel'].removeprefix('au_')} instead of sdpa")
     if record["grid"] and len(record["grid"]) > 1 and record["search"] != "test":
-        reasons.append("settings are chosen on validation items, theirs on the test split")
+        reasons.append("settings are chosen on validation items instead of the test split")
     n = _test_items(record["task"])
     if n and record["n"] != n:
-        reasons.append(f"{record['n']} test items instead of {n}")
+        reasons.append("these are not all test items of the paper")
     return reasons
 
 
@@ -43,9 +43,9 @@ def judge_differences(verdicts: dict) -> list[str]:
     """Return how a result of `main.py judge` was measured otherwise than the paper's, but for the judge's prompt."""
     reasons = []
     if not verdicts["judge"].startswith(JUDGE):
-        reasons.append(f"the judge is {verdicts['judge']}, not GPT-5-mini")
+        reasons.append(f"the judge is {verdicts['judge']} instead of GPT-5-mini")
     if verdicts["orders"] != "one":
-        reasons.append("the judge sees both orders, in the paper one")
+        reasons.append("the judge sees both orders instead of one")
     return reasons
 
 

@@ -29,14 +29,14 @@ def test_what_the_authors_code_measured_differs_in_nothing():
 @pytest.mark.parametrize(
     "fields, reason",
     [
-        ({"measured": {"scorer": "local:unitary/toxic-bert@a:toxic"}}, "scored by local:unitary/toxic-bert@a:toxic, not by Pers"),
+        ({"measured": {"scorer": "local:unitary/toxic-bert@a:toxic"}}, "scored by local:unitary/toxic-bert@a:toxic instead of Pers"),
         ({"measured": {"scorer": "embedded@0"}}, "scored by embedded@0"),
         ({"wording": "this project; 0123456789ab"}, "the prompts are not the authors'"),
         ({"wording": THEIRS["wording"] + ", in the model's chat format"}, "in the model's chat format"),
         ({"protocol": "clean", "kernel": "au_eager"}, "the protocol is clean"),
-        ({"kernel": "au_eager"}, "the attention kernel is eager, theirs sdpa"),
+        ({"kernel": "au_eager"}, "the attention kernel is eager instead of sdpa"),
         (SEARCHED | {"search": "racing"}, "chosen on validation items"),
-        ({"n": 300}, "300 test items instead of 500"),
+        ({"n": 300}, "not all test items of the paper"),
     ],
 )  # fmt: skip
 def test_every_difference_is_named(fields, reason):
@@ -48,9 +48,9 @@ def test_the_judge_must_be_the_papers():
     theirs = {"judge": "gpt-5-mini", "orders": "one"}
     assert comparable.judge_differences(theirs) == []
     (said,) = comparable.judge_differences(theirs | {"judge": "another"})
-    assert "another, not GPT-5-mini" in said
+    assert "another instead of GPT-5-mini" in said
     assert comparable.judge_differences({"judge": "gpt-5-mini", "orders": "both"}) == [
-        "the judge sees both orders, in the paper one"
+        "the judge sees both orders instead of one"
     ]
 
 
@@ -74,7 +74,7 @@ def test_the_scorer_is_in_the_heading_and_takes_the_difference_away(tmp_path):
     assert [value.difference for value in block.rows[1].values] == [None, None, None]
     for text in (markdown, html):
         assert "paper 70" in text and "(+10.0)" not in text and "Toxicity: embedded@0." in text
-        assert "toxicity is scored by embedded@0, not by Perspective" in text.replace("No difference", "", 1)
+        assert "toxicity is scored by embedded@0 instead of Perspective" in text
 
 
 def test_reasons_below_a_table_name_the_columns_they_are_about(tmp_path):
@@ -87,8 +87,8 @@ def test_reasons_below_a_table_name_the_columns_they_are_about(tmp_path):
     (block,) = tables.blocks(spec, manifest)
     assert block.notes == [
         "Prompts: authors: a file; this project (b). Pairs: theirs. Protocol: clean. Attention kernel: sdpa.",
-        "No difference from the paper's number where the protocol is clean, not that of the authors' code; or the prompts are "
-        "not the authors' (b).",
+        "No difference from the paper's number where the protocol is clean instead of the authors'; or the prompts are not the "
+        "authors' (b).",
     ]
 
 

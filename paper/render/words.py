@@ -27,7 +27,7 @@ KEY = (
     "Controls (random AUs, and AUs with flipped signs, with the same search) show the median and the range of their draws.",
     "Columns that are training seeds are summarised by the mean gain over vanilla with a t interval over seeds.",
     "paper: the number the paper prints, and in parentheses ours minus the paper's where both measure the same: scorer, "
-    "judge, prompts, protocol and items. Below a table stands what it was measured by and what differs.",
+    "judge, prompts, protocol and items. Below each table stand its prompts, pairs and protocol, and what differs.",
     "AUs: how many AUs a row changes, fewest to most over its columns and draws.",
     "Rows in italics are not in the paper. The reason for every dash stands below its table.",
 )
