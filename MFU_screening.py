@@ -227,6 +227,7 @@ def screen(
             stacklevel=2,
         )
     header |= {
+        "kernel": model.config._attn_implementation,
         "tokenizer": public_name(tokenizer.name_or_path),
         "pairs": len(pairs),
         "pairs_hash": pairs_hash(pairs),

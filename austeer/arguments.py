@@ -7,10 +7,11 @@ from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from austeer.errors import AUSteerError
 from austeer.pairs import FIELDS
 from rmodels import SITES
+from rmodels.causal_lm import KERNELS
 
 
-def parent() -> ArgumentParser:
-    return ArgumentParser(add_help=False)
+def parent(*parents: ArgumentParser) -> ArgumentParser:
+    return ArgumentParser(add_help=False, parents=parents)
 
 
 def parser(prog: str | None, description: str, **more) -> ArgumentParser:
@@ -28,13 +29,19 @@ def model_options(required: bool = True, **more) -> ArgumentParser:
     return options
 
 
+def attn_option() -> ArgumentParser:
+    options = parent()
+    options.add_argument("--attn", choices=KERNELS, help="attention kernel (default: upstream's choice; for Gemma-2 eager, "
+        "since sdpa drops the soft cap that it was trained with)")  # fmt: skip
+    return options
+
+
 def loading_options() -> ArgumentParser:
     """Offer the other options of loading a model."""
-    options = parent()
+    options = parent(attn_option())
     add = options.add_argument
     add("--quantization", choices=["4bit", "8bit"], help="load the weights through bitsandbytes")
     add("--device-map", help="spread one model over several GPUs: auto, balanced, ... (instead of --device)")
-    add("--attn", help="attention kernel: sdpa, eager, flash_attention_2, flash_attention_3")
     add("--revision", help="revision of the checkpoint on the hub")
     return options
 

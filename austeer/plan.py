@@ -70,6 +70,15 @@ class Plan:
                 aus.append((site, layer, dim, float(scale[layer, dim]), float(shift[layer, dim])))
         return aus
 
+    @property
+    def inverted(self) -> int:
+        """Count the AUs whose sign the plan turns over: their gamma is below -1, though the paper says signs are kept."""
+        return sum(int((1 + scales < 0).sum()) for scales in self.scales.values())
+
+    def summary(self) -> str:
+        inverted = f", {self.inverted} of them with the sign turned over (gamma below -1)" if self.inverted else ""
+        return f"{len(self)} atomic units{inverted}, tokens: {self.tokens}"
+
     def __len__(self) -> int:
         return len(self.aus())
 
@@ -77,7 +86,7 @@ class Plan:
         return True  # a plan that does nothing is still a plan
 
     def __str__(self) -> str:
-        lines = [f"{len(self)} atomic units, tokens: {self.tokens}"]
+        lines = [self.summary()]
         lines += [f"{key}: {value}" for key, value in self.header.items() if key not in ("fingerprint",)]
         lines += ["", "site       layer    dim     x becomes"]
         for site, layer, dim, scale, shift in sorted(self.aus(), key=lambda au: -max(abs(au[3]), abs(au[4]))):

@@ -76,11 +76,14 @@ class Benches:
         return self._benches[key]
 
     def _load(self, spec: ModelSpec, folder: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        key = folder, spec.dtype, spec.device, spec.quantization
+        key = folder, spec.dtype, spec.device, spec.quantization, spec.attn
         if key not in self._models:
             if any(model.num_parameters() > TINY for model, _ in self._models.values()):
                 self.close()
-            model = rmodels.load(folder, dtype=spec.dtype, device=spec.device, quantization=spec.quantization)
+            model = rmodels.load(
+                folder, dtype=spec.dtype, device=spec.device, quantization=spec.quantization,
+                attn_implementation=spec.attn,
+            )  # fmt: skip
             self._models[key] = model, rmodels.load_tokenizer(folder)
         return self._models[key]
 
@@ -95,7 +98,7 @@ BENCHES = Benches()  # those of this process, shared by all its cells
 
 
 def _task(model: ModelSpec, task: TaskSpec, store: Store) -> Task:
-    pairs = {"n_pairs": task.pairs.n_pairs, "general_pairs": task.pairs.general_pairs, "encoder": task.pairs.encoder}
+    pairs = vars(task.pairs)
     if model.embedded:
         return EmbeddedTask(task.name, task.test_split, limit=task.limit, **pairs)
     if not is_paper_task(model, task):

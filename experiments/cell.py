@@ -23,6 +23,7 @@ class ModelSpec:
     device: str | None = None
     dtype: str = "auto"
     quantization: str | None = None
+    attn: str | None = None  # attention kernel; None: the default of rmodels.load
     engine: str = LIVE  # who answers: the model itself, or vLLM
 
     @property
@@ -42,6 +43,7 @@ class PairsSpec:
     n_pairs: int | None = None  # use only the first n
     general_pairs: bool = False  # wrong answers by the paper's general recipe
     encoder: str | None = None  # sentence encoder that finds similar wrong answers
+    swapped_choices: bool = False  # every item of COPA also with its choices swapped
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 import rmodels
+from austeer import arguments
 from austeer.errors import AUSteerError
 from austeer.methods.base import Method
 from austeer.methods.registry import DEFAULT, METHODS, OWN_COMMAND, options_of, with_options
@@ -43,7 +44,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="main.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="To rank only, use MFU_screening.py; to save a plan, set_MFU.py. Finished cells are never computed again: "
-        "to resume, repeat the command.", parents=parents(),
+        "to resume, repeat the command.", parents=[*parents(), arguments.attn_option()],
     )  # fmt: skip
     add = parser.add_argument
     add("--applied_module", default="both", choices=["both", *rmodels.SITES],
@@ -75,6 +76,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="clean (default), or paper: as the authors' code, quirk by quirk",
     )
     add("--encoder", help="sentence encoder for similar wrong answers, or tfidf (default: all-MiniLM-L6-v2)")
+    add("--swapped-choices", action="store_true", help="make a second pair of every item of copa, its choices swapped")
     add("--batch-size", type=int, help="prompts per batch (default: as many as fit; 1 with --protocol paper)")
     add("--quantization", choices=["4bit", "8bit"], help="load the weights through bitsandbytes")
     add("--engine", default=LIVE, choices=ENGINES, help="what answers: the loaded model (live, default), or vLLM, where "
@@ -183,7 +185,7 @@ def _check(args: argparse.Namespace) -> None:
     if args.pairs or args.model == EMBEDDED:
         ignored = [
             f"--{name.replace('_', '-')}"
-            for name in ("chat", "data_dir", "encoder", "batch_size")
+            for name in ("chat", "data_dir", "encoder", "swapped_choices", "batch_size")
             if getattr(args, name)
         ]
         ignored += ["--protocol paper"] if args.protocol == "paper" else []
@@ -249,6 +251,7 @@ def _report(rows: dict[str, list[dict]], store: Store, sites: Sequence[str], arg
             "protocol": task_rows[0]["protocol"],
         }
         conditions["answers"] = task_rows[0]["engine"] if args.engine != LIVE else None
+        conditions["attention kernel"] = args.attn
         text += ["; ".join(f"{name}: {value}" for name, value in conditions.items() if value), ""]
     folder = Path(args.results)
     name = f"{Path(args.model).name}-{Path(args.pairs).stem if args.pairs else args.data_name}"
@@ -256,6 +259,8 @@ def _report(rows: dict[str, list[dict]], store: Store, sites: Sequence[str], arg
     name += "-test2" if args.test_split == "test2" else ""
     name += f"-{args.search}" if args.search != _default_search(args.model) else ""
     name += f"-{args.engine}" if args.engine != LIVE else ""
+    name += "-swapped-choices" if args.swapped_choices else ""
+    name += f"-{args.attn}" if args.attn else ""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.md").write_text("\n".join(text))
     print("\n" + "\n".join(text))

@@ -34,6 +34,7 @@ def stored_ranks(bench: Bench, momentum: str, site: str) -> AURanks | None:
     ranks = AURanks.load(file)
     origin = {
         "code": ranks.header.get("code") and screening_code(bench, momentum),  # shipped ranks have none
+        "kernel": ranks.header.get("kernel") and bench.model.config._attn_implementation,  # nor do they name a kernel
         "fingerprint": fingerprint(bench.model),
         "pairs_hash": pairs_hash(bench.task.pairs),
         "momentum": momentum,

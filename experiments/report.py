@@ -17,7 +17,8 @@ def table(rows: Sequence[dict], labels: dict[str, str]) -> str:
     vanilla = next(row for row in rows if row["method"] == "vanilla")
     lines = [
         f"{vanilla['measure']} on {vanilla['n']} items of {vanilla['test_split']}; gains in points against vanilla; "
-        "[95 % Wilson interval]; p: exact McNemar test, paired; Holm: that p, adjusted for all lines of this table",
+        "[95 % Wilson interval]; p: exact McNemar test, paired; Holm: that p, adjusted for all lines of this table; "
+        "turned over: AUs whose sign changes, by gamma below -1",
         "",
         "| method | grid point | AUs | right | gain | up / down | p | Holm |",
         "|---|---|--:|--:|--:|--:|--:|--:|",
@@ -133,7 +134,8 @@ def _name(row: dict, labels: dict[str, str]) -> str:
 def _line(row: dict, vanilla: dict, name: str, adjusted: float | None) -> str:
     low, high = wilson(row["right"], row["n"])
     point = ", ".join(f"{key}={value:g}" for key, value in (row.get("settings") or {}).items())
-    cells = [name, point, str(row.get("touched", ""))]
+    inverted = f", {row['inverted']} turned over" if row.get("inverted") else ""
+    cells = [name, point, f"{row.get('touched', '')}{inverted}"]
     cells.append(f"{100 * row['right'] / row['n']:.1f} [{100 * low:.1f}, {100 * high:.1f}]")
     steered = row["method"] != "vanilla"
     cells.append(f"{gain(row, vanilla):+.1f}" if steered else "")

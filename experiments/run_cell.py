@@ -225,7 +225,7 @@ class SteeredRun(Run):
         start = time.perf_counter()
         if chosen is None:  # no grid point beat vanilla, so nothing is steered
             scores = Scores(vanilla["measure"], records.unpack_columns(vanilla["columns"]))
-            result |= {"touched": 0, "gained": 0, "lost": 0, "p": 1.0}
+            result |= {"touched": 0, "inverted": 0, "gained": 0, "lost": 0, "p": 1.0}
             return result | self.result(scores, vanilla["extras"], start, {"prepare_s": seconds})
         plan = method.plan(learned, chosen, self.cell.method.draw)
         scores, extras, receipt = self.test(self.task.test, plan)
@@ -233,7 +233,8 @@ class SteeredRun(Run):
         if chosen.get("alpha") != 0 and plan.header.get("k") != 0 and 0 in receipt.values():
             raise AUSteerError(f"{self.cell} at {key_of(chosen)}: the plan steered nothing ({receipt})")
         gained, lost, p = mcnemar(records.unpack(vanilla["outcomes"]), scores.outcomes)
-        result |= {"receipt": receipt, "touched": len(plan.aus()), "gained": gained, "lost": lost, "p": p}
+        result |= {"receipt": receipt, "touched": len(plan.aus()), "inverted": plan.inverted}
+        result |= {"gained": gained, "lost": lost, "p": p}
         predicted = ("k", "alpha", "predicted", "measured") if "predicted" in plan.header else ()
         result["foretold"] = {key: plan.header[key] for key in predicted if key in plan.header}
         return result | self.result(scores, extras, start, {"prepare_s": seconds})

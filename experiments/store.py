@@ -24,6 +24,8 @@ class Store:
         folder = momentum if task.protocol == "clean" else f"{momentum}-{task.protocol}"
         folder += f"-{task.pairs.n_pairs}-pairs" if task.pairs.n_pairs else ""
         folder += "-general" if task.pairs.general_pairs else ""
+        folder += "-swapped" if task.pairs.swapped_choices else ""
+        folder += f"-{model.attn}" if model.attn else ""
         return Path(self.ranks) / Path(model.name).name / task.label / folder / f"{site}.safetensors"
 
     def answers_file(self, record: str, part: str = "test") -> Path:

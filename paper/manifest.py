@@ -21,7 +21,7 @@ NAME = "manifest.json"
 class Manifest:
     folder: Path
     scale: str
-    how: dict = field(default_factory=dict)  # options that all cells share: limit, batch_size, engine, toxicity
+    how: dict = field(default_factory=dict)  # options that all cells share: limit, batch_size, engine, toxicity, attn
     dry_run: bool = False  # whether tiny random checkpoints stand for the models
     entries: dict[str, dict[str, list[str]]] = field(default_factory=dict)  # spec -> "block|row|column" -> record ids
     panels: dict[str, dict[str, str]] = field(default_factory=dict)  # spec -> panel -> record id

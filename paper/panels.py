@@ -34,6 +34,7 @@ def panel_key(panel: Panel, bench: Bench) -> dict:
         "dtype": str(model.dtype),
         "quantization": panel.model.quantization,
         "device": model.device.type,
+        "kernel": model.config._attn_implementation,
         "items_hash": task.fingerprint,
         "pairs_hashes": [pairs_hash(task_pairs) for task_pairs in pairs],
         "pairs_by": task.pairs_by,

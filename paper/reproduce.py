@@ -20,6 +20,7 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 import rmodels
+from austeer import arguments
 from austeer.errors import AUSteerError, run_command
 from experiments.cell import LIVE, Cell
 from experiments.engines.answering import ENGINES, check_engine
@@ -41,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     folder = Path(args.results) / (f"{args.scale}-dry-run" if args.dry_run else args.scale)
     store = Store(ranks=str(folder / "AU_ranks"), records=str(folder / "records"))
     how = {"limit": 2 if args.dry_run else args.limit, "batch_size": args.batch_size, "engine": args.engine}
-    how["toxicity"] = "embedded" if args.dry_run else args.toxicity
+    how |= {"toxicity": "embedded" if args.dry_run else args.toxicity, "attn": args.attn}
     checkpoints = tiny_checkpoints(specs.models(), folder / "checkpoints") if args.dry_run else None
     shared = {"data_dir": args.data_dir, "device": args.device, **({"encoder": "tfidf"} if args.dry_run else {})}
     read = partial(specs.read, args.scale, checkpoints=checkpoints, **shared, **how)
@@ -140,8 +141,9 @@ def _names(text: str) -> list[str]:
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="reproduce.sh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+        prog="reproduce.sh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        parents=[arguments.attn_option()],
+    )  # fmt: skip
     add = parser.add_argument
     add("--scale", default="embedded", choices=specs.SCALES,
         help="embedded (two cores), small (one GPU of 24 GB), paper (default: %(default)s)")  # fmt: skip

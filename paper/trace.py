@@ -22,7 +22,7 @@ from paper import panels, specs
 from paper.manifest import Manifest
 from paper.specs import Panel, Spec
 
-RESULT = ("n", "right", "measure", "outcomes", "columns", "measures", "extras", "settings", "grid_scores", "touched", "foretold",
+RESULT = ("n", "right", "measure", "outcomes", "columns", "measures", "extras", "settings", "grid_scores", "touched", "inverted", "foretold",
           "found")  # fmt: skip
 
 

@@ -198,7 +198,7 @@ def test_steer_shows_answers_without_and_with_a_plan(checkpoints, workplace, lla
     monkeypatch.setattr("sys.stdin", io.StringIO("gave\nme"))
     assert steer(checkpoints, workplace, "--plan", workplace / "hand.safetensors", "--json").stdout == done.stdout
     columns = steer(checkpoints, workplace, "--plan", workplace / "hand.safetensors", "--prompt", "gave").stdout
-    assert columns.startswith("> gave\nunsteered") and "| steered\n" in columns
+    assert columns.startswith(f"plan: {plan.summary()}\n\n> gave\nunsteered") and "| steered\n" in columns
 
 
 def test_steer_without_a_plan_or_with_two(checkpoints, workplace):

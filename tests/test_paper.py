@@ -9,14 +9,15 @@ import pytest
 from one_cell import computed, embedded_cell
 
 from austeer.errors import AUSteerError
+from austeer.ranks import AURanks
 from embedded.tasks import TASKS
-from experiments import records, run_cell
+from experiments import records, report, run_cell
 from experiments.executors.local import LocalExecutor
 from experiments.store import Store
 from paper import dry_run, estimate, progress, specs, trace
 from paper import reproduce as run
 from paper.manifest import Manifest, bundle
-from paper.render import curves, findings, page, pictures, sections, tables
+from paper.render import curves, findings, page, pictures, sections, selection, tables
 
 ROOT = Path(__file__).parents[1]
 OF_THE_PAPER = [f"table{n}" for n in range(1, 14)] + [f"figure{n}" for n in (2, 3, 4, 6, 7, 8, 10, 11, 12, 13)]
@@ -90,7 +91,9 @@ def made_up(
                 "id": id, "method": row, "site": None if row == "vanilla" else "ffn", "n": len(hits), "right": sum(hits),
                 "outcomes": records.pack(hits), "settings": {"k": 4, "alpha": 2.0}, "search": "grid", "device": "cpu", "extras": {},
                 "grid_scores": {"4,2": sum(hits) / len(hits)}, "grid_outcomes": {"4,2": records.pack(hits)},
-                "chosen": "4,2", "options": {}, "environment": {"torch": "2", "commit": "0123456789ab"},
+                "chosen": "4,2", "options": {}, "grid": [{"k": 4, "alpha": 2.0}], "task": column, "pairs_by": "theirs",
+                "wording": "authors: a file; 0123456789ab", "protocol": "paper", "kernel": "au_sdpa", "measured": {},
+                "environment": {"torch": "2", "commit": "0123456789ab"},
                 **(fields_of_row or {}).get(row, {}),
             }  # fmt: skip
             (folder / "records").mkdir(parents=True, exist_ok=True)
@@ -258,10 +261,11 @@ def test_how_many_aus_a_row_changes(tmp_path):
     rows = {row.label: row.values for row in block.rows}
     assert [rows[row][0].text for row in rows] == ["0", "4", "371", "32"] and rows["x"][0].small == "of 512"
     assert rows["fdr"][1].facts == ["ffn, q 0.05, 371 AUs"] and rows["x"][1].facts == ["ffn, k 4, alpha 2"]
-    assert block.notes == ["Not sparse (more than a quarter of the site's AUs): fdr (a 72 %, b 72 %)."]
+    sparse = "Not sparse (more than a quarter of the site's AUs): fdr (a 72 %, b 72 %)."
+    assert sparse in block.notes
     page.write([spec], manifest)
     text = (tmp_path / "report.md").read_text()
-    assert "| x | 4 of 512 paper <=100 |" in text and block.notes[0] in text
+    assert "| x | 4 of 512 paper <=100 |" in text and sparse in text
 
 
 def test_k_and_alpha_that_a_method_took_by_itself_are_shown(tmp_path):
@@ -292,6 +296,18 @@ def test_a_record_says_what_was_foretold_and_of_how_many_aus(tmp_path):
     assert set(record["foretold"]) == {"k", "alpha", "predicted", "measured"} and record["aus"] == 4 * 128
     assert record["foretold"]["k"] == record["touched"] > 0 and 0 < record["foretold"]["alpha"] <= 1
     assert computed(tmp_path, **few, ks=[4], alphas=[1.0], method="published", site="ffn")["foretold"] == {}
+
+
+def test_a_record_counts_the_aus_whose_sign_is_turned_over(tmp_path):
+    few = {"task": "copa", "limit": 10, "method": "published", "site": "ffn", "ks": [8]}
+    (strong, weak) = (computed(tmp_path, **few, alphas=[alpha]) for alpha in (8.0, 0.5))
+    ranks = AURanks.load(ROOT / "AU_ranks" / "embedded" / "copa" / "activation" / "ffn.safetensors")
+    below = sum(8.0 * ranks.gain.flatten()[au] < -1 for au in ranks.order[:8].tolist())
+    assert strong["inverted"] == below > 0 and weak["inverted"] == 0
+    assert selection.chosen_text(strong) == f"k 8, alpha 8, {below} of 8 turned over"
+    assert selection.chosen_text(weak) == "k 8, alpha 0.5"
+    lines = report.table([computed(tmp_path, task="copa", limit=10, method="vanilla"), strong], {}).splitlines()
+    assert f"| 8, {below} turned over |" in lines[-1]
 
 
 def test_cheaper_searches_are_compared_site_by_site(tmp_path):
@@ -358,9 +374,9 @@ def test_overhead_is_that_of_all_tasks(tmp_path):
     gemma, llama = tables.blocks(spec, manifest)
     of = {row.label: dict(zip(gemma.columns, row.values, strict=True)) for row in gemma.rows}
     austeer, vanilla = of["AUSteer as published"], of["Vanilla"]
-    assert austeer["prepare_s"].number == sum(range(10, 17)) and austeer["prepare_s"].difference == 91 - 881
+    assert austeer["prepare_s"].number == sum(range(10, 17)) and austeer["prepare_s"].printed == 881
     assert (austeer["prepare_gb"].number, austeer["gb"].number) == (26, 30), "that of the task that needs most"
-    assert austeer["prepare_gb"].paper == "paper 18 (+8.0)" and vanilla["gb"].paper == "paper 18 (+12.0)"
+    assert austeer["prepare_gb"].paper == vanilla["gb"].paper == "paper 18"  # of another machine: no difference
     assert austeer["inference_s"].number == pytest.approx(100 * 0.5), "40 items of BoolQ, 10 of six tasks"
     assert austeer["s_per_sample"].number == pytest.approx(0.5)
     assert austeer["std"].number == pytest.approx(0.02**0.5), "two trials, 0.4 and 0.6 s of every item"
@@ -401,10 +417,10 @@ def test_what_the_paper_took_from_others_has_its_dagger(tmp_path):
     spec, manifest = made_up(tmp_path, outcomes, printed=printed, dagger={"b": {"x": ["a"]}})
     page.write([spec], manifest)
     text = (tmp_path / "report.md").read_text()
-    assert "paper 90† (-40.0)" in text and "paper 70 (-20.0)" in text
+    assert "paper 90†" in text and "paper 90† (" not in text and "paper 70 (-20.0)" in text
     assert text.count(tables.DAGGER) == 1
     assert tables.DAGGER in (tmp_path / "report.html").read_text()
-    assert not tables.blocks(replace(spec, printed={}), manifest)[0].notes, "where nothing is printed"
+    assert tables.DAGGER not in tables.blocks(replace(spec, printed={}), manifest)[0].notes, "where nothing is printed"
 
 
 def test_a_missing_cell_is_a_dash_with_its_reason(tmp_path):
@@ -650,7 +666,9 @@ def test_grids_stand_beside_the_papers_and_win_rates_need_a_judge(tmp_path, monk
     for column in ("copa", "delta_win_rate"):
         says = spec.columns[column]
         scores = {f"{k:g},{alpha:g}": 0.9 for k in says["ks"] for alpha in says["alphas"]}
-        record = {"measure": "drawn", "grid_scores": scores, "grid_vanilla": records.pack(HALF)}
+        theirs = {"task": column, "n": 500, "measured": {}, "wording": "authors: a file", "protocol": "paper",
+                  "kernel": "au_sdpa", "grid": [{}, {}], "search": "test"}  # fmt: skip
+        record = {"measure": "drawn", "grid_scores": scores, "grid_vanilla": records.pack(HALF)} | theirs
         (tmp_path / "records").mkdir(exist_ok=True)
         (tmp_path / "records" / f"{column}.json").write_text(json.dumps(record))
         manifest.entries.setdefault("figure10", {})[f"gemma2-9b-it|austeer-ffn|{column}"] = [column]

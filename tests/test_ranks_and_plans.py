@@ -254,8 +254,16 @@ def test_plans_of_two_models_do_not_add_up(ranks):
 def test_a_plan_prints_as_a_table(ranks):
     text = str(set_MFU(ranks, 4, 2.0))
     rows = text.splitlines()
-    assert rows[0] == "4 atomic units, tokens: all"
+    assert rows[0] == "4 atomic units, 1 of them with the sign turned over (gamma below -1), tokens: all"
+    assert str(set_MFU(ranks, 4, 1.0)).startswith("4 atomic units, tokens: all"), "a gamma of -1 at most keeps signs"
     assert len([row for row in rows if row.startswith("ffn ")]) == 4 and "alpha: 2.0" in rows
+
+
+def test_aus_whose_sign_a_plan_turns_over_are_counted():
+    scales = torch.tensor([[0.0, 2.0, -0.5, -1.0], [-1.01, -19.0, 0.0, 50.0]])
+    assert Plan({"ffn": scales}).inverted == 2, "a factor of 0 has no sign"
+    assert Plan({"ffn": scales, "attention": scales[1:]}).inverted == 4
+    assert Plan({}, {"ffn": -scales}).inverted == 0, "a shift is no factor"
 
 
 def test_plan_refusals(ranks):

@@ -270,6 +270,21 @@ def test_fidelity_names_every_switch():
 
     text = (ROOT / "docs" / "fidelity.md").read_text()
     assert all(f"`{field.name}`" in text for field in fields(Protocol) if field.name != "name")
+    assert {int(n) for n in re.findall(r"\(D(\d+)\)", text)} == set(range(1, 27))
+    assert {re.match(r"\((\w)\)", label)[0] for label in re.findall(r"\(\w\)(?= \|)", text)} <= {
+        label for line in text.splitlines() if line.startswith("    ") for label in re.findall(r"\(\w\)", line)
+    }, "every effect has its command"
+
+
+def test_fidelity_counts_the_aus_turned_over_as_the_command_does(capsys):
+    from austeer.commands.plan import main
+
+    text = (ROOT / "docs" / "fidelity.md").read_text()
+    n, k, alpha = re.search(r"(\d+) of \d+ AUs at k (\d+), alpha (\d+) \(b\)", text).groups()
+    (options,) = re.findall(r"    python set_MFU\.py (.*?) +# \(b\)", text)
+    assert f"--k {k} --alpha {alpha}" in options
+    main([str(ROOT / word) if word.startswith("AU_ranks/") else word for word in options.split()])
+    assert capsys.readouterr().out.startswith(f"{k} atomic units, {n} of them with the sign turned over")
 
 
 def test_scripts_parse():

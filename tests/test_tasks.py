@@ -97,6 +97,31 @@ def test_paper_protocol_takes_rows_as_they_come(data):
     assert (parts.ranking, parts.validation, parts.pool) == (rows[:1000], rows[1000:1500], rows)
 
 
+@pytest.mark.parametrize("protocol", ["clean", "paper"])
+def test_swapped_choices_stay_on_the_side_of_their_item(data, protocol):
+    """The copies are made of the rows to rank by alone: validation and test items are the same with and without them."""
+    plain, both = (task_of("copa", data, protocol=protocol, swapped_choices=on) for on in (False, True))
+    assert both.validation == plain.validation and both.test == plain.test and len(plain.pairs) > 20
+    once = len(set(plain.pairs))
+    assert len(both.pairs) == len(set(both.pairs)) == 2 * once, "each in both orders, and none twice"
+    assert both.pairs_by == f"{plain.pairs_by}, every item also with its choices swapped"
+    assert both.pairs[1::2] == list(dict.fromkeys(plain.pairs)), "the copy comes first, as in the authors' log"
+    for one, other in zip(both.pairs[::2], both.pairs[1::2], strict=True):
+        (a, b), swapped = re.search("A: (.*)\nB: (.*)\n", one.prompt).groups(), other.prompt
+        assert f"A: {b}\nB: {a}\n" in swapped and (one.positive, one.negative) == (other.negative, other.positive)
+    held_out = {task.group(row) for task in (both,) for row in (*task.split.validation, *task.split.test)}
+    ranked = {both.group(row) for row in both._with_swapped(both.split.ranking)}
+    assert protocol == "paper" or not ranked & held_out
+    already = both._with_swapped(both.split.ranking)
+    assert len(both._with_swapped(already)) == len(already), "a file that has the swapped form gets no second copy"
+
+
+@pytest.mark.parametrize("name", ["winogrande", "svamp", "bpo"])
+def test_only_copa_has_choices_to_swap(name, data):
+    with pytest.raises(AUSteerError, match="for the pairs of copa only"):
+        task_of(name, data, swapped_choices=True)
+
+
 def test_how_much_is_held_out():
     def sizes(n):
         rows = [{"t": str(i)} for i in range(n)]

@@ -33,7 +33,8 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
     tokenizer = rmodels.load_tokenizer(args.model, revision=args.revision)
     limit = longest_text(rules, model.config.max_position_embeddings, args.max_length, args.batch_size)
     wanted_header = {
-        "fingerprint": fingerprint(model), "pairs_hash": pairs_hash(pairs), "protocol": args.protocol,
+        "fingerprint": fingerprint(model), "kernel": model.config._attn_implementation,
+        "pairs_hash": pairs_hash(pairs), "protocol": args.protocol,
         "momentum": args.momentum, "tokenizer": public_name(tokenizer.name_or_path), "max_length": limit,
     }  # fmt: skip
     is_missing = processes.flags_of_main([args.force or _is_missing(file, wanted_header) for file in files.values()])
@@ -56,7 +57,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
 def _is_missing(file: Path, wanted_header: dict) -> bool:
     if not file.exists():
         return True
-    header = AURanks.load(file).header
+    header = {"kernel": wanted_header["kernel"], **AURanks.load(file).header}  # earlier files do not name theirs
     differs = ", ".join(key for key, value in wanted_header.items() if header.get(key) != value)
     if differs:
         raise AUSteerError(f"{file} exists and differs in {differs}; choose another --out, or --force to replace it")

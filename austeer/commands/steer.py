@@ -35,6 +35,8 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
     tokenizer = rmodels.load_tokenizer(args.model, revision=args.revision)
     if args.chat and not getattr(tokenizer, "chat_template", None):
         raise AUSteerError("this tokenizer has no chat template; leave --chat out, or use an instruction-tuned model")
+    if not args.json:
+        print(f"plan: {plan.summary()}\n")
     for prompt in _prompts(args):
         unsteered = greedy_answer(model, tokenizer, prompt, args.max_new_tokens, args.chat)
         with steer(model, plan):

@@ -26,7 +26,8 @@ from eval.tasks.registry import PAPER_TASKS, paper_task
 def main(argv: Sequence[str] | None = None) -> None:
     args = _arguments(argv)
     if args.source in PAPER_TASKS:
-        options = {"data_dir": args.data_dir, "protocol": args.protocol, "encoder": args.encoder}
+        names = ("data_dir", "protocol", "encoder", "swapped_choices")
+        options = {name: getattr(args, name) for name in names}
         task = paper_task(args.source, toxicity="embedded", **options)
         pairs, dropped = task.pairs, task.dropped
         print(f"{args.source}, {args.protocol} protocol; prompts: {task.wording}")
@@ -101,6 +102,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--answer-field", default="answer", help="field of the right answer in your data (default: %(default)s)")
     add("--wrong-field", help="field of a wrong answer in your data, if it has one")
     add("--numbers", action="store_true", help="compare your answers as numbers: a wrong one must differ in value")
+    add("--swapped-choices", action="store_true", help="make a second pair of every item of copa, its choices swapped")
     add("--encoder", help="sentence encoder, or tfidf (default: all-MiniLM-L6-v2)")
     add("--show", type=int, default=3, help="print this many (default: %(default)s)")
     add("--out", type=Path, help="save the pairs here (.jsonl)")

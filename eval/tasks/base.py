@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
+from austeer.errors import AUSteerError
 from austeer.pairs import Pair
 from eval.answering.answer_file import Answer, AnswerFile
 from eval.answering.answerer import Answerer, Generation
@@ -46,16 +47,27 @@ class Task(ABC):
     wording = "the task's own"  # whose prompts these are
     multi_token = False  # an answer takes many passes: then a small batch costs nearly as much as a large one
     generates_on_validation = True  # False: settings are chosen by likelihoods, and only the test is answered in words
+    swaps_choices = False  # its pairs can also be made with the choices swapped
     measured: dict = {}  # how answers are made and scored, where that can be chosen
     batch_size: int | None = None
 
-    def __init__(self, *, n_pairs: int | None = None, general_pairs: bool = False, encoder: str | None = None):
+    def __init__(
+        self,
+        *,
+        n_pairs: int | None = None,
+        general_pairs: bool = False,
+        encoder: str | None = None,
+        swapped_choices: bool = False,
+    ):
         """Set how pairs are made.
 
         n_pairs: use only the first so many. general_pairs: take wrong answers by the paper's general recipe. encoder: finds
-        similar answers.
+        similar answers. swapped_choices: make a second pair of every item, with its choices swapped.
         """
+        if swapped_choices and not self.swaps_choices:
+            raise AUSteerError("swapped choices are for the pairs of copa only: leave out --swapped-choices")
         self.n_pairs, self.general_pairs, self.encoder = n_pairs, general_pairs, encoder
+        self.swapped_choices = swapped_choices
 
     @abstractmethod
     def own_pairs(self) -> PairSet:

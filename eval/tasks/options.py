@@ -79,6 +79,7 @@ class BoolQ(OptionTask):
 
 class COPA(OptionTask):
     name, label, first = "copa", "label", 0
+    swaps_choices = True
     keys = ("premise", "question", "choice1", "choice2")
     columns_of_table = {0: "label", 2: "premise", 3: "question", 4: "choice1", 5: "choice2"}  # the authors', unnamed
 
@@ -91,6 +92,24 @@ class COPA(OptionTask):
 
     def group(self, row):
         return "\n".join(sorted((row["choice1"].strip(), row["choice2"].strip())))  # mirrored items share them
+
+    def _pairs(self, rows, dropped):
+        if not self.swapped_choices:
+            return super()._pairs(rows, dropped)
+        pairs, by = super()._pairs(self._with_swapped(rows), dropped)
+        return pairs, f"{by}, every item also with its choices swapped"
+
+    def _with_swapped(self, rows: Sequence[dict]) -> list[dict]:
+        """Put before every row the same with its choices swapped, if that is no row yet: so the authors' log begins.
+
+        The rows are those to rank by, split from the others before, so no copy gets to the validation or test items.
+        """
+        once = {}
+        for row in rows:
+            swapped = {"choice1": row["choice2"], "choice2": row["choice1"], "label": 1 - row["label"]}
+            for one in ({**row, **swapped}, row):
+                once.setdefault(self.text(one), one)
+        return list(once.values())
 
 
 class WinoGrande(OptionTask):

@@ -7,7 +7,9 @@ from statistics import mean, stdev
 
 from eval.statistics import selection_noise, wilson
 from experiments.records import unpack
+from paper.comparable import ON_ANOTHER_MACHINE, RATED_BY_OTHERS
 from paper.manifest import Manifest
+from paper.render.conditions import unlike
 from paper.render.selection import better_site, chosen_text, nothing_beat_vanilla
 from paper.render.values import Block, Row, Value
 from paper.specs import Spec
@@ -29,7 +31,9 @@ def settings(spec: Spec, manifest: Manifest, block: str) -> Block:
                 else:
                     value = Value(f"{chosen:g}", best["site"], number=chosen)
                 value.ids = [best["id"]]
+                value.unlike = unlike([best]) if spec.printed else []
             value.printed = spec.printed.get(block, {}).get(row, {}).get(column)
+            value.unlike = [ON_ANOTHER_MACHINE]
             values.append(value)
         rows.append(Row(row, spec.rows[row]["label"], spec.rows[row].get("ours", False), values))
     return Block(block, list(spec.columns), list(spec.columns), rows)
@@ -45,6 +49,7 @@ def counts(spec: Spec, manifest: Manifest, block: str) -> Block:
             value.ids = [record["id"] for record in records[:1]]
             value.why = "" if records else manifest.why_missing(spec.source, block, source, column)
             value.printed = spec.printed.get(block, {}).get(row, {}).get(column)
+            value.unlike = [ON_ANOTHER_MACHINE]
             values.append(value)
         rows.append(Row(row, spec.rows[row]["label"], False, values))
     return Block(block, list(spec.columns), list(spec.columns), rows)
@@ -141,9 +146,13 @@ def human(spec: Spec, manifest: Manifest, block: str) -> Block:
             )
             if rating is not None:
                 value = Value(
-                    f"{rating['mean']:.1f}", f"[{rating['low']:.1f}, {rating['high']:.1f}]", number=rating["mean"]
+                    f"{rating['mean']:.1f}",
+                    f"[{rating['low']:.1f}, {rating['high']:.1f}]",
+                    number=rating["mean"],
+                    unlike=[RATED_BY_OTHERS],
                 )
             value.printed = spec.printed.get(block, {}).get(row, {}).get(column)
+            value.unlike = [ON_ANOTHER_MACHINE]
             values.append(value)
         rows.append(Row(row, row_fields["label"], False, values))
     return Block(block, list(spec.columns), list(spec.columns), rows)
@@ -172,6 +181,7 @@ def overhead(spec: Spec, manifest: Manifest, block: str) -> Block:
             value.facts = [f"{task} {part:.4g}" for task, part in by_task.items() if part is not None]
             value.ids = [record["id"] for record in records.values() if record is not None]
             value.printed = spec.printed.get(block, {}).get(row, {}).get(column)
+            value.unlike = [ON_ANOTHER_MACHINE]
             values.append(value)
         rows.append(Row(row, label, row == "causal", values))
     sizes = [

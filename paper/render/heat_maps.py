@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import fill
 
 import numpy as np
 
 from experiments.plots import grid_of, heat_map
 from experiments.records import unpack
+from paper.comparable import differences
 from paper.manifest import Manifest
 from paper.specs import Spec
 from paper.studies import picture
@@ -80,6 +82,9 @@ def _draw_comparison(
     heat_map(
         axes[1], fields["ks"], fields["alphas"], printed, f"{title}, the paper", 1, f"{record['measure']}, %", **limits
     )
+    if reasons := differences(record):
+        _write(axes[2], "No difference:\n" + ",\n".join(fill(reason, 40) for reason in reasons) + ".")
+        return
     if (ks, alphas) != ([*fields["ks"]], [*fields["alphas"]]):
         _write(axes[2], "No difference:\nour grid has other points.")
         return

@@ -29,7 +29,10 @@ def better_site(records: Sequence[dict]) -> dict:
 
 
 def chosen_text(record: dict) -> str:
-    """Describe what was chosen, with the k and alpha that a method found itself, and the AUs where k does not tell."""
+    """Describe what was chosen, with the k and alpha that a method found itself.
+
+    AUs are counted where k does not tell their number, and where gamma below -1 turns their sign over.
+    """
     predicted = record.get("foretold", {})
     parts = [f"{key} {value:g}" for key, value in record["settings"].items()]
     parts += [f"{key} {predicted[key]:.3g}" for key in ("k", "alpha") if key in predicted]
@@ -37,6 +40,8 @@ def chosen_text(record: dict) -> str:
     n_steered = record.get("touched")
     if n_steered is not None and n_steered != k:
         parts.append(f"{n_steered} AUs")
+    if record.get("inverted"):
+        parts.append(f"{record['inverted']} of {n_steered} turned over")
     return ", ".join(parts)
 
 

@@ -10,8 +10,10 @@ import numpy as np
 
 from eval.statistics import wilson
 from experiments.records import unpack
+from paper.comparable import OF_ANOTHER_PAPER, OUR_JUDGE_PROMPT, judge_differences
 from paper.manifest import Manifest
 from paper.render.changed_aus import AUS, PRINTED, changed, not_sparse
+from paper.render.conditions import conditions, unlike, without_difference
 from paper.render.derived_tables import counts, human, noise, overhead, prediction, settings
 from paper.render.searches import searches
 from paper.render.seeds import over_seeds
@@ -31,6 +33,8 @@ def blocks(spec: Spec, manifest: Manifest) -> list[Block]:
         result.append(make(spec, manifest, block))
         if "searches" in spec.show:
             result.append(searches(spec, manifest, block))
+    for one in result:
+        one.notes += without_difference(one.rows, one.columns)
     return result
 
 
@@ -44,9 +48,13 @@ def accuracy(spec: Spec, manifest: Manifest, block: str) -> Block:
             cell_records = records[row][column] = selected_records(spec, manifest, block, row, column)
             table[row][column] = _accuracy(cell_records, column_fields, manifest, spec, block, row, column)
             table[row][column].ids = [record["id"] for record in cell_records]
+            if spec.printed:
+                table[row][column].unlike += unlike(cell_records)
             if cell_records:
                 sizes[column] = cell_records[0]["n"]
-    columns, notes = list(spec.columns), []
+                table[row][column].by = table[row][column].by or cell_records[0]["measured"].get("scorer", "")
+    columns, labels = list(spec.columns), {row: fields["label"] for row, fields in spec.rows.items()}
+    notes = conditions(records, labels)
     mark_significance(table, columns, spec.show.get("vanilla", {}))
     for name, parts in spec.averages.items():
         if spec.show.get("over") == "seeds":
@@ -56,7 +64,7 @@ def accuracy(spec: Spec, manifest: Manifest, block: str) -> Block:
             for cells in table.values():
                 cells[name] = _average([cells[part] for part in parts])
     if spec.kind == "accuracy" and spec.show.get("aus", True):
-        notes += not_sparse(records, {row: fields["label"] for row, fields in spec.rows.items()})
+        notes += not_sparse(records, labels)
         cell_records = [record for row in records.values() for several in row.values() for record in several]
         printed = spec.printed.get(block, {}).values()
         if any(record.get("touched") is not None for record in cell_records) or any(PRINTED in row for row in printed):
@@ -67,16 +75,25 @@ def accuracy(spec: Spec, manifest: Manifest, block: str) -> Block:
         for column in columns:
             key = PRINTED if column == AUS else column
             cells[column].printed = spec.printed.get(block, {}).get(row, {}).get(key)
-            cells[column].dagger = key in spec.dagger.get(block, {}).get(row, ())
+            if key in spec.dagger.get(block, {}).get(row, ()):
+                cells[column].dagger = True
+                cells[column].unlike.append(OF_ANOTHER_PAPER)
     for column in columns:
         _place([cells[column] for cells in table.values()])
     notes += [DAGGER] if spec.printed and spec.dagger.get(block) else []
     rows = [
-        Row(row, spec.rows[row]["label"], spec.rows[row].get("ours", False), [cells[column] for column in columns])
+        Row(row, labels[row], spec.rows[row].get("ours", False), [cells[column] for column in columns])
         for row, cells in table.items()
         if any(value.number is not None or value.printed is not None or value.why for value in cells.values())
     ]
-    return Block(block, columns, [f"{c} (n = {sizes[c]})" if c in sizes else c for c in columns], rows, notes)
+    heads = [_head(column, sizes.get(column), [cells[column] for cells in table.values()]) for column in columns]
+    return Block(block, columns, heads, rows, notes)
+
+
+def _head(column: str, n: int | None, values: Sequence[Value]) -> str:
+    """Return the heading of a column with n, and with the scorer or judge that measured it."""
+    measured = [] if n is None else [f"n = {n}", *dict.fromkeys(value.by for value in values if value.by)]
+    return f"{column} ({', '.join(measured)})" if measured else column
 
 
 def _accuracy(
@@ -143,8 +160,10 @@ def _win_rate(record: dict, manifest: Manifest, spec: Spec, block: str, row: str
             return Value(
                 f"{result['delta']:.1f}",
                 f"[{low:.1f}, {high:.1f}]",
-                [f"judge: {result['judge']}"],
+                [OUR_JUDGE_PROMPT],
                 number=result["delta"],
+                by=f"judge {result['judge']}, {'one order' if result['orders'] == 'one' else 'both orders'}",
+                unlike=judge_differences(result),
             )
     answers = f"results/{manifest.scale}/answers"
     return Value(
@@ -166,10 +185,11 @@ def _average(values: Sequence[Value]) -> Value:
         for draw in range(draws)
     )
     ids = [id for value in values for id in value.ids]
+    reasons = list(dict.fromkeys(reason for value in values for reason in value.unlike))
     if draws > 1:
-        return replace(_band(means, []), ids=ids)
+        return replace(_band(means, []), ids=ids, unlike=reasons)
     # as if two more items were right and two more wrong: an error of zero would be too good to be true
     adjusted = [(sum(value.hits[0]) + 2, len(value.hits[0]) + 4) for value in values]
     half = 196 * sum(right / n * (1 - right / n) / n for right, n in adjusted) ** 0.5 / len(values)
     low, high = max(0.0, means[0] - half), min(100.0, means[0] + half)
-    return Value(f"{means[0]:.1f}", f"[{low:.1f}, {high:.1f}]", number=means[0], ids=ids)
+    return Value(f"{means[0]:.1f}", f"[{low:.1f}, {high:.1f}]", number=means[0], ids=ids, unlike=reasons)

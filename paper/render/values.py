@@ -14,6 +14,10 @@ class Value:
     dagger: bool = False  # whether the paper took it from another paper
     number: float | None = None
     why: str = ""  # why there is a dash
+    by: str = ""  # the scorer or judge that measured it
+    unlike: list[str] = field(
+        default_factory=list
+    )  # how the paper's number was measured otherwise: paper/comparable.py
     best: bool = False  # better than every other row of its column, by the adjusted test
     significant: bool = False  # different from vanilla, by the adjusted test
     fair: bool = True  # False if it was chosen on the test split, so that it may not be tested
@@ -33,7 +37,7 @@ class Value:
 
     @property
     def paper(self) -> str:
-        """Return the paper's number, and ours less the paper's where both are numbers."""
+        """Return the paper's number, and ours less the paper's where both measure the same."""
         if self.printed is None:
             return ""
         printed = f"paper {self.printed}" if isinstance(self.printed, str) else f"paper {self.printed:g}"
@@ -49,6 +53,8 @@ class Value:
     def background(self) -> list[str]:
         """Return everything that is shown on demand, the test results included."""
         lines = [*self.facts, *([self.why] if self.why else [])]
+        if self.unlike and self.is_beside_a_number:
+            lines.append(f"no difference from the paper's number: {', '.join(self.unlike)}")
         if self.gain is not None and self.p is not None:
             gain, low, high = self.gain
             lines.append(f"gain over vanilla {gain:+.1f} [{low:+.1f}, {high:+.1f}], p {self.p:.2g}")
@@ -58,8 +64,11 @@ class Value:
 
     @property
     def difference(self) -> float | None:
-        comparable = self.number is not None and isinstance(self.printed, int | float)
-        return self.number - self.printed if comparable else None
+        return self.number - self.printed if self.is_beside_a_number and not self.unlike else None
+
+    @property
+    def is_beside_a_number(self) -> bool:
+        return self.number is not None and isinstance(self.printed, int | float)
 
 
 @dataclass

@@ -26,7 +26,8 @@ KEY = (
     "‡ the grid point was chosen on the test split, so the number is not tested. All others were chosen on validation items.",
     "Controls (random AUs, and AUs with flipped signs, with the same search) show the median and the range of their draws.",
     "Columns that are training seeds are summarised by the mean gain over vanilla with a t interval over seeds.",
-    "paper: the number the paper prints, and in parentheses ours minus the paper's, where both measure the same. "
+    "paper: the number the paper prints, and in parentheses ours minus the paper's where both measure the same: scorer, "
+    "judge, prompts, protocol and items. Below each table stand its prompts, pairs and protocol, and what differs. "
     "†: a number that the paper took from another paper.",
     "AUs: how many AUs a row changes, fewest to most over its columns and draws.",
     "Rows in italics are not in the paper. The reason for every dash stands below its table.",
