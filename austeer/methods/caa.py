@@ -57,7 +57,9 @@ class CAA(Method):
 
     def prepare(self, evidence: Evidence) -> Vectors:
         if self.preset and (layers := site_shape(evidence.model, "layer")[0]) != self.layers:
-            raise AUSteerError(f"this model has {layers} layers, not {self.layers}: add caa.layers={layers} to --option")
+            raise AUSteerError(
+                f"this model has {layers} layers, not {self.layers}: add caa.layers={layers} to --option"
+            )
         vectors = mean_difference(*evidence.activations(self.readout))
         if self.norm == "mean":
             vectors = match_norms(vectors)
