@@ -132,7 +132,9 @@ def grid(cell: Cell) -> list[GridPoint]:
         says = f"{name} has {len(points)} grid points; the most that a method may have is {MOST_POINTS[kind]}"
         assert ("preset", ORIGINAL) in cell.method.options, says
         if cell.search.kind != "racing":  # which costs the same, however many points there are
-            raise AUSteerError(f"{says}, and {name}.preset={ORIGINAL} may have more in a race only: add --search racing")
+            raise AUSteerError(
+                f"{says}, and {name}.preset={ORIGINAL} may have more in a race only: add --search racing"
+            )
     for key, values in (("k", cell.search.ks), ("alpha", cell.search.alphas)):
         if values:
             points = [{**point, key: value} for value in values for point in points if key in point] or points

@@ -17,7 +17,7 @@ import rmodels
 from austeer.errors import AUSteerError
 from austeer.evidence import Evidence
 from austeer.methods.austeer import AUSteer
-from austeer.methods.base import BUDGET
+from austeer.methods.base import MOST_POINTS
 from austeer.methods.caa import CAA, Vectors, match_norms, mean_difference
 from austeer.methods.choice import by_head, highest
 from austeer.methods.iti import ITI, Heads, folds, logistic, spread, unit
@@ -292,7 +292,7 @@ def test_the_presets_sweep_what_the_originals_do():
     for method, (key, counts, factors) in expected.items():
         points = [{key: count, "alpha": factor - 1} for count in counts for factor in factors]
         assert method(preset="original").grid("small") == method(preset="original").grid("full") == points
-    layers = [{"alpha": alpha, "depth": layer} for alpha in (0.5, 1, 1.5, 2) for layer in range(7)]
+    layers = [{"depth": layer, "alpha": alpha} for alpha in (0.5, 1, 1.5, 2) for layer in range(7)]
     assert CAA(preset="original", layers=7).grid("full") == layers and len(CAA(preset="original").grid("full")) == 128
     iti = ITI(preset="original").grid("full")
     alphas = dict.fromkeys(point["alpha"] for point in ITI().grid("full"))
@@ -309,7 +309,7 @@ def test_a_sweep_over_budget_is_for_races(monkeypatch):
             cell_of(model="embedded", task="copa", method="caa", site="layer", options=options, search=search)
         )
 
-    assert len(points("racing")) == 24 > BUDGET["small"]
+    assert len(points("racing")) == 24 > MOST_POINTS["small"]
     for search in ("grid", "sample", "test"):
         with pytest.raises(
             AUSteerError, match=r"24 grid points; .* is 15, and caa\.preset=original .* --search racing"
@@ -512,11 +512,11 @@ def test_bad_depth():
             CAA().plan(Vectors(torch.ones(4, 2), {}), {"depth": depth, "alpha": 1.0})
 
 
-@pytest.mark.parametrize("kind", BUDGET)
+@pytest.mark.parametrize("kind", MOST_POINTS)
 def test_grids_keep_to_the_budget(kind):
     for method in ALL:
         grid = method.grid(kind)
-        assert len({tuple(settings.items()) for settings in grid}) == len(grid) <= BUDGET[kind]
+        assert len({tuple(settings.items()) for settings in grid}) == len(grid) <= MOST_POINTS[kind]
         assert grid[0]["alpha"] == min(settings["alpha"] for settings in grid)
     depths = {round(settings["depth"] * 32) for settings in CAA().grid("full")}
     assert 13 in depths and min(depths) == 8 and max(depths) == 24  # the authors' layer of Llama-2-7B, L/4 to 3L/4
@@ -565,7 +565,7 @@ def test_a_cell_of_each(method, tmp_path, monkeypatch):
     monkeypatch.setitem(METHODS, method.name, method)
     monkeypatch.setattr(embedded, "PAIRS", 60)
     record = computed(tmp_path, task="svamp", limit=8, method=method.name, site=method.sites[-1])
-    assert record["n"] == 8 and len(record["grid_scores"]) == BUDGET["small"]
+    assert record["n"] == 8 and len(record["grid_scores"]) == MOST_POINTS["small"]
     if record["settings"]:
         assert record["touched"] > 0
 

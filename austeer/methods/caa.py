@@ -43,7 +43,7 @@ class CAA(Method):
     edits = "one layer's output, shifted"
     sites = ("layer",)
     foldable = False
-    axes = {"alpha": ALPHAS, "depth": DEPTHS}
+    axes = {"depth": DEPTHS, "alpha": ALPHAS}
 
     def __init__(self, readout: str = "last", norm: str = "own", preset: str | None = None, layers: int = 32):
         """Take options: norm="mean" gives the vectors of all layers the same length, their mean, so that a multiplier
@@ -53,7 +53,10 @@ class CAA(Method):
             raise AUSteerError(f"readout must be one of {', '.join(READOUTS)}, and norm one of {', '.join(NORMS)}")
         self.readout, self.norm, self.preset, self.layers = readout, norm, preset, layers
         if is_original(preset):
-            self.axes = every_kind(alpha=THEIR_ALPHAS, depth=range(layers))
+            self.axes = every_kind(depth=range(layers), alpha=THEIR_ALPHAS)
+
+    def grid(self, kind: str) -> list[GridPoint]:
+        return sorted(super().grid(kind), key=lambda point: point["alpha"])  # gentlest first: no layer is gentler
 
     def prepare(self, evidence: Evidence) -> Vectors:
         if self.preset and (layers := site_shape(evidence.model, "layer")[0]) != self.layers:

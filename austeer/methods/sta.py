@@ -51,13 +51,16 @@ class STA(Method):
     edits = "one layer, shifted along SAE atoms"
     sites = (SITE,)
     foldable = False
-    axes = {"alpha": ALPHAS, "keep": KEEPS}
+    axes = {"keep": KEEPS, "alpha": ALPHAS}
 
     def __init__(self, sae: str | None = None, preset: str | None = None):
         """Take options: sae is the name that `austeer.sae.find_sae` looks up."""
         self.sae, self.preset = sae, preset
         if is_original(preset):
-            self.axes = every_kind(alpha=(1.0,), keep=(0.35,))
+            self.axes = every_kind(keep=(0.35,), alpha=(1.0,))
+
+    def grid(self, kind: str) -> list[GridPoint]:
+        return sorted(super().grid(kind), key=lambda point: point["alpha"])  # gentlest first: all vectors are as long
 
     def files(self, model):
         return {} if self.sae else files_beside(model)
