@@ -15,7 +15,7 @@ T = TypeVar("T")
 IN_THE_CHECKOUT = {
     "export": "pip install -r requirements2.txt",
     "quantization": "pip install -r requirements2.txt",
-    "sae": "pip install sae-lens",
+    "sae": "pip install -r scripts/requirements-sae.txt",
     "serve": "bash scripts/setup-vllm.sh",
 }
 STOPPING = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]

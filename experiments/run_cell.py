@@ -15,7 +15,7 @@ from austeer.code_identity import code_hash
 from austeer.errors import AUSteerError, one_line
 from austeer.evidence import Evidence
 from austeer.identity import fingerprint, public_name
-from austeer.methods.base import MOST_POINTS, GridPoint, Method, sites_of
+from austeer.methods.base import MOST_POINTS, ORIGINAL, GridPoint, Method, sites_of
 from austeer.methods.registry import METHODS, with_options
 from austeer.pairs import pairs_hash
 from austeer.plan import Plan
@@ -127,9 +127,14 @@ def grid(cell: Cell) -> list[GridPoint]:
     """Return the method's grid points, with the given ks and alphas in place of its own where there are any."""
     kind = "small" if cell.model.embedded else "full"
     points = method_of(cell.method).grid(kind)
-    assert len(points) <= MOST_POINTS[kind], (
-        f"{cell.method.name} has {len(points)} grid points; the most that a method may have is {MOST_POINTS[kind]}"
-    )
+    if len(points) > MOST_POINTS[kind]:
+        name = cell.method.name
+        says = f"{name} has {len(points)} grid points; the most that a method may have is {MOST_POINTS[kind]}"
+        assert ("preset", ORIGINAL) in cell.method.options, says
+        if cell.search.kind != "racing":  # which costs the same, however many points there are
+            raise AUSteerError(
+                f"{says}, and {name}.preset={ORIGINAL} may have more in a race only: add --search racing"
+            )
     for key, values in (("k", cell.search.ks), ("alpha", cell.search.alphas)):
         if values:
             points = [{**point, key: value} for value in values for point in points if key in point] or points

@@ -229,6 +229,8 @@ def _panels(key: str, fields: dict, base: dict, checkpoints: dict[str, str], pri
 def _flat(layers: list[dict], checkpoints: dict[str, str]) -> dict:
     """Merge the fields of a cell; a model of models.json gets its checkpoint and precision from there."""
     flat = {key: value for layer in layers for key, value in layer.items() if key in FIELD_NAMES}
+    # options add up: a block may name an SAE, and a column a readout
+    flat["options"] = list(dict(option for layer in layers for option in layer.get("options", ())).items())
     known = models().get(flat["model"])
     if known is not None:
         flat["model"] = checkpoints.get(known["hub"], known["hub"])

@@ -12,13 +12,14 @@ import torch
 from conftest import FAMILIES
 
 import rmodels
+from austeer.chat import chat_prompts
 from austeer.errors import AUSteerError
 from austeer.plan import Plan
 from austeer.steering import steer
 from eval.answering import answerer as answering
 from eval.answering import live
 from eval.answering.answer_file import Answer, AnswerFile
-from eval.answering.answerer import Generation, chat_prompts, option_tokens
+from eval.answering.answerer import Generation, option_tokens
 from eval.answering.live import LiveAnswerer
 
 WORDS = [

@@ -17,17 +17,20 @@ import rmodels
 from austeer.errors import AUSteerError
 from austeer.evidence import Evidence
 from austeer.methods.austeer import AUSteer
-from austeer.methods.base import BUDGET
+from austeer.methods.base import MOST_POINTS
 from austeer.methods.caa import CAA, Vectors, match_norms, mean_difference
 from austeer.methods.choice import by_head, highest
-from austeer.methods.iti import ITI, Heads, logistic, split, spread, unit
+from austeer.methods.iti import ITI, Heads, folds, logistic, spread, unit
 from austeer.methods.registry import METHODS
-from austeer.methods.sadi import SADIHead, SADIHidden, SADINeuron, Scores, clamped, difference
+from austeer.methods.sadi import SADIHead, SADIHidden, SADINeuron, Scores, clamped, difference, their_texts
 from austeer.pairs import Pair
 from austeer.plan import Plan
 from austeer.steering import apply, clear, steer
 from eval.tasks import embedded
+from experiments.cell import cell_of
+from experiments.run_cell import grid as cell_grid
 from MFU_screening import screen
+from paper import specs
 
 ALL = [ITI(), ITI("probe"), CAA(), SADIHead(), SADINeuron(), SADIHidden()]
 IDS = torch.tensor([[1, 40, 77, 130, 9, 200, 31, 55, 88]])
@@ -175,28 +178,34 @@ def test_the_probe_is_the_minimum_a_general_solver_finds(scale, dims, texts):
         assert np.allclose(ours, best.x, atol=2e-3)
 
 
+@pytest.mark.parametrize("preset", [None, "original"])
 @pytest.mark.parametrize("direction", ["mass-mean", "probe"])
-def test_iti_by_loops(direction):
+def test_iti_by_loops(direction, preset):
     pairs, layers, heads, dim = 15, 2, 3, 4
     right, wrong = noise(3, pairs, layers, heads * dim), noise(4, pairs, layers, heads * dim)
     right[:, 1, 4:8] += 1.5
     right[:, 0, :4] -= 0.7
-    method = ITI(direction, "n")
+    method = ITI(direction, "n", preset)
     actual = method.prepare(FakeEvidence(right, wrong, heads, seed=5))
-    fitted, held_out = split(pairs, 5)
-    assert sorted([*fitted.tolist(), *held_out.tolist()]) == list(range(pairs)) and len(held_out) == 3
+    cut = {None: [range(15)], "original": [range(8), range(8, 15)]}[preset]
+    rounds = [[part.tolist() for part in fold] for fold in folds(pairs, len(cut), 5)]
+    for fold, (fitted, held_out) in zip(cut, rounds, strict=True):
+        assert sorted([*fitted, *held_out]) == list(fold) and len(held_out) == round(len(fold) / 5)
     right, wrong = right.astype(np.float32).astype(float), wrong.astype(np.float32).astype(float)
     expected, accuracy = {}, {}
     for layer, head in itertools.product(range(layers), range(heads)):
         mine = slice(head * dim, (head + 1) * dim)
-        x = np.array([texts[i, layer, mine] for texts in (right, wrong) for i in fitted.tolist()])
-        y = np.array([1.0] * len(fitted) + [0.0] * len(fitted))
-        weights, bias = logistic(torch.tensor(x)[None], torch.tensor(y))
-        weights = weights[0].numpy()
-        hits = [weights @ right[i, layer, mine] + float(bias) > 0 for i in held_out.tolist()]
-        hits += [weights @ wrong[i, layer, mine] + float(bias) <= 0 for i in held_out.tolist()]
-        accuracy[layer, head] = sum(map(bool, hits)) / len(hits)
-        theta = right[:, layer, mine].mean(0) - wrong[:, layer, mine].mean(0) if direction == "mass-mean" else weights
+        accuracy[layer, head], of_probes = 0.0, np.zeros(dim)
+        for fitted, held_out in rounds:
+            x = np.array([texts[i, layer, mine] for texts in (right, wrong) for i in fitted])
+            y = np.array([1.0] * len(fitted) + [0.0] * len(fitted))
+            weights, bias = logistic(torch.tensor(x)[None], torch.tensor(y))
+            weights = weights[0].numpy()
+            hits = [weights @ right[i, layer, mine] + float(bias) > 0 for i in held_out]
+            hits += [weights @ wrong[i, layer, mine] + float(bias) <= 0 for i in held_out]
+            accuracy[layer, head] += sum(map(bool, hits)) / len(hits) / len(rounds)
+            of_probes += weights / len(rounds)
+        theta = right[:, layer, mine].mean(0) - wrong[:, layer, mine].mean(0) if direction == "mass-mean" else of_probes
         theta = theta / math.sqrt(sum(theta**2))
         along = [float(theta @ texts[i, layer, mine]) for texts in (right, wrong) for i in range(pairs)]
         expected[layer, head] = 2.0 * np.std(along) * theta
@@ -267,6 +276,113 @@ def test_the_last_token_but_one(llama, checkpoints, tokenizer):
     bare = [Pair("Is it red?", " A", " B")]
     with pytest.raises(AUSteerError, match=r"the last token but one of some pair is in its prompt.*\(A\)"):
         CAA("before-last").prepare(evidence(llama, tokenizer, "layer", bare))
+
+
+# the originals' settings
+
+
+def test_the_presets_sweep_what_the_originals_do():
+    """The counts and strengths are spelled out here as the authors' scripts have them."""
+    strengths = [5, 10, 15, 20, 25, 30, 35, 40, 45, 50, 55, 60, 65, 70, 75, 80]
+    expected = {
+        SADIHead: ("heads", [1, 2, 4, 6, 8, 10], strengths),
+        SADINeuron: ("k", [3, 5, 10, 30, 50, 100, 200, 300, 400, 500], [10, 20, 30, 50, 70, 90]),
+        SADIHidden: ("k", [1, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20], strengths),
+    }
+    for method, (key, counts, factors) in expected.items():
+        points = [{key: count, "alpha": factor - 1} for count in counts for factor in factors]
+        assert method(preset="original").grid("small") == method(preset="original").grid("full") == points
+    layers = [{"depth": layer, "alpha": alpha} for alpha in (0.5, 1, 1.5, 2) for layer in range(7)]
+    assert CAA(preset="original", layers=7).grid("full") == layers and len(CAA(preset="original").grid("full")) == 128
+    iti = ITI(preset="original").grid("full")
+    alphas = dict.fromkeys(point["alpha"] for point in ITI().grid("full"))
+    assert iti == [{"heads": heads, "alpha": alpha} for heads in (2, 4, 8, 16, 32, 48, 64) for alpha in alphas]
+    assert max(point["heads"] for point in ITI(preset="original").grid("small")) == 16  # all of an embedded model
+    for method in (ITI, CAA, SADIHead, SADINeuron, SADIHidden):
+        with pytest.raises(AUSteerError, match="preset 'theirs' is unknown; use original, or leave it out"):
+            method(preset="theirs")
+
+
+def test_a_sweep_over_budget_is_for_races(monkeypatch):
+    def points(search, options=(("caa.preset", "original"), ("caa.layers", "6"))):
+        return cell_grid(
+            cell_of(model="embedded", task="copa", method="caa", site="layer", options=options, search=search)
+        )
+
+    assert len(points("racing")) == 24 > MOST_POINTS["small"]
+    for search in ("grid", "sample", "test"):
+        with pytest.raises(
+            AUSteerError, match=r"24 grid points; .* is 15, and caa\.preset=original .* --search racing"
+        ):
+            points(search)
+    monkeypatch.setitem(CAA.axes["alpha"], "small", range(6))
+    with pytest.raises(AssertionError, match="18 grid points"):  # no other grid may, raced or not
+        points("racing", options=())
+
+
+def test_caa_at_every_layer(llama, tokenizer):
+    method = CAA(preset="original", layers=3)
+    vectors, same = (m.prepare(evidence(llama, tokenizer, "layer")) for m in (method, CAA()))
+    assert torch.equal(vectors.by_layer, same.by_layer)
+    for layer in range(3):
+        shift = method.plan(vectors, {"alpha": 1.5, "depth": layer}).shifts["layer"]
+        assert torch.equal(shift[layer], 1.5 * same.by_layer[layer]) and shift.any(1).sum() == 1
+    with pytest.raises(AUSteerError, match=r"this model has 3 layers, not 32: add caa\.layers=3 to --option"):
+        CAA(preset="original").prepare(evidence(llama, tokenizer, "layer"))
+
+
+def test_sadi_reads_the_authors_texts(checkpoints, llama, tokenizer):
+    upstream = AutoModelForCausalLM.from_pretrained(checkpoints["llama"], dtype=torch.float32)
+    spaced = [(f"  {prompt} \n", f"{right} ", wrong.strip()) for prompt, right, wrong in PAIRS]
+    # tokens are bytes here, with one BOS: the first is one too long, and the length of a wrong text does not matter
+    long = [("a" * 697, "b c", "d"), ("a" * 690, "b", "c" * 20)]
+    kept = their_texts(evidence(llama, tokenizer, "ffn", spaced + long)).pairs
+    assert len(kept) == len(spaced) + 1 and kept[-1] == ("a" * 690, " b", " " + "c" * 20)
+    total = 0
+    for prompt, *answers in spaced:
+        two = [last_activations(upstream, tokenizer, f"{prompt.strip()} {a.strip()}", "ffn").double() for a in answers]
+        total = total + (two[0] - two[1]) / len(spaced)
+    actual = SADIHidden(preset="original").prepare(evidence(llama, tokenizer, "ffn", spaced + long[:1]))
+    assert torch.allclose(actual.by_unit, total.float(), atol=1e-4)
+    assert not torch.allclose(SADIHidden().prepare(evidence(llama, tokenizer, "ffn", spaced)).by_unit, total.float())
+    assert actual.header["pairs_hash"] == evidence(llama, tokenizer, "ffn", spaced + long[:1]).header()["pairs_hash"]
+    with pytest.raises(AUSteerError, match="every right text has over 700 tokens"):
+        SADIHidden(preset="original").prepare(evidence(llama, tokenizer, "ffn", long[:1]))
+
+
+def test_iti_needs_pairs_in_both_halves(llama, tokenizer):
+    with pytest.raises(AUSteerError, match="with preset=original two in each half"):
+        ITI(preset="original").prepare(evidence(llama, tokenizer, "attention", PAIRS[:3]))
+    ITI(preset="original").prepare(evidence(llama, tokenizer, "attention", PAIRS[:4]))
+
+
+# open answers
+
+
+def test_caa_over_the_answer_by_loops(checkpoints, llama, tokenizer):
+    """The mean over the tokens that the two texts do not share, token by token."""
+    upstream = AutoModelForCausalLM.from_pretrained(checkpoints["llama"], dtype=torch.float32)
+    pairs, total = [("Say it:", " so it is", " so they went off"), ("And:", " nothing", " at once")], 0
+    for prompt, *answers in pairs:
+        texts = [prompt + answer for answer in answers]
+        shared = len(prompt) + (4 if "so" in answers[0] else 1)  # tokens are bytes
+        means = []
+        for text in texts:
+            at = [last_activations(upstream, tokenizer, text[: end + 1], "layer") for end in range(shared, len(text))]
+            means.append(sum(at) / len(at))
+        total = total + (means[0] - means[1]) / len(pairs)
+    actual = CAA("answer").prepare(evidence(llama, tokenizer, "layer", pairs)).by_layer
+    assert torch.allclose(actual, total, atol=1e-4)
+    assert not torch.allclose(CAA().prepare(evidence(llama, tokenizer, "layer", pairs)).by_layer, total, atol=1e-2)
+
+
+@pytest.mark.parametrize("scale", ["small", "paper"])
+def test_the_tables_read_open_answers_over_the_answer(scale):
+    (table,) = specs.read(scale, ["table1"])
+    read = {entry.column: cell.method.options for entry in table.entries if entry.row == "caa" for cell in entry.cells}
+    answer = (("readout", "answer"),)
+    open_answers = {"mawps": answer, "detox": answer, "delta_win_rate": answer}
+    assert read == dict.fromkeys(("boolq", "copa", "winogrande", "svamp"), ()) | open_answers
 
 
 # the authors' SADI: frozen, overwritten
@@ -396,11 +512,11 @@ def test_bad_depth():
             CAA().plan(Vectors(torch.ones(4, 2), {}), {"depth": depth, "alpha": 1.0})
 
 
-@pytest.mark.parametrize("kind", BUDGET)
+@pytest.mark.parametrize("kind", MOST_POINTS)
 def test_grids_keep_to_the_budget(kind):
     for method in ALL:
         grid = method.grid(kind)
-        assert len({tuple(settings.items()) for settings in grid}) == len(grid) <= BUDGET[kind]
+        assert len({tuple(settings.items()) for settings in grid}) == len(grid) <= MOST_POINTS[kind]
         assert grid[0]["alpha"] == min(settings["alpha"] for settings in grid)
     depths = {round(settings["depth"] * 32) for settings in CAA().grid("full")}
     assert 13 in depths and min(depths) == 8 and max(depths) == 24  # the authors' layer of Llama-2-7B, L/4 to 3L/4
@@ -449,7 +565,7 @@ def test_a_cell_of_each(method, tmp_path, monkeypatch):
     monkeypatch.setitem(METHODS, method.name, method)
     monkeypatch.setattr(embedded, "PAIRS", 60)
     record = computed(tmp_path, task="svamp", limit=8, method=method.name, site=method.sites[-1])
-    assert record["n"] == 8 and len(record["grid_scores"]) == BUDGET["small"]
+    assert record["n"] == 8 and len(record["grid_scores"]) == MOST_POINTS["small"]
     if record["settings"]:
         assert record["touched"] > 0
 

@@ -74,7 +74,7 @@ EDITS = {
     "a family file": {"rmodels/modeling_other.py": (ROOT / "rmodels" / "modeling_llama.py").read_text()},
     "a method file": {"austeer/methods/other.py": (ROOT / "austeer" / "methods" / "all_aus.py").read_text()},
     "a moved definition": moved(),
-    "caa": edited("austeer/methods/caa.py", "DEPTHS[kind]", "DEPTHS[kind][::-1]"),
+    "caa": edited("austeer/methods/caa.py", "(0.25, 0.5, 0.75)", "(0.25, 0.5, 0.8)"),
     "sae": edited("austeer/sae.py", "torch.isfinite(tensor).all()", "torch.isfinite(tensor).any()"),
     "screening": edited("MFU_screening.py", "encoded, n_equal = encode(", "n_equal = 0\n    encoded, n_equal = encode("),
     "causal momentum": edited("MFU_screening.py", "1e-9 * mean.abs()", "1e-8 * mean.abs()"),

@@ -3,18 +3,22 @@
 import math
 import sys
 from dataclasses import replace
+from pathlib import Path
 from random import Random
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import PAIRS
 from one_cell import computed
 from reference import hooked
-from transformers import AutoModelForCausalLM
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import rmodels
 from austeer import sae as sae_file
+from austeer.chat import pairs_in_chat
 from austeer.errors import AUSteerError
 from austeer.evidence import Evidence
 from austeer.identity import fingerprint
@@ -31,6 +35,7 @@ from embedded import sae as recipe
 from eval.scoring.behaviour_measures import worst_of_samples
 from experiments import run_cell
 from experiments.records import unpack
+from paper import specs
 
 LAYER = 1
 METHODS = (STA, NeuroSteer)
@@ -180,14 +185,90 @@ def test_sae_lens_missing_or_without_the_release(monkeypatch):
     with pytest.raises(AUSteerError, match="neither a file nor RELEASE/ID"):
         sae_file.from_sae_lens("nothing")
     monkeypatch.setitem(sys.modules, "sae_lens", None)
-    with pytest.raises(AUSteerError, match=r"pip install .austeer\[sae\]"):
+    with pytest.raises(
+        AUSteerError, match=r"pip install .austeer\[sae\].*pip install -r (scripts/.*\.txt)\)"
+    ) as missing:
         sae_file.from_sae_lens("some/id")
+    assert "\n" not in str(missing.value)
+    (pinned,) = [line for line in REQUIREMENTS.read_text().splitlines() if line.startswith("sae-lens")]
+    assert REQUIREMENTS.name in str(missing.value) and pinned.startswith("sae-lens==6.")
+
+
+def test_the_row_of_the_paper_names_its_sae():
+    (table,) = specs.read("paper", ["table1"])
+    options = {cell.method.options for entry in table.entries if entry.row == "sta" for cell in entry.cells}
+    assert options == {(("sae", PUBLISHED),)} and {e.block for e in table.entries if e.row == "sta"} == {"gemma2-9b-it"}
+
+
+# sae-lens itself, where it is installed
+
+REQUIREMENTS = Path(sae_file.__file__).parents[1] / "scripts" / "requirements-sae.txt"
+PUBLISHED = "gemma-scope-9b-it-res-canonical/layer_20/width_16k/canonical"
+
+
+def sae_lens():
+    return pytest.importorskip("sae_lens", reason="sae-lens is in scripts/requirements-sae.txt")
 
 
 @pytest.mark.slow
+def test_the_published_layout_of_gemma_scope(tmp_path, monkeypatch, tokenizer):
+    """Made-up weights in the hub's folders and of the published size become STA's plan on a thin Gemma 2 of 21 layers."""
+    sae_lens()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    width, latents, used, draw = 3584, 16384, 48, np.random.default_rng(0)
+    weights = {
+        "W_enc": np.zeros((width, latents), np.float32),
+        "W_dec": np.zeros((latents, width), np.float32),
+        "b_enc": draw.normal(size=latents).astype(np.float32),
+        "b_dec": draw.normal(size=width).astype(np.float32),
+        "threshold": np.full(latents, 0.5, np.float32),
+    }
+    weights["W_enc"][:used], weights["W_dec"][:, :used] = (
+        draw.normal(size=(used, latents)),
+        draw.normal(size=(latents, used)),
+    )
+    repository, commit = tmp_path / "models--google--gemma-scope-9b-it-res", "0" * 40
+    folder = repository / "snapshots" / commit / "layer_20" / "width_16k" / "average_l0_91"
+    folder.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    np.savez_compressed(folder / "params.npz", **weights)
+    config = AutoConfig.for_model(
+        "gemma2", hidden_size=width, intermediate_size=16, num_hidden_layers=21, num_attention_heads=2, head_dim=8,
+        num_key_value_heads=1, vocab_size=320, max_position_embeddings=64, sliding_window=12, bos_token_id=1,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "thin")
+    known = evidence(rmodels.load(tmp_path / "thin", dtype="float32", device="cpu"), tokenizer, PAIRS[:2])
+    sae = find_sae(known, PUBLISHED)
+    h = torch.randn(20, width, generator=torch.Generator().manual_seed(1))
+    before = h.numpy() @ weights["W_enc"] + weights["b_enc"]
+    assert np.allclose(sae.encode(h), np.where(before > 0.5, before, 0), atol=1e-3) and sae.layer == 20
+    method = STA(sae=PUBLISHED)
+    plan = method.plan(method.prepare(known), {"keep": 0.35, "alpha": 1.0})
+    assert plan.shift("layer", 20)[:used].any() and len({au[1] for au in plan.aus()}) == 1
+
+
+def test_a_folder_of_sae_lens_becomes_a_file(tmp_path):
+    """docs/methods.md shows these two calls for an SAE that somebody trained with sae-lens."""
+    package = sae_lens()
+    weights = {
+        name: tensor.contiguous() for name, tensor in random_sae(threshold=torch.full((60,), 0.5))._tensors().items()
+    }
+    save_file(weights, tmp_path / "sae_weights.safetensors")
+    (tmp_path / "cfg.json").write_text(
+        '{"architecture": "jumprelu", "d_in": 48, "d_sae": 60, "dtype": "float32", "apply_b_dec_to_input": true, '
+        '"normalize_activations": "none", "metadata": {"sae_lens_version": "6.54.12", "hook_name": "blocks.1.hook_resid_post", "model_name": "own"}}'
+    )
+    sae_file.convert(package.SAE.load_from_disk(tmp_path), "own").save(tmp_path / "own.safetensors")
+    ours, h = SAE.load(tmp_path / "own.safetensors"), torch.randn(30, 48)
+    expected = random_sae(threshold=torch.full((60,), 0.5), centered=True)
+    assert torch.allclose(ours.encode(h), expected.encode(h), atol=1e-5) and (ours.layer, ours.centered) == (1, True)
+
+
 @pytest.mark.parametrize("kind", ["StandardSAE", "JumpReLUSAE"])
 def test_objects_of_the_real_package(kind):
-    package = pytest.importorskip("sae_lens")
+    package = sae_lens()
     config = getattr(package, f"{kind}Config")(d_in=6, d_sae=11, apply_b_dec_to_input=kind == "StandardSAE")
     config.metadata.hook_name = "blocks.4.hook_resid_post"
     theirs = getattr(package, kind)(config)
@@ -328,6 +409,27 @@ def test_sta_without_an_atom_to_keep_does_nothing():
     for keep in (0, 1, -0.5, math.nan):
         with pytest.raises(AUSteerError, match="keep, the share of atoms kept"):
             keep_atoms(amplitude, frequency, keep)
+
+
+def test_the_original_sta_reads_chats(llama, tokenizer, stored, monkeypatch):
+    """Pairs of a base model, and pairs that a task put into the chat format, stay as they are."""
+
+    def plan(pairs, **options):
+        method = STA(sae=stored, **options)
+        return method.plan(method.prepare(evidence(llama, tokenizer, pairs)), {"keep": 0.35, "alpha": 1.0})
+
+    raw = plan(PAIRS)
+    assert torch.equal(plan(PAIRS, preset="original").shifts["layer"], raw.shifts["layer"])
+    monkeypatch.setattr(tokenizer, "chat_template", "{% for m in messages %}<u>{{ m.content }}</u>{% endfor %}<m>")
+    turns = [(f"<u>{prompt}</u><m>", right.strip(), wrong.strip()) for prompt, right, wrong in PAIRS]
+    assert pairs_in_chat(tokenizer, [Pair(*pair) for pair in PAIRS]) == turns
+    expected = plan(turns)
+    assert not torch.allclose(expected.shifts["layer"], raw.shifts["layer"], atol=1e-2)
+    for pairs in (PAIRS, turns):
+        assert torch.equal(plan(pairs, preset="original").shifts["layer"], expected.shifts["layer"])
+    assert STA(preset="original").grid("small") == [{"alpha": 1.0, "keep": 0.35}] == STA(preset="original").grid("full")
+    with pytest.raises(AUSteerError, match="preset 'chat' is unknown; use original"):
+        STA(preset="chat")
 
 
 # NeuroSteer

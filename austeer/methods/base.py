@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedModel
 
+from austeer.errors import AUSteerError
 from austeer.evidence import Evidence
 from austeer.plan import Plan
 
@@ -59,8 +60,22 @@ class Method(ABC):
 MOST_POINTS = {"small": 15, "full": 120}
 # how many of them a search begins with, which sets its cost (experiments/search.py): the same for every method
 BUDGET = {"small": 15, "full": 21}
+# the value of the option `preset` with which a baseline takes the settings and the sweep of its original's code
+ORIGINAL = "original"
 # the name of several sites that a method steers at once
 TOGETHER = {"both": ("attention", "ffn")}
+
+
+def is_original(preset: str | None) -> bool:
+    """Say whether a baseline is to take its original's settings."""
+    if preset not in (None, ORIGINAL):
+        raise AUSteerError(f"preset {preset!r} is unknown; use {ORIGINAL}, or leave it out")
+    return preset == ORIGINAL
+
+
+def every_kind(**axes: Sequence[float]) -> dict[str, dict[str, Sequence[float]]]:
+    """Return axes that are the same for every kind of grid."""
+    return {key: dict.fromkeys(BUDGET, values) for key, values in axes.items()}
 
 
 def sites_of(site: str) -> tuple[str, ...]:

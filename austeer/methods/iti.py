@@ -9,6 +9,10 @@ theta: unit direction from the mean of wrong to the mean of right texts ("mass-m
 probe's weights. sigma: standard deviation of all texts along theta. The prompt's last token and every new token are
 shifted. Unlike in the authors' code, sigma comes from the same pairs as the directions, and ties of accuracy go to the
 lower layer, then the lower head (their sort is not stable).
+
+preset="original" cuts the pairs into their two folds, in order. Each has probes of its own, fitted and judged inside it,
+and a head's accuracy is the mean over both. (They test each fold's heads on the questions of the other; our test items
+are apart from all pairs, so one plan serves them all.)
 """
 
 from __future__ import annotations
@@ -21,12 +25,14 @@ from torch.nn.functional import softplus
 
 from austeer.errors import AUSteerError
 from austeer.evidence import Evidence
-from austeer.methods.base import GridPoint, Method
+from austeer.methods.base import GridPoint, Method, is_original
 from austeer.methods.choice import by_head, highest
 from austeer.plan import Plan
 
 HELD_OUT = 0.2  # the share of pairs that probes are judged on
 KS = {"small": (2, 4, 8), "full": (4, 16, 48)}  # heads; the authors' default is K = 48, alpha = 15
+THEIR_KS = {"small": (2, 4, 8, 16), "full": (2, 4, 8, 16, 32, 48, 64)}  # the range of AUSteer's comparison
+FOLDS = 2  # of the original
 ALPHAS = {"small": (1.0, 3.0, 5.0, 10.0, 15.0), "full": (1.0, 2.0, 3.0, 5.0, 10.0, 15.0, 20.0)}
 DIRECTIONS = ("mass-mean", "probe")
 STDS = {"n-1": 1, "n": 0}  # the authors' scripts differ
@@ -48,17 +54,19 @@ class ITI(Method):
     foldable = False  # new tokens only: a bias of o_proj would shift the prompt too
     axes = {"heads": KS, "alpha": ALPHAS}
 
-    def __init__(self, direction: str = "mass-mean", std: str = "n-1"):
+    def __init__(self, direction: str = "mass-mean", std: str = "n-1", preset: str | None = None):
         if direction not in DIRECTIONS or std not in STDS:
             raise AUSteerError(f"direction must be one of {', '.join(DIRECTIONS)}, and std one of {', '.join(STDS)}")
-        self.direction, self.std = direction, std
+        self.direction, self.std, self.preset = direction, std, preset
+        if is_original(preset):
+            self.axes = {"heads": THEIR_KS, "alpha": ALPHAS}
         if direction == "probe":
             self.name, self.label = "iti-probe", "ITI, probe direction"
 
     def prepare(self, evidence: Evidence) -> Heads:
         right, wrong = (by_head(x, evidence.model.config).double() for x in evidence.activations("last"))
-        training, held_out = split(len(right), evidence.seed)
-        accuracy, weights = probe(right, wrong, training, held_out)
+        probes = [probe(right, wrong, *one) for one in folds(len(right), FOLDS if self.preset else 1, evidence.seed)]
+        accuracy, weights = (torch.stack(each).mean(0) for each in zip(*probes, strict=True))
         direction = unit(weights if self.direction == "probe" else right.mean(0) - wrong.mean(0))
         sigma = spread(torch.cat([right, wrong]), direction, STDS[self.std])
         return Heads(accuracy, direction.float(), sigma.float(), {**evidence.header(), "method": self.name})
@@ -69,10 +77,19 @@ class ITI(Method):
         return Plan({}, {"attention": shift.flatten(-2)}, "last", {**prepared.header, **point})
 
 
+def folds(pairs: int, number: int, seed: int) -> list[tuple[Tensor, ...]]:
+    """Cut the pairs into so many folds, in order, and split each."""
+    parts = torch.arange(pairs).tensor_split(number)
+    return [tuple(fold[part] for part in split(len(fold), seed)) for fold in parts]
+
+
 def split(pairs: int, seed: int) -> tuple[Tensor, Tensor]:
     """Split pairs into those that probes are fitted on and those that judge them. A pair's texts stay together."""
     if pairs < 2:
-        raise AUSteerError("ITI needs at least two pairs: its probes are fitted on some and judged on the others")
+        raise AUSteerError(
+            "ITI needs at least two pairs, and with preset=original two in each half: its probes are fitted on some and "
+            "judged on the others"
+        )
     order = torch.randperm(pairs, generator=torch.Generator().manual_seed(seed))
     held_out = max(1, round(HELD_OUT * pairs))
     return order[held_out:], order[:held_out]

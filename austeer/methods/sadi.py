@@ -11,11 +11,14 @@ scaled by (1 + delta), so the query's own activation gives the direction: A' = A
 `clamped` is the authors' code: at the prompt's last token every layer is overwritten with the values of an unsteered
 run, the chosen ones times 1 + delta, so no layer reacts. Their code takes the largest signed differences; secondary
 sources of the paper speak of absolute ones: select="absolute".
+
+preset="original" reads pairs as their code does (`their_texts`) and tries their counts and strengths.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -25,11 +28,14 @@ from transformers import PreTrainedModel
 from austeer.errors import AUSteerError
 from austeer.evidence import Evidence
 from austeer.forward import read_at
-from austeer.methods.base import GridPoint, Method
+from austeer.methods.base import GridPoint, Method, every_kind, is_original
 from austeer.methods.choice import by_head, highest
+from austeer.pairs import Pair
 from austeer.plan import Plan
 
 SELECT = ("signed", "absolute")
+LONGEST = 700  # tokens of a right text; the authors skip longer ones
+THEIR_STRENGTHS = range(5, 85, 5)  # factors: alpha is one less
 
 
 def alphas(*largest: float) -> dict[str, tuple[float, ...]]:
@@ -50,11 +56,16 @@ class SADI(Method):
     foldable = False  # only the prompt's last token is steered, and weights act on all
     unit: str
     count: ClassVar[str] = "k"  # the key of a grid point that says how many
+    their_counts: tuple[int, ...]
+    their_strengths: Sequence[int] = THEIR_STRENGTHS
 
-    def __init__(self, select: str = "signed"):
+    def __init__(self, select: str = "signed", preset: str | None = None):
         if select not in SELECT:
             raise AUSteerError(f"SADI can select {' or '.join(SELECT)} differences, not {select!r}")
-        self.select = select
+        self.select, self.preset = select, preset
+        if is_original(preset):
+            deltas = [strength - 1.0 for strength in self.their_strengths]
+            self.axes = every_kind(**{self.count: self.their_counts, "alpha": deltas})
 
     def read(self, evidence: Evidence) -> tuple[Tensor, Tensor]:
         """Return activations on right and on wrong texts, (pairs, layers, units, AUs per unit)."""
@@ -62,7 +73,7 @@ class SADI(Method):
         return right[..., None], wrong[..., None]
 
     def prepare(self, evidence: Evidence) -> Scores:
-        right, wrong = self.read(evidence)
+        right, wrong = self.read(their_texts(evidence) if self.preset else evidence)
         scores = difference(right, wrong)
         if not scores.any():
             raise AUSteerError(f"no {self.unit} differs between right and wrong texts: SADI has nothing to choose by")
@@ -78,8 +89,9 @@ class SADI(Method):
 class SADIHead(SADI):
     name, label, unit, count = "sadi-head", "SADI, heads", "head", "heads"
     edits, sites = "k heads, scaled", ("attention",)
-    # AUSteer's comparison has 2 to 64 heads; the authors' strengths are 5 to 80, in steps
+    # AUSteer's comparison has 2 to 64 heads
     axes = {"heads": {"small": (1, 2, 4), "full": (2, 8, 32)}, "alpha": alphas(29.0, 49.0, 79.0)}
+    their_counts = (1, 2, 4, 6, 8, 10)
 
     def read(self, evidence: Evidence) -> tuple[Tensor, Tensor]:
         right, wrong = evidence.activations("last")
@@ -90,6 +102,7 @@ class SADINeuron(SADI):
     name, label, unit = "sadi-neuron", "SADI, neurons", "neuron"
     edits, sites = "k neurons, scaled", ("neuron",)
     axes = {"k": {"small": (4, 16, 64), "full": (10, 100, 500)}, "alpha": alphas(29.0, 49.0, 89.0)}
+    their_counts, their_strengths = (3, 5, 10, 30, 50, 100, 200, 300, 400, 500), (10, 20, 30, 50, 70, 90)
 
     def read(self, evidence: Evidence) -> tuple[Tensor, Tensor]:
         right, wrong = evidence.activations("last", nonlinearity=True)
@@ -100,6 +113,21 @@ class SADIHidden(SADI):
     name, label, unit = "sadi-hidden", "SADI, hidden", "dimension"
     edits, sites = "k dimensions, scaled", ("ffn", "layer")
     axes = {"k": {"small": (4, 16, 32), "full": (2, 8, 20)}, "alpha": alphas(39.0, 59.0, 79.0)}
+    their_counts = (1, *range(2, 22, 2))
+
+
+def their_texts(evidence: Evidence) -> Evidence:
+    """Return the pairs as the authors' code reads them: prompt and answer without the space around them, one space
+    between, and no pair whose right text is too long."""
+    bare = [Pair(*map(str.strip, pair)) for pair in evidence.pairs]
+    pairs = [Pair(prompt, f" {positive}", f" {negative}") for prompt, positive, negative in bare]
+    texts = evidence.tokenizer([pair.prompt + pair.positive for pair in pairs], verbose=False)["input_ids"]
+    short = [pair for pair, ids in zip(pairs, texts, strict=True) if len(ids) <= LONGEST]
+    if not short:
+        raise AUSteerError(
+            f"every right text has over {LONGEST} tokens, and the authors' SADI skips those: drop the preset"
+        )
+    return replace(evidence, pairs=short)
 
 
 def difference(right: Tensor, wrong: Tensor) -> Tensor:

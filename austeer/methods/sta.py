@@ -8,20 +8,23 @@ how often they fire, are decoded and added to the residual stream.
 An atom is kept if it is among the largest |a| and the largest |f|, where f counts only if its sign is a's. alpha v
 is added to the layer that the SAE reads, at every position. `keep` is the share kept by each criterion: STA's `trim`;
 EasyEdit's `trim` is 1 - keep. The answer's tokens are those that the two texts do not share.
+
+preset="original" reads the pairs in the model's chat format, if it has one, and takes the authors' keep and alpha
+without a search.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from itertools import product
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from austeer.chat import is_in_chat, pairs_in_chat
 from austeer.errors import AUSteerError
 from austeer.evidence import Evidence
-from austeer.methods.base import GridPoint, Method
+from austeer.methods.base import GridPoint, Method, every_kind, is_original
 from austeer.plan import Plan
 from austeer.sae import SITE, files_beside, find_sae, token_activations
 from rmodels import site_shape
@@ -42,28 +45,33 @@ class Atoms:
     header: dict
 
 
-@dataclass(frozen=True)
 class STA(Method):
-    sae: str | None = None  # the name that austeer.sae.find_sae looks up
-
     name, label = "sta", "STA"
     paper = "STA, ACL 2025"
     edits = "one layer, shifted along SAE atoms"
     sites = (SITE,)
     foldable = False
+    axes = {"keep": KEEPS, "alpha": ALPHAS}
+
+    def __init__(self, sae: str | None = None, preset: str | None = None):
+        """Take options: sae is the name that `austeer.sae.find_sae` looks up."""
+        self.sae, self.preset = sae, preset
+        if is_original(preset):
+            self.axes = every_kind(keep=(0.35,), alpha=(1.0,))
 
     def grid(self, kind: str) -> list[GridPoint]:
-        return [{"keep": keep, "alpha": alpha} for alpha, keep in product(ALPHAS[kind], KEEPS[kind])]
+        return sorted(super().grid(kind), key=lambda point: point["alpha"])  # gentlest first: all vectors are as long
 
     def files(self, model):
         return {} if self.sae else files_beside(model)
 
     def prepare(self, evidence: Evidence) -> Atoms:
         sae = find_sae(evidence, self.sae)
+        texts = in_chat(evidence) if self.preset else evidence
         differences = []
 
         def answers() -> Iterator[tuple[Tensor, Tensor]]:
-            for _, right, wrong in token_activations(evidence, sae.layer):
+            for _, right, wrong in token_activations(texts, sae.layer):
                 differences.append((right.float().mean(0) - wrong.float().mean(0)).cpu())
                 yield sae.encode(right).mean(0).cpu(), sae.encode(wrong).mean(0).cpu()
 
@@ -80,6 +88,14 @@ class STA(Method):
         shift = torch.zeros(prepared.shape)
         shift[prepared.layer] = point["alpha"] * target_vector(prepared.amplitude, atoms, prepared.W_dec, prepared.norm)
         return Plan({}, {SITE: shift}, "all", {**prepared.header, **point, "atoms": int(atoms.sum())})
+
+
+def in_chat(evidence: Evidence) -> Evidence:
+    """Return the pairs in the model's chat format, or as they are if it has none, or if a task put them there already."""
+    tokenizer, pairs = evidence.tokenizer, evidence.pairs
+    if not tokenizer.chat_template or is_in_chat(tokenizer, pairs[0].prompt):
+        return evidence
+    return replace(evidence, pairs=pairs_in_chat(tokenizer, pairs))
 
 
 def contrast(answers: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

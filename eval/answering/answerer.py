@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from tqdm import tqdm
@@ -108,20 +108,6 @@ def option_tokens(
     if not all(own):
         raise AUSteerError(f"the options {', '.join(map(repr, options))} begin with the same tokens in this tokenizer")
     return own
-
-
-def chat_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Iterable[str]) -> list[str]:
-    """Put prompts into the model's chat format as a user's turn, without the BOS that tokenizing adds again."""
-    if not getattr(tokenizer, "chat_template", None):
-        raise AUSteerError("this tokenizer has no chat template; leave --chat out, or use an instruction-tuned model")
-    adds_bos = tokenizer.bos_token and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
-    turns = []
-    for prompt in prompts:
-        message = [{"role": "user", "content": prompt}]
-        # the tasks' few tokens have room for answers, not for thoughts; templates without thinking ignore this
-        text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True, enable_thinking=False)
-        turns.append(text.removeprefix(tokenizer.bos_token) if adds_bos else text)
-    return turns
 
 
 def up_to(text: str, stop: str) -> str:

@@ -13,9 +13,10 @@ from typing import ClassVar, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
+from austeer.chat import chat_prompts, pairs_in_chat
 from austeer.errors import AUSteerError
 from austeer.pairs import Pair
-from eval.answering.answerer import Answerer, Generation, chat_prompts
+from eval.answering.answerer import Answerer, Generation
 from eval.data.read import read_rows
 from eval.data.rows import RowSource
 from eval.data.wording import Wording, fill, read_wording
@@ -74,12 +75,7 @@ class DatasetTask(RowSource, Task):
         if not pairs:
             why = ", ".join(f"{n} {reason}" for reason, n in dropped.items())
             raise AUSteerError(f"{self.name}: no pairs could be made of {len(self.split.ranking)} rows ({why})")
-        prompts = self._in_chat([pair.prompt for pair in pairs])
-        in_chat = [
-            Pair(prompt, **self._bare(positive=pair.positive, negative=pair.negative))
-            for pair, prompt in zip(pairs, prompts, strict=True)
-        ]
-        return PairSet(in_chat, by, dropped)
+        return PairSet(pairs_in_chat(self.chat, pairs) if self.chat else pairs, by, dropped)
 
     def prompted(self, items: Sequence[Item]) -> list[Item]:
         """Return the same items with an instruction in front that asks for the behaviour: the prompt-only control."""
