@@ -26,6 +26,7 @@ from austeer.export.checkpoint import check_new
 from austeer.export.restored import save_restored
 from austeer.methods.restore_lcc import COMPONENTS, RECIPES
 from austeer.pruning.prune import PRUNINGS, parse_sparsity
+from austeer.pruning.structured import check_share
 from experiments.arguments import check, parents, task_names
 from experiments.bench import BENCHES
 from experiments.cell import EMBEDDED, FIELD_NAMES, bench_of
@@ -37,7 +38,7 @@ from experiments.restoration.rows import Restoration
 from experiments.restoration.table import table
 from experiments.store import Store
 
-FILES = ("calibration", "instructions", "text")
+FILES = ("instructions", "calibration", "text")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -76,7 +77,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _check(args: argparse.Namespace) -> None:
     """Refuse what cannot work before a model is loaded."""
-    parse_sparsity(args.sparsity)
+    sparsity = parse_sparsity(args.sparsity)
+    if args.pruning == "structured":
+        check_share(sparsity)
     if args.draws < 0:
         raise AUSteerError(f"--draws is {args.draws}; it must be at least 0")
     check(args)

@@ -4,11 +4,13 @@ import copy
 import json
 import sys
 from types import SimpleNamespace
+from unittest.mock import ANY
 
 import pytest
 import torch
 from conftest import COMMON, PAIRS, SPECIAL, byte_tokenizer
 from one_cell import computed
+from reference import hook_steering
 from transformers import AutoConfig, AutoModelForCausalLM
 from upstream import TEXTS, load, upstream
 
@@ -23,6 +25,7 @@ from austeer.pairs import Pair
 from austeer.plan import Plan
 from austeer.pruning.prune import prune
 from austeer.steering import steer
+from eval.tasks.embedded import EmbeddedTask
 from experiments import records, restore
 from experiments.bench import BENCHES
 from experiments.restoration import contenders, rows
@@ -73,7 +76,11 @@ def test_a_restored_model_runs_in_plain_transformers(checkpoints, name, tmp_path
         live = pruned(IDS).logits
     certificate = save_restored(pruned, byte_tokenizer(), plan, tmp_path / "new" / "restored")
     assert certificate["rounding"]["greedy_agreement"] == 1.0
-    restored = AutoModelForCausalLM.from_pretrained(tmp_path / "new" / "restored", dtype=torch.float32)
+    restored = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "new" / "restored",
+        dtype=torch.float32,
+        attn_implementation=pruned.config._attn_implementation.removeprefix("au_"),
+    )
     assert torch.allclose(restored(IDS).logits, live, atol=1e-4) and not torch.equal(live, pruned(IDS).logits)
     for index, layer in enumerate(restored.model.layers):
         before = pruned.model.layers[index].self_attn
@@ -252,13 +259,14 @@ def test_zero_shot_equals_likelihoods_by_hand(checkpoints, llama, tokenizer, tmp
         logp = plain(torch.tensor([ids])).logits[0].log_softmax(-1)
         return sum(float(logp[t - 1, ids[t]]) for t in range(len(prompt), len(ids)))
 
-    right = [(likelihood(i["question"], "no") > likelihood(i["question"], "yes")) == i["label"] for i in items]
-    scores = zero_shot(llama, tokenizer, [task], None)
-    assert scores["parity"]["accuracy"] == pytest.approx(sum(right) / 6) and scores["parity"]["n"] == 6
+    def share_right(count):
+        right = [(likelihood(i["question"], "no") > likelihood(i["question"], "yes")) == i["label"] for i in items]
+        return {"parity": {"accuracy": pytest.approx(sum(right[:count]) / count), "stderr": ANY, "n": count}}
+
+    assert zero_shot(llama, tokenizer, [task], None) == share_right(6)
     plan = Plan({}, {"attention": 3 * torch.randn(3, 64, generator=torch.Generator().manual_seed(0))})
-    with steer(llama, plan):  # a restored model is measured as it is restored
-        steered = zero_shot(llama, tokenizer, [task], 4)
-    assert steered["parity"]["n"] == 4
+    with steer(llama, plan), hook_steering(plain, plan):  # a restored model is measured as it is restored
+        assert zero_shot(llama, tokenizer, [task], 4) == share_right(4)
 
 
 @pytest.fixture
@@ -323,14 +331,17 @@ def test_the_command_on_a_checkpoint_and_ones_own_pairs(checkpoints, tmp_path, c
     (tmp_path / "mine.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     for name in ("qwen3", "gemma2"):
         command = ["--model", str(checkpoints[name]), "--pairs", str(tmp_path / "mine.jsonl"), "--device", "cpu"]
-        restore.main([*command, "--dtype", "float32", "--draws", "0", "--results", str(tmp_path / name)])
+        restore.main([*command, "--dtype", "float32", "--draws", "0", "--rivals", "--results", str(tmp_path / name)])
         output = capsys.readouterr().out
         assert "## mine" in output and "right answer preferred on" in output and "| RestoreLCC |" in output
 
 
 def test_the_preset_trains_on_instructions_and_measures_other_text(tmp_path, capsys, small_grid, monkeypatch):
     """The task is only tested on: its validation items are not asked."""
-    alpaca(tmp_path / "alpaca.json")
+    told = [
+        {"instruction": pair.prompt, "input": "", "output": pair.positive} for pair in EmbeddedTask("copa").pairs[:99]
+    ]
+    (tmp_path / "alpaca.json").write_text(json.dumps(told))
     for name in ("calibration", "text"):
         (tmp_path / f"{name}.txt").write_text(" ".join(f"{name} {n}" for n in range(600)))
     monkeypatch.setattr("experiments.restoration.measures.find_spec", lambda name: True)

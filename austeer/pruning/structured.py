@@ -41,10 +41,14 @@ def remove_lowest(block: Block, config: PretrainedConfig, share: float) -> None:
                 _remove(linear.bias, count, lowest)
 
 
-def check_structure(model: PreTrainedModel, sparsity: Sparsity) -> None:
-    """Refuse a model that is not built of these groups, and a sparsity that removes none of them."""
+def check_share(sparsity: Sparsity) -> None:
     if isinstance(sparsity, tuple):
         raise AUSteerError(f"structured pruning removes a share of heads and channels, not {sparsity[0]}:{sparsity[1]}")
+
+
+def check_structure(model: PreTrainedModel, sparsity: Sparsity) -> None:
+    """Refuse a model that is not built of these groups, and a sparsity that removes none of them."""
+    check_share(sparsity)
     for block in model.base_model.layers:
         for part, (inner, outer) in PARTS.items():
             for name in (*inner, outer):
