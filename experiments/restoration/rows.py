@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -74,11 +74,11 @@ class Restoration:
             return row | ({"lm_eval": pruned["lm_eval"]} if self.lm_eval else {})
         return row | self._zero_shot(contender.label, lambda: contender.installed(row["settings"]))
 
-    def _row(self, label: str, compute) -> dict:
+    def _row(self, label: str, compute: Callable[[], dict]) -> dict:
         key = self.key | {"row": label}
         return dict(self.lab.bench.store.find(key) or self.lab.bench.store.write(key, compute()))
 
-    def _zero_shot(self, label: str, installed) -> dict:
+    def _zero_shot(self, label: str, installed: Callable[[], AbstractContextManager[PreTrainedModel]]) -> dict:
         if not self.lm_eval:
             return {}
         limit, store = self.lab.bench.task_spec.limit, self.lab.bench.store
