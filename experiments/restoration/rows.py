@@ -131,6 +131,7 @@ class Restoration:
             "fingerprint": fingerprint(lab.dense),
             "dtype": str(lab.dense.dtype),
             "device": lab.dense.device.type,
+            "kernel": lab.dense.config._attn_implementation,
             **lab.material.key(),
             "items_hash": task.fingerprint,
             "test_split": task.test_split,
