@@ -18,6 +18,7 @@ from austeer.export.gguf_lora import save_gguf_lora
 from austeer.export.serve import main as serve
 from austeer.pairs import Pair, write_pairs
 from austeer.sae import from_sae_lens
+from experiments.restoration.measures import zero_shot
 
 ROOT = Path(__file__).parents[1]
 BUILT_FROM = ("*.py", "*py.typed", "pyproject.toml", "README.md", "LICENSE")
@@ -177,6 +178,7 @@ MISSING = {  # package: (extra, what needs it)
     "gguf": ("export", lambda checkpoints: save_gguf_lora(checkpoints["llama"], [], "plan.gguf")),
     "bitsandbytes": ("quantization", lambda checkpoints: rmodels.load(checkpoints["llama"], quantization="8bit")),
     "sae_lens": ("sae", lambda checkpoints: from_sae_lens("release/id")),
+    "lm_eval": ("evaluation", lambda checkpoints: zero_shot(None, None, ["rte"], None)),
     "vllm": ("serve", lambda checkpoints: serve([str(checkpoints["llama"]), "plan.safetensors"])),
 }
 

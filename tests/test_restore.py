@@ -1,33 +1,33 @@
 """Pruning, and RestoreLCC, which gives a pruned model its lost components back."""
 
 import copy
-import json
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import COMMON, FAMILIES, PAIRS, SPECIAL, byte_tokenizer
-from one_cell import bench_for, computed
-from reference import hook_steering, hooked
+from conftest import PAIRS, byte_tokenizer
+from reference import hooked
 from reference import last_activations as activations_of
 from tokenizers import processors
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import get_linear_schedule_with_warmup
+from upstream import TEXTS, load, upstream
 
-import rmodels
 from austeer.errors import AUSteerError
 from austeer.evidence import Evidence
-from austeer.export.fold import fold
 from austeer.identity import fingerprint
 from austeer.methods import restore_lcc
 from austeer.methods.base import BUDGET
-from austeer.methods.pruning import parse_sparsity, prune, same_length_batches
 from austeer.methods.restore_lcc import (
+    RECIPES,
     MeanLost,
+    Question,
     RandomHeads,
+    Recipe,
     RestoreLCC,
     answer_loss,
     best_first,
+    fit,
     head_rows,
     last_activations,
     learned_component,
@@ -37,165 +37,11 @@ from austeer.methods.restore_lcc import (
     train,
 )
 from austeer.pairs import Pair
-from austeer.plan import Plan
+from austeer.pruning.prune import prune
 from austeer.steering import steer
-from experiments import records, restore
-from experiments.bench import BENCHES
-from experiments.search import SearchResult
 
-DENSE_FAMILIES = [name for name in FAMILIES if name != "qwen3_moe"]
-TEXTS = [[1, *(7 * i % 300 + 3 for i in range(start, start + length))] for start, length in ((0, 20), (5, 20), (9, 31))]
 IDS = torch.tensor([TEXTS[2]])
 MINE = [Pair(*pair) for pair in PAIRS]
-
-
-def load(checkpoints, name, dtype="float32"):
-    return rmodels.load(checkpoints[name], dtype=dtype, device="cpu")
-
-
-def upstream(checkpoints, model, dtype=torch.float32):
-    """Return upstream's unpatched model with this model's weights and kernel."""
-    kernel = model.config._attn_implementation.removeprefix("au_")
-    result = AutoModelForCausalLM.from_pretrained(
-        checkpoints[model.config.model_type], dtype=dtype, attn_implementation=kernel, trust_remote_code=False
-    )
-    result.load_state_dict(model.state_dict())
-    return result.eval().requires_grad_(False)
-
-
-def linears(model):
-    return {n: m for n, m in model.model.layers.named_modules() if isinstance(m, nn.Linear)}
-
-
-def zero_lowest(scores, count):
-    """Return the places of the `count` lowest scores, the first ones among ties."""
-    return sorted(range(len(scores)), key=lambda i: (scores[i], i))[:count]
-
-
-def prune_rows_by_loops(weight, score, sparsity):
-    for row in range(len(weight)):
-        group = sparsity[1] if isinstance(sparsity, tuple) else weight.shape[1]
-        count = sparsity[0] if isinstance(sparsity, tuple) else int(group * sparsity)
-        for start in range(0, weight.shape[1], group):
-            for place in zero_lowest(score[row, start : start + group].tolist(), count):
-                weight[row, start + place] = 0
-
-
-@pytest.mark.parametrize("sparsity", [0.3, (2, 4)])
-def test_magnitude_equals_loops(checkpoints, sparsity):
-    model = load(checkpoints, "llama")
-    before = copy.deepcopy(model)
-    achieved = prune(model, "magnitude", sparsity)
-    for name, linear in linears(before).items():
-        weight = linear.weight.clone()
-        if isinstance(sparsity, tuple):
-            prune_rows_by_loops(weight, weight.abs(), sparsity)
-        else:
-            flat = weight.view(-1)
-            for place in zero_lowest(flat.abs().tolist(), int(flat.numel() * sparsity)):
-                flat[place] = 0
-        assert torch.equal(linears(model)[name].weight, weight), name
-        assert achieved.by_module[f"layers.{name}"] == (int((weight == 0).sum()), weight.numel())
-    assert achieved.weights == sum(linear.weight.numel() for linear in linears(before).values())
-    assert (
-        achieved.sparsity
-        == achieved.zeros / achieved.weights
-        == pytest.approx(0.3 if sparsity == 0.3 else 0.5, abs=1e-3)
-    )
-    for untouched in ("model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"):
-        assert torch.equal(model.state_dict()[untouched], before.state_dict()[untouched])
-    assert fingerprint(model) != fingerprint(before)  # so plans for the dense model are refused
-
-
-@pytest.mark.parametrize("sparsity", [0.5, (2, 4)])
-@pytest.mark.parametrize("name", DENSE_FAMILIES)
-def test_wanda_equals_loops_over_the_upstream_model(checkpoints, name, sparsity):
-    """Prune text by text and block by block, each block after the pruned ones."""
-    model = load(checkpoints, name, torch.float64)
-    oracle = upstream(checkpoints, model, torch.float64)
-    for layer in oracle.model.layers:
-        parts = {n: m for n, m in layer.named_modules() if isinstance(m, nn.Linear)}
-        squares = {n: torch.zeros(m.in_features, dtype=torch.float64) for n, m in parts.items()}
-
-        def add(part, args, squares=squares, parts=parts):
-            (own,) = (n for n, m in parts.items() if m is part)
-            for token in args[0][0]:
-                squares[own] += token**2
-
-        handles = [m.register_forward_pre_hook(add) for m in parts.values()]
-        for text in TEXTS:
-            oracle(torch.tensor([text]))
-        for handle in handles:
-            handle.remove()
-        for n, m in parts.items():
-            prune_rows_by_loops(m.weight, m.weight.abs() * squares[n].sqrt(), sparsity)
-    achieved = prune(model, "wanda", sparsity, TEXTS)
-    for n, linear in linears(oracle).items():
-        assert torch.equal(linears(model)[n].weight, linear.weight), n
-    assert achieved.zeros == sum(int((m.weight == 0).sum()) for m in linears(oracle).values())
-    assert achieved.sparsity == 0.5
-
-
-def test_wanda_listens_to_its_calibration(checkpoints):
-    plain, other, magnitude = (load(checkpoints, "llama") for _ in range(3))
-    prune(plain, "wanda", 0.5, TEXTS)
-    prune(other, "wanda", 0.5, [[1, 200, 3, 200, 3]])
-    prune(magnitude, "magnitude", 0.5)
-    assert len({fingerprint(plain), fingerprint(other), fingerprint(magnitude)}) == 3
-
-
-@pytest.mark.parametrize("name", DENSE_FAMILIES)
-def test_gates_of_a_pruned_model_steer(checkpoints, name):
-    model = load(checkpoints, name)
-    prune(model, "wanda", 0.5, TEXTS)
-    rmodels.check_gates(model)
-    plain = upstream(checkpoints, model)
-    assert torch.equal(model(IDS).logits, plain(IDS).logits)
-    plan = Plan({}, {"attention": torch.randn(rmodels.site_shape(model, "attention"))})
-    with steer(model, plan), hook_steering(plain, plan):
-        assert torch.equal(model(IDS).logits, plain(IDS).logits)
-
-
-def test_what_cannot_be_pruned(checkpoints, llama, tmp_path):
-    before = fingerprint(llama)
-    for how, sparsity, texts, message in [
-        ("sparsegpt", 0.5, TEXTS, "unknown; use one of wanda, magnitude"),
-        ("wanda", 0.5, [], "needs calibration texts"),
-        ("wanda", 0.5, [[]], "needs calibration texts"),
-        ("magnitude", (2, 7), [], "not a multiple of 7"),
-    ]:
-        with pytest.raises(AUSteerError, match=message):
-            prune(llama, how, sparsity, texts)
-    with steer(llama, Plan({"ffn": torch.ones(3, 48)}, {})), pytest.raises(AUSteerError, match="is steered"):
-        prune(llama, "magnitude", 0.5)
-    assert fingerprint(llama) == before
-    with pytest.raises(AUSteerError, match="several experts in one tensor"):
-        prune(load(checkpoints, "qwen3_moe"), "magnitude", 0.5)
-    with pytest.raises(AUSteerError, match="inf or nan on the calibration"):
-        broken = load(checkpoints, "llama")
-        broken.model.embed_tokens.weight[3] = torch.inf
-        prune(broken, "wanda", 0.5, TEXTS)
-
-
-def test_a_quantised_model_is_not_pruned(tmp_path):
-    pytest.importorskip("bitsandbytes", reason="bitsandbytes is in requirements2.txt")
-    wide = {**COMMON, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1}
-    AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **wide)).save_pretrained(tmp_path)
-    model = rmodels.load(tmp_path, dtype="float32", device="cpu", quantization="4bit")
-    with pytest.raises(AUSteerError, match="quantised model cannot be pruned"):
-        prune(model, "magnitude", 0.5)
-
-
-def test_sparsity_in_words():
-    assert [parse_sparsity(text) for text in ("0.5", ".25", "2:4", "4:8")] == [0.5, 0.25, (2, 4), (4, 8)]
-    for text in ("0", "1", "1.5", "-0.5", "0.0", "4:4", "0:4", "half", "nan", ""):
-        with pytest.raises(AUSteerError, match="give a share above 0"):
-            parse_sparsity(text)
-
-
-def test_batches_of_one_length():
-    result = same_length_batches([[1] * n for n in (3, 5, 3, 3, 5)], tokens=6)
-    assert result == [[1], [4], [0, 2], [3]]
 
 
 def test_worked_example():
@@ -398,13 +244,70 @@ def test_the_papers_and_the_codes_number_of_components(repaired):
     for layer in far.model.layers:
         layer.self_attn.v_proj.weight *= 100
     for components in ("paper", "code"):
-        method = RestoreLCC(dense, components)
+        method = RestoreLCC(dense, Recipe(components))
         prepared = method.prepare(Evidence(far, byte_tokenizer(), MINE, "attention", None))
         seen[components] = method.plan(prepared, {"share": 0.5, "rate": 1e-3})
     assert not torch.equal(seen["paper"].shifts["attention"], seen["code"].shifts["attention"])
     assert seen["code"].header["components"] == "code"
-    with pytest.raises(AUSteerError, match="components 'all' is unknown"):
-        RestoreLCC(dense, "all")
+
+
+def test_the_original_schedule_is_that_of_transformers_trainer():
+    """A linear decay from the first step on, gradients clipped together, and texts cut after so many tokens."""
+    drawn = torch.Generator().manual_seed(1)
+    numbers = torch.randn(11, 2, generator=drawn)
+    questions = [Question((1,) * (5 + 30 * n), tuple(range(300))) for n in range(11)] + [Question((1,) * 500, (7,))]
+    ours, theirs = (torch.tensor([4.0, -3.0], requires_grad=True) for _ in range(2))
+    seen = []
+
+    def loss(weight, batch):
+        rows = numbers[[(len(question.prompt) - 5) // 30 for question in batch]]
+        return ((weight - rows) ** 2 * torch.tensor([9.0, 1.0])).mean()
+
+    def count(batch):
+        seen.extend(len(question.prompt) + len(question.answer) for question in batch)
+        return loss(ours, batch)
+
+    fit([ours], count, questions, 0.1, RECIPES["original"], 3, torch.Generator().manual_seed(42))
+    adam = torch.optim.Adam([theirs], lr=0.1)
+    schedule, drawn = get_linear_schedule_with_warmup(adam, 0, 6), torch.Generator().manual_seed(42)
+    for _ in range(3):
+        for batch in torch.randperm(11, generator=drawn).split(8):  # the last question has no answer within 500 tokens
+            adam.zero_grad()
+            loss(theirs, [questions[i] for i in batch]).backward()
+            nn.utils.clip_grad_norm_([theirs], 1.0)
+            adam.step()
+            schedule.step()
+    assert torch.allclose(ours, theirs, atol=1e-6) and max(seen) == 500 and min(seen) == 305
+    constant = torch.tensor([4.0, -3.0], requires_grad=True)
+    fit([constant], lambda batch: loss(constant, batch), questions[:11], 0.1, Recipe(), 3, torch.Generator().manual_seed(42))  # fmt: skip
+    assert not torch.allclose(ours, constant, atol=1e-3)
+    with pytest.raises(AUSteerError, match="no answer begins within 500 tokens"):
+        fit([ours], count, questions[11:], 0.1, RECIPES["original"], 1, drawn)
+
+
+def test_the_original_recipe_probes_the_first_questions_and_trains_on_all(repaired):
+    dense, evidence = repaired
+    prepared = RestoreLCC(dense, Recipe(probed=9)).prepare(evidence)
+    few = RestoreLCC(dense).prepare(Evidence(evidence.model, evidence.tokenizer, MINE[:9], "attention", None))
+    assert torch.equal(prepared.lost.mean, few.lost.mean) and torch.equal(prepared.order, few.order)
+    assert len(prepared.questions) == 16 and len(few.questions) == 9
+
+
+def test_heads_that_were_removed_are_never_shifted(repaired):
+    dense, evidence = repaired
+    pruned = copy.deepcopy(dense)
+    prune(pruned, "structured", 0.5, TEXTS)
+    prepared = RestoreLCC(dense).prepare(Evidence(pruned, evidence.tokenizer, MINE, "attention", None))
+    there = [
+        4 * index + head
+        for index, layer in enumerate(pruned.model.layers)
+        for head in range(4)
+        if layer.self_attn.o_proj.weight[:, 16 * head : 16 * head + 16].any()
+    ]
+    assert sorted(prepared.order.tolist()) == there and len(there) == 6
+    for method in (MeanLost(dense), RandomHeads(dense)):
+        plan = method.plan(prepared, {"share": 1.0, "rate": 1e-3, "alpha": 1.0})
+        assert plan.header["heads"] == there and plan.shape("attention") == (3, 64)
 
 
 def test_grids_are_of_one_size_and_within_the_budget(llama):
@@ -443,126 +346,3 @@ def test_a_pair_needs_a_question(llama):
     bare.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)  # no BOS in front
     with pytest.raises(AUSteerError, match="every pair needs a prompt"):
         questions_of(Evidence(llama, bare, [Pair("", "3", "4")] * 2, "attention", None))
-
-
-@pytest.mark.parametrize("name", ["llama", "gemma2", "qwen3"])
-def test_a_restored_model_is_saved_by_folding(name, tmp_path):
-    """Its architecture needs the bias (attention_bias); export refuses the others and says why."""
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(name, **COMMON, **SPECIAL[name], attention_bias=True)
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "dense")
-    dense = rmodels.load(tmp_path / "dense", dtype="float32", device="cpu")
-    dense.model.layers[0].self_attn.o_proj.bias.fill_(0.5)  # an existing bias stays
-    pruned = copy.deepcopy(dense)
-    prune(pruned, "magnitude", 0.5)
-    pruned.save_pretrained(tmp_path / "pruned")
-    method = MeanLost(dense)
-    plan = method.plan(
-        method.prepare(Evidence(pruned, byte_tokenizer(), MINE, "attention", None)), {"share": 0.5, "alpha": 1.0}
-    )
-    with steer(pruned, plan):
-        live = pruned(IDS).logits
-    fold(tmp_path / "pruned", plan, tmp_path / "restored", certificate=False)
-    restored = rmodels.load(tmp_path / "restored", dtype="float32", device="cpu")
-    assert torch.allclose(restored(IDS).logits, live, atol=1e-4) and not torch.equal(live, pruned(IDS).logits)
-    with pytest.raises(AUSteerError, match="is folded already"):
-        fold(tmp_path / "restored", plan, tmp_path / "twice", certificate=False)  # the shift would count twice
-
-
-def test_an_architecture_without_the_bias_is_refused(checkpoints, tmp_path):
-    plan = Plan({}, {"attention": torch.ones(3, 64)})
-    with pytest.raises(AUSteerError, match=r"a shift becomes a bias, but .*o_proj.weight has none: .* steer live"):
-        fold(checkpoints["llama"], plan, tmp_path / "out")
-    assert not list(tmp_path.iterdir())
-
-
-def test_perplexity_equals_loops(checkpoints, llama):
-    plain, logp, count = upstream(checkpoints, llama), 0.0, 0
-    for text in TEXTS:
-        predicted = plain(torch.tensor([text])).logits[0].double().log_softmax(-1)
-        for t in range(1, len(text)):
-            logp, count = logp + float(predicted[t - 1, text[t]]), count + 1
-    assert restore.perplexity(llama, [*TEXTS, [1]]) == pytest.approx(torch.tensor(-logp / count).exp().item(), rel=1e-4)
-    with pytest.raises(AUSteerError, match="at least two tokens"):
-        restore.perplexity(llama, [[1]])
-
-
-@pytest.fixture
-def small_grid(monkeypatch):
-    """Use few pairs and grid points, so that nothing takes long."""
-    BENCHES.close()
-    monkeypatch.setattr("eval.tasks.embedded.PAIRS", 100)
-    for axis, values in (("SHARES", (0.25,)), ("RATES", (1e-2, 3e-2)), ("ALPHAS", (1.0, 2.0))):
-        monkeypatch.setitem(getattr(restore_lcc, axis), "small", values)
-    yield
-    BENCHES.close()
-
-
-def test_the_command_on_an_embedded_task(tmp_path, capsys, monkeypatch, small_grid):
-    command = ["--data_name", "svamp", "--sparsity", "2:4", "--limit", "100", "--draws", "1", "--device", "cpu"]
-    command += ["--results", str(tmp_path)]
-    restore.main(command)
-    output = capsys.readouterr().out
-    assert "327,680 of 655,360 weights are zero (50.00 %)" in output and "accuracy on 100 items of test" in output
-    (file,) = (tmp_path / "restore").glob("*.json")
-    record = json.loads(file.read_text())
-    rows = {row["label"]: row for row in record["rows"]}
-    assert list(rows) == ["dense", "pruned", "RestoreLCC", "dense, trained alike", "random heads, trained alike, draw 1", "mean lost activation, untrained"]  # fmt: skip
-    vanilla = computed(tmp_path / "cells", task="svamp", limit=100, method="vanilla")
-    assert rows["dense"]["columns"] == vanilla["columns"]  # the dense model was left as it is
-    ours = rows["RestoreLCC"]
-    assert set(ours["grid_scores"]) == {"0.25,0.01", "0.25,0.03"} and ours["touched"] == 128
-    assert ours["value"] > rows["pruned"]["value"] + 0.05
-    assert sum(records.unpack(ours["columns"]["accuracy"])) == round(100 * ours["value"])
-    for row in rows.values():
-        assert row["n"] == 100 and row["perplexity"] > 1 and row["low"] <= row["value"] <= row["high"]
-        assert f"| {row['label']} |" in output
-    assert (tmp_path / "embedded-svamp-restore-wanda-2of4.md").read_text().strip() in output
-
-    monkeypatch.setattr("experiments.store.Store.write", None)  # a finished record must not be computed again
-    restore.main(command)
-    assert capsys.readouterr().out == output
-
-
-def test_nothing_is_done_where_nothing_beats_the_pruned_model(tmp_path, monkeypatch, small_grid):
-    monkeypatch.setattr(restore, "full_grid", lambda ask, floor, grid: SearchResult(None, {}, {}, 0, len(floor)))
-    record = restore.restore(bench_for(tmp_path, task="copa", limit=20), "magnitude", "0.5", "paper", 1)
-    pruned, *others = [row for row in record["rows"] if row["label"] != "dense"]
-    assert len(others) == 3 and all(row["columns"] == pruned["columns"] and not row["touched"] for row in others)
-
-
-def test_the_command_on_a_checkpoint_and_ones_own_pairs(checkpoints, tmp_path, capsys, small_grid):
-    lines = [{"prompt": f"Is {n} more than {n + 1}? ", "positive": "no", "negative": "yes"} for n in range(60)]
-    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    for name in ("qwen3", "gemma2"):
-        command = ["--model", str(checkpoints[name]), "--pairs", str(tmp_path / "mine.jsonl"), "--device", "cpu"]
-        restore.main([*command, "--dtype", "float32", "--draws", "0", "--results", str(tmp_path / name)])
-        output = capsys.readouterr().out
-        assert "## mine" in output and "right answer preferred on" in output and "| RestoreLCC |" in output
-
-
-@pytest.mark.parametrize(
-    ("command", "message"),
-    [
-        (["--sparsity", "2"], "give a share above 0"),
-        (["--data_name", "gsm8k"], "the embedded models' tasks are boolq"),
-        (["--pairs", "x.jsonl"], "--pairs needs --model"),
-        (["--model", "some/model"], "--model needs --data_name"),
-        (["--draws", "-1"], "--draws is -1"),
-        (["--limit", "0"], "--limit must be at least 1"),
-    ],
-)
-def test_wrong_inputs(tmp_path, command, message):
-    with pytest.raises(AUSteerError, match=message):
-        restore.main([*command, "--results", str(tmp_path)])
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.slow
-def test_the_claim_on_svamp(tmp_path):
-    """Check that the restored model beats the pruned one and the untrained control, and even the dense model."""
-    restore.main(["--data_name", "svamp", "--draws", "1", "--device", "cpu", "--results", str(tmp_path)])
-    (file,) = (tmp_path / "restore").glob("*.json")
-    rows = {row["label"]: row for row in json.loads(file.read_text())["rows"]}
-    assert rows["RestoreLCC"]["low"] > max(rows["pruned"]["high"], rows["mean lost activation, untrained"]["high"])
-    assert rows["RestoreLCC"]["low"] > rows["dense"]["high"]  # more than was lost, so this is also steering

@@ -10,12 +10,14 @@
 
 The authors' code numbers heads as layer * (number of layers) + head, which is right only if a layer has as many heads
 as the model has layers; here it is layer * heads + head. Their K is 10 in code and 1 in the paper: an option here.
+Heads that structured pruning removed cannot be shifted, and are never chosen.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -28,8 +30,8 @@ from austeer.evidence import Evidence
 from austeer.forward import input_device, read_at, tapped
 from austeer.methods.base import GridPoint, Method
 from austeer.methods.choice import by_head
-from austeer.methods.pruning import same_length_batches
 from austeer.plan import Plan
+from austeer.pruning.blocks import same_length_batches
 from austeer.tokens import CLEAN, common_length, encode
 
 SITE = "attention"
@@ -39,6 +41,21 @@ EPOCHS, BATCH, INIT = 3, 8, 1e-3
 SHARES = dict.fromkeys(("small", "full"), (0.125, 0.25, 0.5))  # of all heads: 128, 256 and 512 of 1024 in the paper
 RATES = {"small": (1e-3, 1e-2, 1e-1), "full": (1e-5, 1e-4, 1e-3)}
 ALPHAS = dict.fromkeys(("small", "full"), (0.5, 1.0, 2.0))  # of the control that is not trained
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Say how components are found and trained, where the published code differs from what we do by default."""
+
+    components: str = "paper"
+    decay: bool = False  # the rate falls linearly to 0, without warm-up
+    clip: float | None = None  # largest norm of all gradients together
+    max_tokens: int | None = None  # of a question and its answer, in training
+    probed: int | None = None  # only the first so many questions find heads and components; all train
+
+
+# of RestoreLCC_train.py; decay and clip are what transformers' Trainer does unless told otherwise
+RECIPES = {"ours": Recipe(), "original": Recipe("code", decay=True, clip=1.0, max_tokens=500, probed=1000)}
 
 
 @dataclass(frozen=True)
@@ -61,13 +78,19 @@ class Question:
     prompt: tuple[int, ...]
     answer: tuple[int, ...]
 
+    def cut(self, max_tokens: int | None) -> Question:
+        """Leave out what comes after so many tokens, as the authors' trainer does."""
+        return (
+            self if max_tokens is None else Question(self.prompt, self.answer[: max(0, max_tokens - len(self.prompt))])
+        )
+
 
 @dataclass(frozen=True)
 class Prepared:
     model: PreTrainedModel  # the pruned one
     questions: list[Question]
     lost: LostComponents
-    order: Tensor  # heads, the best first
+    order: Tensor  # heads that pruning left, the best first
     header: dict
 
 
@@ -81,10 +104,8 @@ class RestoreLCC(Method):
     trains = True
     axes = {"share": SHARES, "rate": RATES}
 
-    def __init__(self, dense: PreTrainedModel, components: str = "paper"):
-        if components not in COMPONENTS:
-            raise AUSteerError(f"components {components!r} is unknown; use one of {', '.join(COMPONENTS)}")
-        self.dense, self.components = dense, components
+    def __init__(self, dense: PreTrainedModel, recipe: Recipe = RECIPES["ours"]):
+        self.dense, self.recipe = dense, recipe
 
     def prepare(self, evidence: Evidence) -> Prepared:
         if evidence.site != SITE:
@@ -92,15 +113,15 @@ class RestoreLCC(Method):
         if rmodels.site_shape(self.dense, SITE) != rmodels.site_shape(evidence.model, SITE):
             raise AUSteerError("the dense and the pruned model differ in shape; prune a copy of the dense one")
         questions = questions_of(evidence)
-        config, prompts = evidence.model.config, [question.prompt for question in questions]
+        probed = replace(evidence, pairs=evidence.pairs[: self.recipe.probed])
+        config, prompts = evidence.model.config, [question.prompt for question in questions_of(probed)]
         pruned = head_rows(last_activations(evidence.model, prompts), config)
         lost = lost_components(head_rows(last_activations(self.dense, prompts), config) - pruned)
-        dense = Evidence(self.dense, evidence.tokenizer, evidence.pairs, SITE, evidence.ranks)
-        right, wrong = (head_rows(texts, config) for texts in dense.activations("last"))
-        repaired = pruned + lost.component(COMPONENTS[self.components])[:, None]
+        right, wrong = (head_rows(texts, config) for texts in replace(probed, model=self.dense).activations("last"))
+        repaired = pruned + lost.component(COMPONENTS[self.recipe.components])[:, None]
         order = best_first(probe_accuracy(repaired, right, wrong))
-        header = evidence.header() | {"method": self.name, "components": self.components}
-        return Prepared(evidence.model, questions, lost, order, header)
+        header = evidence.header() | {"method": self.name, "components": self.recipe.components}
+        return Prepared(evidence.model, questions, lost, order[there(evidence.model)[order]], header)
 
     def plan(self, prepared: Prepared, point: GridPoint, draw: int = 0) -> Plan:
         heads = self.heads(prepared, point, draw)
@@ -110,7 +131,8 @@ class RestoreLCC(Method):
         return prepared.order[: max(1, round(point["share"] * len(prepared.order)))]
 
     def shifts(self, prepared: Prepared, heads: Tensor, point: GridPoint) -> Tensor:
-        return train(prepared.model, prepared.questions, prepared.lost.basis[heads], heads, point["rate"])
+        basis = prepared.lost.basis[heads]
+        return train(prepared.model, prepared.questions, basis, heads, point["rate"], self.recipe)
 
 
 class RandomHeads(RestoreLCC):
@@ -119,7 +141,8 @@ class RandomHeads(RestoreLCC):
     name, label, draws = "restore-random", "random heads, trained alike", True
 
     def heads(self, prepared: Prepared, point: GridPoint, draw: int) -> Tensor:
-        heads = torch.randperm(len(prepared.order), generator=torch.Generator().manual_seed(draw))
+        heads = prepared.order.sort().values
+        heads = heads[torch.randperm(len(heads), generator=torch.Generator().manual_seed(draw))]
         return heads[: max(1, round(point["share"] * len(prepared.order)))]
 
 
@@ -215,6 +238,12 @@ def probe_accuracy(repaired: Tensor, right: Tensor, wrong: Tensor) -> Tensor:
         return ((logits(order[train:]) > 0) == labels(order[train:]).bool()).float().mean(1)
 
 
+def there(model: PreTrainedModel) -> Tensor:
+    """Say of each head whether o_proj reads it at all, (heads,) bool."""
+    read = torch.stack([block.self_attn.o_proj.weight.any(0).cpu() for block in model.base_model.layers])
+    return by_head(read, model.config).any(-1).flatten()
+
+
 def best_first(score: Tensor) -> Tensor:
     """Order heads by score; ties go to the lower layer, then head."""
     return score.sort(descending=True, stable=True).indices
@@ -231,6 +260,7 @@ def train(
     basis: Tensor,
     heads: Tensor,
     rate: float,
+    recipe: Recipe = RECIPES["ours"],
     epochs: int = EPOCHS,
 ) -> Tensor:
     """Train the components of these heads, (heads, d), on the loss of the answers."""
@@ -240,27 +270,54 @@ def train(
     # b alone could express any c, but the paper trains beta and b apart, and Adam then takes other steps
     beta, offset = ((torch.randn(len(heads), d, generator=generator) * INIT).to(device).requires_grad_() for _ in "12")
     basis, heads = basis.to(device), heads.to(device)
-    adam = torch.optim.Adam([beta, offset], lr=rate)
-    for _ in range(epochs):
-        for batch in torch.randperm(len(questions), generator=generator).split(BATCH):
-            with torch.enable_grad():
-                component = learned_component(beta, basis, offset)
-                shift = component.new_zeros(layers * width // d, d).index_copy(0, heads, component).view(layers, width)
-                loss = answer_loss(model, [questions[index] for index in batch.tolist()], shift)
-            if not torch.isfinite(loss):
-                raise AUSteerError(f"training components ended in inf or nan at rate {rate:g}; use a lower rate")
-            adam.zero_grad()
-            loss.backward()
-            adam.step()
+
+    def loss(batch: Sequence[Question]) -> Tensor:
+        component = learned_component(beta, basis, offset)
+        shift = component.new_zeros(layers * width // d, d).index_copy(0, heads, component).view(layers, width)
+        return answer_loss(model, batch, shift)
+
+    fit([beta, offset], loss, questions, rate, recipe, epochs, generator)
     return learned_component(beta, basis, offset).detach().cpu()
 
 
-def answer_loss(model: PreTrainedModel, batch: Sequence[Question], shift: Tensor) -> Tensor:
+def fit(
+    parameters: Sequence[Tensor],
+    loss_of: Callable[[Sequence[Question]], Tensor],
+    questions: Sequence[Question],
+    rate: float,
+    recipe: Recipe,
+    epochs: int,
+    generator: torch.Generator,
+) -> None:
+    """Train parameters in place with Adam, on batches of the questions."""
+    questions = [question.cut(recipe.max_tokens) for question in questions]
+    questions = [question for question in questions if question.answer]
+    if not questions:
+        raise AUSteerError(f"no answer begins within {recipe.max_tokens} tokens: there is nothing to train on")
+    adam = torch.optim.Adam(parameters, lr=rate)
+    steps, step = epochs * math.ceil(len(questions) / BATCH), 0
+    for _ in range(epochs):
+        for batch in torch.randperm(len(questions), generator=generator).split(BATCH):
+            with torch.enable_grad():
+                loss = loss_of([questions[index] for index in batch.tolist()])
+            if not torch.isfinite(loss):
+                raise AUSteerError(f"training ended in inf or nan at rate {rate:g}; use a lower rate")
+            adam.zero_grad()
+            loss.backward()
+            if recipe.clip is not None:
+                torch.nn.utils.clip_grad_norm_(parameters, recipe.clip)
+            if recipe.decay:
+                adam.param_groups[0]["lr"] = rate * (1 - step / steps)
+            adam.step()
+            step += 1
+
+
+def answer_loss(model: PreTrainedModel, batch: Sequence[Question], shift: Tensor | None = None) -> Tensor:
     """Return the mean cross-entropy of a batch's answer tokens, with `shift` (layers, width) added everywhere."""
     texts = [question.prompt + question.answer for question in batch]
     width = max(map(len, texts))
     # padded on the right: no token sees what comes after it
-    ids = torch.tensor([text + (0,) * (width - len(text)) for text in texts], device=shift.device)
+    ids = torch.tensor([text + (0,) * (width - len(text)) for text in texts], device=input_device(model))
     column = torch.arange(width)
     begin = torch.tensor([len(question.prompt) for question in batch])[:, None]
     end = torch.tensor([len(text) for text in texts])[:, None]
@@ -270,14 +327,14 @@ def answer_loss(model: PreTrainedModel, batch: Sequence[Question], shift: Tensor
         return lambda x: x + shift[gate.layer].to(device=x.device, dtype=x.dtype)
 
     first = int(begin.min())  # no answer begins before this column
-    with tapped(model, [SITE], add_shift):
+    with tapped(model, [SITE] if shift is not None else [], add_shift):
         logits = model(input_ids=ids, use_cache=False, logits_to_keep=width - first + 1).logits[:, :-1]
     return F.cross_entropy(logits.float().flatten(0, 1), targets[:, first:].flatten().to(logits.device))
 
 
 def shift_plan(prepared: Prepared, heads: Tensor, shifts: Tensor, point: GridPoint) -> Plan:
     layers, width = rmodels.site_shape(prepared.model, SITE)
-    table = torch.zeros(len(prepared.order), shifts.shape[1])
+    table = torch.zeros(layers * width // shifts.shape[1], shifts.shape[1])
     table[heads] = shifts.float()
     header = {**prepared.header, **point, "heads": sorted(heads.tolist())}
     return Plan({}, {SITE: table.view(layers, width)}, "all", header)

@@ -1,0 +1,60 @@
+"""Save a restored model: a pruned model whose plan, which only shifts inputs of o_proj, becomes the bias of o_proj.
+
+Checkpoints of most models have no such bias. Where the architecture knows one (`attention_bias` of the config: Llama,
+Gemma-2, Qwen3), it is switched on, and all biases that come with it are zero before the plan is folded in.
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from austeer.errors import AUSteerError
+from austeer.export.checkpoint import check_new
+from austeer.export.fold import fold
+from austeer.identity import model_header
+from austeer.plan import Plan
+
+
+def save_restored(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, plan: Plan, out: str | Path) -> dict:
+    """Write the model with the plan folded in to the new folder `out`, an ordinary checkpoint; return its certificate."""
+    check_new(out)
+    wide = _with_bias(model)
+    plan = replace(plan, header={**plan.header, **model_header(wide)})
+    beside = Path(out).absolute().parent
+    beside.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".pruned.", dir=beside) as folder:
+        wide.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        return fold(folder, plan, out)
+
+
+def _with_bias(model: PreTrainedModel) -> PreTrainedModel:
+    """Return the model if o_proj has a bias, and otherwise one of the same weights that has one, of zeros.
+
+    It is there to be saved, not to run: its buffers, which no checkpoint holds, are not filled in.
+    """
+    if model.base_model.layers[0].self_attn.o_proj.bias is not None:
+        return model
+    config = copy.deepcopy(model.config)
+    config.attention_bias = True
+    with torch.device("meta"):
+        wide = type(model)(config)
+    if wide.base_model.layers[0].self_attn.o_proj.bias is None:
+        raise AUSteerError(
+            f"a restored {config.model_type} model cannot be saved: its architecture has no bias in o_proj to hold what "
+            "RestoreLCC adds; use a Llama, Gemma-2 or Qwen3 model, or steer the pruned model by the plan"
+        )
+    weights = model.state_dict()
+    zeros = {
+        name: torch.zeros(tensor.shape, dtype=model.dtype, device=model.device)
+        for name, tensor in wide.state_dict().items()
+        if name not in weights
+    }
+    wide.load_state_dict(weights | zeros, assign=True)
+    return wide
