@@ -33,7 +33,6 @@ def settings(spec: Spec, manifest: Manifest, block: str) -> Block:
                 value.ids = [best["id"]]
                 value.unlike = unlike([best]) if spec.printed else []
             value.printed = spec.printed.get(block, {}).get(row, {}).get(column)
-            value.unlike = [ON_ANOTHER_MACHINE]
             values.append(value)
         rows.append(Row(row, spec.rows[row]["label"], spec.rows[row].get("ours", False), values))
     return Block(block, list(spec.columns), list(spec.columns), rows)
