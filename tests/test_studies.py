@@ -337,17 +337,19 @@ def test_effects_are_compared_with_the_scores_of_ranking(results):
 
 
 def test_what_the_effects_say_follows_from_the_intervals():
-    rho = {"activation": [-0.5, -0.6, -0.4], "difference": [0.1, -0.1, 0.3], "causal mean": [0.8, 0.7, 0.9], "causal t": [0.7, 0.6, 0.8]}  # fmt: skip
-    found = {
-        "halves": [0.9, 0.8, 1],
-        "scores": {name: {"signed": three, "drawn": three} for name, three in rho.items()},
-    }
-    text = effect.note({"agreement": {"1": {"M": found, "log sigmoid(M)": found}}, "drawn": [0, 1]}, {})
-    assert (
-        "M: the interval of ρ lies below 0 for activation momentum; it includes 0 for mean difference; it lies above 0 for "
-        "causal momentum (mean) and causal momentum (t). Two halves of the held-out pairs agree about the change with ρ +0.90."
-    ) in text
-    assert "The 2 AUs drawn at random alone: ρ with M activation momentum -0.50 [-0.60, -0.40], mean" in text
+    above, around, below = [0.8, 0.7, 0.9], [0.1, -0.1, 0.3], [-0.5, -0.6, -0.4]
+    rho = {"activation": below, "difference": around, "causal mean": above, "causal t": above}
+    of_scores = {name: {"signed": three, "drawn": around} for name, three in rho.items()}
+    found = {"halves": [0.9, 0.8, 1], "scores": of_scores}
+    by_measure = {"M": found, "log sigmoid(M)": {**found, "scores": {**of_scores, "activation": of_scores["causal t"]}}}
+    result = {"agreement": {"1": by_measure, "8": by_measure}, "drawn": [0, 1]}
+    assert effect.note(result, {}) == (
+        "Of 3 intervals of ρ with M, so many lie above 0: activation momentum 0 (and 2 below 0), mean difference 0, causal "
+        "momentum (mean) 2, causal momentum (t) 2. Of 3 intervals of ρ with log sigmoid(M), so many lie above 0: activation "
+        "momentum 2, mean difference 0, causal momentum (mean) 2, causal momentum (t) 2. These are the intervals for all AUs "
+        "at g = 1, the 2 drawn at random alone, all AUs at g = 8. Two halves of the held-out pairs agree about the changes "
+        "with ρ +0.90 for M, +0.90 for log sigmoid(M)."
+    )
 
 
 def test_effects_on_a_users_own_model_and_pairs(tmp_path, capsys):

@@ -174,7 +174,7 @@ def draw(result: dict, params: dict, path: Path) -> None:
             axis.scatter(x[drawn], change[drawn], 26, color=picture.BLUE, label="drawn at random")
             ring = {"facecolors": "none", "edgecolors": picture.VERMILLION, "linewidths": 1.2}
             axis.scatter(x[best], change[best], 60, label=f"the {len(best)} best by this score", **ring)
-            axis.set_yscale("symlog", linthresh=float(np.median(abs(change))) or 1.0)  # a few AUs do most
+            axis.set_yscale("symlog", linthresh=_linear(change), linscale=2)
             axis.set_title("\n".join([SCORES[score], *facts(result, g, measure, score)]), fontsize=12)
             axis.set_xlabel("score")
             axis.grid(alpha=0.25)
@@ -186,6 +186,11 @@ def draw(result: dict, params: dict, path: Path) -> None:
         fontsize=15,
     )
     picture.save(figure, path)
+
+
+def _linear(change: np.ndarray) -> float:
+    """Return how far the axis is linear, before its logarithmic part: a few AUs change far more than all others."""
+    return max(float(np.median(abs(change))), float(abs(change).max()) / 100) or 1.0
 
 
 def facts(result: dict, g: str, measure: str, score: str) -> list[str]:
@@ -201,39 +206,26 @@ def facts(result: dict, g: str, measure: str, score: str) -> list[str]:
 
 
 def note(result: dict, params: dict) -> str:
-    """Say which scores predict the change, how far the measurement can be trusted, and what other strengths give."""
-    first, *others = result["agreement"]
-    sentences = [
-        "ρ: rank correlation of the score with the measured change, and its 95 % interval over resampled AUs; of sizes: of "
-        "both without their signs. Direction: the share of AUs that move the measure the way the score's sign says; best: how "
-        "many of the best by this score do."
-    ]
+    """Count for each score the intervals of ρ on either side of 0, and say how much of the change is noise."""
+    agreement = result["agreement"]
+    first, *others = agreement
+    cases = [(first, "signed"), (first, "drawn"), *((g, "signed") for g in others)]
+    sentences = []
     for measure in MEASURES:
-        found, sides = result["agreement"][first][measure], {}
+        counts = []
         for score, label in SCORES.items():
-            _, low, high = found["scores"][score]["signed"]
-            side = "lies above 0" if low > 0 else "lies below 0" if high < 0 else "includes 0"
-            sides.setdefault(side, []).append(label)
-        listed = "; it ".join(f"{side} for {_join(labels)}" for side, labels in sides.items())
-        sentences.append(
-            f"{measure}: the interval of ρ {listed}. Two halves of the held-out pairs agree about the "
-            f"change with ρ {found['halves'][0]:+.2f}."
-        )
-    sentences.append(f"The {len(result['drawn'])} AUs drawn at random alone: {_all(result, first, 'drawn')}.")
-    sentences += [f"At g = {g}: {_all(result, g, 'signed')}." for g in others]
+            intervals = [agreement[g][measure]["scores"][score][which][1:] for g, which in cases]
+            above, below = sum(low > 0 for low, _ in intervals), sum(high < 0 for _, high in intervals)
+            counts.append(f"{label} {above}" + (f" (and {below} below 0)" if below else ""))
+        sentences.append(f"Of {len(cases)} intervals of ρ with {measure}, so many lie above 0: {', '.join(counts)}.")
+    names = [f"all AUs at g = {first}", f"the {len(result['drawn'])} drawn at random alone"]
+    names += [f"all AUs at g = {g}" for g in others]
+    halves = ", ".join(f"{found['halves'][0]:+.2f} for {measure}" for measure, found in agreement[first].items())
+    sentences += [
+        f"These are the intervals for {', '.join(names)}.",
+        f"Two halves of the held-out pairs agree about the changes with ρ {halves}.",
+    ]
     return " ".join(sentences)
-
-
-def _all(result: dict, g: str, which: str) -> str:
-    return "; ".join(
-        f"ρ with {measure} "
-        + ", ".join(f"{label} {_interval(found['scores'][score][which])}" for score, label in SCORES.items())
-        for measure, found in result["agreement"][g].items()
-    )
-
-
-def _join(labels: Sequence[str]) -> str:
-    return " and ".join(filter(None, (", ".join(labels[:-1]), labels[-1])))
 
 
 def _interval(rho: Sequence[float]) -> str:
