@@ -363,8 +363,9 @@ def test_effects_on_a_users_own_model_and_pairs(tmp_path, capsys):
     assert (tmp_path / "effect-svamp-mine-ffn.png").stat().st_size > 10_000
     (record,) = (tmp_path / "records").iterdir()
     assert str(record) in printed
+    written = record.stat().st_mtime_ns
     measure_effect.main([*command, *few])
-    assert capsys.readouterr().out == printed, "found, not measured again"
+    assert capsys.readouterr().out == printed and record.stat().st_mtime_ns == written, "found, not measured again"
     for wrong, message in ((["--strengths", "-1"], "positive"), (["--top", "1"], "--top must be at least 2")):
         with pytest.raises(AUSteerError, match=message):
             measure_effect.main([*command, *wrong])
