@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         params = {"site": site, **{name: getattr(args, name) for name in ("strengths", "top", "random", "n", "seed")}}
         record = panels.measured(Panel(site, "effect", model, task, params), store, progress=True)
         path = folder / f"effect-{Path(args.model).name}-{task.label}-{site}.png"
-        effect.draw(record["found"], params, path)
+        effect.draw(record["found"], params, path, None)
         print("\n".join(_lines(record["found"])))
         print(f"picture: {path}   record: {Path(store.records) / record['id']}.json")
 

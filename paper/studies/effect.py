@@ -159,7 +159,7 @@ def _agreement(result: dict, g: str, measure: str, score: str) -> dict:
     }
 
 
-def draw(result: dict, params: dict, path: Path) -> None:
+def draw(result: dict, params: dict, path: Path, printed: object) -> None:
     """Draw the change at the first strength against each score: a column per score, a row per measure."""
     g, n = next(iter(result["changes"])), len(result["dims"])
     figure, axes = picture.subplots(len(SCORES), (16, 10.4), rows=len(MEASURES))
