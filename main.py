@@ -16,6 +16,10 @@ from austeer.errors import AUSteerError, run_command
 COMMANDS = {  # name -> module with a main, and what it does
     "reproduce": ("paper.reproduce", "make every table and figure of the paper, and a report (reproduce.sh runs this)"),
     "trace": ("paper.trace", "print the record behind a number of the report, and compute the number again"),
+    "effect": (
+        "paper.measure_effect",
+        "steer single AUs of your model, and compare what they change with their scores",
+    ),
     "data": ("eval.data.command", "fetch and check the paper's datasets"),
     "pairs": ("eval.data.pairs_command", "make, show and save the contrastive pairs of a task or of your data"),
     "import-authors": ("eval.data.import_authors", "read prompts, data and ranks from the authors' checkout"),

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import binomtest
+from scipy.stats import binomtest, rankdata
 from scipy.stats import t as student
 
 RESAMPLES, SEED = 2000, 0
@@ -71,6 +71,23 @@ def _resamples(n: int) -> Iterator[np.ndarray]:
     """Yield n items drawn with replacement, again and again: one draw at a time, since all would not fit for many items."""
     generator = np.random.default_rng(SEED)
     return (generator.integers(0, n, n) for _ in range(RESAMPLES))
+
+
+def spearman(a: Sequence[float], b: Sequence[float]) -> tuple[float, float, float]:
+    """Return the rank correlation of two values of the same things, with its 95 % interval over resampled things.
+
+    Where all values are equal there is no order, and the correlation is 0.
+    """
+    both = np.array([a, b], float)
+    draws = np.random.default_rng(SEED).integers(0, both.shape[1], (RESAMPLES, both.shape[1]))
+    low, high = np.percentile(_rank_correlation(*both[:, draws]), (2.5, 97.5))
+    return float(_rank_correlation(*both)), float(low), float(high)
+
+
+def _rank_correlation(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    ranks = [rankdata(values, axis=-1) - (values.shape[-1] + 1) / 2 for values in (a, b)]
+    spread = np.sqrt(np.prod([np.square(one).sum(-1) for one in ranks], axis=0))
+    return np.divide((ranks[0] * ranks[1]).sum(-1), spread, out=np.zeros_like(spread), where=spread > 0)
 
 
 def paired_gain(gained: int, lost: int, n: int) -> tuple[float, float, float]:

@@ -21,6 +21,8 @@ FAMILY_SHAPE = {
 
 TINY_AUS = SHAPE["hidden_size"]  # AUs of one layer's ffn, and the largest k
 TINY_PAIRS = 16  # pairs to rank on
+# the largest values of a study's params
+MOST = {"n": 4, "items": 2, "trials": 2, "prompts": 2, "draws": 3, "k": TINY_AUS, "top": 4, "random": 8}
 
 
 def shrink(params: dict) -> dict:
@@ -37,7 +39,7 @@ def shrink(params: dict) -> dict:
         small["answer"] = None  # none of the few items need have it
     if "step" in small:
         small["step"] = min(small["step"], 4)
-    for key, most in (("n", 4), ("items", 2), ("trials", 2), ("prompts", 2), ("draws", 3), ("k", TINY_AUS)):
+    for key, most in MOST.items():
         if key in small:
             small[key] = min(small[key], most)
     return small | ({"ks": [4, 8]} if "ks" in small else {})

@@ -116,7 +116,8 @@ def _needs(todo: Sequence[Cell], panels: Sequence[Panel]) -> list[str]:
         if hub not in known:
             continue  # an embedded model, or a tiny one of a dry run
         name, model = known[hub]
-        size = model["parameters"] * model["bits"] / 8
+        dtypes = {job.model.dtype for job in (*todo, *panels) if job.model.name == hub}
+        size = model["parameters"] * (32 if "float32" in dtypes else model["bits"]) / 8
         cells = [cell for cell in todo if cell.model.name == hub]
         seconds = sum(
             count * _seconds(cell, model, rate, bandwidth) for cell, count in Counter(map(_first_draw, cells)).items()

@@ -15,11 +15,15 @@ from paper.studies import STUDIES
 def attempt(panel: Panel, store: Store) -> dict:
     """Return the panel's record, or {"failed": why}: one picture that fails does not end the others."""
     try:
-        bench = BENCHES.open(panel.model, panel.task, store)
-        key = panel_key(panel, bench)
-        return store.find(key) or store.write(key, {"found": STUDIES[panel.study].measure(bench, panel.params, False)})
+        return measured(panel, store)
     except Exception as error:
         return {"failed": one_line(error)}
+
+
+def measured(panel: Panel, store: Store, progress: bool = False) -> dict:
+    bench = BENCHES.open(panel.model, panel.task, store)
+    key = panel_key(panel, bench)
+    return store.find(key) or store.write(key, {"found": STUDIES[panel.study].measure(bench, panel.params, progress)})
 
 
 def panel_key(panel: Panel, bench: Bench) -> dict:

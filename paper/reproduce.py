@@ -34,6 +34,8 @@ from paper.progress import Progress
 from paper.render import page
 from paper.specs import Panel, Spec
 
+DRY_LIMIT = 2  # items per split of a dry run
+
 
 def main(argv: Sequence[str] | None = None) -> int | None:
     args = _arguments(argv)
@@ -41,7 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     transformers_logging.disable_progress_bar()
     folder = Path(args.results) / (f"{args.scale}-dry-run" if args.dry_run else args.scale)
     store = Store(ranks=str(folder / "AU_ranks"), records=str(folder / "records"))
-    how = {"limit": 2 if args.dry_run else args.limit, "batch_size": args.batch_size, "engine": args.engine}
+    limit = args.limit or (DRY_LIMIT if args.dry_run else None)
+    how = {"limit": limit, "batch_size": args.batch_size, "engine": args.engine}
     how |= {"toxicity": "embedded" if args.dry_run else args.toxicity, "attn": args.attn}
     checkpoints = tiny_checkpoints(specs.models(), folder / "checkpoints") if args.dry_run else None
     shared = {"data_dir": args.data_dir, "device": args.device, **({"encoder": "tfidf"} if args.dry_run else {})}
@@ -155,7 +158,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add(
         "--dry-run",
         action="store_true",
-        help="use tiny random checkpoints of the same architectures, and two items per split",
+        help="use tiny random checkpoints of the same architectures, and two items per split unless --limit says otherwise",
     )
     add("--results", default="results", help="folder of results; each scale has its own inside (default: %(default)s)")
     add("--keep", metavar="DIR", help="write the report there too, with all records in one file, to be committed")

@@ -702,6 +702,16 @@ def test_a_dry_run_shrinks_the_params_of_studies():
     assert shrunk["answer"] is None and params["answer"], "the spec keeps it"
 
 
+def test_a_dry_run_takes_two_items_unless_it_is_told(tmp_path, monkeypatch):
+    limits = []
+    monkeypatch.setattr(run, "tiny_checkpoints", lambda known, folder: {})
+    monkeypatch.setattr(specs, "read", lambda *names, **shared: limits.append(shared["limit"]) or [])
+    for more in (["--dry-run"], ["--dry-run", "--limit", "5"], ["--limit", "5"], []):
+        with pytest.raises(AUSteerError, match="nothing in scale paper"):
+            run.main(["--scale", "paper", "--results", str(tmp_path), *more])
+    assert limits == [2, 5, 5, None]
+
+
 def test_the_papers_own_combinations_are_in_its_sweeps():
     for panel in (panel for spec in specs.read("paper") for panel in spec.panels if panel.study == "dimension_sweep"):
         own = panel.params["paper_dims"]
@@ -846,6 +856,12 @@ def test_a_finer_grid_costs_a_race_nothing():
         "sadi": 21 * estimate.VALIDATION // 4,
         "austeer-ffn": 21 * estimate.VALIDATION // 4,
     }
+
+
+def test_the_estimate_knows_the_precision_that_a_panel_needs(tmp_path):
+    for names, memory in ((["effect"], "44 GB"), (["figure11"], "22 GB")):
+        text = estimate.text(specs.read("paper", names), Manifest(tmp_path, "paper"))
+        assert re.search(rf"gemma2-9b-it +0 +{memory}", text), names
 
 
 def test_the_estimate_counts_what_is_there_and_current(tmp_path, monkeypatch, capsys):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from scipy.stats import binomtest, norm
+from scipy.stats import binomtest, norm, spearmanr
 
 from eval.statistics import (
     bootstrap,
@@ -18,6 +18,7 @@ from eval.statistics import (
     resampled_ratios,
     selection_noise,
     sign_flip,
+    spearman,
     summary,
     t_interval,
     wilson,
@@ -176,3 +177,15 @@ def test_the_document_shows_what_the_code_does():
     said = []
     failed, tried = doctest.DocTestRunner().run(example, out=said.append)
     assert tried > 20 and not failed, "".join(said)
+
+
+def test_spearman_against_scipy_and_a_plain_loop():
+    rng = np.random.default_rng(3)
+    a = rng.integers(0, 8, 40).astype(float)  # with ties
+    b = a + rng.normal(0, 4, 40)
+    rho, low, high = spearman(a, b)
+    assert rho == pytest.approx(spearmanr(a, b).statistic) and low < rho < high
+    draws = np.random.default_rng(0).integers(0, 40, (2000, 40))
+    expected = np.percentile([spearmanr(a[draw], b[draw]).statistic for draw in draws], (2.5, 97.5))
+    assert (low, high) == pytest.approx(tuple(expected))
+    assert spearman(a, -a)[0] == pytest.approx(-1) and spearman(a, np.ones(40)) == (0, 0, 0), "no order, no correlation"

@@ -2,19 +2,23 @@
 
 import copy
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from one_cell import bench_for
+from scipy.stats import spearmanr
 
 from austeer.errors import AUSteerError
-from austeer.pairs import Pair
+from austeer.pairs import Pair, write_pairs
 from embedded import acceptance
+from embedded import tasks as small_world
 from eval.tasks.base import PairSet
 from MFU_screening import screen
-from paper.studies import STUDIES, convergence, dimension_sweep, overhead, picture, rank_stability, top_tokens
+from paper import measure_effect
+from paper.studies import STUDIES, convergence, dimension_sweep, effect, overhead, picture, rank_stability, top_tokens
 from paper.studies.block import Block, next_token
 
 BENCH = bench_for(Path("nowhere"), task="svamp", limit=24, n_pairs=12)
@@ -28,6 +32,7 @@ SMALL = {
     "score_map": {"momentum": "causal", "threshold": 2.0},
     "overlap": {"momentum": "activation", "k": 8, "tasks": ["boolq", "svamp", "tone"]},
     "rank_stability": {"ks": [2, 8], "draws": 3, "seed": 0},
+    "effect": {"site": "attention", "strengths": [0.5, 20.0], "top": 2, "random": 4, "n": 7, "seed": 0},
 }  # fmt: skip
 
 
@@ -275,6 +280,105 @@ def test_stability_is_one_where_all_draws_are_the_same_pairs(results, monkeypatc
     monkeypatch.setattr(rank_stability, "_counts", lambda n, draws, seed: torch.ones(n, draws + 1).double())
     same = rank_stability.measure(BENCH, SMALL["rank_stability"], False)
     assert same["sites"]["ffn"]["activation"]["mean"] == [1.0, 1.0]
+
+
+def test_effects_are_those_of_folded_weights_one_au_at_a_time(results):
+    single, params, tokenizer = results["effect"], SMALL["effect"], BENCH.tokenizer
+    items = BENCH.task.validation[:7]
+
+    def log_odds(layer, dim, g):
+        twin, _ = folded({dim: g}, layer=layer, first=0)
+        for item in items:
+            logp = twin(**tokenizer(item.prompt, return_tensors="pt")).logits[0, -1].double().log_softmax(-1)
+            right, wrong = (tokenizer(item.prompt + a)["input_ids"][-1] for a in (item.right, item.wrong))
+            yield float(logp[right] - logp[wrong])
+
+    measures = {"M": lambda m: m, "log sigmoid(M)": lambda m: -math.log1p(math.exp(-m))}
+    for g in params["strengths"]:
+        for name, of in measures.items():
+            expected = []
+            for layer, dim in zip(single["layers"], single["dims"], strict=True):
+                both = zip(log_odds(layer, dim, g), log_odds(layer, dim, -g), strict=True)
+                expected.append(sum(of(up) - of(down) for up, down in both) / 2 / len(items))
+            assert single["changes"][f"{g:g}"][name] == pytest.approx(expected, rel=1e-2, abs=2e-6)
+    assert max(map(abs, single["changes"]["20"]["M"])) > 1e-2, "something was steered"
+
+
+def test_effects_are_compared_with_the_scores_of_ranking(results):
+    single, model, tokenizer, task = results["effect"], BENCH.model, BENCH.tokenizer, BENCH.task
+    places, n = list(zip(single["layers"], single["dims"], strict=True)), len(task.pairs)
+    ranks = {m: screen(task.pairs, model, tokenizer, ["attention"], momentum=m, progress=False)["attention"] for m in ("activation", "causal")}  # fmt: skip
+    activation, causal = ranks["activation"], ranks["causal"]
+    scores = {
+        "activation": activation.gain, "difference": activation.stats["sum_momentum"] / n,
+        "causal mean": causal.stats["sum"] / n, "causal t": causal.score,
+    }  # fmt: skip
+    chosen = set()
+    for name, score in scores.items():
+        assert single["scores"][name] == pytest.approx([float(score[place]) for place in places])
+        best = {(au // 128, au % 128) for au in score.abs().flatten().topk(2).indices.tolist()}
+        if name != "activation":  # with twelve pairs, many shares are equal
+            assert {places[at] for at in single["best"][name]} == best
+        chosen |= {places[at] for at in single["best"][name]}
+    drawn = {places[at] for at in single["drawn"]}
+    assert len(drawn) == 4 and chosen | drawn == set(places) and single["aus_of_site"] == 512
+    for g, by_measure in single["changes"].items():
+        for measure, change in by_measure.items():
+            found = single["agreement"][g][measure]
+            for name, values in single["scores"].items():
+                same = [a * b > 0 for a, b in zip(values, change, strict=True)]
+                assert found["scores"][name]["same_way"] == sum(same)
+                assert found["scores"][name]["same_way_of_best"] == sum(same[at] for at in single["best"][name])
+                assert found["scores"][name]["signed"][0] == pytest.approx(spearmanr(values, change).statistic)
+                sizes = spearmanr([abs(v) for v in values], [abs(c) for c in change]).statistic
+                assert found["scores"][name]["sizes"][0] == pytest.approx(sizes)
+                few = [(values[at], change[at]) for at in single["drawn"]]
+                assert found["scores"][name]["drawn"][0] == pytest.approx(spearmanr(few).statistic)
+
+
+def test_what_the_effects_say_follows_from_the_intervals():
+    above, around, below = [0.8, 0.7, 0.9], [0.1, -0.1, 0.3], [-0.5, -0.6, -0.4]
+    rho = {"activation": below, "difference": around, "causal mean": above, "causal t": above}
+    of_scores = {name: {"signed": three, "drawn": around} for name, three in rho.items()}
+    found = {"halves": [0.9, 0.8, 1], "scores": of_scores}
+    by_measure = {"M": found, "log sigmoid(M)": {**found, "scores": {**of_scores, "activation": of_scores["causal t"]}}}
+    result = {"agreement": {"1": by_measure, "8": by_measure}, "drawn": [0, 1]}
+    assert effect.note(result, {}) == (
+        "Of 3 intervals of ρ with M, so many lie above 0: activation momentum 0 (and 2 below 0), mean difference 0, causal "
+        "momentum (mean) 2, causal momentum (t) 2. Of 3 intervals of ρ with log sigmoid(M), so many lie above 0: activation "
+        "momentum 2, mean difference 0, causal momentum (mean) 2, causal momentum (t) 2. These are the intervals for all AUs "
+        "at g = 1, the 2 drawn at random alone, all AUs at g = 8. Two halves of the held-out pairs agree about the changes "
+        "with ρ +0.90 for M, +0.90 for log sigmoid(M)."
+    )
+
+
+def test_effects_on_a_users_own_model_and_pairs(tmp_path, capsys):
+    pairs = tmp_path / "mine.jsonl"
+    write_pairs(pairs, [Pair(item.prompt, item.right, item.wrong) for item in small_world.items("svamp", "pairs", 60)])
+    command = ["--model", str(acceptance.WEIGHTS / "svamp"), "--pairs", str(pairs), "--device", "cpu", "--results", str(tmp_path)]  # fmt: skip
+    few = ["--site", "ffn", "--top", "2", "--random", "3", "--n", "6", "--strengths", "1"]
+    measure_effect.main([*command, *few])
+    printed = capsys.readouterr().out
+    assert "change of M, g = 1" in printed and "causal momentum (t)" in printed and "6 held-out pairs" in printed
+    assert (tmp_path / "effect-svamp-mine-ffn.png").stat().st_size > 10_000
+    (record,) = (tmp_path / "records").iterdir()
+    assert str(record) in printed
+    written = record.stat().st_mtime_ns
+    measure_effect.main([*command, *few])
+    assert capsys.readouterr().out == printed and record.stat().st_mtime_ns == written, "found, not measured again"
+    for wrong, message in ((["--strengths", "-1"], "positive"), (["--top", "1"], "--top must be at least 2")):
+        with pytest.raises(AUSteerError, match=message):
+            measure_effect.main([*command, *wrong])
+
+
+def test_effects_need_wrong_answers_that_were_held_out(monkeypatch):
+    items = [small_world.Item("Is it ? Answer : ", "yes", "", "", ())] * 3
+    monkeypatch.setattr(BENCH.task, "validation", items)
+    with pytest.raises(AUSteerError, match="no wrong answers"):
+        effect.measure(BENCH, SMALL["effect"], False)
+    monkeypatch.setattr(BENCH.task, "validation", [])
+    with pytest.raises(AUSteerError, match="at least 2 held-out pairs"):
+        effect.measure(BENCH, SMALL["effect"], False)
 
 
 @pytest.mark.parametrize("name", list(SMALL))

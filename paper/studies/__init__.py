@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from paper.studies import convergence, dimension_sweep, overhead, overlap, rank_stability, score_map, top_tokens
+from paper.studies import convergence, dimension_sweep, effect, overhead, overlap, rank_stability, score_map, top_tokens
 
 STUDIES: dict[str, ModuleType] = {
     "dimension_sweep": dimension_sweep,  # Figures 2, 6, 7, 8
@@ -22,4 +22,5 @@ STUDIES: dict[str, ModuleType] = {
     "overlap": overlap,  # Figure 12
     "overhead": overhead,  # Table 11, which has no picture
     "rank_stability": rank_stability,  # ours
+    "effect": effect,  # ours
 }
