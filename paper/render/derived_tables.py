@@ -48,7 +48,6 @@ def counts(spec: Spec, manifest: Manifest, block: str) -> Block:
             value.ids = [record["id"] for record in records[:1]]
             value.why = "" if records else manifest.why_missing(spec.source, block, source, column)
             value.printed = spec.printed.get(block, {}).get(row, {}).get(column)
-            value.unlike = [ON_ANOTHER_MACHINE]
             values.append(value)
         rows.append(Row(row, spec.rows[row]["label"], False, values))
     return Block(block, list(spec.columns), list(spec.columns), rows)
@@ -151,7 +150,6 @@ def human(spec: Spec, manifest: Manifest, block: str) -> Block:
                     unlike=[RATED_BY_OTHERS],
                 )
             value.printed = spec.printed.get(block, {}).get(row, {}).get(column)
-            value.unlike = [ON_ANOTHER_MACHINE]
             values.append(value)
         rows.append(Row(row, row_fields["label"], False, values))
     return Block(block, list(spec.columns), list(spec.columns), rows)
