@@ -20,7 +20,7 @@ FAMILY_SHAPE = {
 }
 
 TINY_AUS = SHAPE["hidden_size"]  # AUs of one layer's ffn, and the largest k
-TINY_PAIRS = 16  # pairs to rank on
+TINY_PAIRS = 8  # pairs to rank on
 # the largest values of a study's params
 MOST = {"n": 4, "items": 2, "trials": 2, "prompts": 2, "draws": 3, "k": TINY_AUS, "top": 4, "random": 8}
 
