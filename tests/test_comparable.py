@@ -87,8 +87,8 @@ def test_reasons_below_a_table_name_the_columns_they_are_about(tmp_path):
     (block,) = tables.blocks(spec, manifest)
     assert block.notes == [
         "Prompts: authors: a file; this project (b). Pairs: theirs. Protocol: clean. Attention kernel: sdpa.",
-        "No difference from the paper's number where the protocol is clean instead of the authors'; or the prompts are not the "
-        "authors' (b).",
+        "No difference from the paper's number is given where the protocol is clean instead of the authors'; or the prompts are "
+        "not the authors' (b).",
     ]
 
 
