@@ -103,6 +103,8 @@ def test_a_win_rate_names_its_judge(tmp_path, judge, orders, difference):
     spec.columns["bpo"]["judge"] = True
     result = {"judge": judge, "orders": orders, "delta": 30.0, "delta_interval": [20.0, 40.0]}
     (tmp_path / "judge-x-bpo-0-test-vanilla-bpo-0-test-0.json").write_text(json.dumps(result))
+    other = result | {"judge": "another", "orders": "both", "delta": 99.0}
+    (tmp_path / "judge-x-bpo-0-test-vanilla-bpo-0-test-.json").write_text(json.dumps(other))
     (block,) = tables.blocks(spec, manifest)
     value = block.rows[-1].values[0]
     assert value.text == "30.0" and value.difference == difference and comparable.OUR_JUDGE_PROMPT in value.facts
