@@ -48,7 +48,7 @@ from experiments.cell import EMBEDDED
 from experiments.neurosteer_report import sweep_figure, sweep_table, table
 from experiments.neurosteer_sweep import Point, parse, points
 
-# steers the answers too; chosen with --test_split validation (docs/methods.md has the runs)
+# steers the answers too; chosen with --test_split validation (docs/neurosteer.md has the runs)
 TONE = Preset(64.0, 16, "all")
 NEW_TOKENS = {"tone": REPLY_WORDS, "cot": GSM8K.new_tokens[""]}  # the authors' 50 would cut steps off
 SENTIMENT = "siebert/sentiment-roberta-large-english:POSITIVE"

@@ -122,7 +122,7 @@ def _needs(todo: Sequence[Cell], panels: Sequence[Panel]) -> list[str]:
         seconds = sum(
             count * _seconds(cell, model, rate, bandwidth) for cell, count in Counter(map(_first_draw, cells)).items()
         )
-        seconds += sum(_panel_seconds(panel, model, rate) for panel in panels if panel.model.name == hub)
+        seconds += sum(_panel_seconds(panel, model, rate, bandwidth) for panel in panels if panel.model.name == hub)
         hours = seconds / 3600
         lines.append(f"{name:<28}{len(cells):>6}{1.2 * size / 1e9:>7.0f} GB{hours:>9.1f}")
     lines.append("memory: the weights and a fifth more for activations and the cache, as a rule of thumb")
@@ -160,10 +160,13 @@ def _searched(cell: Cell, test: int) -> int:
     }[cell.search.kind]
 
 
-def _panel_seconds(panel: Panel, model: dict, rate: float) -> float:
-    """Estimate a measurement's time from its prompts alone, since the tasks of studies answer in one token."""
-    n_prompts = STUDIES[panel.study].n_prompts(panel.params, RANKING, VALIDATION)
-    return 2 * model["active"] * n_prompts * _prompt(panel.task.name) / rate / UTILIZATION
+def _panel_seconds(panel: Panel, model: dict, rate: float, bandwidth: float) -> float:
+    """Estimate a measurement's time from its prompts, and from the tokens of answers that it generates one at a time."""
+    study, task = STUDIES[panel.study], panel.task.name
+    arithmetic = 2 * model["active"] * study.n_prompts(panel.params, RANKING, VALIDATION) * _prompt(task)
+    tokens = study.n_answers(panel.params) * NEW.get(task, 1) if hasattr(study, "n_answers") else 0
+    reading = model["parameters"] * model["bits"] / 8 * tokens
+    return (arithmetic / rate + reading / bandwidth) / UTILIZATION
 
 
 def _prompt(task: str) -> int:

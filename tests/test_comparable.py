@@ -87,8 +87,8 @@ def test_reasons_below_a_table_name_the_columns_they_are_about(tmp_path):
     (block,) = tables.blocks(spec, manifest)
     assert block.notes == [
         "Prompts: authors: a file; this project (b). Pairs: theirs. Protocol: clean. Attention kernel: sdpa.",
-        "No difference from the paper's number where the protocol is clean instead of the authors'; or the prompts are not the "
-        "authors' (b).",
+        "No difference from the paper's number is given where the protocol is clean instead of the authors'; or the prompts are "
+        "not the authors' (b).",
     ]
 
 
@@ -103,6 +103,8 @@ def test_a_win_rate_names_its_judge(tmp_path, judge, orders, difference):
     spec.columns["bpo"]["judge"] = True
     result = {"judge": judge, "orders": orders, "delta": 30.0, "delta_interval": [20.0, 40.0]}
     (tmp_path / "judge-x-bpo-0-test-vanilla-bpo-0-test-0.json").write_text(json.dumps(result))
+    other = result | {"judge": "another", "orders": "both", "delta": 99.0}
+    (tmp_path / "judge-x-bpo-0-test-vanilla-bpo-0-test-.json").write_text(json.dumps(other))
     (block,) = tables.blocks(spec, manifest)
     value = block.rows[-1].values[0]
     assert value.text == "30.0" and value.difference == difference and comparable.OUR_JUDGE_PROMPT in value.facts

@@ -643,6 +643,16 @@ def test_one_run_under_several_columns_is_drawn_once_at_its_number_of_pairs(tmp_
     assert specs.read("paper", ["figure13"])[0].show["x_of"] == "n_pairs"
 
 
+def test_a_run_that_many_columns_share_is_a_flat_line_unless_it_has_a_place_of_its_own(tmp_path):
+    spec, manifest = made_up(tmp_path, {("x", "1"): [HALF]})
+    manifest.entries["made"]["b|x|2"] = manifest.entries["made"]["b|x|1"]
+    spec = replace(spec, kind="lines", show={"x": "k"}, columns={"1": {"x": 1}, "2": {"x": 2}})
+    (picture,) = pictures.draw(spec, manifest, tmp_path)
+    assert "drawn once" not in picture.note
+    nowhere = replace(spec, show={"x": "pairs", "x_of": "n_pairs"}, columns={"1": {}, "2": {}})
+    assert curves._point(nowhere, manifest, "b", "x", "1") is None
+
+
 def test_more_rows_than_markers_are_drawn_each_in_its_place(tmp_path):
     spec, manifest = made_up(tmp_path, {(f"row {n}", "a"): [HALF] for n in range(9)})
     spec = replace(spec, kind="lines", show={"x": "x", "log": True}, columns={"a": {"x": 3}})
@@ -862,6 +872,13 @@ def test_the_estimate_knows_the_precision_that_a_panel_needs(tmp_path):
     for names, memory in ((["effect"], "44 GB"), (["figure11"], "22 GB")):
         text = estimate.text(specs.read("paper", names), Manifest(tmp_path, "paper"))
         assert re.search(rf"gemma2-9b-it +0 +{memory}", text), names
+
+
+def test_the_estimate_counts_the_tokens_of_answers_that_are_timed():
+    model, (table,) = specs.models()["gemma2-9b-it"], specs.read("paper", ["table11"], ["gemma2-9b-it"])
+    seconds = {panel.task.name: estimate._panel_seconds(panel, model, 1e15, 3e12) for panel in table.panels}
+    at_least = 100 * 5 * 5 * 500 * model["parameters"] * model["bits"] / 8 / 3e12
+    assert at_least < seconds["bpo"] < 4 * at_least and seconds["copa"] < seconds["bpo"] / 100
 
 
 def test_the_estimate_counts_what_is_there_and_current(tmp_path, monkeypatch, capsys):

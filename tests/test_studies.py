@@ -344,10 +344,10 @@ def test_what_the_effects_say_follows_from_the_intervals():
     by_measure = {"M": found, "log sigmoid(M)": {**found, "scores": {**of_scores, "activation": of_scores["causal t"]}}}
     result = {"agreement": {"1": by_measure, "8": by_measure}, "drawn": [0, 1]}
     assert effect.note(result, {}) == (
-        "Of 3 intervals of ρ with M, so many lie above 0: activation momentum 0 (and 2 below 0), mean difference 0, causal "
-        "momentum (mean) 2, causal momentum (t) 2. Of 3 intervals of ρ with log sigmoid(M), so many lie above 0: activation "
-        "momentum 2, mean difference 0, causal momentum (mean) 2, causal momentum (t) 2. These are the intervals for all AUs "
-        "at g = 1, the 2 drawn at random alone, all AUs at g = 8. Two halves of the held-out pairs agree about the changes "
+        "Intervals of ρ with M that lie above 0, of 3: activation momentum 0 (and 2 below 0), mean difference 0, causal "
+        "momentum (mean) 2, causal momentum (t) 2. Intervals of ρ with log sigmoid(M) that lie above 0, of 3: activation "
+        "momentum 2, mean difference 0, causal momentum (mean) 2, causal momentum (t) 2. The 3 intervals are those of all AUs "
+        "at g = 1, the 2 drawn at random alone, all AUs at g = 8. The changes on two halves of the held-out pairs correlate "
         "with ρ +0.90 for M, +0.90 for log sigmoid(M)."
     )
 

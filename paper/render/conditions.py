@@ -57,4 +57,4 @@ def without_difference(rows: Sequence[Row], columns: Sequence[str]) -> list[str]
         reason + ("" if len(where) == len(printed) else f" ({', '.join(dict.fromkeys(where))})")
         for reason, where in places.items()
     ]
-    return [f"No difference from the paper's number where {'; or '.join(sentences)}."] if sentences else []
+    return [f"No difference from the paper's number is given where {'; or '.join(sentences)}."] if sentences else []

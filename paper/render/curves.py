@@ -45,7 +45,7 @@ def draw(spec: Spec, manifest: Manifest, path: Path) -> str | None:
         for block in spec.blocks
         for row in spec.rows
     }
-    lines = {place: list({point.ids: point for point in points}.values()) for place, points in found.items()}
+    lines = {place: list({(point.ids, point.x): point for point in points}.values()) for place, points in found.items()}
     all_points = [point for points in lines.values() for point in points]
     if not all_points:
         return None
@@ -83,11 +83,10 @@ def _drawn_once(found: dict[tuple[str, str], list[Point]]) -> list[str]:
     """Return a sentence per panel and group of columns that are the same run, since a column may ask for more than there is."""
     sentences = []
     for (block, _), points in found.items():
-        for one in dict.fromkeys(point.ids for point in points):
-            same = [point for point in points if point.ids == one]
-            if len(same) > 1:
-                names = ", ".join(point.column for point in same)
-                sentences.append(f"{block}: {names} are one run, drawn once, at {same[0].x:g}.")
+        for ids, x in dict.fromkeys((point.ids, point.x) for point in points):
+            names = [point.column for point in points if (point.ids, point.x) == (ids, x)]
+            if len(names) > 1:
+                sentences.append(f"{block}: {', '.join(names)} are one run, drawn once, at {x:g}.")
     return list(dict.fromkeys(sentences))
 
 
@@ -104,7 +103,9 @@ def _point(spec: Spec, manifest: Manifest, block: str, row: str, column: str) ->
     vanilla = 100 * (first["right"] - first.get("gained", 0) + first.get("lost", 0)) / first["n"]
     unchosen = sum(record["site"] is not None and record["settings"] is None for record in records)
     # how many pairs there were, for example, where a column can only ask for a number
-    x = first[spec.show["x_of"]] if "x_of" in spec.show else spec.columns[column]["x"]
+    x = first.get(spec.show.get("x_of"), spec.columns[column].get("x"))
+    if x is None:
+        return None  # a run without pairs, such as prompt only, has no place on an axis of pairs
     ids = tuple(record["id"] for record in records)
     return Point(x, column, ids, median(shares), low, high, len(records), unchosen, vanilla)
 

@@ -154,8 +154,10 @@ def _win_rate(record: dict, manifest: Manifest, spec: Spec, block: str, row: str
     if record["site"] and record["settings"] is None:
         return Value("0.0", facts=["nothing beat vanilla, so the answers are vanilla's"], number=0.0)
     if spec.rows[row].get("draws", 1) == 1:
-        for path in sorted(manifest.folder.glob(f"judge-{record['id']}-test-{theirs}-test-*.json")):
-            result = manifest.load(path)
+        paths = sorted(manifest.folder.glob(f"judge-{record['id']}-test-{theirs}-test-*.json"))
+        if results := [manifest.load(path) for path in paths]:
+            # the one judged most as in the paper, so that all rows of a column show the same judge
+            result = min(results, key=lambda verdicts: len(judge_differences(verdicts)))
             low, high = result["delta_interval"]
             return Value(
                 f"{result['delta']:.1f}",

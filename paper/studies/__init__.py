@@ -4,6 +4,7 @@ Each file documents its params, and `printed` where the paper prints numbers; bo
 
     measure(bench, params, progress) -> dict       everything that the picture shows, as JSON; repeatable
     n_prompts(params, n_pairs, n_validation)       about how many prompts it runs, for `--estimate`
+    n_answers(params) -> int                       optional: how many answers of full length it generates, one at a time
     draw(result, params, path, printed)            draws the picture from that dict, and the paper's numbers beside it
     note(result, params) -> str                    optional: the text below the picture, from that dict alone
 """

@@ -217,13 +217,13 @@ def note(result: dict, params: dict) -> str:
             intervals = [agreement[g][measure]["scores"][score][which][1:] for g, which in cases]
             above, below = sum(low > 0 for low, _ in intervals), sum(high < 0 for _, high in intervals)
             counts.append(f"{label} {above}" + (f" (and {below} below 0)" if below else ""))
-        sentences.append(f"Of {len(cases)} intervals of ρ with {measure}, so many lie above 0: {', '.join(counts)}.")
+        sentences.append(f"Intervals of ρ with {measure} that lie above 0, of {len(cases)}: {', '.join(counts)}.")
     names = [f"all AUs at g = {first}", f"the {len(result['drawn'])} drawn at random alone"]
     names += [f"all AUs at g = {g}" for g in others]
     halves = ", ".join(f"{found['halves'][0]:+.2f} for {measure}" for measure, found in agreement[first].items())
     sentences += [
-        f"These are the intervals for {', '.join(names)}.",
-        f"Two halves of the held-out pairs agree about the changes with ρ {halves}.",
+        f"The {len(cases)} intervals are those of {', '.join(names)}.",
+        f"The changes on two halves of the held-out pairs correlate with ρ {halves}.",
     ]
     return " ".join(sentences)
 

@@ -72,6 +72,9 @@ def _measured(device: torch.device, work: Callable[[], Any]) -> tuple[Any, float
     return result, seconds, sum(map(torch.cuda.max_memory_allocated, gpus)) / 1e9 if gpus else None
 
 
+def n_answers(params: dict) -> int:
+    return params["items"] * params["trials"] * (len(METHOD_OF_ROW) + 1)
+
+
 def n_prompts(params: dict, n_pairs: int, n_validation: int) -> int:
-    answers = params["items"] * params["trials"] * (len(METHOD_OF_ROW) + 1)
-    return answers + 3 * n_ranking_prompts("activation", n_pairs)
+    return n_answers(params) + 3 * n_ranking_prompts("activation", n_pairs)
