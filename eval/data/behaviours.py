@@ -169,7 +169,7 @@ def _worked_answers(
 def _sets(by_file: Sequence[tuple[str, Sequence]]) -> list[tuple[str, int]]:
     """Return the name and the number of prompts of each file; refuse a file without any, which has no results."""
     if empty := [name for name, prompts in by_file if not prompts]:
-        raise AUSteerError(f"--prompts: there are no prompts in {', '.join(empty)}")
+        raise AUSteerError(f"--prompts: 0 prompts in {', '.join(empty)}; every file needs at least one")
     return [(name, len(prompts)) for name, prompts in by_file]
 
 
