@@ -23,6 +23,11 @@ from rmodels import gates
 READOUTS = ("last", "before-last", "answer")
 
 
+def no_ranks(momentum: str, site: str | None = None) -> AURanks:
+    """Refuse to rank: for methods that look at no ranks."""
+    raise AssertionError(f"{momentum} ranks were asked of evidence that has none")
+
+
 @dataclass
 class Evidence:
     """Hold a model, its tokenizer, pairs and a site; `ranks(momentum)` ranks it, `ranks(momentum, site)` another."""
@@ -31,7 +36,7 @@ class Evidence:
     tokenizer: PreTrainedTokenizerBase
     pairs: list[Pair]
     site: str
-    ranks: Callable[..., AURanks]
+    ranks: Callable[..., AURanks] = no_ranks
     seed: int = 0
 
     def encoded(self) -> list[EncodedPair]:

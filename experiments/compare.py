@@ -174,6 +174,7 @@ def _check(args: argparse.Namespace) -> None:
         args.device,
         pairs=args.pairs,
         quantization=args.quantization,
+        attn=args.attn,
         batch_size=args.batch_size,
         ray=args.ray,
     )
@@ -199,6 +200,8 @@ def _check(args: argparse.Namespace) -> None:
         name, _, option = key.partition(".")
         if name not in METHODS:
             raise AUSteerError(f"--option {key}: there is no method {name!r}; --list-methods lists them")
+        if "all" not in args.method and name not in args.method:
+            raise AUSteerError(f"--option {key}: {name} does not run; add it to --method")
         with_options(name, {option: value})
 
 

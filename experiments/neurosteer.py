@@ -96,7 +96,8 @@ class Experiment:
         self.args, self.model = args, rmodels.load(checkpoint, dtype=args.dtype, device=args.device)
         self.tokenizer = rmodels.load_tokenizer(checkpoint)
         self.raters = _raters(args, self.model, self.tokenizer)
-        self.sampling = Sampling(args.new_tokens or NEW_TOKENS.get(args.task, 50), args.samples, seed=args.seed)
+        new_tokens = NEW_TOKENS.get(args.task, 50) if args.new_tokens is None else args.new_tokens
+        self.sampling = Sampling(new_tokens, args.samples, seed=args.seed)
         cache_trap = args.cache_trap == "on" if args.cache_trap else args.task != "tone"
         self.method = NeuroSteer(mode=args.mode or mode, cache_trap=cache_trap)
         self.folder = Path(args.results) / "neurosteer"
@@ -107,6 +108,7 @@ class Experiment:
             "fingerprint": fingerprint(self.model),
             "dtype": str(self.model.dtype),
             "device": self.model.device.type,
+            "kernel": self.model.config._attn_implementation,
         }
         self.unsteered_key = {
             **self.origin,
@@ -177,11 +179,7 @@ def _continued(model, tokenizer, prompts, sampling: Sampling, file: AnswerFile, 
 def _evidence(model, tokenizer, data: Material) -> Evidence:
     """Pair the texts of two kinds one by one: they share no prompt, but NeuroSteer only counts over each kind."""
     pairs = [Pair("", *texts) for texts in zip(data.target, data.source, strict=True)]
-
-    def no_ranks(momentum: str):
-        raise AssertionError("NeuroSteer looks at no ranks")
-
-    return Evidence(model, tokenizer, pairs, NeuroSteer.sites[0], no_ranks)
+    return Evidence(model, tokenizer, pairs, NeuroSteer.sites[0])
 
 
 def _raters(args: argparse.Namespace, model, tokenizer) -> Raters:

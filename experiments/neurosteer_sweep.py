@@ -37,7 +37,7 @@ def parse(options: Sequence[str]) -> dict[str, list[Value]]:
         if not all(math.isfinite(number) and number >= least for number in numbers):
             wanted = "numbers" if kind is float else f"whole numbers from {least} on"
             raise AUSteerError(f"--sweep {option}: {name} takes {wanted}, with commas between them: {name}=4,16")
-        sweep[name] = sweep.get(name, []) + numbers
+        sweep[name] = list(dict.fromkeys(sweep.get(name, []) + numbers))
     return sweep
 
 
@@ -48,6 +48,8 @@ def points(sweep: dict[str, list[Value]], point: Point) -> list[tuple[dict[str, 
             "a sweep over layers needs an SAE of each layer: give --sae with {layer} in its name, such as "
             "gemma-scope-2b-pt-res-canonical/layer_{layer}/width_16k/canonical"
         )
+    if "layer" not in sweep and LAYER in (point.sae or ""):
+        raise AUSteerError("{layer} in --sae stands for the layers of --sweep layer=...: give them, or name one SAE")
     combinations = [dict(zip(sweep, values, strict=True)) for values in product(*sweep.values())]
     return [(values, _at(point, **values)) for values in combinations]
 

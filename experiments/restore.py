@@ -24,6 +24,7 @@ from transformers.utils import logging as transformers_logging
 from austeer.errors import AUSteerError, run_command
 from austeer.export.checkpoint import check_new
 from austeer.export.restored import save_restored
+from austeer.methods.base import ORIGINAL
 from austeer.methods.restore_lcc import COMPONENTS, RECIPES
 from austeer.pruning.prune import PRUNINGS, parse_sparsity
 from austeer.pruning.structured import check_share
@@ -63,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print("\n".join(text[-4:]), flush=True)
     name = "-".join(
         [Path(args.model).name, Path(args.pairs).stem if args.pairs else args.data_name, "restore", args.pruning,
-         args.sparsity.replace(":", "of"), *(["original"] if args.preset == "original" else [])]
+         args.sparsity.replace(":", "of"), *(["original"] if args.preset == ORIGINAL else [])]
     )  # fmt: skip
     (folder / f"{name}.md").write_text("\n".join(text))
     print(f"table: {folder / name}.md   records: {folder / 'restore'}")
@@ -83,6 +84,9 @@ def _check(args: argparse.Namespace) -> None:
     if args.draws < 0:
         raise AUSteerError(f"--draws is {args.draws}; it must be at least 0")
     check(args)
+    for file in filter(None, (getattr(args, kind) for kind in FILES)):
+        if not Path(file).is_file():
+            raise AUSteerError(f"no such file: {file}")
     if args.out:
         if len(task_names(args)) > 1:
             raise AUSteerError("--out saves one model: name a task with --data_name")

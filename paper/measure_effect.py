@@ -76,8 +76,11 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     for name in ("top", "random", "n"):
         if getattr(args, name) < 2:
             raise AUSteerError(f"--{name} must be at least 2, not {getattr(args, name)}")
+    if args.seed < 0:
+        raise AUSteerError(f"--seed must be at least 0, not {args.seed}")
     if not all(math.isfinite(g) and g > 0 for g in args.strengths):
         raise AUSteerError("--strengths must be positive numbers: both signs of each are measured")
+    args.strengths = list(dict.fromkeys(args.strengths))
     rmodels.check_device(args.device)
     return args
 

@@ -134,7 +134,7 @@ def _check(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise AUSteerError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
-    check_engine(args.engine, args.device, batch_size=args.batch_size, ray=args.ray)
+    check_engine(args.engine, args.device, batch_size=args.batch_size, ray=args.ray, attn=args.attn)
     rmodels.check_device(args.device)
 
 

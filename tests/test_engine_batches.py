@@ -185,6 +185,7 @@ def test_a_higher_rank_starts_the_engine_anew(folder, engine, monkeypatch):
     ("more", "message"),
     [
         (["--quantization", "4bit", "--batch-size", "2"], "leave out --quantization, --batch-size"),
+        (["--attn", "eager"], "leave out --attn"),
         (["--device", "cuda:1"], "leave out --device cuda:1"),
     ],
 )

@@ -234,6 +234,7 @@ def test_happy_against_sad_on_a_model_trained_by_others(tmp_path):
             "not in the authors' code",
         ),
         (["--draws", "0"], "--draws must be at least 1"),
+        (["--method", "sadi-head", "--option", "iti.std=n"], "--option iti.std: iti does not run; add it to --method"),
         (["--limit", "0"], "--limit must be at least 1"),
         (
             ["--data_name", "svamp", "--limit", "10", "--k", "0", "--alpha", "1", "--jobs", "1"],

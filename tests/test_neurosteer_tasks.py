@@ -468,6 +468,7 @@ def test_a_sweep_over_layers_takes_an_sae_of_each(tmp_path, checkpoints, capsys,
         (["k=4,0.5"], "k takes whole numbers from 1 on"),
         (["n-texts=0,10"], "n-texts takes whole numbers from 1 on"),
         (["layer=0,1"], "needs an SAE of each layer: give --sae with {layer} in its name"),
+        (["k=4", "--sae", "sae{layer}"], "{layer} in --sae stands for the layers of --sweep layer"),
         (["k=9999"], "k must be a whole number from 1 to 512"),
     ],
 )

@@ -74,6 +74,7 @@ def test_a_restored_model_runs_in_plain_transformers(checkpoints, name, tmp_path
     plan = method.plan(method.prepare(evidence), {"share": 0.5, "alpha": 1.0})
     with steer(pruned, plan):
         live = pruned(IDS).logits
+    pruned.generation_config.eos_token_id = [2, 7]
     certificate = save_restored(pruned, byte_tokenizer(), plan, tmp_path / "new" / "restored")
     assert certificate["rounding"]["greedy_agreement"] == 1.0
     restored = AutoModelForCausalLM.from_pretrained(
@@ -82,6 +83,7 @@ def test_a_restored_model_runs_in_plain_transformers(checkpoints, name, tmp_path
         attn_implementation=pruned.config._attn_implementation.removeprefix("au_"),
     )
     assert torch.allclose(restored(IDS).logits, live, atol=1e-4) and not torch.equal(live, pruned(IDS).logits)
+    assert restored.generation_config.eos_token_id == [2, 7]  # it stops where the original does
     for index, layer in enumerate(restored.model.layers):
         before = pruned.model.layers[index].self_attn
         assert torch.equal(layer.self_attn.o_proj.weight, before.o_proj.weight)  # as sparse as it was
@@ -226,6 +228,8 @@ def test_zero_shot_reads_lm_evals_results(llama, tokenizer, monkeypatch):
         if options["tasks"] == ["gone"]:
             raise KeyError("no task gone\nand more lines")
         scores = {"acc,none": 0.75, "acc_stderr,none": 0.1, "acc_norm,none": 0.5}
+        if options["tasks"] == ["wikitext"]:
+            return {"results": {"wikitext": {"word_perplexity,none": 9.0}}, "n-samples": {"wikitext": {"effective": 8}}}
         return {"results": {"rte": scores}, "n-samples": {"rte": {"effective": 8, "original": 277}}}
 
     class HFLM:
@@ -240,6 +244,8 @@ def test_zero_shot_reads_lm_evals_results(llama, tokenizer, monkeypatch):
     assert asked["wrapped"]["pretrained"] is llama and asked["num_fewshot"] == 0 and asked["limit"] == 8
     with pytest.raises(AUSteerError, match=r"^lm-eval could not run gone: KeyError: .*$"):
         zero_shot(llama, tokenizer, ["gone"], None)
+    with pytest.raises(AUSteerError, match=r"--lm-eval wikitext: only single tasks that measure accuracy"):
+        zero_shot(llama, tokenizer, ["wikitext"], None)
 
 
 def test_zero_shot_equals_likelihoods_by_hand(checkpoints, llama, tokenizer, tmp_path):

@@ -45,6 +45,7 @@ def _with_bias(model: PreTrainedModel) -> PreTrainedModel:
     config.attention_bias = True
     with torch.device("meta"):
         wide = type(model)(config)
+    wide.generation_config = model.generation_config  # a config alone does not know the checkpoint's own
     if wide.base_model.layers[0].self_attn.o_proj.bias is None:
         raise AUSteerError(
             f"a restored {config.model_type} model cannot be saved: its architecture has no bias in o_proj to hold what "

@@ -28,7 +28,7 @@ import rmodels
 from austeer.errors import AUSteerError
 from austeer.evidence import Evidence
 from austeer.forward import input_device, read_at, tapped
-from austeer.methods.base import GridPoint, Method
+from austeer.methods.base import ORIGINAL, GridPoint, Method
 from austeer.methods.choice import by_head
 from austeer.plan import Plan
 from austeer.pruning.blocks import same_length_batches
@@ -55,7 +55,7 @@ class Recipe:
 
 
 # of RestoreLCC_train.py; decay and clip are what transformers' Trainer does unless told otherwise
-RECIPES = {"ours": Recipe(), "original": Recipe("code", decay=True, clip=1.0, max_tokens=500, probed=1000)}
+RECIPES = {"ours": Recipe(), ORIGINAL: Recipe("code", decay=True, clip=1.0, max_tokens=500, probed=1000)}
 
 
 @dataclass(frozen=True)
@@ -80,9 +80,9 @@ class Question:
 
     def cut(self, max_tokens: int | None) -> Question:
         """Leave out what comes after so many tokens, as the authors' trainer does."""
-        return (
-            self if max_tokens is None else Question(self.prompt, self.answer[: max(0, max_tokens - len(self.prompt))])
-        )
+        if max_tokens is None:
+            return self
+        return replace(self, answer=self.answer[: max(0, max_tokens - len(self.prompt))])
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ class RestoreLCC(Method):
         repaired = pruned + lost.component(COMPONENTS[self.recipe.components])[:, None]
         order = best_first(probe_accuracy(repaired, right, wrong))
         header = evidence.header() | {"method": self.name, "components": self.recipe.components}
-        return Prepared(evidence.model, questions, lost, order[there(evidence.model)[order]], header)
+        return Prepared(evidence.model, questions, lost, order[remaining_heads(evidence.model)[order]], header)
 
     def plan(self, prepared: Prepared, point: GridPoint, draw: int = 0) -> Plan:
         heads = self.heads(prepared, point, draw)
@@ -238,7 +238,7 @@ def probe_accuracy(repaired: Tensor, right: Tensor, wrong: Tensor) -> Tensor:
         return ((logits(order[train:]) > 0) == labels(order[train:]).bool()).float().mean(1)
 
 
-def there(model: PreTrainedModel) -> Tensor:
+def remaining_heads(model: PreTrainedModel) -> Tensor:
     """Say of each head whether o_proj reads it at all, (heads,) bool."""
     read = torch.stack([block.self_attn.o_proj.weight.any(0).cpu() for block in model.base_model.layers])
     return by_head(read, model.config).any(-1).flatten()

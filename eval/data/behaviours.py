@@ -123,7 +123,7 @@ def material(
     sets = []
     if prompts:
         by_file = [(path.stem, [_prompt(row, place) for place, row in _lines(path)][:n_prompts]) for path in prompts]
-        sets = [(name, len(lines)) for name, lines in by_file]
+        sets = _sets(by_file)
         beginnings = [line for _, lines in by_file for line in lines]
     elif task == "toxicity":
         beginnings = [row["prompt"] for row in read_rows(Toxicity, "test", data_dir)][:n_prompts]
@@ -162,8 +162,15 @@ def _worked_answers(
         [number(row) for row in learned],
         [f"Q: {row['question']}\nA:" for row in asked],
         [number(row) for row in asked],
-        [(path.stem, len(part)) for path, part in zip(prompts, by_file, strict=False)],
+        _sets([(path.stem, part) for path, part in zip(prompts, by_file, strict=False)]),
     )
+
+
+def _sets(by_file: Sequence[tuple[str, Sequence]]) -> list[tuple[str, int]]:
+    """Return the name and the number of prompts of each file; refuse a file without any, which has no results."""
+    if empty := [name for name, prompts in by_file if not prompts]:
+        raise AUSteerError(f"--prompts: 0 prompts in {', '.join(empty)}; every file needs at least one")
+    return [(name, len(prompts)) for name, prompts in by_file]
 
 
 def _labelled(task: str, path: Path | None) -> list[tuple[str, bool | None]]:

@@ -40,17 +40,20 @@ def check_engine(
     ray: str | None,
     pairs: str | None = None,
     quantization: str | None = None,
+    attn: str | None = None,
 ) -> None:
     """Refuse options that the engine cannot serve."""
     if engine == LIVE:
         return
     installed()
-    options = {"--pairs": pairs, "--quantization": quantization, "--batch-size": batch_size, "--ray": ray}
+    options = {
+        "--pairs": pairs, "--quantization": quantization, "--attn": attn, "--batch-size": batch_size, "--ray": ray,
+    }  # fmt: skip
     conflicts = [option for option, value in options.items() if value]
     conflicts += [f"--device {device} (use CUDA_VISIBLE_DEVICES)"] if ":" in (device or "") else []
     if conflicts:
         raise AUSteerError(
-            f"leave out {', '.join(conflicts)}: --engine {engine} returns text only, forms its own batches and runs in one process"
+            f"leave out {', '.join(conflicts)}: --engine {engine} returns text only, has its own kernels and batches and runs in one process"
         )
 
 

@@ -13,7 +13,7 @@ from itertools import product
 import torch
 from transformers import PreTrainedModel
 
-from austeer.errors import missing_extra
+from austeer.errors import AUSteerError, missing_extra
 from austeer.identity import model_header
 from austeer.methods.base import GridPoint
 from austeer.methods.restore_lcc import (
@@ -167,5 +167,6 @@ def contenders(lab: Lab, draws: int, rivals: tuple[str, ...]) -> list[Contender]
 
 
 def check_peft() -> None:
+    """Refuse LoRA and DoRA where PEFT is not installed."""
     if find_spec("peft") is None:
-        raise missing_extra("peft", "export")
+        raise AUSteerError(f"{missing_extra('peft', 'export')}; or leave LoRA and DoRA out: --rivals eora")

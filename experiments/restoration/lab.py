@@ -45,7 +45,7 @@ class Lab:
 
     @property
     def evidence(self) -> Evidence:
-        return Evidence(self.pruned, self.bench.tokenizer, self.material.pairs, "attention", _no_ranks)
+        return Evidence(self.pruned, self.bench.tokenizer, self.material.pairs, "attention")
 
     @cached_property
     def method(self) -> RestoreLCC:
@@ -54,7 +54,3 @@ class Lab:
     @cached_property
     def prepared(self) -> Prepared:
         return self.method.prepare(self.evidence)
-
-
-def _no_ranks(momentum: str, site: str | None = None):
-    raise AssertionError("RestoreLCC looks at no ranks")

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from austeer.errors import AUSteerError
 from austeer.files import read_json_lines, read_text
+from austeer.methods.base import ORIGINAL
 from austeer.pairs import Pair, pairs_hash, read_columns
 from eval.data.read import DATASETS, find_folder
 from eval.data.similar import general_pairs
@@ -68,7 +69,7 @@ class Material:
 def find_files(files: dict[str, str | None], preset: str, data_dir: str | None) -> dict[str, Path | None]:
     """Return the file of each kind: the one named, or with preset `original` one of the data folder."""
     return {
-        kind: Path(path) if path else _find(kind, data_dir) if preset == "original" else None
+        kind: Path(path) if path else _find(kind, data_dir) if preset == ORIGINAL else None
         for kind, path in files.items()
     }
 

@@ -33,6 +33,7 @@ def perplexity(model: PreTrainedModel, texts: Sequence[Sequence[int]]) -> float:
 
 
 def check_lm_eval() -> None:
+    """Refuse zero-shot accuracies where lm-eval is not installed."""
     if find_spec("lm_eval") is None:
         raise missing_extra("lm-eval", "evaluation")
 
@@ -51,8 +52,10 @@ def zero_shot(
     except Exception as error:  # no network, no such task, a data set behind a gate, ...: each library has types for it
         names = ", ".join(task if isinstance(task, str) else task["task"] for task in tasks)
         raise AUSteerError(f"lm-eval could not run {names}: {one_line(error)[:200]}") from error
-    counts = results["n-samples"]
+    counts, by_task = results["n-samples"], results["results"]
+    if others := [name for name, scores in by_task.items() if "acc,none" not in scores or name not in counts]:
+        raise AUSteerError(f"--lm-eval {' '.join(others)}: only single tasks that measure accuracy (acc) can be shown")
     return {
         name: {"accuracy": scores["acc,none"], "stderr": scores["acc_stderr,none"], "n": counts[name]["effective"]}
-        for name, scores in results["results"].items()
+        for name, scores in by_task.items()
     }

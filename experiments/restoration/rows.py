@@ -116,7 +116,7 @@ class Restoration:
         """Return an outcome per validation item; of held-out instructions minus the loss of each answer."""
         held_out, tokenizer = self.lab.material.held_out, self.lab.bench.tokenizer
         if held_out:
-            questions = questions_of(Evidence(model, tokenizer, held_out, "attention", None))
+            questions = questions_of(Evidence(model, tokenizer, held_out, "attention"))
             questions = [question.cut(self.lab.recipe.max_tokens) for question in questions]
             return [-float(answer_loss(model, [question])) for question in questions if question.answer]
         answers = self.task.answers(LiveAnswerer(model, tokenizer), self.task.validation)

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from austeer.errors import AUSteerError
 from austeer.evidence import Evidence
 from austeer.methods.iti import ALPHAS as ITI_ALPHAS
 from austeer.methods.iti import ITI
@@ -59,7 +58,7 @@ def measure(bench: Bench, params: dict, progress: bool) -> dict:
     whole = {"block": {"alpha": alpha, **test(block.plan(dict.fromkeys(range(block.width), alpha)))}}
     whole["sadi"] = best_of(_sadi(block, bench.grid_kind))
     if block.head is not None:
-        iti = ITI().prepare(Evidence(model, tokenizer, task.pairs, block.site, _no_ranks))
+        iti = ITI().prepare(Evidence(model, tokenizer, task.pairs, block.site))
         whole["iti"] = best_of(_iti(block, iti, bench.grid_kind))
 
     combinations = {}
@@ -115,10 +114,6 @@ def _sadi(block: Block, kind: str) -> dict[float, Plan]:
 def _iti(block: Block, heads, kind: str) -> dict[float, Plan]:
     direction = heads.sigma[block.layer, block.head] * heads.direction[block.layer, block.head]
     return {a: block.shifted(a * direction, "last") for a in ITI_ALPHAS[kind]}
-
-
-def _no_ranks(momentum: str):
-    raise AUSteerError("ITI ranks heads by its own probes")
 
 
 def draw(result: dict, params: dict, path: Path, printed: dict) -> None:
