@@ -35,6 +35,8 @@ def pairs_in_chat(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Pair]) -> 
 
 def is_in_chat(tokenizer: PreTrainedTokenizerBase, prompt: str) -> bool:
     """Say whether a prompt is in the chat format already: whether it begins as a user's turn does."""
+    if not getattr(tokenizer, "chat_template", None):
+        return False
     content = "the user's words"
     opening = chat_prompts(tokenizer, [content])[0].partition(content)[0]
     return bool(opening) and prompt.startswith(opening)

@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 # extra of pyproject.toml -> the command that installs it in a checkout
 IN_THE_CHECKOUT = {
-    "evaluation": "pip install lm-eval",
+    "evaluation": "pip install lm-eval==0.4.13",
     "export": "pip install -r requirements2.txt",
     "quantization": "pip install -r requirements2.txt",
     "sae": "pip install -r scripts/requirements-sae.txt",

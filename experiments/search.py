@@ -73,7 +73,7 @@ def racing(ask: Ask, vanilla: Sequence[float], grid: Sequence[GridPoint]) -> Sea
     """
     n, budget, stop = len(vanilla), race_budget(len(grid), len(vanilla)), min(FEWEST, len(vanilla))
     race = _Race(ask, grid)
-    racers = _survivors(race, _explore(race, int(EXPLORING * budget), stop), vanilla[:stop])
+    racers = _survivors(race, _explore(race, budget, stop), vanilla[:stop])
     while racers and stop < n:
         if len(racers) == 1 and worse(vanilla[:stop], race.outcomes[racers[0]]):
             break
@@ -115,12 +115,13 @@ class _Race:
 
 def _explore(race: _Race, budget: int, stop: int) -> list[int]:
     """Ask a coarse part of the grid about the items up to `stop`, then neighbours of what leads. Return all that was asked."""
-    lattice = Lattice(race.grid)
-    tried, steps = lattice.coarse(COARSE)
+    lattice, n_points = Lattice(race.grid), len(race.grid)
+    # a fine grid leaves half of the budget for neighbours, even where items are few
+    tried, steps = lattice.coarse(n_points if n_points <= COARSE else min(COARSE, max(1, budget // (2 * stop))))
     race.run(tried, stop)
     while max(steps) > 1:
         rounds = max(steps).bit_length() - 1  # halvings until the steps are 1
-        room = (budget - race.cost) // (rounds * stop)
+        room = int(EXPLORING * budget - race.cost) // (rounds * stop)
         steps = [max(1, step // 2) for step in steps]
         around = (near for leader in race.ahead(tried)[:LEADERS] for near in lattice.neighbours(leader, steps))
         newcomers = [point for point in dict.fromkeys(around) if point not in tried][: max(0, room)]

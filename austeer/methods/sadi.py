@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from austeer.chat import is_in_chat
 from austeer.errors import AUSteerError
 from austeer.evidence import Evidence
 from austeer.forward import read_at
@@ -119,8 +120,10 @@ class SADIHidden(SADI):
 def their_texts(evidence: Evidence) -> Evidence:
     """Return the pairs as the authors' code reads them: prompt and answer without the space around them, one space
     between, and no pair whose right text is too long."""
-    bare = [Pair(*map(str.strip, pair)) for pair in evidence.pairs]
-    pairs = [Pair(prompt, f" {positive}", f" {negative}") for prompt, positive, negative in bare]
+    pairs = evidence.pairs
+    if not is_in_chat(evidence.tokenizer, pairs[0].prompt):  # whose spaces are part of the format
+        bare = [Pair(*map(str.strip, pair)) for pair in pairs]
+        pairs = [Pair(prompt, f" {positive}", f" {negative}") for prompt, positive, negative in bare]
     texts = evidence.tokenizer([pair.prompt + pair.positive for pair in pairs], verbose=False)["input_ids"]
     short = [pair for pair, ids in zip(pairs, texts, strict=True) if len(ids) <= LONGEST]
     if not short:
