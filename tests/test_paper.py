@@ -707,8 +707,8 @@ def test_a_dry_run_shrinks_the_params_of_studies():
         "answer": "yes",
     }
     shrunk = dry_run.shrink(params)
-    assert shrunk["paper_dims"] == {"positive": [28, 18, 29], "mixed": [12]}
-    assert shrunk["dims"] == [12, 13, 4], "as many, and different ones"
+    assert shrunk["paper_dims"] == {"positive": [4, 2, 5], "mixed": [4]}
+    assert shrunk["dims"] == [4, 5, 6], "as many, and different ones"
     assert shrunk["answer"] is None and params["answer"], "the spec keeps it"
 
 
