@@ -25,7 +25,7 @@ def chat_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Iterable[str]) -> 
 
 
 def pairs_in_chat(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Pair]) -> list[Pair]:
-    """Return the same pairs in the chat format: an answer begins its turn, so the space before it goes."""
+    """Return the pairs in the chat format. An answer then begins a turn, so the space before it is dropped."""
     prompts = chat_prompts(tokenizer, [pair.prompt for pair in pairs])
     return [
         Pair(prompt, pair.positive.lstrip(), pair.negative.lstrip())
@@ -34,7 +34,7 @@ def pairs_in_chat(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Pair]) -> 
 
 
 def is_in_chat(tokenizer: PreTrainedTokenizerBase, prompt: str) -> bool:
-    """Say whether a prompt is in the chat format already: whether it begins as a user's turn does."""
+    """Return whether a prompt is already in the chat format, that is, begins like a user's turn."""
     if not getattr(tokenizer, "chat_template", None):
         return False
     content = "the user's words"

@@ -24,7 +24,7 @@ READOUTS = ("last", "before-last", "answer")
 
 
 def no_ranks(momentum: str, site: str | None = None) -> AURanks:
-    """Refuse to rank: for methods that look at no ranks."""
+    """Fail, for evidence that comes without ranks."""
     raise AssertionError(f"{momentum} ranks were asked of evidence that has none")
 
 

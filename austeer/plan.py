@@ -72,7 +72,7 @@ class Plan:
 
     @property
     def inverted(self) -> int:
-        """Count the AUs whose sign the plan turns over: their gamma is below -1, though the paper says signs are kept."""
+        """Count the AUs whose sign the plan inverts because gamma is below -1. (The paper says that signs are preserved.)"""
         return sum(int((1 + scales < 0).sum()) for scales in self.scales.values())
 
     def summary(self) -> str:

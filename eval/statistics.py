@@ -61,25 +61,25 @@ def paired_bootstrap(before: Sequence[float], after: Sequence[float]) -> tuple[f
 
 
 def resampled_ratios(totals: Sequence[float], counts: Sequence[float]) -> np.ndarray:
-    """Return sum(totals) / sum(counts) over resampled items. Equal numbers of items are resampled alike, so that differences are paired."""
+    """Return sum(totals) / sum(counts) in every resample. Lists of equal length get the same resamples, so differences are paired."""
     totals, counts = np.asarray(totals, float), np.asarray(counts, float)
     with np.errstate(invalid="ignore"):  # nan where nothing is counted
         return np.array([totals[drawn].sum() / counts[drawn].sum() for drawn in _resamples(len(totals))])
 
 
 def _resamples(n: int) -> Iterator[np.ndarray]:
-    """Yield n items drawn with replacement, again and again: one draw at a time, since all would not fit for many items."""
+    """Yield RESAMPLES draws of n indices with replacement, one at a time: for many items, all would not fit into memory."""
     generator = np.random.default_rng(SEED)
     return (generator.integers(0, n, n) for _ in range(RESAMPLES))
 
 
 def spearman(a: Sequence[float], b: Sequence[float]) -> tuple[float, float, float]:
-    """Return the rank correlation of two values of the same things, with its 95 % interval over resampled things.
+    """Return the rank correlation of two lists of values for the same items, with its 95 % interval over resampled items.
 
     Where all values are equal there is no order, and the correlation is 0.
     """
     both = np.array([a, b], float)
-    draws = np.random.default_rng(SEED).integers(0, both.shape[1], (RESAMPLES, both.shape[1]))
+    draws = np.stack([*_resamples(both.shape[1])])
     low, high = np.percentile(_rank_correlation(*both[:, draws]), (2.5, 97.5))
     return float(_rank_correlation(*both)), float(low), float(high)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -40,8 +40,7 @@ class Bench:
         """Return the pairs of this or another task, to rank this bench's model on."""
         if task == self.task_spec.name:
             return self.task.pairs
-        other = TaskSpec(task, data_dir=self.task_spec.data_dir, toxicity=self.task_spec.toxicity)
-        return _task(self.model_spec, other, self.store).pairs
+        return _task(self.model_spec, replace(self.task_spec, name=task), self.store).pairs
 
 
 def is_paper_task(model: ModelSpec, task: TaskSpec) -> bool:

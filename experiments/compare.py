@@ -89,7 +89,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _default_search(model: str) -> str:
-    """Return the search that a model's grid can pay for: that of real models has eight times as many points."""
+    """Return the default search: the grid of real models has eight times as many points, so they race."""
     return "grid" if model == EMBEDDED else "racing"
 
 

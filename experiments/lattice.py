@@ -1,4 +1,4 @@
-"""Place the points of a grid along their axes, so that a search can begin coarsely and look closer where it pays."""
+"""Order the points of a grid along its axes, so that a search can start with a few of them and refine around the best."""
 
 from __future__ import annotations
 
@@ -7,25 +7,25 @@ from itertools import product
 
 from austeer.methods.base import GridPoint
 
-AXIS_SHARE = 3  # an axis keeps at least so many values in the coarse pass, if the others can give way
+AXIS_LEAST = 3  # values that each axis keeps in the coarse pass, if that is enough to meet the limit
 
 
 class Lattice:
-    """Give every point of a grid a place: for each setting, the position of its value among all values of it."""
+    """Hold the place of every grid point: along each axis, the index of its value among the sorted values."""
 
     def __init__(self, grid: Sequence[GridPoint]):
-        axes = {key: sorted({point[key] for point in grid if key in point}) for point in grid for key in point}
+        axes = {key: sorted({point[key] for point in grid}) for key in grid[0]}
         self.lengths = [len(values) for values in axes.values()]
         places = [tuple(values.index(point[key]) for key, values in axes.items()) for point in grid]
         self.places, self.indices = places, {place: index for index, place in enumerate(places)}
 
     def coarse(self, limit: int) -> tuple[list[int], list[int]]:
-        """Return at most `limit` points that lie evenly over the grid, and the steps between them on each axis.
+        """Return at most `limit` points, evenly spaced over the grid, and the steps between them on each axis.
 
-        The axes give way in their order, so that the last one, the strength, stays the finest.
+        Earlier axes are thinned out first, so that the last one, the strength, stays the finest.
         """
         steps = [1] * len(self.lengths)
-        for least in (AXIS_SHARE, 1):
+        for least in (AXIS_LEAST, 1):
             for axis, length in enumerate(self.lengths):
                 while len(self._every(steps)) > limit and -(-length // steps[axis]) > least:
                     steps[axis] *= 2

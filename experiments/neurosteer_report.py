@@ -1,4 +1,4 @@
-"""Tables and the figure of NeuroSteer's tasks, from their records."""
+"""Turn the records of NeuroSteer's tasks into tables, and those of a sweep into a figure."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from experiments.plots import Panel, curves
 
 Swept = Sequence[tuple[dict[str, Value], dict]]  # swept values and the record of each point
 Estimate = tuple[float, float, float]  # with its 95 % interval
-PerPrompt = list | dict  # the measures that have one: values whose mean counts, or the nats and tokens of a perplexity
+PerPrompt = list | dict  # a measure with a value per prompt: the values, or the nats and tokens of a perplexity
 
 
 def table(record: dict) -> str:
@@ -124,7 +124,7 @@ def _part(values: PerPrompt, part: slice) -> PerPrompt:
 
 
 def _shown(record: dict) -> list[str]:
-    """Return the names of the rate, unless no judge gave one, and of perplexity."""
+    """Return the names of the measures to show: the rate, unless it needs a judge that is missing, and perplexity."""
     measures = record["unsteered"]
     first = next(iter(measures))
     rate = [first] if isinstance(measures[first], list) else []

@@ -1,4 +1,4 @@
-"""The points of NeuroSteer's sweeps: --sweep alpha=64,128 k=4,16 makes four."""
+"""Expand NeuroSteer's option --sweep into points: alpha=64,128 k=4,16 makes four."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Draw the pictures of comparisons and sweeps. Colors are the Okabe-Ito set, safe for color-blind readers."""
+"""Plot comparisons and sweeps, in the Okabe-Ito colors, which color-blind readers can tell apart."""
 
 from __future__ import annotations
 
@@ -55,12 +55,12 @@ def comparison(
 
 @dataclass(frozen=True)
 class Panel:
-    """Hold the curves of one measure. An estimate is a value with the ends of its interval."""
+    """Hold the curves of one measure. Every estimate is (value, low, high), with its 95 % interval."""
 
     label: str
-    base: tuple[float, float, float]  # the estimate without steering
-    lines: dict[str, Sequence[tuple[float, tuple[float, float, float]]]]  # x and estimate
-    logarithmic: bool = False  # if the values differ much
+    base: tuple[float, float, float]  # the estimate for the unsteered model
+    lines: dict[str, Sequence[tuple[float, tuple[float, float, float]]]]  # label -> (x, estimate) of each point
+    logarithmic: bool = False  # where values span more than a factor of WIDE
 
 
 def curves(panels: Sequence[Panel], x_label: str, title: str, path: Path) -> None:

@@ -23,7 +23,7 @@ from transformers.utils import logging as transformers_logging
 
 from austeer.errors import AUSteerError, run_command
 from austeer.export.checkpoint import check_new
-from austeer.export.restored import save_restored
+from austeer.export.restored import check_savable, save_restored
 from austeer.methods.base import ORIGINAL
 from austeer.methods.restore_lcc import COMPONENTS, RECIPES
 from austeer.pruning.prune import PRUNINGS, parse_sparsity
@@ -57,6 +57,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in task_names(args):
         model, task = bench_of(**flat, task=name)
         bench = BENCHES.open(model, task, store)
+        if args.out:
+            check_savable(bench.model)
         lab = Lab(bench, gather(bench, files), args.pruning, args.sparsity, recipe)
         restoration = Restoration(lab, args.draws, tuple(args.rivals), tuple(args.lm_eval or ()))
         rows = restoration.rows()

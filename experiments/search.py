@@ -26,7 +26,7 @@ Ask = Callable[[Sequence[GridPoint], int, int], Sequence[Sequence[float]]]
 SAMPLE = 100
 COARSE = BUDGET["full"]  # points of the coarse pass
 RACE_COST = 4  # a race costs at most what its coarse points cost on all items, divided by this
-FEWEST = 20  # items that a point is asked before it can drop out
+FEWEST = 20  # items that a point is evaluated on before it can drop out
 LEADERS = 4  # points whose neighbours are tried next
 EXPLORING = 0.75  # share of the budget that may be spent before the race
 CONFIDENCE = 0.95  # level of the tests by which a grid point leaves a race, or ends it
@@ -88,20 +88,20 @@ def racing(ask: Ask, vanilla: Sequence[float], grid: Sequence[GridPoint]) -> Sea
 
 
 def race_budget(points: int, items: int) -> int:
-    """Return the most item-runs that a race over a grid of so many points may cost; FEWEST wins where items are few."""
+    """Return the most item-runs that a race may cost. However few the items are, every coarse point gets FEWEST of them."""
     coarse = min(points, COARSE)
     return max(coarse * items // RACE_COST, coarse * min(FEWEST, items))
 
 
 class _Race:
-    """Ask grid points about items, in order, and count the item-runs."""
+    """Evaluate grid points on items, in order, and count the item-runs."""
 
     def __init__(self, ask: Ask, grid: Sequence[GridPoint]):
         self.ask, self.grid, self.cost = ask, grid, 0
         self.outcomes: list[list[float]] = [[] for _ in grid]
 
     def run(self, points: Sequence[int], stop: int) -> None:
-        """Ask points that have come equally far about the items up to `stop`."""
+        """Evaluate points on the items up to `stop`. All of them must have seen the same items so far."""
         start = len(self.outcomes[points[0]])
         if start < stop:
             for point, values in zip(points, self.ask([self.grid[i] for i in points], start, stop), strict=True):
@@ -109,12 +109,12 @@ class _Race:
             self.cost += len(points) * (stop - start)
 
     def ahead(self, points: Sequence[int]) -> list[int]:
-        """Order points by their outcomes. Among equals the stronger leads: on few items, weak steering changes nothing yet."""
+        """Order points, the best first. Among equals the stronger leads: on few items, weak steering changes nothing yet."""
         return sorted(points, key=lambda point: (sum(self.outcomes[point]), point), reverse=True)
 
 
 def _explore(race: _Race, budget: int, stop: int) -> list[int]:
-    """Ask a coarse part of the grid about the items up to `stop`, then neighbours of what leads. Return all that was asked."""
+    """Evaluate coarse points on the items up to `stop`, then neighbours of the leaders. Return all evaluated points."""
     lattice, n_points = Lattice(race.grid), len(race.grid)
     # a fine grid leaves half of the budget for neighbours, even where items are few
     tried, steps = lattice.coarse(n_points if n_points <= COARSE else min(COARSE, max(1, budget // (2 * stop))))

@@ -1,4 +1,4 @@
-"""Decide whether a number of ours measures what the paper's number does, and say in words what differs.
+"""Decide whether one of our numbers measures the same as the paper's, and say in words what differs.
 
 Both numbers always stand in the report. A difference between them stands there only where nothing differs.
 """
@@ -20,7 +20,7 @@ RATED_BY_OTHERS = "other people rated other answers"
 
 
 def differences(record: dict) -> list[str]:
-    """Return how the record of a number was measured otherwise than the paper's number."""
+    """Return in which ways a record was measured differently from the paper's number."""
     scorer, wording, protocol = record["measured"].get("scorer"), record["wording"], record["protocol"]
     reasons = []
     if scorer and scorer.partition(":")[0] != "perspective":
@@ -42,7 +42,7 @@ def differences(record: dict) -> list[str]:
 
 
 def judge_differences(verdicts: dict) -> list[str]:
-    """Return how a result of `main.py judge` was measured otherwise than the paper's, but for the judge's prompt."""
+    """Return in which ways a result of `main.py judge` differs from the paper's, apart from the judge's prompt."""
     reasons = []
     if not verdicts["judge"].startswith(JUDGE):
         reasons.append(f"the judge is {verdicts['judge']} instead of GPT-5-mini")
@@ -53,6 +53,6 @@ def judge_differences(verdicts: dict) -> list[str]:
 
 @cache
 def _test_items(task: str) -> int | None:
-    """Return the number of test items in the paper; None of tasks that it does not have."""
+    """Return the number of test items in the paper, or None for other tasks."""
     entry = read_catalogue().get(task)
     return entry["splits"]["test"].get("paper") if entry else None

@@ -39,7 +39,7 @@ def shrink(params: dict) -> dict:
     if "paper_dims" in small:
         small["paper_dims"] = {key: _distinct(dims) for key, dims in small["paper_dims"].items()}
     if "answer" in small:
-        small["answer"] = None  # none of the few items need have it
+        small["answer"] = None  # the few items may have other answers
     if "step" in small:
         small["step"] = min(small["step"], 4)
     for key, most in MOST.items():
@@ -73,9 +73,9 @@ def tiny_checkpoints(known: dict[str, dict], folder: Path) -> dict[str, str]:
 
 
 def small_tokenizer() -> PreTrainedTokenizerFast:
-    """Return a tokenizer that knows every byte and the commonest pieces of the prompts, with a BOS in front.
+    """Return a tokenizer of bytes and of the most common pieces of the prompts, which puts a BOS in front.
 
-    With bytes alone, texts have half as many tokens again, and a dry run spends most of its time in attention.
+    Bytes alone would make texts half as long again, and a dry run would spend most of its time in attention.
     """
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -1,6 +1,6 @@
 """The manifest: which records a scale's tables are made of. A run writes it; the report and `trace` read it.
 
-The report needs one folder only: manifest.json, the records that it names, and the results of judges and raters.
+The report is built from one folder, which holds manifest.json, the records it names, and the results of judges and raters.
 No model is loaded, so a committed folder gives the same report on any machine.
 """
 

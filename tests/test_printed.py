@@ -1,8 +1,8 @@
-"""Every number of the paper that the specs keep, against the paper's own text.
+"""Compare every number that the specs quote from the paper with the paper's own text.
 
-Each test spells a table out from the spec as the paper prints it and compares it with the text between two marks, without
-white space: a wrong, missing or swapped number changes the spelling. The text runs columns together ("36.0051.8356.01"),
-so only the whole can be compared where numbers are integers.
+Each test writes a table out as the paper prints it, from the numbers in its spec, and compares the result with the part of
+the text between two markers, ignoring white space. A wrong, missing or swapped number makes them differ. The text has no
+space between columns ("36.0051.8356.01"), so tables of integers can only be compared as a whole.
 """
 
 import re

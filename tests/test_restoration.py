@@ -382,6 +382,23 @@ def test_the_preset_trains_on_instructions_and_measures_other_text(tmp_path, cap
     assert (tmp_path / "embedded-copa-restore-sparsegpt-0.5-original.md").exists()
 
 
+def test_out_is_refused_before_anything_is_pruned(checkpoints, tmp_path, monkeypatch):
+    monkeypatch.setattr("experiments.restoration.lab.prune", lambda *args: pytest.fail("pruned first"))
+    (tmp_path / "pairs.jsonl").write_text("".join(
+        json.dumps({"prompt": f"{n}", "positive": " a", "negative": " b"}) + "\n" for n in range(40)))  # fmt: skip
+    command = [
+        "--model",
+        str(checkpoints["mistral"]),
+        "--pairs",
+        str(tmp_path / "pairs.jsonl"),
+        "--rivals",
+        "--device",
+        "cpu",
+    ]
+    with pytest.raises(AUSteerError, match="a restored mistral model cannot be saved"):
+        restore.main([*command, "--results", str(tmp_path / "results"), "--out", str(tmp_path / "restored")])
+
+
 def rows_in(folder):
     found = (json.loads(path.read_text()) for path in (folder / "restore").glob("*.json"))
     return {row["label"]: row for row in found if "label" in row}

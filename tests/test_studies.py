@@ -258,6 +258,12 @@ def test_pairs_of_another_task_load_no_other_scorer(monkeypatch):
     assert [(task.name, task.toxicity) for task in asked] == [("toxicity", "embedded")]
 
 
+def test_pairs_of_another_task_are_limited_as_those_of_this_one():
+    """Figure 12 of a dry run would otherwise rank on every pair of seven tasks."""
+    few = replace(BENCH.task_spec, pairs=replace(BENCH.task_spec.pairs, n_pairs=7))
+    assert replace(BENCH, task_spec=few).pairs_of("copa") == BENCH.pairs_of("copa")[:7]
+
+
 @pytest.mark.parametrize("momentum", ["activation", "causal"])
 def test_resamples_rank_as_if_pairs_were_repeated(momentum, monkeypatch):
     model, tokenizer, task = BENCH.model, BENCH.tokenizer, BENCH.task

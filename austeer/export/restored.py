@@ -1,6 +1,6 @@
-"""Save a restored model: a pruned model whose plan, which only shifts inputs of o_proj, becomes the bias of o_proj.
+"""Save a restored model: RestoreLCC's plan only shifts the inputs of o_proj, so it can become the bias of o_proj.
 
-Checkpoints of most models have no such bias. Where the architecture knows one (`attention_bias` of the config: Llama,
+Most checkpoints have no such bias. Where the architecture knows one (`attention_bias` of the config: Llama,
 Gemma-2, Qwen3), it is switched on, and all biases that come with it are zero before the plan is folded in.
 """
 
@@ -24,6 +24,7 @@ from austeer.plan import Plan
 def save_restored(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, plan: Plan, out: str | Path) -> dict:
     """Write the model with the plan folded in to the new folder `out`, an ordinary checkpoint; return its certificate."""
     check_new(out)
+    check_savable(model)
     wide = _with_bias(model)
     plan = replace(plan, header={**plan.header, **model_header(wide)})
     beside = Path(out).absolute().parent
@@ -34,23 +35,36 @@ def save_restored(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pl
         return fold(folder, plan, out)
 
 
-def _with_bias(model: PreTrainedModel) -> PreTrainedModel:
-    """Return the model if o_proj has a bias, and otherwise one of the same weights that has one, of zeros.
+def check_savable(model: PreTrainedModel) -> None:
+    """Refuse a model whose architecture has no bias in o_proj: cheap, and better said before the training than after it."""
+    if not _has_bias(model) and not _has_bias(_empty_with_bias(model)):
+        raise AUSteerError(
+            f"a restored {model.config.model_type} model cannot be saved: its architecture has no bias in o_proj to hold "
+            "what RestoreLCC adds; use a Llama, Gemma-2 or Qwen3 model, or steer the pruned model by the plan"
+        )
 
-    It is there to be saved, not to run: its buffers, which no checkpoint holds, are not filled in.
-    """
-    if model.base_model.layers[0].self_attn.o_proj.bias is not None:
-        return model
+
+def _has_bias(model: PreTrainedModel) -> bool:
+    return model.base_model.layers[0].self_attn.o_proj.bias is not None
+
+
+def _empty_with_bias(model: PreTrainedModel) -> PreTrainedModel:
+    """Return the same architecture without weights, with the biases switched on that its config knows."""
     config = copy.deepcopy(model.config)
     config.attention_bias = True
     with torch.device("meta"):
-        wide = type(model)(config)
+        return type(model)(config)
+
+
+def _with_bias(model: PreTrainedModel) -> PreTrainedModel:
+    """Return a model whose o_proj has a bias: this one, or one with the same weights and biases of zero.
+
+    The result is to be saved, not run: its buffers, which checkpoints do not hold, are not filled in.
+    """
+    if _has_bias(model):
+        return model
+    wide = _empty_with_bias(model)
     wide.generation_config = model.generation_config  # a config alone does not know the checkpoint's own
-    if wide.base_model.layers[0].self_attn.o_proj.bias is None:
-        raise AUSteerError(
-            f"a restored {config.model_type} model cannot be saved: its architecture has no bias in o_proj to hold what "
-            "RestoreLCC adds; use a Llama, Gemma-2 or Qwen3 model, or steer the pruned model by the plan"
-        )
     weights = model.state_dict()
     zeros = {
         name: torch.zeros(tensor.shape, dtype=model.dtype, device=model.device)

@@ -36,7 +36,7 @@ class Method(ABC):
     axes: ClassVar[dict[str, dict[str, Sequence[float]]]] = {}  # of its grid: key -> kind -> values
 
     def grid(self, kind: str) -> list[GridPoint]:
-        """Return the grid points to choose from. kind is "small" or "full", and `MOST_POINTS` limits their number."""
+        """Return the candidate grid points. kind is "small" or "full"; `MOST_POINTS` says how many there may be."""
         return [dict(zip(self.axes, point, strict=True)) for point in product(*(at[kind] for at in self.axes.values()))]
 
     @abstractmethod
@@ -56,18 +56,18 @@ class Method(ABC):
         return self.momenta[0]
 
 
-# how many grid points a method may choose from, by kind of grid: as many as AUSteer's own grid has
+# the most grid points that a method may have, by kind of grid: as many as AUSteer's own
 MOST_POINTS = {"small": 15, "full": 120}
-# how many of them a search begins with, which sets its cost (experiments/search.py): the same for every method
+# how many of them a search starts with; this sets its cost, which is the same for every method (experiments/search.py)
 BUDGET = {"small": 15, "full": 21}
-# the value of the option `preset` with which a baseline takes the settings and the sweep of its original's code
+# the value of the option `preset` that gives a baseline the settings and the sweep of its authors' code
 ORIGINAL = "original"
 # the name of several sites that a method steers at once
 TOGETHER = {"both": ("attention", "ffn")}
 
 
 def is_original(preset: str | None) -> bool:
-    """Say whether a baseline is to take its original's settings."""
+    """Return whether the preset is the original's; refuse unknown presets."""
     if preset not in (None, ORIGINAL):
         raise AUSteerError(f"preset {preset!r} is unknown; use {ORIGINAL}, or leave it out")
     return preset == ORIGINAL

@@ -78,7 +78,7 @@ class ITI(Method):
 
 
 def folds(pairs: int, number: int, seed: int) -> list[tuple[Tensor, ...]]:
-    """Cut the pairs into so many folds, in order, and split each."""
+    """Cut the pairs into `number` folds, in order, and split each fold."""
     parts = torch.arange(pairs).tensor_split(number)
     return [tuple(fold[part] for part in split(len(fold), seed)) for fold in parts]
 

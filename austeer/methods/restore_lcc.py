@@ -51,7 +51,7 @@ class Recipe:
     decay: bool = False  # the rate falls linearly to 0, without warm-up
     clip: float | None = None  # largest norm of all gradients together
     max_tokens: int | None = None  # of a question and its answer, in training
-    probed: int | None = None  # only the first so many questions find heads and components; all train
+    probed: int | None = None  # number of questions that heads and components are found with; all are trained on
 
 
 # of RestoreLCC_train.py; decay and clip are what transformers' Trainer does unless told otherwise
@@ -79,7 +79,7 @@ class Question:
     answer: tuple[int, ...]
 
     def cut(self, max_tokens: int | None) -> Question:
-        """Leave out what comes after so many tokens, as the authors' trainer does."""
+        """Cut question and answer after `max_tokens` tokens, as the authors' trainer does."""
         if max_tokens is None:
             return self
         return replace(self, answer=self.answer[: max(0, max_tokens - len(self.prompt))])
@@ -90,7 +90,7 @@ class Prepared:
     model: PreTrainedModel  # the pruned one
     questions: list[Question]
     lost: LostComponents
-    order: Tensor  # heads that pruning left, the best first
+    order: Tensor  # the heads that survived pruning, best first
     header: dict
 
 
@@ -239,7 +239,7 @@ def probe_accuracy(repaired: Tensor, right: Tensor, wrong: Tensor) -> Tensor:
 
 
 def remaining_heads(model: PreTrainedModel) -> Tensor:
-    """Say of each head whether o_proj reads it at all, (heads,) bool."""
+    """Return for each head whether o_proj still reads it, (heads,) bool."""
     read = torch.stack([block.self_attn.o_proj.weight.any(0).cpu() for block in model.base_model.layers])
     return by_head(read, model.config).any(-1).flatten()
 

@@ -1,1 +1,1 @@
-"""Prune a model in place, and what repairs one without training: prune.py, and a file per way."""
+"""Prune models in place (prune.py), and repair them without training (eora.py)."""

@@ -1,4 +1,4 @@
-"""Take calibration texts through the decoder blocks, one block at a time, and sum over the inputs of its Linears.
+"""Run calibration texts through the decoder blocks, one block at a time, and sum over the inputs of its Linears.
 
 A caller may change a block while it has it: the next block's inputs come from the changed one, as Wanda's and
 SparseGPT's authors do it. Only hidden states between two blocks are kept, and sums; no input of a Linear is.
@@ -24,7 +24,7 @@ TOKENS_AT_ONCE = 8192
 
 @dataclass(frozen=True)
 class Block:
-    """Hold a decoder block, its Linears by name, and the calibration texts as they arrive at it."""
+    """Hold a decoder block, its Linears by name, and the calibration texts as hidden states at its input."""
 
     index: int
     module: nn.Module
@@ -32,12 +32,12 @@ class Block:
     texts: list[_Text]
 
     def norms(self) -> dict[str, Tensor]:
-        """Return ||x||, the L2 norm of every input feature over all tokens, of each Linear."""
+        """Return ||x|| for each Linear: the L2 norm of every input feature over all tokens."""
         squares = self._sums(lambda x: x.square().sum(0))
         return {name: total.sqrt().float().to(self.linears[name].weight.device) for name, total in squares.items()}
 
     def grams(self) -> dict[str, Tensor]:
-        """Return X^T X, float64 (inputs, inputs), of each Linear; the rows of X are all tokens."""
+        """Return X^T X for each Linear, float64 (inputs, inputs); X has a row per token."""
         return self._sums(lambda x: x.T @ x)
 
     def _sums(self, term: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
@@ -73,7 +73,7 @@ def through_blocks(model: PreTrainedModel, calibration: Sequence[Sequence[int]],
     """Yield the blocks in order. calibration: texts as token ids; what: the title of the progress bar."""
     calibration = [ids for ids in calibration if ids]
     if not calibration:
-        raise AUSteerError(f"{what} needs calibration texts; give some, or prune by magnitude")
+        raise AUSteerError(f"{what} needs calibration texts that are not empty")
     texts = [_Text.catch(model, [calibration[index] for index in batch]) for batch in same_length_batches(calibration)]
     bar = tqdm(linears_of(model), desc=what, unit="block", leave=False)
     for index, linears in enumerate(bar):
@@ -94,7 +94,7 @@ def same_length_batches(texts: Sequence[Sequence[int]], tokens: int = TOKENS_AT_
 
 
 class _Text:
-    """Hold one batch on its way through the blocks: its hidden states, and each block's other arguments."""
+    """Hold a batch of texts between two blocks: its hidden states, and the other arguments of every block."""
 
     def __init__(self, hidden: Tensor, arguments: list[dict]):
         self.hidden, self.arguments = hidden, arguments

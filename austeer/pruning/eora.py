@@ -4,8 +4,8 @@ What pruning took from a Linear is E = W_dense - W_pruned. Of all matrices B A o
 the smallest error on the inputs X that the Linear sees, || (E - B A) X^T ||. With the eigenvectors Q and eigenvalues L of
 X^T X, that error is || (E - B A) Q sqrt(L) ||, so B A is the truncated SVD of E Q sqrt(L), taken back by 1/sqrt(L) Q^T.
 
-Inputs are those of the pruned model, with no Linear compensated yet. The pruned weights stay sparse; each Linear costs
-two thin products more.
+X is what a Linear sees in the pruned model, before anything is compensated. The pruned weights stay sparse, and every
+Linear needs two additional thin matrix products.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Factors = dict[str, tuple[Tensor, Tensor]]  # Linear -> A (rank, inputs) and B (
 
 @torch.no_grad()
 def eora(dense: PreTrainedModel, pruned: PreTrainedModel, calibration: Sequence[Sequence[int]], rank: int) -> Factors:
-    """Return the factors of every Linear of the decoder blocks. Of a smaller rank they are the first rows and columns."""
+    """Return A and B for every Linear of the decoder blocks. For a smaller rank, take their first rows and columns."""
     originals = {name: linear.weight for block in linears_of(dense) for name, linear in block.items()}
     factors = {}
     for block in through_blocks(pruned, calibration, "EoRA"):
@@ -36,7 +36,7 @@ def eora(dense: PreTrainedModel, pruned: PreTrainedModel, calibration: Sequence[
 
 
 def best_factors(lost: Tensor, gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Return A and B for which B A is nearest to `lost` on inputs with these second moments."""
+    """Return the A and B whose product B A is closest to `lost` on inputs with these second moments."""
     values, vectors = torch.linalg.eigh(gram)
     seen = values > values.max() * torch.finfo(values.dtype).eps * len(values)  # directions in which any input lies
     root = vectors[:, seen] * values[seen].sqrt()
@@ -47,7 +47,7 @@ def best_factors(lost: Tensor, gram: Tensor, rank: int) -> tuple[Tensor, Tensor]
 
 @contextmanager
 def compensated(model: PreTrainedModel, factors: Factors, rank: int) -> Iterator[PreTrainedModel]:
-    """Add the factors to the Linears' outputs for the length of a `with`."""
+    """Add the low-rank compensation to the output of every Linear while the context is open."""
     with ExitStack() as undo:
         for block in linears_of(model):
             for name, linear in block.items():

@@ -1,4 +1,4 @@
-"""Pruning in four ways, for methods that repair a pruned model.
+"""Prune a model in one of four ways, for methods that repair pruned models.
 
 Every Linear of the decoder blocks is pruned in place; embeddings and LM head are not. Sparsity is a share of the
 weights, or n:m, which is n zeros among every m neighbours of a row (GPUs speed up 2:4).
@@ -32,7 +32,7 @@ from rmodels import gates
 
 @dataclass(frozen=True)
 class ZeroCounts:
-    """Count the exact zeros among the pruned weights, by module and in all."""
+    """Count the weights that are exactly zero after pruning, by module and in total."""
 
     by_module: dict[str, tuple[int, int]]  # zeros, weights
 

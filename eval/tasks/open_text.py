@@ -155,13 +155,20 @@ def perplexity(model, tokenizer, items: Sequence[Item], texts: Sequence[str]) ->
     return math.exp(sum(nats) / sum(tokens)) if any(tokens) else math.nan
 
 
-@torch.inference_mode()
 def losses(
     model, tokenizer, items: Sequence[Item], texts: Sequence[str], progress: str | None = None
 ) -> tuple[list[float], list[int]]:
     """Return the negative log-likelihood of each answer after its prompt, and its number of tokens."""
     begins = [max(1, len(tokenizer(item.prompt)["input_ids"])) for item in items]  # nothing predicts a first token
     whole = [tokenizer(item.prompt + text)["input_ids"] for item, text in zip(items, texts, strict=True)]
+    return token_losses(model, whole, begins, progress)
+
+
+@torch.inference_mode()
+def token_losses(
+    model, whole: Sequence[Sequence[int]], begins: Sequence[int], progress: str | None = None
+) -> tuple[list[float], list[int]]:
+    """Return for each text, given as token ids, the negative log-likelihood of its tokens from `begins` on, and their number."""
     tokens = [max(0, len(text) - begin) for text, begin in zip(whole, begins, strict=True)]
     order = sorted((i for i, count in enumerate(tokens) if count), key=lambda i: len(whole[i]))
     nats = [0.0] * len(whole)

@@ -1,4 +1,4 @@
-"""The rows of a restoration: RestoreLCC, its controls and its rivals, each a way to change a model for the length of a `with`."""
+"""Define the rows of a restoration (RestoreLCC, its controls, its rivals). Each changes a model within a `with` block."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Contender(ABC):
 
     @abstractmethod
     def installed(self, point: GridPoint) -> AbstractContextManager[PreTrainedModel]:
-        """Change the model for the length of a `with`, and give it back."""
+        """Yield the changed model, and undo the change on leaving the `with` block."""
 
     @abstractmethod
     def size(self, point: GridPoint) -> dict[str, int]:
@@ -133,7 +133,7 @@ class Adapted(Contender):
 
 
 class Compensated(Contender):
-    """Put EoRA's low-rank matrices beside all pruned Linears. Nothing is trained."""
+    """Add EoRA's low-rank matrices to all pruned Linears. Nothing is trained."""
 
     label = "EoRA, untrained"
 
@@ -143,7 +143,7 @@ class Compensated(Contender):
 
     @cached_property
     def factors(self) -> Factors:
-        """Return those of the largest rank, which the others are the beginning of."""
+        """Return the factors of the largest rank, which contain those of all smaller ranks."""
         rank = max(point["rank"] for point in self.grid)
         return eora(self.lab.dense, self.lab.pruned, self.lab.material.calibration, rank)
 

@@ -1,4 +1,4 @@
-"""What the rows of a restoration share: the dense model, its pruned copy, and what is learned from the two. Made on demand."""
+"""Hold what the rows of a restoration share: the dense model, its pruned copy, and what is learned from both, each made on demand."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ class Material:
     text_name: str
 
     def key(self) -> dict:
-        """Return what decides results, to name records by."""
+        """Return everything here that determines results, as part of a record's key."""
         return {
             "pairs_hash": pairs_hash(self.pairs),
             "pairs_by": self.pairs_by,
@@ -67,7 +67,7 @@ class Material:
 
 
 def find_files(files: dict[str, str | None], preset: str, data_dir: str | None) -> dict[str, Path | None]:
-    """Return the file of each kind: the one named, or with preset `original` one of the data folder."""
+    """Return a file for each kind: the named one, or with preset `original` one found in the data folder."""
     return {
         kind: Path(path) if path else _find(kind, data_dir) if preset == ORIGINAL else None
         for kind, path in files.items()
@@ -75,7 +75,7 @@ def find_files(files: dict[str, str | None], preset: str, data_dir: str | None) 
 
 
 def gather(bench: Bench, files: dict[str, Path | None]) -> Material:
-    """Read the files; where there is none, take the task's."""
+    """Read the files, and take the task's own data where there is no file."""
     task, tokenizer, limit = bench.task, bench.tokenizer, bench.task_spec.limit
     longest = bench.model.config.max_position_embeddings
 
@@ -123,7 +123,7 @@ def _prompt(instruction: str, given: str) -> str:
 
 
 def general_text(path: Path) -> str:
-    """Return the text of a file; of JSON Lines the different values of the column `text`, or `passage`."""
+    """Return the text of a file. From JSON Lines, join the distinct values of the column `text` or `passage`."""
     if path.suffix.lower() not in (".jsonl", ".json"):
         text = read_text(path)
     else:
@@ -140,7 +140,7 @@ def general_text(path: Path) -> str:
 
 
 def windows(tokenizer: PreTrainedTokenizerBase, text: str, longest: int) -> list[list[int]]:
-    """Cut a text into pieces of as many tokens; what is left at its end is dropped unless it is all there is."""
+    """Cut a text into windows of equal length in tokens, dropping the rest at its end. A shorter text is one window."""
     ids, width = tokenizer(text, verbose=False)["input_ids"], min(WINDOW, longest)
     return [ids[start : start + width] for start in range(0, len(ids) - width + 1, width)] or [ids]
 

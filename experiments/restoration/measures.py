@@ -1,4 +1,4 @@
-"""What is measured on every row beside the task: perplexity of text, and zero-shot accuracies by lm-eval."""
+"""Measure, beside the task, the perplexity of a model on text, and its zero-shot accuracies by lm-eval."""
 
 from __future__ import annotations
 
@@ -6,30 +6,20 @@ import math
 from collections.abc import Sequence
 from importlib.util import find_spec
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from austeer.errors import AUSteerError, missing_extra, one_line
-from austeer.forward import input_device
-from austeer.pruning.blocks import same_length_batches
+from eval.tasks.open_text import token_losses
 
-TOKENS_AT_ONCE = 1024  # tokens whose logits are in memory together
 LM_EVAL_TASKS = ("boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
 
 
-@torch.inference_mode()
 def perplexity(model: PreTrainedModel, texts: Sequence[Sequence[int]]) -> float:
-    """Return the perplexity of all tokens but the first of each text."""
-    texts = [ids for ids in texts if len(ids) > 1]
-    if not texts:
+    """Return the perplexity of the texts, without the first token of each, which nothing predicts."""
+    nats, tokens = token_losses(model, texts, [1] * len(texts))
+    if not any(tokens):
         raise AUSteerError("perplexity needs a text of at least two tokens")
-    loss, count = 0.0, 0
-    for batch in same_length_batches(texts, TOKENS_AT_ONCE):
-        ids = torch.tensor([texts[index] for index in batch], device=input_device(model))
-        logp = model(ids, use_cache=False).logits[:, :-1].float().log_softmax(-1)
-        loss -= float(logp.gather(2, ids[:, 1:, None].to(logp.device)).double().sum())
-        count += ids[:, 1:].numel()
-    return math.exp(loss / count)
+    return math.exp(sum(nats) / sum(tokens))
 
 
 def check_lm_eval() -> None:

@@ -1,4 +1,4 @@
-"""Choose, measure and keep the rows of a restoration, each as a record of its own: a stopped run goes on where it stood."""
+"""Choose, measure and store the rows of a restoration. Each is a record of its own, so a stopped run can be continued."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Restoration:
         self._floor: list[float] | None = None
 
     def rows(self) -> list[dict]:
-        """Return all rows; those on record are found again."""
+        """Return all rows, computing those that have no record yet."""
         lab = self.lab
         dense = self._row("dense", lambda: self._measured("dense", nullcontext(lab.dense)))
         dense |= self._zero_shot("dense", lambda: nullcontext(lab.dense))
@@ -113,7 +113,7 @@ class Restoration:
 
     @torch.no_grad()
     def _validated(self, model: PreTrainedModel) -> list[float]:
-        """Return an outcome per validation item; of held-out instructions minus the loss of each answer."""
+        """Return an outcome per validation item; for held-out instructions, the negative loss of each answer."""
         held_out, tokenizer = self.lab.material.held_out, self.lab.bench.tokenizer
         if held_out:
             questions = questions_of(Evidence(model, tokenizer, held_out, "attention"))

@@ -1,4 +1,4 @@
-"""Say below a block under what conditions its numbers were made, and where that rules out a difference from the paper's."""
+"""Write the notes below a table: how its numbers were made, and why some have no difference from the paper's."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from paper.comparable import differences
 from paper.render.values import Row
 
 Records = dict[str, dict[str, list[dict]]]  # by row and column
-CONDITIONS = {  # title -> what a record has, and whether columns differ in it, else rows
+CONDITIONS = {  # title -> how to read it from a record, and whether it varies by column (otherwise by row)
     "Prompts": (lambda record: re.sub("; [0-9a-f]{12}", "", record["wording"]), True),  # without the hash of the texts
     "Pairs": (lambda record: record["pairs_by"], True),
     "Toxicity": (lambda record: record["measured"].get("scorer"), True),
@@ -19,7 +19,7 @@ CONDITIONS = {  # title -> what a record has, and whether columns differ in it, 
 
 
 def conditions(records: Records, labels: dict[str, str]) -> list[str]:
-    """Return a note on whose prompts, pairs, scorer and protocol these are, or none."""
+    """Return a note that names the prompts, pairs, scorer, protocol and kernel behind the numbers, if there are any."""
     sentences = []
     for title, (value_of, by_column) in CONDITIONS.items():
         places: dict[str, dict[str, None]] = {}
@@ -33,7 +33,7 @@ def conditions(records: Records, labels: dict[str, str]) -> list[str]:
 
 
 def _by_place(places: dict[str, dict[str, None]]) -> str:
-    """Return the values, the most common without its places."""
+    """List the values, each with the columns or rows it holds for; the most common one stands alone."""
     most = max(places, key=lambda value: len(places[value]))
     others = [f"{value} ({', '.join(where)})" for value, where in places.items() if value != most]
     return "; ".join([most, *others])

@@ -80,7 +80,7 @@ def draw(spec: Spec, manifest: Manifest, path: Path) -> str | None:
 
 
 def _drawn_once(found: dict[tuple[str, str], list[Point]]) -> list[str]:
-    """Return a sentence per panel and group of columns that are the same run, since a column may ask for more than there is."""
+    """Say which columns of a panel are one and the same run, because they ask for more pairs than there are."""
     sentences = []
     for (block, _), points in found.items():
         for ids, x in dict.fromkeys((point.ids, point.x) for point in points):

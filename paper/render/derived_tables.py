@@ -189,7 +189,7 @@ def overhead(spec: Spec, manifest: Manifest, block: str) -> Block:
 
 
 def _overhead(measured: dict[str, dict], row: str) -> dict[str, tuple[float | None, dict[str, float | None]]]:
-    """Return each column's number over all tasks, and its parts by task. Every test item counts alike, timed or not."""
+    """Return each column's total over all tasks, and the number of each task. Times are scaled up to all test items of a task."""
     of_row = {task: one["methods"][row] for task, one in measured.items()}
     sizes = {task: one["test"] for task, one in measured.items()}
     prepare, prepare_gb, gb = ({t: of[key] for t, of in of_row.items()} for key in ("prepare_s", "prepare_gb", "gb"))

@@ -15,9 +15,8 @@ class Value:
     number: float | None = None
     why: str = ""  # why there is a dash
     by: str = ""  # the scorer or judge that measured it
-    unlike: list[str] = field(
-        default_factory=list
-    )  # how the paper's number was measured otherwise: paper/comparable.py
+    # how the paper's number was measured differently (paper/comparable.py)
+    unlike: list[str] = field(default_factory=list)
     best: bool = False  # better than every other row of its column, by the adjusted test
     significant: bool = False  # different from vanilla, by the adjusted test
     fair: bool = True  # False if it was chosen on the test split, so that it may not be tested

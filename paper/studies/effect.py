@@ -1,4 +1,4 @@
-"""Ours: does the score of an AU predict what steering it does? Steer AUs one by one, and compare with four scores.
+"""Steer AUs one at a time, and compare the measured effect with what four scores predict. (Not in the paper.)
 
 params: site, strengths (values of g), top (the best by each score), random (further AUs, drawn from the whole site), n
     (at most this many held-out pairs), seed.
@@ -32,6 +32,7 @@ from eval.statistics import spearman, wilson
 from experiments.bench import Bench
 from MFU_screening import MOMENTA
 from paper.studies import picture
+from paper.studies.answers import right_answer, wrong_answer
 from paper.studies.ranks import n_ranking_prompts, rank_sites
 from rmodels import site_shape
 
@@ -42,7 +43,6 @@ SCORES = {  # name -> how the picture calls it
     "causal t": "causal momentum (t)",
 }
 MEASURES = {"M": lambda log_odds: log_odds, "log sigmoid(M)": logsigmoid}
-RIGHT, WRONG = ("right", "gold", "positive"), ("wrong", "negative")  # tasks name the answers of an item differently
 BATCH = 16  # pairs at once
 
 
@@ -114,7 +114,7 @@ def _sample(scores: dict[str, np.ndarray], params: dict) -> tuple[dict[str, list
 
 def _held_out(bench: Bench, n: int) -> list[EncodedPair]:
     items = bench.task.validation[:n]
-    pairs = [Pair(item.prompt, _answer(item, RIGHT), _answer(item, WRONG)) for item in items]
+    pairs = [Pair(item.prompt, right_answer(item), wrong_answer(item)) for item in items]
     if not all(pair.positive and pair.negative for pair in pairs):
         raise AUSteerError(
             f"{bench.task.name}: its validation items have no wrong answers to compare the right ones with"
@@ -126,10 +126,6 @@ def _held_out(bench: Bench, n: int) -> list[EncodedPair]:
             f"{bench.task.name}: at least 2 held-out pairs of different answers are needed, not {len(encoded)}"
         )
     return encoded
-
-
-def _answer(item: object, names: Sequence[str]) -> str:
-    return next((answer for name in names if (answer := getattr(item, name, ""))), "")
 
 
 def _plan(site: str, shape: tuple[int, int], au: int, g: float) -> Plan:
@@ -189,7 +185,7 @@ def draw(result: dict, params: dict, path: Path, printed: object) -> None:
 
 
 def _linear(change: np.ndarray) -> float:
-    """Return how far the axis is linear, before its logarithmic part: a few AUs change far more than all others."""
+    """Return where the axis turns from linear to logarithmic: a few AUs have far larger effects than all others."""
     return max(float(np.median(abs(change))), float(abs(change).max()) / 100) or 1.0
 
 

@@ -19,6 +19,7 @@ from austeer.errors import AUSteerError
 from austeer.plan import Plan
 from experiments.bench import Bench
 from paper.studies import picture
+from paper.studies.answers import right_answer
 from paper.studies.block import Block, Evaluator, extremes, n_dims, next_token
 from paper.studies.counting import place
 
@@ -47,7 +48,7 @@ def measure(bench: Bench, params: dict, progress: bool) -> dict:
         "task": bench.task_spec.label,
         "item": index,
         "prompt": item.prompt,
-        "answer": _answer(item),
+        "answer": right_answer(item).strip(),
         "columns": columns,
     }
 
@@ -56,14 +57,9 @@ def n_prompts(params: dict, n_pairs: int, n_validation: int) -> int:
     return n_dims(params) * params["n"]
 
 
-def _answer(item) -> str:
-    """Return an item's right answer, which tasks name differently."""
-    return next(getattr(item, name) for name in ("right", "gold", "positive") if hasattr(item, name)).strip()
-
-
 def _with_answer(items: Sequence, answer: str | None) -> list[int]:
     """Return the places of the items with this right answer, or of all items if it is None."""
-    places = [i for i, item in enumerate(items) if answer is None or _answer(item).lower() == answer]
+    places = [i for i, item in enumerate(items) if answer is None or right_answer(item).strip().lower() == answer]
     if not places:
         raise AUSteerError(f"no item of the first {len(items)} has the answer {answer!r}: raise n or change answer")
     return places
