@@ -198,7 +198,7 @@ def screen(
     for site in sites:
         rmodels.site_shape(model, site)
     pairs = as_pairs(train_dataset, rules.first_pairs)
-    limit = longest_text(rules, model.config.max_position_embeddings, max_length, batch_size)
+    limit = longest_text(rules, rmodels.context_length(model), max_length, batch_size)
     if momentum == "causal" and (protocol == "paper" or len(pairs) < 2):
         raise AUSteerError(
             "causal momentum is not the paper's: use protocol='clean'"

@@ -18,7 +18,7 @@ from austeer.identity import model_header
 from austeer.pairs import Pair, pairs_hash
 from austeer.ranks import AURanks
 from austeer.tokens import CLEAN, EncodedPair, encode
-from rmodels import gates
+from rmodels import context_length, gates
 
 READOUTS = ("last", "before-last", "answer")
 
@@ -41,7 +41,7 @@ class Evidence:
 
     def encoded(self) -> list[EncodedPair]:
         """Return the pairs that differ in tokens, in order."""
-        encoded, _ = encode(self.pairs, self.tokenizer, CLEAN, self.model.config.max_position_embeddings)
+        encoded, _ = encode(self.pairs, self.tokenizer, CLEAN, context_length(self.model))
         if not encoded:
             raise AUSteerError("both answers of every pair are the same tokens: there is nothing to learn from")
         return encoded

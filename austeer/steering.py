@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from austeer.errors import AUSteerError
 from austeer.identity import check_made_for
 from austeer.plan import Plan
-from rmodels import gates
+from rmodels import decoder_layers, gates
 
 
 class Steering:
@@ -37,7 +37,7 @@ class Steering:
         self._scope: Tensor | None = None  # the steered positions of the current forward; None: all
         self._aus = 0
         self._gates = [gate for site in self.sites for gate in gates(model, site)]
-        like = {gate: _float_weight(layer) for layer in model.base_model.layers for gate in gates(layer)}
+        like = {gate: _float_weight(layer) for layer in decoder_layers(model) for gate in gates(layer)}
         for gate in self._gates:
             gate.clear()
             scale, shift = (_gate_rows(plans, kind, gate, rowwise) for kind in ("scales", "shifts"))
@@ -189,7 +189,7 @@ def _gate_rows(plans: list[Plan | None], kind: str, gate, rowwise: bool) -> Tens
     rows = []
     for plan in plans:
         values = getattr(plan, kind).get(gate.site) if plan is not None else None
-        rows.append(torch.zeros(gate.width) if values is None else values[gate.layer])
+        rows.append(torch.zeros(gate.width) if values is None else values[gate.layer, : gate.width])
     if not any(row.any() for row in rows):
         return None
     return torch.stack(rows)[:, None] if rowwise else rows[0]
@@ -202,5 +202,6 @@ def _count_aus(scale: Tensor | None, shift: Tensor | None) -> int:
 
 
 def _float_weight(layer: nn.Module) -> Tensor:
-    """Return a norm's weight, which is never quantised: it has the layer's device and the dtype of its activations."""
-    return next(weight for weight in layer.parameters() if weight.dim() == 1 and weight.is_floating_point())
+    """Return a weight that has the layer's device and the dtype of its activations: a norm's, which is never quantised."""
+    weights = [weight for weight in layer.parameters() if weight.is_floating_point()]
+    return min(weights, key=lambda weight: weight.dim())

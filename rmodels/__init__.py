@@ -1,10 +1,11 @@
-"""Patched model families: where the atomic units (AUs) are.
+"""Models with gates: where the atomic units (AUs) are.
 
     model = rmodels.load("meta-llama/Llama-2-7b-chat-hf")      # upstream's model, with an AU gate per site and layer
     for gate in rmodels.gates(model, "ffn"): ...
 
-To port a family, add one file like modeling_llama.py to this folder, named after its model type (docs/porting.md).
-This package knows no task, no ranks and no metric.
+The paper's families have a file each here, like modeling_llama.py. Every other decoder gets its gates by structure
+(structural.py). All are proven on the model itself when it is loaded (proof.py). Where structure is wrong about a family,
+add a file named after its model type (docs/porting.md). This package knows no task, no ranks and no metric.
 """
 
 from __future__ import annotations
@@ -15,24 +16,42 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+import transformers
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 
 from austeer.errors import AUSteerError, first_line, missing_extra
-from rmodels.causal_lm import KERNELS, check_gates, gates, sites
+from rmodels.causal_lm import KERNELS, GatedCausalLM, check_gates, gates, sites
 from rmodels.gate import SITES, AUGate
+from rmodels.proof import prove
+from rmodels.structural import add_gates, decoder_layers
 
 __all__ = [
     "FAMILIES",
     "SITES",
     "AUGate",
     "check_gates",
+    "context_length",
+    "decoder_layers",
     "family",
     "gates",
     "load",
     "load_tokenizer",
+    "model_class",
     "site_shape",
     "sites",
+    "skeleton",
 ]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -48,16 +67,27 @@ FAMILIES = families()
 
 
 def family(model_type: str) -> type[PreTrainedModel]:
-    """Return the patched ForCausalLM class of a config's `model_type`."""
+    """Return the patched ForCausalLM class of a family file."""
     if model_type not in families():
-        raise AUSteerError(
-            f"no patched family for model type {model_type!r}; there are {', '.join(families())}. "
-            "docs/porting.md shows how to add one"
-        )
+        raise AUSteerError(f"no file modeling_{model_type}.py in rmodels/; there are files of {', '.join(families())}")
     module = importlib.import_module(f"rmodels.modeling_{model_type}")
-    return next(
-        cls for name, cls in vars(module).items() if name.endswith("ForCausalLM") and cls.__module__ == module.__name__
-    )
+    own = (cls for name, cls in vars(module).items() if name.endswith("ForCausalLM"))
+    return next(cls for cls in own if cls.__module__ == module.__name__)
+
+
+def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
+    """Return the class to load: the family file's, or upstream's, which then gets its gates by structure."""
+    if config.model_type in families():
+        return family(config.model_type)
+    if config.is_encoder_decoder:
+        raise AUSteerError(f"{config.model_type} is an encoder-decoder: AUSteer steers decoders alone")
+    names = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES]
+    heads = [mapping[config.model_type] for mapping in names if config.model_type in mapping]
+    saved_as = (config.architectures or heads or [None])[0]
+    if saved_as not in heads:
+        take = f"; take a checkpoint of {heads[0]}" if heads else ""
+        raise AUSteerError(f"{saved_as or config.model_type} has no language-model head{take}")
+    return getattr(transformers, saved_as)
 
 
 def load(
@@ -69,14 +99,16 @@ def load(
     quantization: str | None = None,
     attn_implementation: str | None = None,
     revision: str | None = None,
+    quick_proof: bool = False,
 ) -> PreTrainedModel:
-    """Load a checkpoint into its patched family, frozen and in eval mode.
+    """Load a checkpoint with gates, frozen and in eval mode.
 
     dtype: "auto" (the checkpoint's), "float32", "bfloat16", "float16" or a torch.dtype.
     device: by default the first GPU, else the CPU. device_map: accelerate's, to spread the model over several devices.
     quantization: "4bit" (nf4) or "8bit", through bitsandbytes.
     attn_implementation: "sdpa", "eager", "flash_attention_2", "flash_attention_3"; by default upstream's choice, except
     that Gemma-2 gets "eager", because transformers' sdpa drops its soft cap.
+    quick_proof: prove the gates of three layers only, for huge models.
     """
     name_or_path = str(name_or_path)
     if device is not None and device_map is not None:
@@ -84,7 +116,7 @@ def load(
     if attn_implementation is not None and attn_implementation not in KERNELS:
         raise AUSteerError(f"attention kernel {attn_implementation!r} is unknown; use one of {', '.join(KERNELS)}")
     config = _config(name_or_path, revision)
-    cls = family(config.model_type)
+    cls = model_class(config)
     if device_map is None:
         device_map = {"": check_device(device)}
     try:
@@ -94,7 +126,7 @@ def load(
             dtype=_dtype(dtype),
             device_map=device_map,
             quantization_config=_quantization(quantization),
-            attn_implementation=attn_implementation or cls.DEFAULT_KERNEL,
+            attn_implementation=attn_implementation or getattr(cls, "DEFAULT_KERNEL", None),
             use_safetensors=True,  # never a pickle
             trust_remote_code=False,
             output_loading_info=True,
@@ -106,12 +138,39 @@ def load(
             f"{name_or_path} lacks {len(missing)} weights ({min(missing)}, ...), which would be random numbers; "
             "get the whole checkpoint"
         )
-    check_gates(model)
     for module in model.modules():
         # on some CPUs bitsandbytes repacks 4-bit weights at the first forward, for a kernel without gradients
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-    return model.eval().requires_grad_(False)
+    return with_proven_gates(model.eval().requires_grad_(False), quick_proof)
+
+
+def skeleton(config: PretrainedConfig) -> PreTrainedModel:
+    """Build a model with gates but without its weights, so that it takes no memory."""
+    with torch.device("meta"):
+        model = model_class(config)(config)
+    if not isinstance(model, GatedCausalLM):
+        add_gates(model)
+    return model
+
+
+def with_proven_gates(model: PreTrainedModel, quick: bool = False) -> PreTrainedModel:
+    """Give a model its gates if it has none, and prove them. A site that is not proven is left out, with the reason."""
+    if isinstance(model, GatedCausalLM):
+        check_gates(model)
+    else:
+        add_gates(model)
+    faults = prove(model, gates(model), quick=quick)
+    by_file = isinstance(model, GatedCausalLM)
+    if faults and (by_file or not set(sites(model)) - set(faults)):
+        where = f"rmodels/modeling_{model.config.model_type}.py"
+        listed = "; ".join(f"site {site}: {reason}" for site, reason in faults.items())
+        raise AUSteerError(f"the gates of {type(model).__name__} fail their proof. {listed}. Mend {where}" if by_file else
+            f"{type(model).__name__} has no site that can be proven. {listed}. Write {where} (docs/porting.md)")  # fmt: skip
+    if not by_file:
+        model.SITES = tuple(site for site in SITES if site not in faults)
+        model.au_refused = faults
+    return model
 
 
 def load_tokenizer(name_or_path: str | Path, *, revision: str | None = None) -> PreTrainedTokenizerBase:
@@ -139,12 +198,19 @@ def check_device(device: str | torch.device | None) -> str:
     return str(device)
 
 
+def context_length(model: PreTrainedModel) -> int:
+    """Return how many tokens a text may have: where the config names no limit, as for Mamba, any number."""
+    config = model.config.get_text_config(decoder=True)
+    names = ("max_position_embeddings", "max_seq_len", "seq_length", "model_max_length")
+    return next((limit for name in names if isinstance(limit := getattr(config, name, None), int)), 1 << 20)
+
+
 def site_shape(model: PreTrainedModel, site: str) -> tuple[int, int]:
-    """Return (layers, AUs per layer) of one site."""
+    """Return (layers, AUs per layer) of one site: of the widest layer, where layers differ."""
     widths = [gate.width for gate in gates(model, site)]
     if not widths:
         raise AUSteerError(f"{type(model).__name__} has no AU gates; load it with rmodels.load")
-    return len(widths), widths[0]
+    return len(widths), max(widths)
 
 
 def _config(name_or_path: str, revision: str | None):
@@ -162,7 +228,7 @@ def _config(name_or_path: str, revision: str | None):
         elif "model type" in text or "custom code" in text:
             raise AUSteerError(
                 f"{name_or_path}: transformers does not know its model type, and the code of a model repository "
-                f"is never run here; there are patched families for {', '.join(FAMILIES)} (docs/porting.md)"
+                f"is never run here; update transformers, or take a model that it knows (docs/models.md)"
             ) from error
         else:
             reason = f"there is no such folder, and the hub does not offer it ({first_line(error)})"

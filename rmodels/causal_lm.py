@@ -131,16 +131,22 @@ class GatedCausalLM:
 
 
 def sites(model: nn.Module) -> tuple[str, ...]:
-    """Return the sites where the model has AUs: all of SITES, or without "neuron" for families with sparse experts."""
+    """Return the sites where the model has AUs: all of SITES, or those that its family has and its proof confirmed."""
     return getattr(model, "SITES", SITES)
 
 
 def gates(model: nn.Module, site: str | None = None) -> Iterator[AUGate]:
     """Yield a model's gates in order of layer, for one site or for all."""
-    if site is not None and site not in sites(model):
-        raise AUSteerError(f"{type(model).__name__} has no site {site!r}; its sites are {', '.join(sites(model))}")
+    here = sites(model)
+    if site is not None and site not in here:
+        reason = getattr(model, "au_refused", {}).get(site)
+        raise AUSteerError(
+            f"{type(model).__name__} has no site {site!r}"
+            + (f": {reason}. Write a family file to mend that (docs/porting.md)" if reason else "")
+            + f"; its sites are {', '.join(here)}"
+        )
     for module in model.modules():
-        if isinstance(module, AUGate) and site in (None, module.site):
+        if isinstance(module, AUGate) and module.site in here and site in (None, module.site):
             yield module
 
 

@@ -29,7 +29,6 @@ SPECIAL = defaultdict(dict, {  # head_dim * heads differs from hidden_size every
         layer_types=["sliding_attention", "full_attention", "sliding_attention"],
     ),
     "qwen3_moe": dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, mlp_only_layers=[1]),
-    "mistral": dict(sliding_window=12),
 })  # fmt: skip
 FAMILIES = sorted(rmodels.FAMILIES)
 

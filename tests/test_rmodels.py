@@ -327,7 +327,12 @@ def test_bad_checkpoints(checkpoints, tmp_path):
     with pytest.raises(AUSteerError, match="cannot load the weights"):
         rmodels.load(tmp_path / "bare")
     config = json.loads((tmp_path / "bare" / "config.json").read_text())
-    for model_type, message in (("gpt2", "no patched family for model type 'gpt2'.*porting"), ("nonesuch", "porting")):
+    for model_type, message in (
+        ("bert", "LlamaForCausalLM has no language-model head"),
+        ("clip", "LlamaForCausalLM has no language-model head"),
+        ("t5", "t5 is an encoder-decoder"),
+        ("nonesuch", "transformers does not know its model type"),
+    ):
         (tmp_path / "bare" / "config.json").write_text(json.dumps({**config, "model_type": model_type}))
         with pytest.raises(AUSteerError, match=message):
             rmodels.load(tmp_path / "bare")
@@ -353,8 +358,8 @@ def test_missing_weights_are_an_error_not_random_numbers(checkpoints, tmp_path):
 
 
 def test_a_file_in_the_folder_is_a_family(tmp_path, monkeypatch):
-    text = (Path(rmodels.__file__).parent / "modeling_mistral.py").read_text()
+    text = (Path(rmodels.__file__).parent / "modeling_qwen3.py").read_text()
     (tmp_path / "modeling_dropped_in.py").write_text(text)
     monkeypatch.setattr(rmodels, "__path__", [*rmodels.__path__, str(tmp_path)])
-    config = AutoConfig.for_model("mistral", **COMMON, **SPECIAL["mistral"])
+    config = AutoConfig.for_model("qwen3", **COMMON, **SPECIAL["qwen3"])
     rmodels.check_gates(rmodels.family("dropped_in")(config))

@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
         device_map=args.device_map, quantization=args.quantization, attn_implementation=args.attn, revision=args.revision,
     )  # fmt: skip
     tokenizer = rmodels.load_tokenizer(args.model, revision=args.revision)
-    limit = longest_text(rules, model.config.max_position_embeddings, args.max_length, args.batch_size)
+    limit = longest_text(rules, rmodels.context_length(model), args.max_length, args.batch_size)
     wanted_header = {
         "fingerprint": fingerprint(model), "kernel": model.config._attn_implementation,
         "pairs_hash": pairs_hash(pairs), "protocol": args.protocol,

@@ -183,8 +183,7 @@ class Checkpoint:
             config = AutoConfig.from_pretrained(str(self.folder), trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise AUSteerError(f"cannot read the config of {self.folder}: {first_line(error)}") from error
-        with torch.device("meta"):
-            return rmodels.family(config.model_type)(config)
+        return rmodels.skeleton(config)
 
     def fingerprint(self, dtype: torch.dtype) -> str:
         """Return the fingerprint of the model in this precision, reading the weights once for any number of plans."""

@@ -161,7 +161,7 @@ def questions_of(evidence: Evidence) -> list[Question]:
     answer belongs to the answer."""
     questions = []
     for pair in evidence.pairs:
-        encoded, _ = encode([pair], evidence.tokenizer, CLEAN, evidence.model.config.max_position_embeddings)
+        encoded, _ = encode([pair], evidence.tokenizer, CLEAN, rmodels.context_length(evidence.model))
         if not encoded:
             continue
         text = (*encoded[0].prefix, *encoded[0].positive)

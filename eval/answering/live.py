@@ -24,6 +24,7 @@ from austeer.tokens import common_length
 from eval.answering.answer_file import Answer, AnswerFile
 from eval.answering.answerer import Answerer, Generation, encode_prompts, up_to
 from eval.answering.decoding_cache import DecodingCache
+from rmodels import context_length
 
 # Numbers of a hidden state at once (tokens, with padding and room for answers, times width). Prompts alone run
 # best in pieces that fit a CPU's cache; token by token, every further row shares one reading of the weights.
@@ -70,9 +71,9 @@ class LiveAnswerer(Answerer):
 
 
 def _longest_prompt(model: PreTrainedModel, generation: Generation) -> int:
-    room = model.config.max_position_embeddings - generation.new_tokens
+    room = context_length(model) - generation.new_tokens
     if room < 1:
-        raise AUSteerError(f"{generation.new_tokens} new tokens do not fit into {model.config.max_position_embeddings}")
+        raise AUSteerError(f"{generation.new_tokens} new tokens do not fit into {context_length(model)}")
     return room
 
 

@@ -21,6 +21,7 @@ from austeer.errors import AUSteerError
 from austeer.forward import input_device
 from eval.answering.answer_file import Answer, AnswerFile
 from eval.answering.answerer import encode_prompts
+from rmodels import context_length
 
 BATCH = 32
 
@@ -68,7 +69,7 @@ def sampled(
     """Return the samples of each prompt. file: keeps them as they come; each sample is an item of it."""
     repeated = [prompt for prompt in prompts for _ in range(how.samples)]
     answers = {} if file is None else file.read(repeated)
-    ids = _encode(tokenizer, repeated, model.config.max_position_embeddings - how.new_tokens)
+    ids = _encode(tokenizer, repeated, context_length(model) - how.new_tokens)
     # longest first: too little memory shows at once
     order = sorted(range(len(repeated)), key=lambda i: (-len(ids[i]), i))
     bar = tqdm(range(0, len(order), BATCH), desc=progress, unit=" batches", disable=progress is None)

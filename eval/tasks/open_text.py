@@ -27,6 +27,7 @@ from eval.scoring.toxicity import TOXIC, Scorer, detoxified, scorer
 from eval.tasks.base import Scores
 from eval.tasks.dataset import DatasetTask, Item
 from eval.tasks.splits import PAIRS, Split, split
+from rmodels import context_length
 
 VALIDATION = 200
 LOGITS = 2**25  # how many are in memory at once
@@ -198,7 +199,7 @@ def _preferences(model, tokenizer, items: Sequence[Item]) -> list[float]:
     """Return the log-probability per token of the good answer, less that of the bad one: sums would favour short answers."""
 
     def preference(item: Item) -> float:
-        encoded, _ = encode([Pair(*item)], tokenizer, CLEAN, model.config.max_position_embeddings)
+        encoded, _ = encode([Pair(*item)], tokenizer, CLEAN, context_length(model))
         if not encoded:
             return 0.0  # the same answer twice
         good, bad = PairTexts(model, encoded, logits=True).log_probabilities().tolist()

@@ -15,6 +15,7 @@ from austeer.tokens import CLEAN, encode
 from eval.answering.answer_file import Answer
 from eval.answering.decoding_cache import DecodingCache
 from eval.tasks.base import PairSet, Scores, Task
+from rmodels import context_length
 
 BATCH = 8  # pairs at once
 
@@ -48,7 +49,7 @@ class PairTask(Task):
     def answers(self, answerer, items: Sequence[Pair], file=None, progress=None) -> list[Answer]:
         """Return for each pair its log-odds, and its prompt's surprise and number of tokens. Nothing is generated."""
         model, tokenizer = answerer.model, answerer.tokenizer
-        encoded, _ = encode(items, tokenizer, CLEAN, model.config.max_position_embeddings)
+        encoded, _ = encode(items, tokenizer, CLEAN, context_length(model))
         if len(encoded) < len(items):
             raise AUSteerError("both answers of some pair are the same tokens; no model can prefer one")
         odds = []

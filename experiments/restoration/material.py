@@ -22,6 +22,7 @@ from austeer.pairs import Pair, pairs_hash, read_columns
 from eval.data.read import DATASETS, find_folder
 from eval.data.similar import general_pairs
 from experiments.bench import Bench
+from rmodels import context_length
 
 INSTRUCTIONS = 2000  # trained on, as many as the authors' file has
 HELD_OUT_INSTRUCTIONS = 200  # at most; grid points are chosen by the loss of their answers
@@ -77,7 +78,7 @@ def find_files(files: dict[str, str | None], preset: str, data_dir: str | None) 
 def gather(bench: Bench, files: dict[str, Path | None]) -> Material:
     """Read the files, and take the task's own data where there is no file."""
     task, tokenizer, limit = bench.task, bench.tokenizer, bench.task_spec.limit
-    longest = bench.model.config.max_position_embeddings
+    longest = context_length(bench.model)
 
     def tokens(prompts) -> list[list[int]]:
         return [tokenizer(prompt, verbose=False)["input_ids"] for prompt in prompts]

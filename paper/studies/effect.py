@@ -34,7 +34,7 @@ from MFU_screening import MOMENTA
 from paper.studies import picture
 from paper.studies.answers import right_answer, wrong_answer
 from paper.studies.ranks import n_ranking_prompts, rank_sites
-from rmodels import site_shape
+from rmodels import context_length, site_shape
 
 SCORES = {  # name -> how the picture calls it
     "activation": "activation momentum",
@@ -119,7 +119,7 @@ def _held_out(bench: Bench, n: int) -> list[EncodedPair]:
         raise AUSteerError(
             f"{bench.task.name}: its validation items have no wrong answers to compare the right ones with"
         )
-    longest = bench.model.config.max_position_embeddings
+    longest = context_length(bench.model)
     encoded = encode(pairs, bench.tokenizer, CLEAN, longest)[0] if pairs else []
     if len(encoded) < 2:
         raise AUSteerError(

@@ -23,6 +23,7 @@ from experiments.bench import Bench
 from MFU_screening import MOMENTA
 from paper.studies import picture
 from paper.studies.ranks import n_ranking_prompts
+from rmodels import context_length
 
 COLORS = {"activation": picture.BLUE, "causal": picture.VERMILLION}
 
@@ -58,7 +59,7 @@ def resampled(bench: Bench, momentum: str, draws: int, seed: int, progress: bool
     kind = MOMENTA[momentum]
     rules, sites = PROTOCOLS[bench.task_spec.protocol], list(picture.SITES)
     pairs = task.pairs[: rules.first_pairs]
-    encoded, _ = encode(pairs, tokenizer, rules, rules.cut_at or model.config.max_position_embeddings)
+    encoded, _ = encode(pairs, tokenizer, rules, rules.cut_at or context_length(model))
     counts = _counts(len(pairs), draws, seed)
     # pairs of equal tokens add nothing but are drawn like all others: the last counts are theirs
     bar = tqdm(encoded, desc=f"{task.name}, {momentum}", unit=" pairs", disable=not progress)

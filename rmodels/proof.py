@@ -1,0 +1,264 @@
+"""Prove the gates of a loaded model on the model itself: steering a site does what scaling its weight does.
+
+On a few tokens, one AU per site and layer is taken that moves the logits, and three things are shown:
+
+1. Every gate is called exactly once in a forward, with (batch, tokens, width).
+2. The chosen AU's gate moves the logits by at least 100 times what is called a difference below.
+3. All chosen gates of a site together change the logits as the scaled weights do: columns of the site's projection for
+   its inputs, rows (of every expert) for its outputs. Where no weight can be scaled, at site layer and in quantised or
+   offloaded models, a plain hook that multiplies the activation takes the weights' place.
+
+Factors are powers of two, so that scaling a weight and scaling an activation round alike in every precision.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from austeer.errors import AUSteerError
+from rmodels.gate import AUGate
+from rmodels.structural import find_blocks, linear_maps
+
+TOKENS = 6
+# of the largest logit: differences above are differences
+TOLERANCES = {torch.float32: 1e-5, torch.float16: 2.5e-4, torch.bfloat16: 2e-3}
+MOVES = 100  # a chosen AU moves the logits by so many tolerances
+FACTORS = (2.0, 16.0, 256.0, 4096.0, -256.0)
+ROWS = 32  # AUs tried in one forward
+SLOW = 2.0  # seconds after which the cost is printed
+
+
+def prove(model: PreTrainedModel, gates: Iterable[AUGate], *, quick: bool = False) -> dict[str, str]:
+    """Return the sites that could not be proven, each with the reason. quick: first, middle and last layer only."""
+    start = time.monotonic()
+    proof = _Proof(model, list(gates), quick)
+    try:
+        reasons = proof.reasons()
+    finally:
+        for gate in proof.gates:
+            gate.clear()
+            gate.tap = None
+    seconds = time.monotonic() - start
+    if seconds > SLOW:
+        how = "three layers" if quick else f"{len(proof.chosen)} atomic units, one per site and layer"
+        print(f"gates proven in {seconds:.1f} s ({how})", file=sys.stderr)
+    return reasons
+
+
+class _Proof:
+    def __init__(self, model: PreTrainedModel, gates: list[AUGate], quick: bool):
+        self.model, self.gates = model, gates
+        count = 1 + max(gate.layer for gate in gates)
+        layers = {0, count // 2, count - 1} if quick else set(range(count))
+        self.tried = [gate for gate in gates if gate.width and gate.layer in layers]
+        self.like = torch.zeros((), dtype=model.dtype, device=model.get_input_embeddings().weight.device)
+        self.ids = _tokens(model).to(self.like.device)
+        self.chosen: dict[AUGate, tuple[int, float]] = {}  # dimension and factor
+
+    @torch.no_grad()
+    def reasons(self) -> dict[str, str]:
+        faults = self._watch()
+        self._choose([gate for gate in self.tried if gate.site not in faults])
+        for site in dict.fromkeys(gate.site for gate in self.tried):
+            aus = {gate: self.chosen[gate] for gate in self.tried if gate.site == site and gate in self.chosen}
+            unmoved = [gate.layer for gate in self.tried if gate.site == site and gate not in self.chosen]
+            if site not in faults and unmoved:
+                faults[site] = (
+                    f"no atomic unit of layer {unmoved[0]} moves the logits, so nothing shows that its gate works"
+                )
+            if site not in faults and not self._agrees(site, aus):
+                alone = [gate.layer for gate, au in aus.items() if not self._agrees(site, {gate: au})]
+                layer = f"of layer {alone[0]}" if alone else "of several layers together"
+                faults[site] = f"the gate {layer} does something else than scaling {self._reference_name(site)}"
+        missing = {gate.site for gate in self.gates} - {gate.site for gate in self.tried}
+        return faults | {site: "no layer has it" for site in missing}
+
+    def _watch(self) -> dict[str, str]:
+        """Run the tokens once: every gate must be called once, and at the end of what it steers."""
+        faults: dict[str, str] = {}
+        shapes: dict[AUGate, list[tuple[int, ...]]] = {gate: [] for gate in self.tried}
+
+        def look(gate: AUGate):
+            def tap(x: Tensor) -> Tensor:
+                shapes[gate].append(tuple(x.shape))
+                if x.dim() == 3 and x.shape[-1] == gate.width:
+                    # active units at the last token; neighbouring layers take different ones, so that no gate can stand
+                    # in for another
+                    strength = x[0, -1].abs()
+                    self.chosen[gate] = int(strength.topk(min(4, gate.width)).indices[gate.layer % 2]), FACTORS[0]
+                return x
+
+            return tap
+
+        for gate in self.tried:
+            gate.tap = look(gate)
+        later = self.ids.clone()
+        later[:, -1] = self.ids[:, 0]
+        with _calls_of_projections(self.model) as order:
+            logits = self._logits(torch.cat([self.ids, later]), keep=0)
+        for gate in self.tried:
+            gate.tap = None
+        if not self._alike(logits[0, :-1], logits[1, :-1]):
+            raise AUSteerError(
+                f"{type(self.model).__name__} is no causal language model: its first tokens see the last one; take a decoder"
+            )
+        for gate, seen in shapes.items():
+            wanted = (2, self.ids.shape[1], gate.width)
+            if len(seen) != 1:
+                faults.setdefault(gate.site, f"layer {gate.layer} passes it {len(seen)} times instead of once")
+            elif seen[0] != wanted:
+                faults.setdefault(
+                    gate.site, f"layer {gate.layer} has {seen[0]} there instead of (batch, tokens, {gate.width})"
+                )
+        for layer, last in order.items():
+            faults.setdefault(
+                "attention", f"{last} of layer {layer} comes after the projection that was taken for the last"
+            )
+        return faults
+
+    def _choose(self, gates: list[AUGate]) -> None:
+        """Give each chosen AU the smallest factor that moves the logits, and drop AUs that none moves."""
+        waiting = gates
+        self.chosen = {gate: au for gate, au in self.chosen.items() if gate in set(gates)}
+        for factor in FACTORS:
+            still = []
+            for start in range(0, len(waiting), ROWS):
+                rows = waiting[start : start + ROWS]
+                for row, gate in enumerate(rows):
+                    scale = torch.zeros(len(rows), 1, gate.width)
+                    scale[row, 0, self.chosen[gate][0]] = factor - 1
+                    gate.set(scale, None, like=self.like)
+                steered = self._logits(self.ids.expand(len(rows), -1))
+                for gate in rows:
+                    gate.clear()
+                idle = self._logits(self.ids.expand(len(rows), -1))
+                moved = (steered - idle).abs().flatten(1).amax(1)
+                enough = (moved >= MOVES * self._tolerance(idle)) & steered.flatten(1).isfinite().all(1)
+                for gate, is_enough in zip(rows, enough.tolist(), strict=True):
+                    self.chosen[gate] = self.chosen[gate][0], factor
+                    still += [] if is_enough else [gate]
+            waiting = still
+        for gate in waiting:
+            del self.chosen[gate]
+
+    def _agrees(self, site: str, aus: dict[AUGate, tuple[int, float]]) -> bool:
+        """Say whether these gates together, and their weights together, change the logits alike."""
+        for gate, (dim, factor) in aus.items():
+            scale = torch.zeros(gate.width)
+            scale[dim] = factor - 1
+            gate.set(scale, None, like=self.like)
+        steered = self._logits(self.ids)
+        for gate in aus:
+            gate.clear()
+        with self._reference(site, {gate.layer: au for gate, au in aus.items()}):
+            expected = self._logits(self.ids)
+        if not (
+            steered.isfinite().all() and expected.isfinite().all()
+        ):  # many factors at once: one by one they are finite
+            return len(aus) > 1 and all(self._agrees(site, {gate: au}) for gate, au in aus.items())
+        return self._alike(steered, expected)
+
+    def _reference(self, site: str, aus: dict[int, tuple[int, float]]):
+        return (_scaled_weights if self._has_weights(site) else _plain_hooks)(self.model, site, aus)
+
+    def _has_weights(self, site: str) -> bool:
+        weights = [self.model.get_parameter(entry[3].weight) for entry in linear_maps(self.model) if site in entry[1:3]]
+        return bool(weights) and all(not weight.is_meta and weight.dtype in TOLERANCES for weight in weights)
+
+    def _reference_name(self, site: str) -> str:
+        return "its weight" if self._has_weights(site) else "the activation by a plain hook"
+
+    def _logits(self, ids: Tensor, keep: int = 1) -> Tensor:
+        return self.model(input_ids=ids, use_cache=False, logits_to_keep=keep).logits.float()
+
+    def _alike(self, some: Tensor, others: Tensor) -> bool:
+        return bool((some - others).abs().max() <= self._tolerance(others))
+
+    def _tolerance(self, logits: Tensor) -> float:
+        return TOLERANCES.get(self.model.dtype, TOLERANCES[torch.bfloat16]) * float(logits.abs().max())
+
+
+def _tokens(model: PreTrainedModel) -> Tensor:
+    """Return a row of ordinary tokens: ids that no field of the config gives a meaning."""
+    config = model.config.get_text_config(decoder=True)
+    special = {value for part in (model.config, config) for value in vars(part).values() if isinstance(value, int)}
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randperm(config.vocab_size, generator=generator)[: 8 * TOKENS].tolist()
+    return torch.tensor([[token for token in ids if token not in special][:TOKENS]])
+
+
+@contextmanager
+def _calls_of_projections(model: PreTrainedModel) -> Iterator[dict[int, str]]:
+    """Find the layers in which a wide projection of the mixer is called after the one that has the gate, and name it."""
+    late: dict[int, str] = {}
+    with ExitStack() as undo:
+        for index, block in enumerate(find_blocks(model)):
+            for name, part in block.wide:
+
+                def note(module, args, out, index=index, name=name, is_last=part is block.mixer):
+                    late.pop(index, None) if is_last else late.__setitem__(index, name)
+
+                undo.callback(part.register_forward_hook(note).remove)
+        yield late
+
+
+@contextmanager
+def _scaled_weights(model: PreTrainedModel, site: str, aus: dict[int, tuple[int, float]]) -> Iterator[None]:
+    """Scale the columns or rows of one AU per layer in the weights, and put the very bits back."""
+    kept: list[tuple[Tensor, Tensor]] = []
+    for layer, into, out_of, linear in linear_maps(model):
+        if site not in (into, out_of) or layer not in aus:
+            continue
+        dim, factor = aus[layer]
+        weight = model.get_parameter(linear.weight)
+        parts = [weight.select(linear.inputs if site == into else linear.outputs, dim)]
+        if site == out_of and linear.bias is not None:
+            parts.append(model.get_parameter(linear.bias)[..., dim])
+        for part in parts:
+            kept.append((part, part.clone()))
+            part.mul_(factor)
+    try:
+        yield
+    finally:
+        for part, old in kept:
+            part.copy_(old)
+
+
+@contextmanager
+def _plain_hooks(model: PreTrainedModel, site: str, aus: dict[int, tuple[int, float]]) -> Iterator[None]:
+    """Multiply one AU per layer where the site is, by hooks that know nothing of gates."""
+
+    def scaled(x: Tensor, dim: int, factor: float) -> Tensor:
+        x = x.clone()
+        x[..., dim] *= factor
+        return x
+
+    with ExitStack() as undo:
+        for layer, block in enumerate(find_blocks(model)):
+            if layer not in aus:
+                continue
+            if site in ("attention", "neuron"):
+                module = block.mixer if site == "attention" else block.down
+                hook = module.register_forward_pre_hook(
+                    lambda m, args, au=aus[layer]: (scaled(args[0], *au), *args[1:])
+                )
+            else:
+                module = block.layer if site == "layer" else block.down or block.experts
+
+                def after(module: nn.Module, args: tuple, out: Tensor | tuple | list, au=aus[layer]):
+                    return (
+                        type(out)([scaled(out[0], *au), *out[1:]])
+                        if isinstance(out, tuple | list)
+                        else scaled(out, *au)
+                    )
+
+                hook = module.register_forward_hook(after)
+            undo.callback(hook.remove)
+        yield
