@@ -24,6 +24,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -32,11 +33,12 @@ from austeer import processes
 from austeer.batching import pair_batches, run_halving
 from austeer.errors import AUSteerError, one_of, run_command
 from austeer.forward import PairTexts, float64_device, input_device, log_odds_and_gradients, read_at
-from austeer.identity import model_header, public_name
+from austeer.identity import model_header, public_name, site_header
 from austeer.pairs import as_pairs, pairs_hash
 from austeer.ranks import AURanks, ranks_file
 from austeer.tokens import PROTOCOLS, EncodedPair, Protocol, encode, longest_text
 from rmodels import gates
+from rmodels.experts import ExpertGate
 
 
 class Momentum(ABC):
@@ -53,6 +55,12 @@ class Momentum(ABC):
             for name, dtype in self.SUMS.items()
         }
         self.not_finite = torch.zeros((), dtype=torch.int64, device=self.device)  # read once, at the end
+        self.reached = {  # pairs that each expert saw a token of, where the AUs are neurons of experts
+            (gate.site, gate.layer): torch.zeros(gate.experts, dtype=torch.int64, device=self.device)
+            for site in sites
+            for gate in gates(model, site)
+            if isinstance(gate, ExpertGate)
+        }
 
     @abstractmethod
     def add(self, batch: Sequence[EncodedPair]) -> None:
@@ -68,11 +76,17 @@ class Momentum(ABC):
             total = self.sums[site, name][layer]
             total += value.to(total)
 
+    def _count_experts(self, site: str, layer: int, values: Tensor) -> None:
+        """Count the pairs that reach an expert: its AUs are exactly zero for the others. values: (pairs, width)."""
+        if (counts := self.reached.get((site, layer))) is not None:
+            counts += values.unflatten(1, (len(counts), -1)).any(-1).sum(0)
+
     def _note_not_finite(self, values: Tensor) -> None:
         self.not_finite += (~torch.isfinite(values)).sum()
 
     def stats(self, site: str) -> dict[str, Tensor]:
-        return {name: torch.stack(self.sums[site, name]).cpu() for name in self.SUMS}
+        """Return the sums as (layers, width), zero where a layer is narrower than the widest."""
+        return {name: pad_sequence(self.sums[site, name], batch_first=True).cpu() for name in self.SUMS}
 
 
 def signed_share(sums: dict[str, Tensor], n: int) -> tuple[Tensor, Tensor]:
@@ -114,6 +128,7 @@ class ActivationMomentum(Momentum):
         for (site, layer), rows in collected.items():
             last = torch.cat(rows).to(self.device)  # (2 * pairs, width), at each last token: right, wrong, right, ...
             self._note_not_finite(last)
+            self._count_experts(site, layer, last[0::2].abs() + last[1::2].abs())
             momentum = last[0::2] - last[1::2]
             # in the authors' float16 an overflow counts by its sign, and inf - inf as zero
             signs = last[0::2].half() - last[1::2].half() if self.protocol.round_to_half else momentum
@@ -134,6 +149,7 @@ class CausalMomentum(Momentum):
     def add(self, batch: Sequence[EncodedPair]) -> None:
         for (site, layer), c in self.effects(batch).items():
             self._note_not_finite(c)
+            self._count_experts(site, layer, c)
             self._accumulate(site, layer, sum=c.sum(0), sum_squares=c.square().sum(0))
 
     def effects(self, batch: Sequence[EncodedPair]) -> dict[tuple[str, int], Tensor]:
@@ -214,7 +230,8 @@ def screen(
     with tqdm(total=len(share), desc="screening", unit=" pairs", disable=silent) as bar:
         for batch, _ in run_halving(batches, total.add, "pairs", bar.write, "use --max-length, 4-bit, or a larger GPU"):
             bar.update(len(batch))
-    processes.add_over_processes([*(row for rows in total.sums.values() for row in rows), total.not_finite])
+    sums = [row for rows in total.sums.values() for row in rows]
+    processes.add_over_processes([*sums, *total.reached.values(), total.not_finite])
     not_finite = int(total.not_finite)
     if not_finite and rules.refuse_overflow:
         raise AUSteerError(
@@ -239,8 +256,14 @@ def screen(
         "tie_rule": "lower layer, then lower dimension",
         "versions": {name: version(name) for name in ("torch", "transformers")},
     }
-    sums = {site: total.stats(site) for site in sites}
-    return {site: AURanks(site, *kind.score(sums[site], len(pairs)), sums[site], dict(header)) for site in sites}
+    ranks = {}
+    for site in sites:
+        stats = total.stats(site)
+        score, gain = kind.score(stats, len(pairs))
+        ranks[site] = AURanks(site, score, gain, stats, header | site_header(model, site))
+        if counts := {layer: row.tolist() for (place, layer), row in total.reached.items() if place == site}:
+            ranks[site].header["pairs_that_reach_each_expert"] = counts
+    return ranks
 
 
 if __name__ == "__main__":

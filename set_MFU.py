@@ -96,13 +96,14 @@ def set_MFU(
         return _authors_call(all_scores, all_layer, all_indices, k, alpha, model, applied_module)
     if not isinstance(ranks, AURanks):
         return _authors_call(ranks, k, alpha, authors_k, authors_alpha, model, applied_module)
-    n = ranks.score.numel()
+    n = int(ranks.exists.sum())
     if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= n:
         raise AUSteerError(f"k must be a whole number from 1 to {n} (the AUs at site {ranks.site}), not {k}")
     if not math.isfinite(alpha):
         raise AUSteerError(f"alpha must be a finite number, not {alpha}")
-    mask = torch.zeros(n, dtype=torch.bool)
-    mask[_locate(ranks, location, seed)[:k]] = True
+    order = _locate(ranks, location, seed)
+    mask = torch.zeros(ranks.score.numel(), dtype=torch.bool)
+    mask[order[ranks.exists.flatten()[order]][:k]] = True
     mask = mask.view(ranks.score.shape)
     header = ranks.origin() | {"k": k, "alpha": alpha, "location": location, "strength": strength}
     if location == "random" or strength == "flipped":
@@ -115,7 +116,7 @@ def set_MFU(
 
 
 def _locate(ranks: AURanks, location: str, seed: int) -> Tensor:
-    """Return all flat AU numbers, those to steer first."""
+    """Return flat AU numbers, those to steer first."""
     if location == "score":
         return ranks.order
     if location == "lowest":

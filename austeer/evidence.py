@@ -13,12 +13,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from austeer.batching import pair_batches
 from austeer.errors import AUSteerError
-from austeer.forward import PairTexts, read_at
+from austeer.forward import PairTexts, read_at, stack_layers
 from austeer.identity import model_header
 from austeer.pairs import Pair, pairs_hash
 from austeer.ranks import AURanks
 from austeer.tokens import CLEAN, EncodedPair, encode
-from rmodels import context_length, gates
+from rmodels import context_length, decoder_layers, gates
+from rmodels.experts import ExpertGate
 
 READOUTS = ("last", "before-last", "answer")
 
@@ -68,6 +69,11 @@ class Evidence:
                 "the last token but one of some pair is in its prompt, where right and wrong texts are equal: this "
                 "readout is for answers like '(A)'; use readout last or answer"
             )
+        if nonlinearity and any(isinstance(gate, ExpertGate) for gate in gates(self.model, "neuron")):
+            raise AUSteerError(
+                f"{type(self.model).__name__} has experts, whose nonlinearities cannot be read one by one; use site "
+                "attention or layer"
+            )
         both = self.per_pair(lambda batch: self._read(batch, readout, nonlinearity), "activations")
         return both[:, 0], both[:, 1]
 
@@ -91,13 +97,15 @@ class Evidence:
             last = texts.last.to(x.device)
             if readout != "answer":
                 return x[torch.arange(len(last), device=x.device), last - int(readout == "before-last")].float().cpu()
-            answer = torch.arange(x.shape[1], device=x.device) <= last[:, None]
+            column = torch.arange(x.shape[1], device=x.device)
+            answer = (column >= texts.first.to(x.device)[:, None]) & (column <= last[:, None])
             return ((x.float() * answer[..., None]).sum(1) / answer.sum(1, keepdim=True)).cpu()
 
         reading = self._nonlinearities(read) if nonlinearity else read_at(self.model, [self.site], read)
         with reading as collected:
             texts.run_tails([tail for pair in batch for tail in (pair.positive, pair.negative)])
-        layers = torch.stack([torch.cat(collected[place]) for place in sorted(collected)], dim=1)
+        by_layer = {layer: torch.cat(rows) for (_, layer), rows in collected.items()}
+        layers = stack_layers(by_layer, len(decoder_layers(self.model)), dim=1)
         return layers.unflatten(0, (len(batch), 2))
 
     @contextmanager

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from transformers import DynamicCache, PreTrainedModel
 
 from austeer.errors import AUSteerError
 from austeer.tokens import EncodedPair
-from rmodels import AUGate, gates
+from rmodels import AUGate, continues_on_caches, gates
 
 Tap = Callable[[Tensor], Tensor]
 
@@ -37,13 +38,20 @@ def read_at(
 
     def look(gate: AUGate) -> Tap:
         def tap(x: Tensor) -> Tensor:
-            collected[gate.site, gate.layer].append(read(x))
+            collected[gate.site, gate.layer].append(read(gate.dense(x)))
             return x
 
         return tap
 
     with tapped(model, sites, look):
         yield collected
+
+
+def stack_layers(by_layer: Mapping[int, Tensor], layers: int, dim: int = 0) -> Tensor:
+    """Stack what layers hold, (..., width), along `dim`; zeros fill up narrower layers and those that hold nothing."""
+    widest = max(by_layer.values(), key=lambda rows: rows.shape[-1])
+    rows = [by_layer.get(layer, widest[..., :0]) for layer in range(layers)]
+    return torch.stack([functional.pad(row, (0, widest.shape[-1] - row.shape[-1])) for row in rows], dim)
 
 
 @torch.enable_grad()
@@ -64,8 +72,8 @@ def log_odds_and_gradients(
             place = gate.site, gate.layer
             if place not in probes:
                 probes[place] = x.new_zeros(len(batch), 1, gate.width, requires_grad=True)
-            rows_per_pair = len(x) // len(batch)  # 1 for the prompts, 2 for right and wrong answers after them
-            return change(x, probes[place].repeat_interleave(rows_per_pair, 0))
+            rows_per_pair = gate.rows(x) // len(batch)  # 1 for the prompts, 2 for right and wrong answers after them
+            return change(x, gate.align(probes[place].repeat_interleave(rows_per_pair, 0)))
 
         return tap
 
@@ -79,7 +87,8 @@ def log_odds_and_gradients(
 class PairTexts:
     """Run the shared prefixes of a batch of pairs once and together, then both tails of every pair on their cache.
 
-    Rows of tails are right, wrong, right, wrong, ... Pairs that share nothing are run text by text.
+    Rows of tails are right, wrong, right, wrong, ... Pairs that share nothing are run text by text, and where a model
+    cannot continue on repeated caches, whole texts are run together, padded on the right, where no token sees it.
     """
 
     def __init__(self, model: PreTrainedModel, batch: Sequence[EncodedPair], logits: bool):
@@ -87,7 +96,8 @@ class PairTexts:
         self.lengths = torch.tensor([len(pair.prefix) for pair in batch])
         width = int(self.lengths.max())
         self.cache: DynamicCache | None = None
-        if not width:
+        self.whole = bool(width) and not continues_on_caches(model)
+        if not width or self.whole:
             return
         # without a config no layer drops what left its sliding window (the mask still hides it): rows can be repeated
         self.cache = DynamicCache()
@@ -99,15 +109,21 @@ class PairTexts:
         self.cache.batch_repeat_interleave(2)
 
     def run_tails(self, tails: list[tuple[int, ...]], keep: int | None = None):
-        """Run the tails after their prompts, right-padded."""
-        if self.cache is None:
+        """Run the tails after their prompts, right-padded. `first` and `last` say in which columns they begin and end."""
+        prompts = [pair.prefix if self.whole else () for pair in self.batch for _ in range(2)]
+        if self.cache is None and not self.whole:
+            self.first = torch.tensor([0])
             for tail in tails:
                 self.last = torch.tensor([len(tail) - 1])
                 self._forward([tail], torch.arange(len(tail))[None], None, keep)
             return None
-        self.last = torch.tensor([len(tail) - 1 for tail in tails])
-        width = max(map(len, tails))
-        padded = [tail + (0,) * (width - len(tail)) for tail in tails]
+        self.first = torch.tensor([len(prompt) for prompt in prompts])
+        self.last = self.first + torch.tensor([len(tail) - 1 for tail in tails])
+        rows = [prompt + tail for prompt, tail in zip(prompts, tails, strict=True)]
+        width = max(map(len, rows))
+        padded = [row + (0,) * (width - len(row)) for row in rows]
+        if self.whole:
+            return self._forward(padded, None, None, keep)
         positions = self.lengths.repeat_interleave(2)[:, None] + torch.arange(width)
         mask = None
         if self.mask is not None:
@@ -124,29 +140,37 @@ class PairTexts:
 
         The last token of a tail is never run: for one-token answers the prompt alone is enough.
         """
-        if self.cache is None or not self.lengths.all():
+        if not self.lengths.all():
             raise AUSteerError("the log-odds of a pair need a prompt, but the two texts of some pair share no token")
         tails = [tail for pair in self.batch for tail in (pair.positive, pair.negative)]
-        logits = self.prompt_logits.repeat_interleave(2, 0)
-        if any(len(tail) > 1 for tail in tails):
-            out = self.run_tails([tail[:-1] or (0,) for tail in tails], keep=0)
-            logits = torch.cat([logits, out.logits], dim=1)
+        logits = self._logits_of_tails(tails)
         width = max(map(len, tails))
         targets = torch.tensor([list(tail) + [-1] * (width - len(tail)) for tail in tails], device=logits.device)
         by_token = logits[:, :width].float().log_softmax(-1).gather(-1, targets.clamp(min=0)[..., None])
         return (by_token[..., 0] * (targets >= 0)).sum(1)
 
-    def _forward(self, ids: list[tuple[int, ...]], positions: Tensor, mask: Tensor | None, keep: int | None):
+    def _logits_of_tails(self, tails: list[tuple[int, ...]]) -> Tensor:
+        """Return what predicts each token of each tail, (tails, longest tail, vocabulary)."""
+        if self.whole:
+            logits = self.run_tails([tail[:-1] for tail in tails], keep=0).logits
+            columns = self.first[:, None] - 1 + torch.arange(max(map(len, tails)))
+            columns = columns.clamp(max=logits.shape[1] - 1).to(logits.device)
+            return logits[torch.arange(len(tails), device=logits.device)[:, None], columns]
+        logits = self.prompt_logits.repeat_interleave(2, 0)
+        if any(len(tail) > 1 for tail in tails):
+            out = self.run_tails([tail[:-1] or (0,) for tail in tails], keep=0)
+            logits = torch.cat([logits, out.logits], dim=1)
+        return logits
+
+    def _forward(self, ids: list[tuple[int, ...]], positions: Tensor | None, mask: Tensor | None, keep: int | None):
         """Run the model; keep: how many of the last positions get logits, 0 for all; None skips the LM head."""
         run, extra = (self.model.base_model, {}) if keep is None else (self.model, {"logits_to_keep": keep})
-        return run(
-            input_ids=torch.tensor(ids, device=self.device),
-            position_ids=positions.to(self.device),
-            attention_mask=None if mask is None else mask.to(self.device),
-            past_key_values=self.cache,
-            use_cache=self.cache is not None,
-            **extra,
-        )
+        if self.cache is not None:
+            extra |= {"past_key_values": self.cache, "attention_mask": None if mask is None else mask.to(self.device)}
+        if positions is not None and not self.whole:
+            extra["position_ids"] = positions.to(self.device)
+        ids = torch.tensor(ids, device=self.device)
+        return run(input_ids=ids, use_cache=self.cache is not None, **extra)
 
 
 def input_device(model: PreTrainedModel) -> torch.device:

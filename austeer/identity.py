@@ -28,6 +28,17 @@ def model_header(model: nn.Module) -> dict:
     }
 
 
+def site_header(model: nn.Module, site: str) -> dict:
+    """Return what plans and ranks must know of a site whose layers are not all alike; nothing for the usual one.
+
+    widths: AUs per layer, where layers differ. experts: the same, where a layer's AUs are the neurons of experts.
+    """
+    here = list(gates(model, site))
+    widths, experts = [gate.width for gate in here], [getattr(gate, "experts", 0) for gate in here]
+    shape = {f"widths.{site}": widths} if len(set(widths)) > 1 else {}
+    return shape | ({f"experts.{site}": experts} if any(experts) else {})
+
+
 def public_name(name_or_path: str) -> str:
     """Return a hub id unchanged, and of a local folder its last two parts: ranks are shared, home folders are not."""
     return "/".join(Path(name_or_path).resolve().parts[-2:]) if Path(name_or_path).exists() else name_or_path

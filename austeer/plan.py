@@ -22,6 +22,20 @@ from austeer.files import read_tensors, write_tensors
 FORMAT = "austeer-plan-1"
 TOKENS = ("all", "prompt", "before-last", "before-last-2", "prompt-end", "generated", "last")
 
+SHAPE_KEYS = (
+    "widths.",
+    "experts.",
+)  # of a header, followed by a site: per layer, the AUs and the experts they belong to
+
+
+def au_name(header: dict, site: str, width: int, layer: int, dim: int) -> str:
+    """Return how an AU's number is shown: of a neuron in a mixture, its expert and its number in there."""
+    experts = header.get(f"experts.{site}", {layer: 0})[layer]
+    if not experts:
+        return str(dim)
+    inner = header.get(f"widths.{site}", {layer: width})[layer] // experts
+    return f"{dim % inner} of expert {dim // inner}"
+
 
 @dataclass
 class Plan:
@@ -90,7 +104,10 @@ class Plan:
         lines += [f"{key}: {value}" for key, value in self.header.items() if key not in ("fingerprint",)]
         lines += ["", "site       layer    dim     x becomes"]
         for site, layer, dim, scale, shift in sorted(self.aus(), key=lambda au: -max(abs(au[3]), abs(au[4]))):
-            lines.append(f"{site:<10} {layer:>5} {dim:>6}     {1 + scale:+.3f} x" + (f" {shift:+.4g}" if shift else ""))
+            name = au_name(self.header, site, self.shape(site)[1], layer, dim)
+            lines.append(
+                f"{site:<10} {layer:>5} {name:>6}     {1 + scale:+.3f} x" + (f" {shift:+.4g}" if shift else "")
+            )
         return "\n".join(lines)
 
     def conflicts(self, other: Plan) -> list[tuple[str, int, int, tuple[float, float], tuple[float, float]]]:
@@ -110,7 +127,8 @@ class Plan:
                     f"the plans are for different models: {self.shape(site)} and {other.shape(site)} AUs"
                 )
         keys = ("model", "family", "fingerprint", "precision")
-        origin = {key: self.header.get(key) or other.header.get(key) for key in keys}
+        shapes = [key for key in {**self.header, **other.header} if key.startswith(SHAPE_KEYS)]
+        origin = {key: self.header.get(key) or other.header.get(key) for key in (*keys, *shapes)}
         for header in (self.header, other.header):
             if header.get("fingerprint") not in (None, origin["fingerprint"]):
                 models = f"{self.header.get('model')} and {other.header.get('model')}"

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from austeer.errors import AUSteerError
 from austeer.files import read_tensors, write_tensors
+from austeer.plan import SHAPE_KEYS, au_name
 from rmodels import SITES
 
 FORMAT = "austeer-ranks-1"
@@ -46,9 +47,16 @@ class AURanks:
     header: dict = field(default_factory=dict)
 
     @cached_property
+    def exists(self) -> Tensor:
+        """Return which numbers are AUs, (layers, width): a layer may be narrower than the widest."""
+        layers, width = self.score.shape
+        return torch.arange(width) < torch.tensor(self.header.get(f"widths.{self.site}", [width] * layers))[:, None]
+
+    @cached_property
     def order(self) -> Tensor:
         """Return flat AU numbers (layer * width + dim), best first; ties go to the lower layer, then dimension."""
-        return torch.sort(self.score.flatten().abs(), descending=True, stable=True).indices
+        order = torch.sort(self.score.flatten().abs(), descending=True, stable=True).indices
+        return order[self.exists.flatten()[order]]
 
     def __iter__(self) -> Iterator[list]:
         """Unpack as the authors' `all_scores, all_layer_ids, all_indices`."""
@@ -73,15 +81,19 @@ class AURanks:
         width = self.score.shape[1]
         return [(au // width, au % width, float(self.score.flatten()[au])) for au in self.order[:k].tolist()]
 
+    def name(self, layer: int, dim: int) -> str:
+        return au_name(self.header, self.site, self.score.shape[1], layer, dim)
+
     def origin(self) -> dict:
         """Return what the header of a plan keeps of these ranks."""
         keys = ("model", "family", "fingerprint", "precision", "momentum", "pairs_hash")
-        return {key: self.header.get(key) for key in keys} | {"site": self.site}
+        shape = {key: value for key, value in self.header.items() if key.startswith(SHAPE_KEYS)}
+        return {key: self.header.get(key) for key in keys} | {"site": self.site} | shape
 
     def summary(self, seconds: float) -> str:
         """Say in two lines what was ranked, how fast, and which AUs came out best."""
         (layers, width), pairs = self.score.shape, self.header["pairs"]
-        best = ", ".join(f"({layer}, {dim}) {score:+.3f}" for layer, dim, score in self.top(5))
+        best = ", ".join(f"({layer}, {self.name(layer, dim)}) {score:+.3f}" for layer, dim, score in self.top(5))
         return (
             f"{layers} x {width} AUs at site {self.site}, {pairs} pairs, {pairs / seconds:.1f} pairs/s\n"
             f"  best (layer, dim): {best}; {self.ties(100)} more tie with the 100th"

@@ -176,11 +176,14 @@ def token_activations(evidence: Evidence, layer: int) -> Iterator[tuple[Tensor, 
             texts.run_tails(tails)
         if not all(torch.isfinite(x).all() for x in outputs):
             raise AUSteerError(f"activations are inf or nan in {model.dtype}; load the model in bfloat16 or float32")
-        shared = outputs.pop(0) if texts.cache is not None else [tail[:0] for tail in outputs[0][:1]] * len(batch)
+        prompts = outputs.pop(0) if texts.cache is not None else None
         # after shared prefixes both tails of all pairs ran at once, padded on the right; otherwise text by text
-        rest = [row[: len(tail)] for row, tail in zip((row for x in outputs for row in x), tails, strict=True)]
+        rows = [row for x in outputs for row in x]
+        starts = texts.first.expand(len(rows)).tolist()
+        rest = [row[start : start + len(tail)] for row, start, tail in zip(rows, starts, tails, strict=True)]
         for index, pair in enumerate(batch):
-            yield shared[index][len(shared[index]) - len(pair.prefix) :], rest[2 * index], rest[2 * index + 1]
+            shared = rows[2 * index][: starts[2 * index]] if prompts is None else prompts[index]
+            yield shared[len(shared) - len(pair.prefix) :], rest[2 * index], rest[2 * index + 1]
 
 
 def _collect(outputs: list[Tensor]) -> Callable[[Tensor], Tensor]:

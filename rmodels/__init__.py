@@ -34,7 +34,7 @@ from transformers.models.auto.modeling_auto import (
 from austeer.errors import AUSteerError, first_line, missing_extra
 from rmodels.causal_lm import KERNELS, GatedCausalLM, check_gates, gates, sites
 from rmodels.gate import SITES, AUGate
-from rmodels.proof import prove
+from rmodels.proof import prove, reads_on_caches
 from rmodels.structural import add_gates, decoder_layers
 
 __all__ = [
@@ -43,6 +43,7 @@ __all__ = [
     "AUGate",
     "check_gates",
     "context_length",
+    "continues_on_caches",
     "decoder_layers",
     "family",
     "gates",
@@ -170,6 +171,7 @@ def with_proven_gates(model: PreTrainedModel, quick: bool = False) -> PreTrained
     if not by_file:
         model.SITES = tuple(site for site in SITES if site not in faults)
         model.au_refused = faults
+        model.au_reads_on_caches = reads_on_caches(model)
     return model
 
 
@@ -196,6 +198,11 @@ def check_device(device: str | torch.device | None) -> str:
     if kind == "cuda" and (torch.device(device).index or 0) >= torch.cuda.device_count():
         raise AUSteerError(f"there is no {device}: here are {torch.cuda.device_count()} CUDA devices; take a lower one")
     return str(device)
+
+
+def continues_on_caches(model: PreTrainedModel) -> bool:
+    """Say whether a batch of prompts can be padded on the left and continued on their cache, repeated or not."""
+    return getattr(model, "au_reads_on_caches", True)
 
 
 def context_length(model: PreTrainedModel) -> int:

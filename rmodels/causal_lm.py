@@ -21,6 +21,7 @@ from transformers.masking_utils import eager_mask, flash_attention_mask, sdpa_ma
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from austeer.errors import AUSteerError
+from rmodels.experts import TokenShape, gate_experts
 from rmodels.gate import SITES, AUGate
 
 PREFIX = "au_"
@@ -79,12 +80,11 @@ class GatedCausalLM:
     """Gate a whole model; a mixin that stands before upstream's ForCausalLM class.
 
     GATED maps upstream's classes to the family's. The attention subclass must offer `eager_attention`, the MLP subclass
-    is a `GatedMLP`, and the layer subclass passes its output through `self.au`, as does the MLP block of a family whose
-    SITES leave out "neuron".
+    is a `GatedMLP`, and the layer subclass passes its output through `self.au`, as does the MLP block of a mixture of
+    experts, whose neurons have a gate of their own (experts.py).
     """
 
     GATED: dict[type, type]
-    SITES: tuple[str, ...] = SITES
     DEFAULT_KERNEL: str | None = None  # None: upstream's choice
 
     def __init__(self, config):
@@ -102,13 +102,15 @@ class GatedCausalLM:
                 # head_dim, not hidden_size / heads: they differ in Gemma-2-9B and Qwen3-30B-A3B
                 width = config.num_attention_heads * module.head_dim if site == "attention" else config.hidden_size
                 module.au = AUGate(site, index, width)
-            if "neuron" in self.SITES:
-                if not isinstance(layer.mlp, GatedMLP):  # no forward would use the gate: it would silently do nothing
-                    raise AUSteerError(
-                        f"{type(layer.mlp).__name__} of {type(self).__module__} is not a GatedMLP: make it one, or "
-                        "leave the neuron site out of the family's SITES; see docs/porting.md"
-                    )
+            if isinstance(layer.mlp, GatedMLP):
                 layer.mlp.au_neuron = AUGate("neuron", index, config.intermediate_size)
+            elif hasattr(layer.mlp, "experts"):
+                gate_experts(layer.mlp.experts, index, TokenShape(layer))
+            else:  # no forward would use a gate: it would silently do nothing
+                raise AUSteerError(
+                    f"{type(layer.mlp).__name__} of {type(self).__module__} is not a GatedMLP: make it one; see "
+                    "docs/porting.md"
+                )
         self._route_attention_through_gates()
 
     def _route_attention_through_gates(self) -> None:

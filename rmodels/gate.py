@@ -54,13 +54,30 @@ class AUGate(nn.Module):
             steered = x
             if self.scale is not None:
                 # two roundings, as the authors': x * (1 + scale) differs in a quarter of all values
-                steered = x + x * self.scale.to(device=x.device, dtype=x.dtype)
+                steered = x + x * self.align(self.scale.to(device=x.device, dtype=x.dtype))
             if self.shift is not None:
-                steered = steered + self.shift.to(device=x.device, dtype=x.dtype)
+                steered = steered + self.align(self.shift.to(device=x.device, dtype=x.dtype))
             if self.positions is not None:
-                steered = torch.where(self.positions.to(x.device), steered, x)
+                steered = torch.where(self.align_positions(self.positions.to(x.device)), steered, x)
             x = steered
         return x if self.tap is None else self.tap(x)
+
+    # What the gates of experts do otherwise (experts.py): there, activations are rows of single tokens.
+
+    def rows(self, x: Tensor) -> int:
+        """Return how many texts activations belong to."""
+        return len(x)
+
+    def align(self, values: Tensor) -> Tensor:
+        """Bring values per AU, (width,) or (batch, 1, width), to where they meet activations."""
+        return values
+
+    def align_positions(self, positions: Tensor) -> Tensor:
+        return positions
+
+    def dense(self, x: Tensor) -> Tensor:
+        """Return activations as (batch, tokens, width)."""
+        return x
 
     def extra_repr(self) -> str:
         return f"{self.site}, layer {self.layer}, {self.width} AUs" + (", set" if self.scale is not None else "")

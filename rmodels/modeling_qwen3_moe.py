@@ -1,14 +1,13 @@
 """Qwen3-MoE, except that every layer has AU gates.
 
-The ffn site is the output of the whole sparse block, after the weighted sum over experts: the experts themselves are
-fused three-dimensional tensors with nothing to hook. Layers that the config makes dense have an ordinary MLP with the
-same gate. There is no neuron site, since a token has neurons only in the experts it was sent to. (For this family the
-authors' code has the attention site only.)
+The ffn site is the output of the whole sparse block, after the weighted sum over experts. The experts themselves are
+fused three-dimensional tensors with nothing to hook: their neurons have gates of their own (rmodels/experts.py). Layers
+that the config makes dense have an ordinary MLP. (For this family the authors' code has the attention site only.)
 """
 
 from transformers.models.qwen3_moe import modeling_qwen3_moe as upstream
 
-from rmodels.causal_lm import GatedCausalLM
+from rmodels.causal_lm import GatedCausalLM, GatedMLP
 
 
 class Qwen3MoeAttention(upstream.Qwen3MoeAttention):
@@ -22,9 +21,8 @@ class Qwen3MoeSparseMoeBlock(upstream.Qwen3MoeSparseMoeBlock):
         return self.au(super().forward(hidden_states))  # site "ffn": the summed output of the experts
 
 
-class Qwen3MoeMLP(upstream.Qwen3MoeMLP):
-    def forward(self, x):
-        return self.au(super().forward(x))  # site "ffn" of a dense layer
+class Qwen3MoeMLP(GatedMLP, upstream.Qwen3MoeMLP):
+    """Gate the sites "neuron" and "ffn" of a dense layer: GatedMLP does both."""
 
 
 class Qwen3MoeDecoderLayer(upstream.Qwen3MoeDecoderLayer):  # _no_split_modules matches this name
@@ -33,7 +31,6 @@ class Qwen3MoeDecoderLayer(upstream.Qwen3MoeDecoderLayer):  # _no_split_modules 
 
 
 class Qwen3MoeForCausalLM(GatedCausalLM, upstream.Qwen3MoeForCausalLM):
-    SITES = ("attention", "ffn", "layer")
     GATED = {
         upstream.Qwen3MoeAttention: Qwen3MoeAttention,
         upstream.Qwen3MoeSparseMoeBlock: Qwen3MoeSparseMoeBlock,

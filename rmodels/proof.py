@@ -20,10 +20,10 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from austeer.errors import AUSteerError
-from rmodels.gate import AUGate
+from rmodels.gate import SITES, AUGate
 from rmodels.structural import find_blocks, linear_maps
 
 TOKENS = 6
@@ -52,6 +52,33 @@ def prove(model: PreTrainedModel, gates: Iterable[AUGate], *, quick: bool = Fals
     return reasons
 
 
+@torch.no_grad()
+def reads_on_caches(model: PreTrainedModel) -> bool:
+    """Say whether the model reads tails after left-padded prompts on a repeated cache as it reads whole texts.
+
+    Recurrent layers and some position biases do not; pairs and answers then run otherwise (austeer/forward.py).
+    """
+    ids = _tokens(model).to(model.get_input_embeddings().weight.device)[0]
+    prompts, tail = torch.stack([ids[:4], ids[2:6]]), ids[4:6].flip(0).expand(4, -1)
+    mask = torch.ones_like(prompts)
+    mask[0, :2] = 0  # the first prompt has two tokens of its own
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    texts = [torch.cat([prompt[seen.bool()], tail[0]])[None] for prompt, seen in zip(prompts, mask, strict=True)]
+    whole = torch.stack([model(input_ids=text, use_cache=False).logits[0, -2:] for text in texts])
+    try:
+        cache = DynamicCache()
+        model(input_ids=prompts, position_ids=positions, attention_mask=mask, past_key_values=cache, use_cache=True)
+        cache.batch_repeat_interleave(2)
+        mask = torch.cat([mask.repeat_interleave(2, 0), torch.ones_like(tail)], 1)
+        positions = positions[:, -1:].repeat_interleave(2, 0) + torch.arange(1, 3, device=ids.device)
+        out = model(input_ids=tail, position_ids=positions, attention_mask=mask, past_key_values=cache, use_cache=True)
+    except (ValueError, TypeError, RuntimeError, AttributeError, IndexError, KeyError, NotImplementedError):
+        return False
+    expected = whole.repeat_interleave(2, 0).float()
+    tolerance = MOVES * TOLERANCES.get(model.dtype, TOLERANCES[torch.bfloat16]) * expected.abs().max()
+    return bool((out.logits.float() - expected).abs().max() <= tolerance)
+
+
 class _Proof:
     def __init__(self, model: PreTrainedModel, gates: list[AUGate], quick: bool):
         self.model, self.gates = model, gates
@@ -77,8 +104,14 @@ class _Proof:
                 alone = [gate.layer for gate, au in aus.items() if not self._agrees(site, {gate: au})]
                 layer = f"of layer {alone[0]}" if alone else "of several layers together"
                 faults[site] = f"the gate {layer} does something else than scaling {self._reference_name(site)}"
-        missing = {gate.site for gate in self.gates} - {gate.site for gate in self.tried}
-        return faults | {site: "no layer has it" for site in missing}
+        missing = set(SITES) - {gate.site for gate in self.tried}
+        return faults | {site: self._why_missing(site) for site in missing}
+
+    def _why_missing(self, site: str) -> str:
+        mixture = next((block.experts for block in find_blocks(self.model) if block.experts is not None), None)
+        if site == "neuron" and mixture is not None:
+            return f"the experts of {type(mixture).__name__} are not fused in transformers' way"
+        return "no layer has a projection for it"
 
     def _watch(self) -> dict[str, str]:
         """Run the tokens once: every gate must be called once, and at the end of what it steers."""
@@ -87,11 +120,12 @@ class _Proof:
 
         def look(gate: AUGate):
             def tap(x: Tensor) -> Tensor:
-                shapes[gate].append(tuple(x.shape))
-                if x.dim() == 3 and x.shape[-1] == gate.width:
+                seen = gate.dense(x)
+                shapes[gate].append(tuple(seen.shape))
+                if seen.dim() == 3 and seen.shape[-1] == gate.width:
                     # active units at the last token; neighbouring layers take different ones, so that no gate can stand
                     # in for another
-                    strength = x[0, -1].abs()
+                    strength = seen[0, -1].abs()
                     self.chosen[gate] = int(strength.topk(min(4, gate.width)).indices[gate.layer % 2]), FACTORS[0]
                 return x
 
@@ -218,6 +252,9 @@ def _scaled_weights(model: PreTrainedModel, site: str, aus: dict[int, tuple[int,
             continue
         dim, factor = aus[layer]
         weight = model.get_parameter(linear.weight)
+        if site == into and weight.dim() == 3:  # an AU of one expert
+            inner = weight.shape[linear.inputs]
+            weight, dim = weight[dim // inner], dim % inner
         parts = [weight.select(linear.inputs if site == into else linear.outputs, dim)]
         if site == out_of and linear.bias is not None:
             parts.append(model.get_parameter(linear.bias)[..., dim])

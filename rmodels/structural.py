@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from austeer.errors import AUSteerError
+from rmodels.experts import TokenShape, gate_experts, is_fused
 from rmodels.gate import AUGate
 
 # what families call the two halves of a decoder layer, the most telling names first
@@ -156,8 +157,8 @@ def linear_maps(model: PreTrainedModel) -> Iterator[tuple[int, str | None, str |
         if block.down is not None:
             yield index, "neuron", "ffn", _map(names[id(block.down)], block.down)
         if block.experts is not None:
-            for linear in _expert_maps(names[id(block.experts)], block.experts, width):
-                yield index, None, "ffn", linear
+            for inside, linear in _expert_maps(names[id(block.experts)], block.experts, width):
+                yield index, inside, "ffn", linear
 
 
 def _map(name: str, projection: nn.Module) -> LinearMap:
@@ -165,21 +166,24 @@ def _map(name: str, projection: nn.Module) -> LinearMap:
     return LinearMap(f"{name}.weight", None if projection.bias is None else f"{name}.bias", inputs, outputs)
 
 
-def _expert_maps(name: str, mixture: nn.Module, width: int) -> Iterator[LinearMap]:
-    """Yield the last map of every expert, shared ones included: what the output of a mixture is a weighted sum of."""
+def _expert_maps(name: str, mixture: nn.Module, width: int) -> Iterator[tuple[str | None, LinearMap]]:
+    """Yield the last map of every expert, shared ones included: what the output of a mixture is a weighted sum of.
+
+    Beside it stands the site of its inputs, which only fused experts have.
+    """
     for path, part in mixture.named_modules():
         here = f"{name}.{path}" if path else name
         own = {child: module for child, module in part.named_children() if _is_projection(module)}
         wide = [child for child, module in own.items() if projection_widths(module)[1] == width]
         wide = [child for child in wide if not NEVER_LAST.search(child)]
         if wide:
-            yield _map(f"{here}.{wide[-1]}", own[wide[-1]])
+            yield None, _map(f"{here}.{wide[-1]}", own[wide[-1]])
         for key, weight in part.named_parameters(recurse=False):
             if weight.dim() == 3 and _is_output(f"{path}.{key}"):
                 # square weights: transformers says which way round they are
                 outputs = -1 if getattr(part, "is_transposed", weight.shape[-2] != width) else -2
-                bias = f"{key}_bias" if hasattr(part, f"{key}_bias") else None
-                yield LinearMap(f"{here}.{key}", bias and f"{here}.{bias}", -3 - outputs, outputs)
+                bias = f"{here}.{key}_bias" if hasattr(part, f"{key}_bias") else None
+                yield "neuron" if is_fused(part) else None, LinearMap(f"{here}.{key}", bias, -3 - outputs, outputs)
 
 
 def _is_output(name: str) -> bool:
@@ -190,39 +194,30 @@ def add_gates(model: PreTrainedModel) -> None:
     """Put a gate at every site of every layer; where a layer lacks a site, a gate of width 0 stands for it."""
     width = stream_width(model)
     for index, block in enumerate(find_blocks(model)):
-        tokens = _TokenShape(block.layer)
+        tokens = TokenShape(block.layer)
         _gate_input(block.mixer, "attention", index, block.layer, tokens)
-        _gate_input(block.down, "neuron", index, block.layer, tokens)
+        fused = [] if block.experts is None else [part for part in block.experts.modules() if is_fused(part)]
+        if fused:
+            gate_experts(fused[0], index, tokens)
+        else:
+            _gate_input(block.down, "neuron", index, block.layer, tokens)
         _gate_output(block.down if block.experts is None else block.experts, "ffn", index, width, block.layer, tokens)
         _gate_output(block.layer, "layer", index, width, block.layer, tokens)
 
 
-class _TokenShape:
-    """Remember (batch, tokens) of a layer's input, for MLPs that run all tokens of a batch as one long row."""
-
-    def __init__(self, layer: nn.Module):
-        layer.register_forward_pre_hook(self._note, with_kwargs=True)
-
-    def _note(self, layer: nn.Module, args: tuple, kwargs: dict) -> None:
-        self.shape = (args[0] if args else kwargs["hidden_states"]).shape[:2]
-
-    def steer(self, gate: AUGate, x: Tensor) -> Tensor:
-        return gate(x) if x.dim() != 2 else gate(x.view(*self.shape, -1)).view_as(x)
-
-
-def _gate_input(projection: nn.Module | None, site: str, index: int, layer: nn.Module, tokens: _TokenShape) -> None:
+def _gate_input(projection: nn.Module | None, site: str, index: int, layer: nn.Module, tokens: TokenShape) -> None:
     if projection is None:
         layer.add_module(f"au_no_{site}", AUGate(site, index, 0))
         return
     gate = AUGate(site, index, projection_widths(projection)[0])
     projection.add_module(f"au_{site}", gate)
     projection.register_forward_pre_hook(
-        lambda module, args: None if gate.idle else (tokens.steer(gate, args[0]), *args[1:])
+        lambda module, args: None if gate.idle else (_steer(gate, tokens, args[0]), *args[1:])
     )
 
 
 def _gate_output(
-    module: nn.Module | None, site: str, index: int, width: int, layer: nn.Module, tokens: _TokenShape
+    module: nn.Module | None, site: str, index: int, width: int, layer: nn.Module, tokens: TokenShape
 ) -> None:
     if module is None:
         layer.add_module(f"au_no_{site}", AUGate(site, index, 0))
@@ -234,7 +229,12 @@ def _gate_output(
         if gate.idle:
             return None
         if isinstance(output, tuple | list):
-            return type(output)([tokens.steer(gate, output[0]), *output[1:]])
-        return tokens.steer(gate, output)
+            return type(output)([_steer(gate, tokens, output[0]), *output[1:]])
+        return _steer(gate, tokens, output)
 
     module.register_forward_hook(steer)
+
+
+def _steer(gate: AUGate, tokens: TokenShape, x: Tensor) -> Tensor:
+    """Call a gate with (batch, tokens, width), also where an MLP runs all tokens of a batch as one long row."""
+    return gate(x) if x.dim() != 2 else gate(x.view(*tokens.shape, -1)).view_as(x)

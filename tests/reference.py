@@ -1,16 +1,24 @@
 """The oracle: the paper's formulas as plain loops and forward hooks on the *upstream* model, batch 1."""
 
 from contextlib import contextmanager
+from functools import partial
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 
 @contextmanager
 def hooked(model, site, change):
     """Call change(layer, x) at a site of an unpatched model; what it returns (if anything) replaces x."""
-    handles = []
+    handles, experts = [], []
     for index, layer in enumerate(model.model.layers):
-        if site in ("attention", "neuron"):
+        if site == "neuron" and hasattr(layer.mlp, "experts"):
+            experts.append(layer.mlp.experts)
+            shape = {}
+            note = lambda module, args, shape=shape: shape.update(batch=args[0].shape[:2])  # noqa: E731
+            handles.append(layer.mlp.register_forward_pre_hook(note))
+            layer.mlp.experts.forward = partial(plain_experts, layer.mlp.experts, partial(change, index), shape)
+        elif site in ("attention", "neuron"):
             before = lambda module, args, i=index: (out,) if (out := change(i, args[0])) is not None else None  # noqa: E731
             projection = layer.self_attn.o_proj if site == "attention" else layer.mlp.down_proj
             handles.append(projection.register_forward_pre_hook(before))
@@ -22,6 +30,26 @@ def hooked(model, site, change):
     finally:
         for handle in handles:
             handle.remove()
+        for module in experts:
+            del module.forward
+
+
+def plain_experts(experts, change, shape, hidden, index, weights):
+    """Run fused experts token by token; change(x) sees their inner activations as (batch, tokens, experts * inner)."""
+    inner = experts.down_proj.shape[-1]
+    x = hidden.new_zeros(len(hidden), experts.num_experts, inner)
+    for token, chosen in enumerate(index.tolist()):
+        for expert in chosen:
+            gate, up = (experts.gate_up_proj[expert] @ hidden[token]).chunk(2)
+            x[token, expert] = experts.act_fn(gate) * up
+    flat = x.view(*shape["batch"], -1)
+    changed = change(flat)
+    x = (flat if changed is None else changed).view(x.shape)
+    out = torch.zeros_like(hidden)
+    for token, chosen in enumerate(index.tolist()):
+        for expert, weight in zip(chosen, weights[token], strict=True):
+            out[token] += weight * (experts.down_proj[expert] @ x[token, expert])
+    return out
 
 
 def hook_steering(model, plan):
@@ -29,8 +57,8 @@ def hook_steering(model, plan):
     (site,) = plan.sites
 
     def change(layer, x):
-        x = x + x * plan.scale(site, layer).to(x.dtype)
-        return x + plan.shift(site, layer).to(x.dtype)
+        x = x + x * plan.scale(site, layer)[: x.shape[-1]].to(x.dtype)
+        return x + plan.shift(site, layer)[: x.shape[-1]].to(x.dtype)
 
     return hooked(model, site, change)
 
@@ -41,7 +69,7 @@ def last_activations(model, tokenizer, text, site):
     rows = {}
     with hooked(model, site, lambda layer, x: rows.__setitem__(layer, x[0, -1].clone())):
         model(torch.tensor([tokenizer(text)["input_ids"]]))
-    return torch.stack([rows[layer] for layer in sorted(rows)])
+    return pad_sequence([rows[layer] for layer in sorted(rows)], batch_first=True)  # layers may differ in width
 
 
 def activation_scores(model, tokenizer, pairs, site, half=False):

@@ -246,8 +246,8 @@ def test_caa_and_sadi_by_loops(both, tokenizer):
 
 def test_sadi_neurons_are_chosen_by_the_nonlinearity(both, tokenizer):
     model, upstream = both
-    if "neuron" not in rmodels.sites(model):
-        with pytest.raises(AUSteerError, match="no site 'neuron'"):
+    if model.config.model_type == "qwen3_moe":
+        with pytest.raises(AUSteerError, match="has experts, whose nonlinearities"):
             SADINeuron().prepare(evidence(model, tokenizer, "neuron"))
         return
     total = torch.zeros(3, 80)
@@ -400,7 +400,7 @@ def test_clamped_is_the_overwriting_of_one_position(both):
 
             def overwrite(layer, x, clean=clean, scale=scale):
                 x = x.clone()
-                x[0, IDS.shape[1] - 1] = clean[layer] * (1 + scale[layer])
+                x[0, IDS.shape[1] - 1] = clean[layer] * (1 + scale[layer, : x.shape[-1]])
                 return x
 
             answer = torch.tensor([[17, 99]])
@@ -526,6 +526,8 @@ def test_grids_keep_to_the_budget(kind):
 @pytest.mark.parametrize("method", ALL, ids=lambda method: method.name)
 def test_from_pairs_to_a_steered_model(both, tokenizer, method, tmp_path):
     model, _ = both
+    if (method.name, model.config.model_type) == ("sadi-neuron", "qwen3_moe"):
+        pytest.skip("refused: the test of SADI's neurons above")
     for site in set(method.sites) & set(rmodels.sites(model)):
         result = method.prepare(evidence(model, tokenizer, site))
         plan = method.plan(result, method.grid("small")[-1])

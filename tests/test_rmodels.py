@@ -22,7 +22,8 @@ from austeer.steering import steer
 IDS = torch.tensor([[1, 40, 77, 130, 9, 200, 31, 55, 88, 12, 254, 17, 99, 43, 66, 71, 20], list(range(30, 47))])
 
 
-FAMILY_SITES = [(name, site) for name in FAMILIES for site in rmodels.family(name).SITES]
+# neurons of experts are in tests/test_experts.py: the oracle there is a loop over tokens, which rounds otherwise
+FAMILY_SITES = [(name, site) for name in FAMILIES for site in rmodels.SITES if (name, site) != ("qwen3_moe", "neuron")]
 
 
 @pytest.fixture(params=FAMILIES)
@@ -66,13 +67,8 @@ def test_one_gate_per_layer_and_site_of_the_right_width(checkpoints, name):
         assert [gate.layer for gate in rmodels.gates(model, site)] == [0, 1, 2]
     assert rmodels.site_shape(model, "attention") == (3, 64)  # heads * head_dim, not hidden
     assert rmodels.site_shape(model, "ffn") == rmodels.site_shape(model, "layer") == (3, 48)
-    if name == "qwen3_moe":
-        with pytest.raises(
-            AUSteerError, match=r"Qwen3MoeForCausalLM has no site 'neuron'; its sites are attention, ffn"
-        ):
-            rmodels.site_shape(model, "neuron")
-    else:
-        assert rmodels.site_shape(model, "neuron") == (3, 80)
+    # of Qwen3-MoE two layers have 4 experts of 24 neurons, and the dense one has 80
+    assert rmodels.site_shape(model, "neuron") == (3, 96 if name == "qwen3_moe" else 80)
     assert not [key for key in model.state_dict() if ".au" in key]
     assert not any(True for gate in rmodels.gates(model) for _ in (*gate.parameters(), *gate.buffers()))
 

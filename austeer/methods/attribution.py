@@ -21,11 +21,12 @@ import torch
 from torch import Tensor
 
 from austeer.evidence import Evidence
-from austeer.forward import log_odds_and_gradients
+from austeer.forward import log_odds_and_gradients, stack_layers
 from austeer.methods.base import GridPoint, Method
 from austeer.methods.choice import by_head, highest
 from austeer.plan import Plan
 from austeer.tokens import EncodedPair
+from rmodels import decoder_layers
 
 KS = {"small": (4, 16, 32), "full": (8, 32, 100)}
 HEADS = {"small": (1, 2, 4), "full": (8, 24, 64)}
@@ -82,7 +83,8 @@ def gradients(evidence: Evidence) -> Tensor:
 
     def measure(batch: Sequence[EncodedPair]) -> Tensor:
         _, by_place = log_odds_and_gradients(evidence.model, [evidence.site], batch, torch.add)
-        return torch.stack([by_place[place].float().cpu() for place in sorted(by_place)], dim=1)
+        by_layer = {layer: rows.float().cpu() for (_, layer), rows in by_place.items()}
+        return stack_layers(by_layer, len(decoder_layers(evidence.model)), dim=1)
 
     return evidence.per_pair(measure, "gradients")
 

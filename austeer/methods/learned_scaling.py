@@ -23,7 +23,7 @@ from torch.nn import functional
 from austeer.batching import pair_batches
 from austeer.errors import AUSteerError
 from austeer.evidence import Evidence
-from austeer.forward import PairTexts, input_device, tapped
+from austeer.forward import PairTexts, input_device, stack_layers, tapped
 from austeer.methods.base import GridPoint, Method
 from austeer.methods.choice import highest
 from austeer.plan import Plan
@@ -79,7 +79,7 @@ class LearnedScaling(Method):
                     loss(evidence, batch, scale).div(len(step)).backward()
                 (self.l1 * sum(g.abs().sum() for g in scale.values())).backward()
                 adam.step()
-        scalars = torch.stack([scale[layer].detach().float().cpu() for layer in sorted(scale)])
+        scalars = stack_layers({layer: row.detach().float().cpu() for layer, row in scale.items()}, len(scale))
         if not torch.isfinite(scalars).all():
             raise AUSteerError(f"training overflowed in {model.dtype}; load the model in bfloat16 or float32")
         return scalars
@@ -89,7 +89,7 @@ def loss(evidence: Evidence, batch: Sequence[EncodedPair], scale: dict[int, Tens
     """Return the sum over pairs of -log sigmoid(log-odds), with activations scaled."""
 
     def multiply(gate):
-        return lambda x: x + x * scale[gate.layer].to(x)
+        return lambda x: x + x * gate.align(scale[gate.layer].to(x))
 
     with tapped(evidence.model, [evidence.site], multiply):
         return -functional.logsigmoid(PairTexts(evidence.model, batch, logits=True).log_odds()).sum()

@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 from austeer.chat import is_in_chat
 from austeer.errors import AUSteerError
 from austeer.evidence import Evidence
-from austeer.forward import read_at
+from austeer.forward import read_at, stack_layers
 from austeer.methods.base import GridPoint, Method, every_kind, is_original
 from austeer.methods.choice import by_head, highest
 from austeer.pairs import Pair
@@ -153,7 +153,7 @@ def clamped(model: PreTrainedModel, plan: Plan, prompt: Tensor) -> Plan:
         )
     with read_at(model, [site], lambda x: x[0, -1].float().cpu()) as collected:
         model.base_model(prompt, use_cache=False)
-    frozen = torch.stack([collected[place][0] for place in sorted(collected)])
+    frozen = stack_layers({layer: rows[0] for (_, layer), rows in collected.items()}, plan.shape(site)[0])
     minus_one = torch.full_like(frozen, -1.0)
     return Plan({site: minus_one}, {site: frozen * (1 + plan.scales[site])}, "prompt-end", plan.header)
 
