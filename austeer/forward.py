@@ -13,7 +13,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from austeer.errors import AUSteerError
 from austeer.tokens import EncodedPair
-from rmodels import AUGate, continues_on_caches, gates
+from rmodels import AUGate, continues_on_caches, gates, without_head
 
 Tap = Callable[[Tensor], Tensor]
 
@@ -164,7 +164,7 @@ class PairTexts:
 
     def _forward(self, ids: list[tuple[int, ...]], positions: Tensor | None, mask: Tensor | None, keep: int | None):
         """Run the model; keep: how many of the last positions get logits, 0 for all; None skips the LM head."""
-        run, extra = (self.model.base_model, {}) if keep is None else (self.model, {"logits_to_keep": keep})
+        run, extra = (without_head(self.model), {}) if keep is None else (self.model, {"logits_to_keep": keep})
         if self.cache is not None:
             extra |= {"past_key_values": self.cache, "attention_mask": None if mask is None else mask.to(self.device)}
         if positions is not None and not self.whole:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from austeer.errors import AUSteerError
 from austeer.identity import check_made_for
 from austeer.plan import Plan
-from rmodels import decoder_layers, gates
+from rmodels import decoder_layers, gates, without_head
 
 
 class Steering:
@@ -44,7 +44,7 @@ class Steering:
             if scale is not None or shift is not None:
                 gate.set(scale, shift, like=like[gate])
                 self._aus += _count_aus(scale, shift)
-        base = model.base_model
+        base = without_head(model)
         self._hooks = [base.register_forward_hook(self._note)]
         if rowwise or self.tokens != "all":
             self._hooks.append(base.register_forward_pre_hook(self._place, with_kwargs=True))

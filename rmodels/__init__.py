@@ -35,7 +35,7 @@ from austeer.errors import AUSteerError, first_line, missing_extra
 from rmodels.causal_lm import KERNELS, GatedCausalLM, check_gates, gates, sites
 from rmodels.gate import SITES, AUGate
 from rmodels.proof import prove, reads_on_caches
-from rmodels.structural import add_gates, decoder_layers
+from rmodels.structural import add_gates, decoder_layers, without_head
 
 __all__ = [
     "FAMILIES",
@@ -53,6 +53,7 @@ __all__ = [
     "site_shape",
     "sites",
     "skeleton",
+    "without_head",
 ]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -54,24 +54,33 @@ def prove(model: PreTrainedModel, gates: Iterable[AUGate], *, quick: bool = Fals
 
 @torch.no_grad()
 def reads_on_caches(model: PreTrainedModel) -> bool:
-    """Say whether the model reads tails after left-padded prompts on a repeated cache as it reads whole texts.
+    """Say whether the model reads texts in pieces on a cache as it reads them whole.
 
-    Recurrent layers and some position biases do not; pairs and answers then run otherwise (austeer/forward.py).
+    The pieces: a beginning that two prompts share, their own parts, padded on the left or of equal length, and two tails
+    each, on the repeated cache. Recurrent layers and some position biases cannot; pairs and answers then run otherwise.
     """
     ids = _tokens(model).to(model.get_input_embeddings().weight.device)[0]
-    prompts, tail = torch.stack([ids[:4], ids[2:6]]), ids[4:6].flip(0).expand(4, -1)
-    mask = torch.ones_like(prompts)
-    mask[0, :2] = 0  # the first prompt has two tokens of its own
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    texts = [torch.cat([prompt[seen.bool()], tail[0]])[None] for prompt, seen in zip(prompts, mask, strict=True)]
-    whole = torch.stack([model(input_ids=text, use_cache=False).logits[0, -2:] for text in texts])
+    full, short = ids, torch.cat([ids[:2], ids[4:]])
+    even = ids.new_ones(2, 4)
+    padded = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]], device=ids.device)
+    return _reads_in_pieces(model, [full, short], padded) and _reads_in_pieces(model, [full, full], even)
+
+
+def _reads_in_pieces(model: PreTrainedModel, texts: list[Tensor], own: Tensor) -> bool:
+    whole = torch.stack([model(input_ids=text[None], use_cache=False).logits[0, -2:] for text in texts])
+    middle, tail = texts[0][2:4].expand(2, -1), texts[0][4:].expand(4, -1)
     try:
         cache = DynamicCache()
-        model(input_ids=prompts, position_ids=positions, attention_mask=mask, past_key_values=cache, use_cache=True)
-        cache.batch_repeat_interleave(2)
-        mask = torch.cat([mask.repeat_interleave(2, 0), torch.ones_like(tail)], 1)
-        positions = positions[:, -1:].repeat_interleave(2, 0) + torch.arange(1, 3, device=ids.device)
-        out = model(input_ids=tail, position_ids=positions, attention_mask=mask, past_key_values=cache, use_cache=True)
+        model(input_ids=texts[0][None, :2], past_key_values=cache, use_cache=True)
+        for rows, mask in (middle, own), (tail, torch.cat([own.repeat_interleave(2, 0), own.new_ones(4, 2)], 1)):
+            cache.batch_repeat_interleave(2)
+            out = model(
+                input_ids=rows,
+                position_ids=(mask.cumsum(1) - 1)[:, -2:],
+                attention_mask=None if own.all() else mask,
+                past_key_values=cache,
+                use_cache=True,
+            )
     except (ValueError, TypeError, RuntimeError, AttributeError, IndexError, KeyError, NotImplementedError):
         return False
     expected = whole.repeat_interleave(2, 0).float()

@@ -58,11 +58,20 @@ class Block:
     wide: tuple[tuple[str, nn.Module], ...] = ()  # all projections in the mixer that are as wide as the last
 
 
+def without_head(model: PreTrainedModel) -> PreTrainedModel:
+    """Return the text decoder below the language-model head, whose output has the last hidden states."""
+    # some heads are called "decoder", and Llama-4 has its decoder under neither of the first two
+    below = (model.get_decoder(), model.base_model, getattr(model, "model", None))
+    return next(part for part in below if part is not model and isinstance(part, PreTrainedModel))
+
+
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     """Return the layers of the text decoder."""
     count = model.config.get_text_config(decoder=True).num_hidden_layers
     decoder = model.get_decoder()
-    decoder = decoder if isinstance(decoder, PreTrainedModel) else model.base_model  # some heads are called "decoder"
+    decoder = (
+        decoder if isinstance(decoder, PreTrainedModel) else without_head(model)
+    )  # some heads are called "decoder"
     lists = [
         module
         for module in decoder.modules()

@@ -113,7 +113,7 @@ def test_a_beginning_is_run_once(llama, tokenizer, monkeypatch):
 
 
 def test_nothing_is_shared_beyond_a_sliding_window(checkpoints, tokenizer):
-    model = rmodels.load(checkpoints["mistral"], dtype="float32", device="cpu")
+    model = rmodels.load(checkpoints["gemma2"], dtype="float32", device="cpu")
     ids = [[1, 2, 3, 4], [1, 2, 3, 5, 6]]
     assert live._shared(ids, Generation(7), model) == 2  # 5 + 7 columns fit the window of 12
     assert live._shared(ids, Generation(8), model) == 0

@@ -15,7 +15,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 class DecodingCache(Cache):
     def __init__(self, config: PreTrainedConfig, room: int, prompt_end: int, start: DecodingCache | None = None):
         """Allocate layers. room: columns in all. prompt_end: the column where answers begin, which a plan for some tokens needs to know."""
-        starts = start.layers if start is not None else [None] * config.num_hidden_layers
+        starts = start.layers if start is not None else [None] * config.get_text_config(decoder=True).num_hidden_layers
         super().__init__(layers=[_Layer(room, layer) for layer in starts])
         self.prompt_end = prompt_end
 

@@ -24,7 +24,7 @@ from austeer.tokens import common_length
 from eval.answering.answer_file import Answer, AnswerFile
 from eval.answering.answerer import Answerer, Generation, encode_prompts, up_to
 from eval.answering.decoding_cache import DecodingCache
-from rmodels import context_length
+from rmodels import context_length, continues_on_caches, without_head
 
 # Numbers of a hidden state at once (tokens, with padding and room for answers, times width). Prompts alone run
 # best in pieces that fit a CPU's cache; token by token, every further row shares one reading of the weights.
@@ -55,6 +55,11 @@ class LiveAnswerer(Answerer):
         self, prompts: Sequence[str], generation: Generation, batch_size: int | None
     ) -> tuple[list[list[int]], Callable[[list[int]], list[Answer]]]:
         ids = encode_prompts(self.tokenizer, prompts, _longest_prompt(self.model, generation))
+        if not continues_on_caches(self.model):
+            return (
+                _batches(ids, generation, self.model, batch_size, same_length=True),
+                lambda batch: _generated(self.model, self.tokenizer, batch, ids, generation, self._steer_rows),
+            )
         # prompts that begin alike may still be steered differently
         alone = batch_size == 1 or self.plans_of_rows is not None
         beginning = _Beginning(self.model, [] if alone else ids[0][: _shared(ids, generation, self.model)])
@@ -78,13 +83,19 @@ def _longest_prompt(model: PreTrainedModel, generation: Generation) -> int:
 
 
 def _batches(
-    ids: Sequence[Sequence[int]], generation: Generation, model: PreTrainedModel, size: int | None
+    ids: Sequence[Sequence[int]],
+    generation: Generation,
+    model: PreTrainedModel,
+    size: int | None,
+    same_length: bool = False,
 ) -> list[list[int]]:
     """Return the indices of prompts that run together, the longest first: what does not fit in memory shows at once."""
     numbers = BATCH_NUMBERS.get(input_device(model).type, BATCH_NUMBERS["cuda"])[generation.new_tokens > 1]
-    tokens = numbers // model.config.hidden_size
+    tokens = numbers // model.config.get_text_config(decoder=True).hidden_size
 
     def fits(batch: list[int]) -> bool:
+        if same_length and len(ids[batch[0]]) != len(ids[batch[-1]]):
+            return False
         longest = len(ids[batch[0]]) + generation.new_tokens
         return len(batch) <= size if size else len(batch) * longest <= tokens
 
@@ -96,7 +107,7 @@ def _shared(ids: Sequence[Sequence[int]], generation: Generation, model: PreTrai
 
     Padding comes after them. A sliding window would count it as distance, so where one is too short nothing is shared.
     """
-    window = getattr(model.config, "sliding_window", None)
+    window = getattr(model.config.get_text_config(decoder=True), "sliding_window", None)
     if window is not None and max(map(len, ids)) + generation.new_tokens > window:
         return 0
     return max(0, min(common_length(min(ids), max(ids)), min(map(len, ids)) - OWN))
@@ -114,7 +125,7 @@ class _Beginning:
             length = len(self.ids)
             self.cache = DecodingCache(self.model.config, length, prompt_end=length + OWN)
             tokens = torch.tensor([self.ids], device=input_device(self.model))
-            self.model.base_model(input_ids=tokens, past_key_values=self.cache, use_cache=True)
+            without_head(self.model)(input_ids=tokens, past_key_values=self.cache, use_cache=True)
         return self.cache
 
 
@@ -203,6 +214,31 @@ def _batch(
                 steer_rows([batch[place] for place in running])
         run.step()
         new = torch.cat([new, run.tokens], 1)
+
+
+@torch.inference_mode()
+def _generated(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    batch: list[int],
+    ids: Sequence[Sequence[int]],
+    generation: Generation,
+    steer_rows: Callable[[list[int]], None],
+) -> list[Answer]:
+    """Answer prompts of one length by the model's own `generate`: for recurrent layers, which cannot be padded."""
+    steer_rows(batch)
+    prompts = torch.tensor([ids[index] for index in batch], device=input_device(model))
+    out = model.generate(
+        prompts, attention_mask=torch.ones_like(prompts), do_sample=False, max_new_tokens=generation.new_tokens,
+        pad_token_id=tokenizer.pad_token_id or 0, return_dict_in_generate=True, output_logits=True,
+    )  # fmt: skip
+    if not all(bool(torch.isfinite(logits.max(-1).values).all()) for logits in out.logits):
+        raise AUSteerError("the model's logits are inf or nan: these answers are not scored")
+    logp = out.logits[0].float().log_softmax(-1).cpu()
+    options = [tuple(float(row[list(own)].max()) for own in generation.options) for row in logp]
+    new = out.sequences[:, prompts.shape[1] :].tolist()
+    texts = [_read(model, tokenizer, row, generation)[0] for row in new]
+    return [Answer(*both) for both in zip(texts, options, strict=True)]
 
 
 def _read(
