@@ -15,6 +15,7 @@ T = TypeVar("T")
 IN_THE_CHECKOUT = {
     "evaluation": "pip install lm-eval==0.4.13",
     "export": "pip install -r requirements2.txt",
+    "images": "pip install -r requirements.txt",
     "quantization": "pip install -r requirements2.txt",
     "sae": "pip install -r scripts/requirements-sae.txt",
     "serve": "bash scripts/setup-vllm.sh",

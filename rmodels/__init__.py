@@ -20,11 +20,13 @@ import transformers
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
+    AutoProcessor,
     AutoTokenizer,
     BitsAndBytesConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    ProcessorMixin,
 )
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -48,6 +50,7 @@ __all__ = [
     "family",
     "gates",
     "load",
+    "load_processor",
     "load_tokenizer",
     "model_class",
     "site_shape",
@@ -182,6 +185,17 @@ def load_tokenizer(name_or_path: str | Path, *, revision: str | None = None) -> 
         return AutoTokenizer.from_pretrained(str(name_or_path), revision=revision, trust_remote_code=False)
     except (OSError, ValueError, ImportError, KeyError, AttributeError) as error:
         raise AUSteerError(f"cannot load the tokenizer of {name_or_path}: {first_line(error)}") from error
+
+
+def load_processor(name_or_path: str | Path, *, revision: str | None = None) -> ProcessorMixin:
+    """Load what turns images and text into a vision-language model's inputs."""
+    try:
+        processor = AutoProcessor.from_pretrained(str(name_or_path), revision=revision, trust_remote_code=False)
+    except (OSError, ValueError, ImportError, KeyError, AttributeError) as error:
+        raise AUSteerError(f"cannot load the processor of {name_or_path}: {first_line(error)}") from error
+    if not hasattr(processor, "image_processor"):
+        raise AUSteerError(f"{name_or_path} has no image processor: it reads text alone")
+    return processor
 
 
 def check_device(device: str | torch.device | None) -> str:

@@ -19,7 +19,7 @@ import rmodels
 from austeer import steering
 from austeer.commands import COMMANDS, plan, rank
 from austeer.commands import main as austeer_command
-from austeer.commands.steer import greedy_answer, side_by_side
+from austeer.commands.steer import greedy_answer, side_by_side, text_inputs
 from austeer.errors import AUSteerError, run_command
 from austeer.pairs import Pair, write_pairs
 from austeer.plan import Plan
@@ -185,8 +185,8 @@ def test_steer_shows_answers_without_and_with_a_plan(checkpoints, workplace, lla
     plan = by_hand(llama)
     plan.save(workplace / "hand.safetensors")
     with steering.steer(llama, plan):
-        steered = greedy_answer(llama, tokenizer, "gave", 6)
-    unsteered = greedy_answer(llama, tokenizer, "gave", 6)
+        steered = greedy_answer(llama, tokenizer, text_inputs(tokenizer, "gave", chat=False), 6)
+    unsteered = greedy_answer(llama, tokenizer, text_inputs(tokenizer, "gave", chat=False), 6)
     assert steered != unsteered
     expected = {"prompt": "gave", "unsteered": unsteered, "steered": steered}
     done = steer(checkpoints, workplace, "--plan", workplace / "hand.safetensors", "--json", "--prompt", "gave", "me")

@@ -7,17 +7,19 @@ import json
 import shutil
 import sys
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.util import find_spec
 from itertools import zip_longest
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import BatchEncoding, BatchFeature, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.utils import logging
 
 import rmodels
 from austeer import arguments
-from austeer.errors import AUSteerError
+from austeer.errors import AUSteerError, first_line, missing_extra
 from austeer.export.command import read_plan
 from austeer.files import read_text
 from austeer.forward import input_device
@@ -35,12 +37,14 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
     tokenizer = rmodels.load_tokenizer(args.model, revision=args.revision)
     if args.chat and not getattr(tokenizer, "chat_template", None):
         raise AUSteerError("this tokenizer has no chat template; leave --chat out, or use an instruction-tuned model")
+    image = ImagePrompt(args.image, rmodels.load_processor(args.model, revision=args.revision)) if args.image else None
     if not args.json:
         print(f"plan: {plan.summary()}\n")
     for prompt in _prompts(args):
-        unsteered = greedy_answer(model, tokenizer, prompt, args.max_new_tokens, args.chat)
+        inputs = image.inputs(prompt) if image else text_inputs(tokenizer, prompt, args.chat)
+        unsteered = greedy_answer(model, tokenizer, inputs, args.max_new_tokens)
         with steer(model, plan):
-            steered = greedy_answer(model, tokenizer, prompt, args.max_new_tokens, args.chat)
+            steered = greedy_answer(model, tokenizer, inputs, args.max_new_tokens)
         if args.json:
             line = {"prompt": prompt, "unsteered": unsteered, "steered": steered}
             print(json.dumps(line, ensure_ascii=False), flush=True)
@@ -48,26 +52,53 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
             print(f"> {prompt}\n{side_by_side(unsteered, steered)}\n", flush=True)
 
 
+def text_inputs(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool) -> BatchEncoding:
+    """Return what the model reads. chat: the prompt is a user's turn."""
+    if not chat:
+        return tokenizer(prompt, return_tensors="pt")
+    turn = [{"role": "user", "content": prompt}]
+    return tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+
+
+class ImagePrompt:
+    """Put an image before every prompt, in the way of the checkpoint's processor."""
+
+    def __init__(self, file: str, processor: ProcessorMixin):
+        if find_spec("PIL") is None:
+            raise missing_extra("pillow", "images")
+        from PIL import Image
+
+        self.processor = processor
+        try:
+            self.image = Image.open(file).convert("RGB")
+        except OSError as error:
+            raise AUSteerError(f"cannot read the image {file}: {first_line(error)}") from error
+
+    def inputs(self, prompt: str) -> BatchFeature:
+        if getattr(self.processor, "chat_template", None):
+            parts = [{"type": "image", "image": self.image}, {"type": "text", "text": prompt}]
+            return self.processor.apply_chat_template(
+                [{"role": "user", "content": parts}],
+                add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
+            )  # fmt: skip
+        mark = getattr(self.processor, "boi_token", None) or self.processor.image_token
+        return self.processor(text=mark + prompt, images=self.image, return_tensors="pt")
+
+
 @torch.inference_mode()
 def greedy_answer(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, new_tokens: int, chat: bool = False
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, inputs: Mapping[str, Tensor], new_tokens: int
 ) -> str:
-    """Return how the model, steered or not, continues the prompt. chat: the prompt is a user's turn."""
-    if chat:
-        turn = [{"role": "user", "content": prompt}]
-        inputs = tokenizer.apply_chat_template(
-            turn, add_generation_prompt=True, return_dict=True, return_tensors="pt"
-        )  # fmt: skip
-    else:
-        inputs = tokenizer(prompt, return_tensors="pt")
-    ids, mask = (inputs[key].to(input_device(model)) for key in ("input_ids", "attention_mask"))
+    """Return how the model, steered or not, continues the inputs."""
+    inputs = {name: values.to(input_device(model)) for name, values in inputs.items()}
+    inputs |= {name: values.to(model.dtype) for name, values in inputs.items() if values.is_floating_point()}
     end = model.generation_config.eos_token_id
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     output = model.generate(
-        ids, attention_mask=mask, do_sample=False, max_new_tokens=new_tokens, pad_token_id=padding,
+        **inputs, do_sample=False, max_new_tokens=new_tokens, pad_token_id=padding,
         eos_token_id=tokenizer.eos_token_id if end is None else end,
     )  # fmt: skip
-    return tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+    return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
 def side_by_side(unsteered: str, steered: str) -> str:
@@ -96,6 +127,7 @@ def _arguments(argv: Sequence[str] | None, prog: str | None) -> argparse.Namespa
     source.add_argument("--file", help="file with one prompt per line")
     add = parser.add_argument
     add("--chat", action="store_true", help="ask in the model's chat format")
+    add("--image", metavar="FILE", help="an image before every prompt, for vision-language models")
     add("--max-new-tokens", type=int, default=64, help="length of an answer (default: %(default)s)")
     add("--json", action="store_true", help="print one JSON object per prompt instead of columns")
     args = parser.parse_args(argv)
