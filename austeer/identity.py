@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from austeer.errors import AUSteerError
 from rmodels import gates, site_shape
+from rmodels.gguf_conversion import SOURCE
 
 WEIGHTS_AT_ONCE = 1 << 24
 
@@ -19,13 +20,21 @@ WEIGHTS_AT_ONCE = 1 << 24
 def model_header(model: nn.Module) -> dict:
     """Return what the header of ranks and plans records about their model."""
     return {
-        "model": public_name(model.config.name_or_path) or type(model).__name__,
+        "model": public_name(getattr(model, "given_name", model.config.name_or_path)) or type(model).__name__,
         "revision": getattr(model.config, "_commit_hash", None),
         "fingerprint": fingerprint(model),
         "precision": precision(model),
         "family": model.config.model_type,
         "gates": len(list(gates(model))),
+        **weights_origin(model),
     }
+
+
+def weights_origin(model: nn.Module, weights: str | None = None) -> dict[str, str]:
+    """Return the file that the weights were dequantised from, and the place that --weights named, where there are such."""
+    source = getattr(model.config, SOURCE, None)
+    origin = {"converted_from": f"{source['quantization']}, sha256 {source['sha256'][:12]}"} if source else {}
+    return origin | ({"weights": public_name(weights)} if weights else {})
 
 
 def public_name(name_or_path: str) -> str:

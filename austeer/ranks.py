@@ -76,7 +76,8 @@ class AURanks:
     def origin(self) -> dict:
         """Return what the header of a plan keeps of these ranks."""
         keys = ("model", "family", "fingerprint", "precision", "momentum", "pairs_hash")
-        return {key: self.header.get(key) for key in keys} | {"site": self.site}
+        dequantised = {key: self.header[key] for key in ("converted_from",) if key in self.header}
+        return {key: self.header.get(key) for key in keys} | dequantised | {"site": self.site}
 
     def summary(self, seconds: float) -> str:
         """Say in two lines what was ranked, how fast, and which AUs came out best."""

@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from austeer.errors import AUSteerError, first_line, missing_extra
+from rmodels import sources
 from rmodels.causal_lm import KERNELS, check_gates, gates, sites
 from rmodels.gate import SITES, AUGate
 
@@ -69,16 +70,19 @@ def load(
     quantization: str | None = None,
     attn_implementation: str | None = None,
     revision: str | None = None,
+    weights: str | Path | None = None,
 ) -> PreTrainedModel:
     """Load a checkpoint into its patched family, frozen and in eval mode.
 
+    name_or_path: a hub id, a folder, a GGUF file, or another name that rmodels/sources.py knows.
     dtype: "auto" (the checkpoint's), "float32", "bfloat16", "float16" or a torch.dtype.
     device: by default the first GPU, else the CPU. device_map: accelerate's, to spread the model over several devices.
     quantization: "4bit" (nf4) or "8bit", through bitsandbytes.
     attn_implementation: "sdpa", "eager", "flash_attention_2", "flash_attention_3"; by default upstream's choice, except
     that Gemma-2 gets "eager", because transformers' sdpa drops its soft cap.
+    weights: where the weights are instead; name_or_path is then only what headers and records call the model.
     """
-    name_or_path = str(name_or_path)
+    given_name, name_or_path = str(name_or_path), sources.local(weights or name_or_path, _dtype(dtype), revision)
     if device is not None and device_map is not None:
         raise AUSteerError("give either device or device_map, not both")
     if attn_implementation is not None and attn_implementation not in KERNELS:
@@ -111,15 +115,21 @@ def load(
         # on some CPUs bitsandbytes repacks 4-bit weights at the first forward, for a kernel without gradients
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+    model.given_name = given_name
     return model.eval().requires_grad_(False)
 
 
-def load_tokenizer(name_or_path: str | Path, *, revision: str | None = None) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    name_or_path: str | Path, *, revision: str | None = None, weights: str | Path | None = None
+) -> PreTrainedTokenizerBase:
     """Load with AutoTokenizer, and never run a model repository's code: with the flag unset transformers would ask."""
+    folder = sources.local(weights or name_or_path, None, revision)
     try:
-        return AutoTokenizer.from_pretrained(str(name_or_path), revision=revision, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, revision=revision, trust_remote_code=False)
     except (OSError, ValueError, ImportError, KeyError, AttributeError) as error:
-        raise AUSteerError(f"cannot load the tokenizer of {name_or_path}: {first_line(error)}") from error
+        raise AUSteerError(f"cannot load the tokenizer of {folder}: {first_line(error)}") from error
+    tokenizer.name_or_path = str(name_or_path)
+    return tokenizer
 
 
 def check_device(device: str | torch.device | None) -> str:

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from austeer.errors import AUSteerError
-from austeer.export.checkpoint import Checkpoint, new_folder
+from austeer.export.checkpoint import Checkpoint
 from austeer.export.weights import Edit, find_edits, layer_of
-from austeer.files import save_readable, write_json
+from austeer.files import new_folder, save_readable, write_json
 from austeer.identity import check_made_for
 from austeer.plan import Plan
 

@@ -16,9 +16,8 @@ import numpy as np
 
 from austeer.errors import AUSteerError, missing_extra
 from austeer.export.adapter import Source, compose, open_weights
-from austeer.export.checkpoint import check_new
 from austeer.export.lora import lora_factors
-from austeer.files import write_whole
+from austeer.files import check_new, write_whole
 from austeer.plan import Plan
 
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "gemma2": "gemma2", "qwen3": "qwen3", "qwen3_moe": "qwen3moe"}

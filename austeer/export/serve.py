@@ -39,9 +39,11 @@ def server_command(model: str, plans: Sequence[Path], flags: Sequence[str], fold
     # on the CPU vLLM looks up "no adapter" in slot -1, the last one: it must stay empty, or the plain model is steered
     slots = len(adapters) + (not torch.cuda.is_available())
     targets = sorted({target for adapter in adapters for target in adapter.targets})
-    command = [*_server(model), "--enable-lora", "--max-loras", str(slots)]
+    command = [*_server(checkpoint.name), "--enable-lora", "--max-loras", str(slots)]
     command += ["--max-lora-rank", str(max_lora_rank(max(adapter.rank for adapter in adapters)))]
     command += ["--lora-target-modules", *targets]
+    if checkpoint.name != model:  # a GGUF file, converted
+        command += ["--served-model-name", model]
     return [*command, "--lora-modules", *[f"{name}={folder / name}" for name in names], *flags]
 
 
