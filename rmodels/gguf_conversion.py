@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
 
 from austeer.errors import AUSteerError, missing_extra, one_line
 from austeer.files import locked, new_folder, sha256, write_text
@@ -91,10 +90,6 @@ def _convert(file: Path, digest: str, dtype: str, folder: Path) -> None:
     del reader  # it maps the whole file
     model, tokenizer = _load(file, architecture, dtype)
     setattr(model.config, SOURCE, {"file": file.name, "sha256": digest, "quantization": quantization})
-    # transformers refuses to save what it read from GGUF, though nothing in it is quantised any more
-    model.hf_quantizer = None
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
     stated = model.generation_config.eos_token_id  # a list where an answer may end in several ways
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id, pad_token_id=tokenizer.pad_token_id,
@@ -138,20 +133,17 @@ def _quantization(reader: GGUFReader) -> str:
 
 
 def _load(file: Path, architecture: str, dtype: str):
-    # newer versions of transformers can keep weights packed, and must be told not to
-    config_class = getattr(transformers, "GgufConfig", None)
-    dense = {} if config_class is None else {"quantization_config": config_class(dequantize=True)}
     with tempfile.TemporaryDirectory(prefix="austeer-") as alone:  # files beside it are of other models, perhaps
         link = Path(alone) / "model.gguf"
         link.symlink_to(file.resolve())
         try:
             tokenizer = AutoTokenizer.from_pretrained(alone, gguf_file=link.name, trust_remote_code=False)
             model, report = AutoModelForCausalLM.from_pretrained(
-                alone, gguf_file=link.name, dtype=getattr(torch, dtype), output_loading_info=True,
-                trust_remote_code=False, **dense,
+                alone, gguf_file=link.name, dtype=getattr(torch, dtype), output_loading_info=True, trust_remote_code=False,
+                quantization_config=GgufConfig(dequantize=True),  # packed weights could not be saved
             )  # fmt: skip
         except Exception as error:  # of any kind, on files that it does not expect
-            if "not supported" in str(error):
+            if "is not supported yet" in str(error):
                 raise AUSteerError(
                     f"{file}: transformers cannot dequantise the architecture {architecture!r}; it can "
                     f"{', '.join(_architectures())}"
@@ -164,11 +156,7 @@ def _load(file: Path, architecture: str, dtype: str):
 
 
 def _architectures() -> list[str]:
-    from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
+    from transformers.integrations.gguf import GGUF_CONFIG_ARCHS
+    from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES  # of its older reader
 
-    names = {*GGUF_SUPPORTED_ARCHITECTURES} - {"general", "tokenizer"}
-    with suppress(ImportError):  # only newer versions of transformers have a second table
-        from transformers.integrations.gguf import GGUF_CONFIG_ARCHS
-
-        names |= {*GGUF_CONFIG_ARCHS}
-    return sorted(names)
+    return sorted({*GGUF_CONFIG_ARCHS, *GGUF_SUPPORTED_ARCHITECTURES} - {"general", "tokenizer"})

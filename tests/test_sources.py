@@ -4,7 +4,10 @@ import json
 import re
 import subprocess
 import sys
+import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import gguf
@@ -16,6 +19,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import rmodels
 from austeer.commands import main as austeer
 from austeer.errors import AUSteerError
+from austeer.export.serve import server_command
+from austeer.files import locked
 from austeer.identity import model_header
 from austeer.plan import Plan
 from austeer.ranks import AURanks
@@ -177,19 +182,31 @@ def test_the_tokenizer_takes_the_conversion_that_is_there(files, cache):
     assert tokenizer.name_or_path == str(files["F32"]) and model.name_or_path.endswith("float32")
 
 
-def test_two_processes_convert_once(files, cache):
-    command = [
-        sys.executable,
-        "-c",
-        "import sys; from rmodels.sources import local; print(local(sys.argv[1]))",
-        files["F32"],
-    ]
-    both = [subprocess.Popen(command, stdout=-1, stderr=-1, text=True, cwd=Path(__file__).parents[1]) for _ in range(2)]
-    outputs = [process.communicate() for process in both]
-    assert outputs[0][0] == outputs[1][0] and (Path(outputs[0][0].strip()) / "model.safetensors").exists()
-    assert sum("converting tiny-F32.gguf" in errors for _, errors in outputs) == 1, outputs
+def test_two_processes_convert_once(files, cache, capfd):
+    processes = [get_context("fork").Process(target=sources.local, args=[files["F32"]]) for _ in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0]
+    assert capfd.readouterr().err.count("converting tiny-F32.gguf") == 1
     (home,) = cache.glob("gguf/*")
     assert {path.name for path in home.iterdir()} == {"bfloat16", ".bfloat16.lock"}
+    assert (home / "bfloat16" / "model.safetensors").exists()
+
+
+def test_who_waits_for_another_says_so(tmp_path, capfd):
+    def wait():
+        with locked(tmp_path / "place"):
+            return time.monotonic()
+
+    with ThreadPoolExecutor() as pool:
+        with locked(tmp_path / "place"):
+            waiting = pool.submit(wait)
+            time.sleep(1.5)
+            freed = time.monotonic()
+        assert waiting.result() > freed
+    assert f"another process is making {tmp_path / 'place'}: waiting for it" in capfd.readouterr().err
 
 
 def test_what_a_killed_process_left_is_removed(files, cache):
@@ -381,6 +398,8 @@ def test_commands_take_weights_beside_a_name(original, files, tmp_path, capsys):
     )  # converted in the plan's float32
     base = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())["base_model_name_or_path"]
     assert base.endswith("float32") and (Path(base) / "model.safetensors").exists()
+    served = server_command(str(files["Q8_0"]), [plan], [], tmp_path / "served")
+    assert base in served and served[served.index("--served-model-name") + 1] == str(files["Q8_0"])
     with pytest.raises(AUSteerError, match="made on other weights"):
         austeer([*export, "--weights", str(original), "--lora", str(tmp_path / "other")])
 
@@ -402,6 +421,13 @@ def test_records_say_which_weights(original, files, tmp_path):
         assert all(record.get("converted_from", "gguf F32").startswith("gguf F32") for record in records)
         assert ("converted_from" in records[0]) == (weights != original)
     assert found[original] == found[files["F32"]], "the weights are the same, and so are the questions"
+
+
+def test_effect_takes_weights(original, tmp_path):
+    main(["effect", "--model", "org/tiny", "--weights", str(original), "--device", "cpu", "--pairs",
+          "datasets/example_pairs.jsonl", "--site", "ffn", "--top", "2", "--random", "2", "--n", "4", "--results", str(tmp_path)])  # fmt: skip
+    (record,) = (json.loads(path.read_text()) for path in (tmp_path / "records").glob("*.json"))
+    assert (record["model"], record["weights"]) == ("org/tiny", "/".join(original.parts[-2:]))
 
 
 def test_the_place_of_the_weights_is_not_in_the_key(original):
@@ -436,7 +462,10 @@ def test_tables_take_weights_by_model():
 
 
 def test_the_command_that_repeats_a_number_names_the_weights(capsys):
-    where = ["--results", "docs", "--weights", "llama2-7b-chat=my folder"]
+    where = ["--results", "docs", "--device", "cpu", "--weights", "llama2-7b-chat=my folder"]
     trace.main(["table1", "causal-head", "copa", *where])
     again = capsys.readouterr().out.strip().splitlines()[-1]
-    assert again.startswith("again: ") and "--weights 'llama2-7b-chat=my folder'" in again
+    assert again.startswith("again: ") and "--weights 'llama2-7b-chat=my folder'" in again and "--device" in again
+    for command in (["trace", "table1", "causal-head", "copa", "--results", "docs"], ["reproduce", "--estimate"]):
+        with pytest.raises(AUSteerError, match="--weights takes MODEL=FOLDER"):
+            main([*command, "--weights", "nobody=here"])

@@ -30,7 +30,8 @@ def save_gguf_lora(source: Source, plans: Plan | Sequence[Plan], out: str | Path
         from gguf import GGUFReader, GGUFWriter
     except ImportError:
         raise missing_extra("gguf", "export") from None
-    plan, weights, out = compose(plans), open_weights(source), Path(out)
+    plan, out = compose(plans), Path(out)
+    weights = open_weights(source, plan)
     family = weights.skeleton.config.model_type
     if family not in ARCHITECTURES:
         raise AUSteerError(

@@ -20,7 +20,7 @@ from tempfile import TemporaryDirectory
 import torch
 
 from austeer.errors import STOPPING, AUSteerError, missing_extra, run_command
-from austeer.export.checkpoint import Checkpoint
+from austeer.export.checkpoint import Checkpoint, stored_dtype
 from austeer.export.lora import max_lora_rank, save_lora
 from austeer.plan import Plan
 
@@ -30,7 +30,8 @@ def server_command(model: str, plans: Sequence[Path], flags: Sequence[str], fold
     names = [plan.stem for plan in plans]
     if len(set(names)) < len(names):
         raise AUSteerError(f"plans are served under their file names, which must differ: {', '.join(names)}")
-    by_name, checkpoint = {path.stem: Plan.load(path) for path in plans}, Checkpoint(model)
+    by_name = {path.stem: Plan.load(path) for path in plans}
+    checkpoint = Checkpoint(model, stored_dtype(next(iter(by_name.values()))))
     for plan in by_name.values():
         checkpoint.check_plan(plan)
     adapters = [save_lora(checkpoint, plan, folder / name) for name, plan in by_name.items()]
