@@ -25,7 +25,13 @@ if TYPE_CHECKING:
     from gguf import GGUFReader
 
 MAGIC = b"GGUF"
+FORMAT = 1  # raised when conversions change, so that caches make them anew
 SOURCE = "austeer_source"  # key of config.json: file, sha256, quantization
+LLAMA_3 = (
+    "llama3",
+    "llama-v3",
+    "llama-bpe",
+)  # byte-pair tokenizers that begin texts with BOS, though the file may not say so
 START, PER_WEIGHT = 60, 5e-8  # seconds on one busy core, measured; a free one is three times as fast
 
 
@@ -33,7 +39,7 @@ def converted(file: Path, dtype: str | None, cache: Path) -> Path:
     """Return the checkpoint made from a GGUF file, making it if the cache does not hold it. dtype None: any that is there."""
     _check_is_gguf(file)
     digest = _known_sha256(file, cache)
-    home = cache / "gguf" / digest
+    home = cache / f"gguf-{FORMAT}" / digest
     if dtype is None:
         dtype = next((folder.parent.name for folder in sorted(home.glob("*/config.json"))), "bfloat16")
     folder = home / dtype
@@ -86,9 +92,8 @@ def _convert(file: Path, digest: str, dtype: str, folder: Path) -> None:
         f"{minutes} minute{'s' * (minutes > 1)}",
         file=sys.stderr,
     )
-    architecture = reader.fields["general.architecture"].contents()
-    del reader  # it maps the whole file
-    model, tokenizer = _load(file, architecture, dtype)
+    model, tokenizer = _load(file, _field(reader, "general.architecture"), dtype)
+    tokenizer.add_bos_token = _begins_with_bos(reader)  # transformers does not read it from the file
     setattr(model.config, SOURCE, {"file": file.name, "sha256": digest, "quantization": quantization})
     stated = model.generation_config.eos_token_id  # a list where an answer may end in several ways
     model.generation_config = GenerationConfig(
@@ -112,12 +117,22 @@ def _read(file: Path) -> GGUFReader:
         reader.fields["general.architecture"].contents()
     except (ValueError, IndexError, KeyError, OverflowError, TypeError) as error:
         raise AUSteerError(f"{file} is damaged or was cut off ({one_line(error)}): get it again") from error
-    parts = reader.fields.get("split.count")
-    if parts is not None and parts.contents() > 1:
-        raise AUSteerError(
-            f"{file} is one of {parts.contents()} parts: join them with llama.cpp's `llama-gguf-split --merge`"
-        )
+    if (parts := _field(reader, "split.count") or 1) > 1:
+        raise AUSteerError(f"{file} is one of {parts} parts: join them with llama.cpp's `llama-gguf-split --merge`")
     return reader
+
+
+def _field(reader: GGUFReader, name: str):
+    field = reader.fields.get(name)
+    return None if field is None else field.contents()
+
+
+def _begins_with_bos(reader: GGUFReader) -> bool:
+    """Say whether texts begin with BOS: as the file says, else as llama.cpp does for this kind of tokenizer."""
+    stated = _field(reader, "tokenizer.ggml.add_bos_token")
+    if stated is not None:
+        return bool(stated)
+    return _field(reader, "tokenizer.ggml.model") == "llama" or _field(reader, "tokenizer.ggml.pre") in LLAMA_3
 
 
 def _quantization(reader: GGUFReader) -> str:
@@ -125,9 +140,9 @@ def _quantization(reader: GGUFReader) -> str:
     from gguf import LlamaFileType
 
     names = {int(kind): kind.name.removeprefix("MOSTLY_").removeprefix("ALL_") for kind in LlamaFileType}
-    stated = reader.fields.get("general.file_type")
-    if stated is not None and stated.contents() in names:
-        return names[stated.contents()]
+    stated = _field(reader, "general.file_type")
+    if stated in names:
+        return names[stated]
     largest = max(reader.tensors, key=lambda tensor: tensor.n_elements)
     return largest.tensor_type.name
 

@@ -72,9 +72,13 @@ def apart(ours, theirs):
 
 def test_it_speaks(real):
     model, tokenizer, *_ = real
-    ids = tokenizer(PROMPTS[0], return_tensors="pt")
-    text = tokenizer.decode(model.generate(**ids, do_sample=False, max_new_tokens=5)[0])
-    assert "Paris" in text.removeprefix(PROMPTS[0])
+    # Gemma-3-270M, a base model of four bits, says "the capital of the country of France"
+    prompt, goes_on = (
+        ("Monday, Tuesday, Wednesday,", " Thursday") if "gemma" in model.config.model_type else (PROMPTS[0], " Paris")
+    )
+    ids = tokenizer(prompt, return_tensors="pt")
+    answer = model.generate(**ids, do_sample=False, max_new_tokens=5)[0, ids.input_ids.shape[1] :]
+    assert tokenizer.decode(answer).startswith(goes_on)
 
 
 def test_live_folded_and_lora_agree(real, tmp_path):

@@ -63,7 +63,7 @@ def original(tmp_path_factory):
     return folder
 
 
-def write_gguf(folder, path, kind="F32", architecture="llama", leave_out=(), parts=1):
+def write_gguf(folder, path, kind="F32", architecture="llama", leave_out=(), parts=1, bos=True, pre="gpt-2"):
     """Write a checkpoint as llama.cpp does: other names, and the rows of q and k in the order of its rotary embedding."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     config, tokenizer = model.config, byte_tokenizer()
@@ -88,6 +88,9 @@ def write_gguf(folder, path, kind="F32", architecture="llama", leave_out=(), par
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_pad_token_id(0)
+    writer.add_tokenizer_pre(pre)
+    if bos is not None:
+        writer.add_add_bos_token(bos)
     writer.add_chat_template(TEMPLATE)
     if parts > 1:
         writer.add_uint16("split.count", parts)
@@ -133,11 +136,19 @@ def test_a_converted_model_is_the_original(files, original):
     tokenizer = rmodels.load_tokenizer(files["F32"])
     theirs = AutoModelForCausalLM.from_pretrained(original, dtype=torch.float32)
     assert torch.equal(logits(model, tokenizer), logits(theirs, tokenizer))
-    assert tokenizer(PROMPT + " gave").input_ids == byte_tokenizer()(PROMPT + " gave").input_ids[1:]  # it adds no <s>
+    assert tokenizer(PROMPT + " gave").input_ids == byte_tokenizer()(PROMPT + " gave").input_ids
     turn = [{"role": "user", "content": "hi"}]
     assert tokenizer.apply_chat_template(turn, tokenize=False) == "<s>hi</s>"
     ids = model.generation_config
     assert (ids.bos_token_id, ids.eos_token_id, ids.pad_token_id) == (1, 2, 0)
+
+
+@pytest.mark.parametrize("bos, pre, begins", [
+    (True, "gpt-2", True), (False, "gpt-2", False), (None, "gpt-2", False), (None, "llama-bpe", True), (False, "llama-bpe", False),
+])  # fmt: skip
+def test_texts_begin_as_in_llama_cpp(bos, pre, begins, original, tmp_path):
+    tokenizer = rmodels.load_tokenizer(write_gguf(original, tmp_path / "tiny.gguf", bos=bos, pre=pre))
+    assert (tokenizer(PROMPT).input_ids[0] == tokenizer.bos_token_id) == begins
 
 
 def test_quantised_weights_are_those_that_llama_cpp_computes_with(files, cache):
@@ -147,7 +158,7 @@ def test_quantised_weights_are_those_that_llama_cpp_computes_with(files, cache):
     assert stored.tensor_type.name == "Q8_0"
     expected = torch.from_numpy(gguf.dequantize(stored.data, stored.tensor_type))
     assert torch.equal(model.model.layers[1].mlp.down_proj.weight, expected)
-    (config,) = cache.glob("gguf/*/float32/config.json")
+    (config,) = cache.glob("gguf-*/*/float32/config.json")
     source = json.loads(config.read_text())["austeer_source"]
     assert source == {"file": "tiny-Q8_0.gguf", "sha256": config.parts[-3], "quantization": "gguf Q8_0"}
     header = model_header(model)
@@ -178,7 +189,7 @@ def test_a_file_is_converted_once(files, tmp_path, monkeypatch, capfd):
 def test_the_tokenizer_takes_the_conversion_that_is_there(files, cache):
     model = rmodels.load(files["F32"], dtype="float32", device="cpu")
     tokenizer = rmodels.load_tokenizer(files["F32"])
-    assert [folder.name for folder in cache.glob("gguf/*/*") if folder.is_dir()] == ["float32"]
+    assert [folder.name for folder in cache.glob("gguf-*/*/*") if folder.is_dir()] == ["float32"]
     assert tokenizer.name_or_path == str(files["F32"]) and model.name_or_path.endswith("float32")
 
 
@@ -190,7 +201,7 @@ def test_two_processes_convert_once(files, cache, capfd):
         process.join()
     assert [process.exitcode for process in processes] == [0, 0]
     assert capfd.readouterr().err.count("converting tiny-F32.gguf") == 1
-    (home,) = cache.glob("gguf/*")
+    (home,) = cache.glob("gguf-*/*")
     assert {path.name for path in home.iterdir()} == {"bfloat16", ".bfloat16.lock"}
     assert (home / "bfloat16" / "model.safetensors").exists()
 
@@ -241,7 +252,7 @@ def test_files_that_are_no_whole_model(make, says, original, tmp_path, cache):
     with pytest.raises(AUSteerError, match=says) as error:
         rmodels.load(tmp_path / "model.gguf", device="cpu")
     assert "\n" not in str(error.value)
-    assert not list(cache.glob("gguf/*/bfloat16"))
+    assert not list(cache.glob("gguf-*/*/bfloat16"))
 
 
 def test_what_the_machine_lacks(files, tmp_path, monkeypatch):
