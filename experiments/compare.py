@@ -255,9 +255,8 @@ def _report(rows: dict[str, list[dict]], store: Store, sites: Sequence[str], arg
         }
         conditions["answers"] = task_rows[0]["engine"] if args.engine != LIVE else None
         conditions["attention kernel"] = args.attn
-        conditions["weights"] = ", ".join(task_rows[0].get(key, "") for key in ("weights", "converted_from")).strip(
-            ", "
-        )
+        origin = (task_rows[0].get(key) for key in ("weights", "converted_from"))
+        conditions["weights"] = ", ".join(filter(None, origin))
         text += ["; ".join(f"{name}: {value}" for name, value in conditions.items() if value), ""]
     folder = Path(args.results)
     name = f"{Path(args.model).name}-{Path(args.pairs).stem if args.pairs else args.data_name}"

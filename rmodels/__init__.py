@@ -82,11 +82,11 @@ def load(
     that Gemma-2 gets "eager", because transformers' sdpa drops its soft cap.
     weights: where the weights are instead; name_or_path is then only what headers and records call the model.
     """
-    given_name, name_or_path = str(name_or_path), sources.local(weights or name_or_path, _dtype(dtype), revision)
     if device is not None and device_map is not None:
         raise AUSteerError("give either device or device_map, not both")
     if attn_implementation is not None and attn_implementation not in KERNELS:
         raise AUSteerError(f"attention kernel {attn_implementation!r} is unknown; use one of {', '.join(KERNELS)}")
+    given_name, name_or_path = str(name_or_path), sources.local(weights or name_or_path, _dtype(dtype), revision)
     config = _config(name_or_path, revision)
     cls = family(config.model_type)
     if device_map is None:

@@ -16,7 +16,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    GgufConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from austeer.errors import AUSteerError, missing_extra, one_line
 from austeer.files import locked, new_folder, sha256, write_text
@@ -147,7 +154,7 @@ def _quantization(reader: GGUFReader) -> str:
     return largest.tensor_type.name
 
 
-def _load(file: Path, architecture: str, dtype: str):
+def _load(file: Path, architecture: str, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     with tempfile.TemporaryDirectory(prefix="austeer-") as alone:  # files beside it are of other models, perhaps
         link = Path(alone) / "model.gguf"
         link.symlink_to(file.resolve())
