@@ -23,10 +23,16 @@ def model_options(required: bool = True, **more) -> ArgumentParser:
     """Offer what loads a model: which one, where, and in what precision. more: of --model, such as a default."""
     options = parent()
     add = options.add_argument
-    add("--model", required=required, **{"help": "hub id, or folder of a checkpoint", **more})
+    add("--model", required=required, **{"help": "hub id, folder of a checkpoint, or GGUF file", **more})
+    weights_option(options)
     add("--device", help="cpu, cuda, cuda:1, mps (default: the first GPU, else the CPU)")
     add("--dtype", default="auto", help="auto, float32, bfloat16, float16 (default: the checkpoint's)")
     return options
+
+
+def weights_option(options: ArgumentParser) -> None:
+    options.add_argument("--weights", metavar="FOLDER", help="read the weights and the tokenizer from this folder or GGUF file; "
+        "headers and records still call the model by the name of --model")  # fmt: skip
 
 
 def attn_option() -> ArgumentParser:

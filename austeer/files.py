@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import re
+import shutil
+import sys
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import safetensors
+from filelock import FileLock, Timeout
 from safetensors.torch import save_file
 from torch import Tensor
+from tqdm import tqdm
 
-from austeer.errors import AUSteerError
+from austeer.errors import AUSteerError, first_line
+
+CHUNK = 1 << 24
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
@@ -82,6 +92,86 @@ def check_writable(path: Path) -> None:
         probe.unlink()
     except OSError as error:
         raise AUSteerError(f"cannot write {path}: {error.strerror}") from None
+
+
+@contextmanager
+def new_folder(out: str | Path) -> Iterator[Path]:
+    """Let the caller fill a temporary folder beside `out`: renamed at the end, removed if anything goes wrong."""
+    out = Path(out)
+    check_new(out)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        _name_leftovers(out)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    except OSError as error:
+        raise AUSteerError(f"cannot write {out}: {error.strerror}") from error
+    try:
+        (temporary / out.name).mkdir()
+        yield temporary / out.name
+        (temporary / out.name).rename(out)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise AUSteerError(f"cannot write {out}: {getattr(error, 'strerror', None) or error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Let one process at a time make `path`; the others wait, and say so."""
+    check_writable(path)
+    lock = FileLock(path.with_name(f".{path.name}.lock"))  # freed by the system if its process is killed
+    try:
+        try:
+            lock.acquire(timeout=1)
+        except Timeout:
+            print(f"another process is making {path}: waiting for it", file=sys.stderr)
+            lock.acquire()
+    except (OSError, NotImplementedError) as error:
+        raise AUSteerError(f"cannot lock {path}: {first_line(error)}") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def check_new(out: str | Path) -> None:
+    """Refuse a place that is taken or cannot be written to, before the work."""
+    out = Path(out)
+    if out.exists():
+        raise AUSteerError(f"{out} exists already; remove it or choose another place")
+    above = next(folder for folder in out.absolute().parents if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        raise AUSteerError(f"cannot write {out}: {above} is not a folder that can be written to")
+
+
+def _name_leftovers(out: Path) -> None:
+    """Print what a run that could not clean up (SIGKILL, a power cut) left beside `out`."""
+    pattern = re.compile(rf"\.{re.escape(out.name)}\.\w{{8}}")  # mkdtemp's names
+    leftovers = sorted(str(path) for path in out.parent.glob(".*") if pattern.fullmatch(path.name))
+    if leftovers:
+        note = "belongs to another run; if that run was killed, remove it"
+        print(f"note: {', '.join(leftovers)}: {note}", file=sys.stderr)
+
+
+def sha256(path: Path, copy: BinaryIO | None = None, bar: tqdm | None = None) -> str:
+    """Hash a file, and write it to `copy` on the way if that is given."""
+    digest = hashlib.sha256()
+    for chunk in _chunks(path):
+        digest.update(chunk)
+        if copy is not None:
+            copy.write(chunk)
+        if bar is not None:
+            bar.update(len(chunk))
+    return digest.hexdigest()
+
+
+def _chunks(path: Path) -> Iterator[bytes]:
+    try:
+        with open(path, "rb") as file:
+            while chunk := file.read(CHUNK):
+                yield chunk
+    except OSError as error:  # errors of reading only: what the caller does between two chunks is not caught here
+        raise AUSteerError(f"cannot read {path}: {error.strerror}") from error
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:

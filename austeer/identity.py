@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from austeer.errors import AUSteerError
 from rmodels import gates, site_shape
+from rmodels.gguf_conversion import SOURCE
 
 WEIGHTS_AT_ONCE = 1 << 24
 
@@ -19,12 +20,13 @@ WEIGHTS_AT_ONCE = 1 << 24
 def model_header(model: nn.Module) -> dict:
     """Return what the header of ranks and plans records about their model."""
     return {
-        "model": public_name(model.config.name_or_path) or type(model).__name__,
+        "model": public_name(getattr(model, "given_name", model.config.name_or_path)) or type(model).__name__,
         "revision": getattr(model.config, "_commit_hash", None),
         "fingerprint": fingerprint(model),
         "precision": precision(model),
         "family": model.config.model_type,
         "gates": len(list(gates(model))),
+        **weights_origin(model),
     }
 
 
@@ -37,6 +39,13 @@ def site_header(model: nn.Module, site: str) -> dict:
     widths, experts = [gate.width for gate in here], [getattr(gate, "experts", 0) for gate in here]
     shape = {f"widths.{site}": widths} if len(set(widths)) > 1 else {}
     return shape | ({f"experts.{site}": experts} if any(experts) else {})
+
+
+def weights_origin(model: nn.Module, weights: str | None = None) -> dict[str, str]:
+    """Return the file that the weights were dequantised from, and the place that --weights named, where there are such."""
+    source = getattr(model.config, SOURCE, None)
+    origin = {"converted_from": f"{source['quantization']}, sha256 {source['sha256'][:12]}"} if source else {}
+    return origin | ({"weights": public_name(weights)} if weights else {})
 
 
 def public_name(name_or_path: str) -> str:

@@ -87,8 +87,8 @@ class AURanks:
     def origin(self) -> dict:
         """Return what the header of a plan keeps of these ranks."""
         keys = ("model", "family", "fingerprint", "precision", "momentum", "pairs_hash")
-        shape = {key: value for key, value in self.header.items() if key.startswith(SHAPE_KEYS)}
-        return {key: self.header.get(key) for key in keys} | {"site": self.site} | shape
+        special = {key: value for key, value in self.header.items() if key.startswith((*SHAPE_KEYS, "converted_from"))}
+        return {key: self.header.get(key) for key in keys} | {"site": self.site} | special
 
     def summary(self, seconds: float) -> str:
         """Say in two lines what was ranked, how fast, and which AUs came out best."""

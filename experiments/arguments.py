@@ -31,7 +31,7 @@ def parents() -> list[argparse.ArgumentParser]:
         help="scorer of toxicity: local[:MODEL[:LABEL]] (default), embedded, perspective[:first-span]")  # fmt: skip
     add("--chat", action="store_true", help="put prompts into the model's chat format")
     add("--results", default="results", help="folder for records and tables (default: %(default)s)")
-    model = "embedded (default), a hub id, or the folder of a checkpoint"
+    model = "embedded (default), a hub id, the folder of a checkpoint, or a GGUF file"
     return [
         arguments.model_options(required=False, default=EMBEDDED, help=model),
         arguments.pairs_options(required=False),
@@ -45,6 +45,8 @@ def check(args: argparse.Namespace, *positive: str) -> None:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise AUSteerError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+    if args.model == EMBEDDED and args.weights:
+        raise AUSteerError("--weights needs --model, the name of the model that they belong to")
     if args.model == EMBEDDED and args.pairs:
         raise AUSteerError("--pairs needs --model: the embedded models only know their own tasks")
     if args.model == EMBEDDED and args.data_name not in ("all", *TASKS):

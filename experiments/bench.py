@@ -9,6 +9,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import rmodels
+from austeer.identity import weights_origin
 from austeer.pairs import Pair, read_pairs
 from embedded import acceptance
 from eval.tasks.base import Task
@@ -35,6 +36,11 @@ class Bench:
     @property
     def grid_kind(self) -> str:
         return "small" if self.model_spec.embedded else "full"
+
+    @property
+    def origin(self) -> dict[str, str]:
+        """Return what records add on where the weights came from, if the model's name does not say it all."""
+        return weights_origin(self.model, self.model_spec.weights)
 
     def pairs_of(self, task: str) -> list[Pair]:
         """Return the pairs of this or another task, to rank this bench's model on."""
@@ -75,15 +81,15 @@ class Benches:
         return self._benches[key]
 
     def _load(self, spec: ModelSpec, folder: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        key = folder, spec.dtype, spec.device, spec.quantization, spec.attn
+        key = folder, spec.weights, spec.dtype, spec.device, spec.quantization, spec.attn
         if key not in self._models:
             if any(model.num_parameters() > TINY for model, _ in self._models.values()):
                 self.close()
             model = rmodels.load(
                 folder, dtype=spec.dtype, device=spec.device, quantization=spec.quantization,
-                attn_implementation=spec.attn,
+                attn_implementation=spec.attn, weights=spec.weights,
             )  # fmt: skip
-            self._models[key] = model, rmodels.load_tokenizer(folder)
+            self._models[key] = model, rmodels.load_tokenizer(folder, weights=spec.weights)
         return self._models[key]
 
     def close(self) -> None:
@@ -102,7 +108,7 @@ def _task(model: ModelSpec, task: TaskSpec, store: Store) -> Task:
         return EmbeddedTask(task.name, task.test_split, limit=task.limit, **pairs)
     if not is_paper_task(model, task):
         return PairTask(task.label, read_pairs(task.name, task.fields), limit=task.limit, **pairs)
-    chat = rmodels.load_tokenizer(model.name) if task.chat else None
+    chat = rmodels.load_tokenizer(model.name, weights=model.weights) if task.chat else None
     return paper_task(
         task.name, toxicity=task.toxicity, cache=store.paid_scores, device=model.device, data_dir=task.data_dir,
         protocol=task.protocol, chat=chat, limit=task.limit, batch_size=task.batch_size, **pairs,

@@ -19,11 +19,12 @@ LIVE = "live"
 
 @dataclass(frozen=True)
 class ModelSpec:
-    name: str  # "embedded" or one of its variants, a hub id, or the folder of a checkpoint
+    name: str  # "embedded" or one of its variants, or what rmodels.load takes: a hub id, a folder, a GGUF file
     device: str | None = None
     dtype: str = "auto"
     quantization: str | None = None
     attn: str | None = None  # attention kernel; None: the default of rmodels.load
+    weights: str | None = None  # folder or GGUF file of the weights, if the name does not say where they are
     engine: str = LIVE  # who answers: the model itself, or vLLM
 
     @property

@@ -255,6 +255,8 @@ def _report(rows: dict[str, list[dict]], store: Store, sites: Sequence[str], arg
         }
         conditions["answers"] = task_rows[0]["engine"] if args.engine != LIVE else None
         conditions["attention kernel"] = args.attn
+        origin = (task_rows[0].get(key) for key in ("weights", "converted_from"))
+        conditions["weights"] = ", ".join(filter(None, origin))
         text += ["; ".join(f"{name}: {value}" for name, value in conditions.items() if value), ""]
     folder = Path(args.results)
     name = f"{Path(args.model).name}-{Path(args.pairs).stem if args.pairs else args.data_name}"
@@ -264,6 +266,7 @@ def _report(rows: dict[str, list[dict]], store: Store, sites: Sequence[str], arg
     name += f"-{args.engine}" if args.engine != LIVE else ""
     name += "-swapped-choices" if args.swapped_choices else ""
     name += f"-{args.attn}" if args.attn else ""
+    name += f"-{Path(args.weights).name}" if args.weights else ""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.md").write_text("\n".join(text))
     print("\n" + "\n".join(text))

@@ -26,10 +26,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 import rmodels
+from austeer.arguments import weights_option
 from austeer.code_identity import code_hash
 from austeer.errors import AUSteerError, run_command
 from austeer.evidence import Evidence
-from austeer.identity import fingerprint, public_name
+from austeer.identity import fingerprint, public_name, weights_origin
 from austeer.methods.neurosteer import MODES, PRESETS, Neurons, NeuroSteer, Preset
 from austeer.pairs import Pair
 from austeer.plan import Plan
@@ -70,7 +71,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             now = ", ".join(f"{name} {value:g}" for name, value in values.items())
             print(f"point {number} of {len(swept)}: {now}", file=sys.stderr)
         results.append((values, experiment.record(point)))
-    name = f"neurosteer-{Path(args.model).name}-{args.task}{'-reversed' if args.reverse else ''}"
+    model = f"{Path(args.model).name}{f'-{Path(args.weights).name}' if args.weights else ''}"
+    name = f"neurosteer-{model}-{args.task}{'-reversed' if args.reverse else ''}"
     folder, pictures = Path(args.results), ""
     if sweep:
         name += f"-sweep-{'-'.join(sweep)}"
@@ -93,8 +95,9 @@ class Experiment:
                 f"there are {len(self.data.target)} texts of each kind, fewer than the {n_texts} of --sweep n-texts"
             )
         checkpoint = str(WEIGHTS / "tone") if args.model == EMBEDDED else args.model
-        self.args, self.model = args, rmodels.load(checkpoint, dtype=args.dtype, device=args.device)
-        self.tokenizer = rmodels.load_tokenizer(checkpoint)
+        self.args = args
+        self.model = rmodels.load(checkpoint, dtype=args.dtype, device=args.device, weights=args.weights)
+        self.tokenizer = rmodels.load_tokenizer(checkpoint, weights=args.weights)
         self.raters = _raters(args, self.model, self.tokenizer)
         new_tokens = NEW_TOKENS.get(args.task, 50) if args.new_tokens is None else args.new_tokens
         self.sampling = Sampling(new_tokens, args.samples, seed=args.seed)
@@ -141,7 +144,7 @@ class Experiment:
         plan = self.method.plan(neurons.reversed() if self.args.reverse else neurons, settings)
         counts = {"texts": len(data.target), "prompts": len(data.prompts), "touched": len(plan), "layer": neurons.layer}
         both = {"unsteered": self.unsteered, "steered": self.measured(steered_key, "steered", plan)}
-        return records.write(self.folder, key, counts | both)
+        return records.write(self.folder, key, weights_origin(self.model, self.args.weights) | counts | both)
 
     @cached_property
     def unsteered(self) -> Measures:
@@ -217,7 +220,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--task", default="tone", choices=BEHAVIOURS, help="default: %(default)s, which is the embedded model's")
-    add("--model", default=EMBEDDED, help="embedded (default), a hub id, or the folder of a checkpoint")
+    add("--model", default=EMBEDDED, help="embedded (default), a hub id, the folder of a checkpoint, or a GGUF file")
+    weights_option(parser)
     add(
         "--sae",
         help="sparse autoencoder of the model: a file, or RELEASE/ID of sae-lens (default for embedded: its own); "
@@ -263,6 +267,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if (args.model == EMBEDDED) != (args.task == "tone"):
         raise AUSteerError("tone is the embedded model's task: drop --model for tone, and give one for other tasks")
+    if args.model == EMBEDDED and args.weights:
+        raise AUSteerError("--weights needs --model, the name of the model that they belong to")
     return args
 
 

@@ -22,8 +22,8 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from austeer.errors import AUSteerError, run_command
-from austeer.export.checkpoint import check_new
 from austeer.export.restored import check_savable, save_restored
+from austeer.files import check_new
 from austeer.methods.base import ORIGINAL
 from austeer.methods.restore_lcc import COMPONENTS, RECIPES
 from austeer.pruning.prune import PRUNINGS, parse_sparsity
@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print("\n".join(text[-4:]), flush=True)
     name = "-".join(
         [Path(args.model).name, Path(args.pairs).stem if args.pairs else args.data_name, "restore", args.pruning,
-         args.sparsity.replace(":", "of"), *(["original"] if args.preset == ORIGINAL else [])]
+         args.sparsity.replace(":", "of"), *(["original"] if args.preset == ORIGINAL else []), *([Path(args.weights).name] if args.weights else [])]
     )  # fmt: skip
     (folder / f"{name}.md").write_text("\n".join(text))
     print(f"table: {folder / name}.md   records: {folder / 'restore'}")

@@ -52,10 +52,10 @@ def run_cell(cell: Cell, bench: Bench) -> dict:
     if record is not None:
         return record
     if not cell.steered:
-        return bench.store.write(key, Run(cell, bench, records.record_id(key)).unsteered())
+        return bench.store.write(key, bench.origin | Run(cell, bench, records.record_id(key)).unsteered())
     base = cell.unsteered()
     vanilla = run_cell(base, BENCHES.open(base.model, base.task, bench.store))
-    return bench.store.write(key, SteeredRun(cell, bench, records.record_id(key)).steered(vanilla))
+    return bench.store.write(key, bench.origin | SteeredRun(cell, bench, records.record_id(key)).steered(vanilla))
 
 
 def cell_key(cell: Cell, bench: Bench) -> dict:

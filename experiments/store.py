@@ -26,6 +26,7 @@ class Store:
         folder += "-general" if task.pairs.general_pairs else ""
         folder += "-swapped" if task.pairs.swapped_choices else ""
         folder += f"-{model.attn}" if model.attn else ""
+        folder += f"-{Path(model.weights).name}" if model.weights else ""
         return Path(self.ranks) / Path(model.name).name / task.label / folder / f"{site}.safetensors"
 
     def answers_file(self, record: str, part: str = "test") -> Path:

@@ -28,7 +28,12 @@ from paper.studies import effect
 def main(argv: Sequence[str] | None = None) -> None:
     args = _arguments(argv)
     model, task = bench_of(
-        model=args.model, device=args.device, dtype=args.dtype, task=args.pairs, fields=tuple(args.fields)
+        model=args.model,
+        weights=args.weights,
+        device=args.device,
+        dtype=args.dtype,
+        task=args.pairs,
+        fields=tuple(args.fields),
     )
     folder = Path(args.results)
     store = Store(ranks=str(folder / "AU_ranks"), records=str(folder / "records"))

@@ -23,7 +23,9 @@ def attempt(panel: Panel, store: Store) -> dict:
 def measured(panel: Panel, store: Store, progress: bool = False) -> dict:
     bench = BENCHES.open(panel.model, panel.task, store)
     key = panel_key(panel, bench)
-    return store.find(key) or store.write(key, {"found": STUDIES[panel.study].measure(bench, panel.params, progress)})
+    return store.find(key) or store.write(
+        key, bench.origin | {"found": STUDIES[panel.study].measure(bench, panel.params, progress)}
+    )
 
 
 def panel_key(panel: Panel, bench: Bench) -> dict:

@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     how |= {"toxicity": "embedded" if args.dry_run else args.toxicity, "attn": args.attn}
     checkpoints = tiny_checkpoints(specs.models(), folder / "checkpoints") if args.dry_run else None
     shared = {"data_dir": args.data_dir, "device": args.device, **({"encoder": "tfidf"} if args.dry_run else {})}
-    read = partial(specs.read, args.scale, checkpoints=checkpoints, **shared, **how)
+    read = partial(specs.read, args.scale, checkpoints=checkpoints, weights=args.weights, **shared, **how)
 
     selected = read(_names(args.only), _names(args.models))
     if not selected:
@@ -152,6 +152,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="embedded (two cores), small (one GPU of 24 GB), paper (default: %(default)s)")  # fmt: skip
     add("--only", default="", metavar="NAMES", help=f"only these, separated by commas: {', '.join(specs.names())}")
     add("--models", default="", metavar="NAMES", help=f"only these, separated by commas: {', '.join(specs.models())}")
+    add("--weights", nargs="+", default=[], metavar="MODEL=FOLDER",
+        help="read the weights of a model from this folder or GGUF file")  # fmt: skip
     add("--limit", type=int, help="use at most this many items per split, for a quick look")
     add("--plan", action="store_true", help=argparse.SUPPRESS)  # the earlier name of --estimate
     add("--estimate", action="store_true", help="print the cells, what is done, memory and time; compute nothing")

@@ -125,9 +125,14 @@ def read(
     only: Sequence[str] = (),
     model_names: Sequence[str] = (),
     checkpoints: dict[str, str] | None = None,
+    weights: Sequence[str] = (),
     **shared,
 ) -> list[Spec]:
-    """Read the specs of a scale. shared: fields of all cells; checkpoints: folders to load instead, by hub id."""
+    """Read the specs of a scale.
+
+    shared: fields of all cells; checkpoints: folders of other models to load instead, by hub id; weights: MODEL=FOLDER, where
+    the weights of a model are.
+    """
     known = names()
     for name in only:
         if name not in known:
@@ -136,7 +141,27 @@ def read(
         if name not in models():
             raise AUSteerError(f"there is no model {name!r} in the specs: choose from {', '.join(models())}")
     specs = [_read(name, scale, model_names, checkpoints or {}, shared) for name in only or known]
-    return [spec for spec in specs if spec is not None]
+    folders = dict(map(_weights_of, weights))
+    return [_with_weights(spec, folders) for spec in specs if spec is not None]
+
+
+def _weights_of(text: str) -> tuple[str, str]:
+    """Parse MODEL=FOLDER into the model's hub id and the folder."""
+    name, _, folder = text.partition("=")
+    if name not in models() or not folder:
+        raise AUSteerError(f"--weights takes MODEL=FOLDER, not {text!r}; the models: {', '.join(models())}")
+    return models()[name]["hub"], folder
+
+
+def _with_weights(spec: Spec, folders: dict[str, str]) -> Spec:
+    def found(model: ModelSpec) -> ModelSpec:
+        return replace(model, weights=folders[model.name]) if model.name in folders else model
+
+    entries = (
+        replace(one, cells=tuple(replace(cell, model=found(cell.model)) for cell in one.cells)) for one in spec.entries
+    )
+    panels = (replace(panel, model=found(panel.model)) for panel in spec.panels)
+    return replace(spec, entries=tuple(entries), panels=tuple(panels))
 
 
 def _read(name: str, scale: str, model_names: Sequence[str], checkpoints: dict[str, str], shared: dict) -> Spec | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -29,7 +30,9 @@ RESULT = ("n", "right", "measure", "outcomes", "columns", "measures", "extras", 
 def main(argv: Sequence[str] | None = None) -> int | None:
     args = _arguments(argv)
     manifest = Manifest.read(Path(args.results) / args.scale)
-    matches = specs.read(args.scale, [args.table], **manifest.how, data_dir=args.data_dir, device=args.device)
+    matches = specs.read(
+        args.scale, [args.table], **manifest.how, data_dir=args.data_dir, device=args.device, weights=args.weights
+    )
     if not matches:
         raise AUSteerError(f"{args.table} is not in scale {args.scale}")
     (spec,) = matches
@@ -48,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     options = "".join(
         f" --{name.replace('_', '-')} {json.dumps(vars(args)[name])}" for name in names if vars(args)[name]
     )
+    options += f" --weights {' '.join(map(shlex.quote, args.weights))}" if args.weights else ""
     print(
         f"again: python main.py trace {args.table} {json.dumps(args.row)} {args.column or ''}{options} "
         f"--scale {args.scale} --results {args.results} --again"
@@ -117,6 +121,13 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--results", default="results", help="folder of results (default: %(default)s)")
     add("--data-dir", help="folder of the paper's datasets")
     add("--device", help="cpu, cuda, ...")
+    add(
+        "--weights",
+        nargs="+",
+        default=[],
+        metavar="MODEL=FOLDER",
+        help="where the weights of a model are, as for reproduce.sh",
+    )
     add("--whole", action="store_true", help="print long values, too")
     add("--again", action="store_true", help="compute the number anew and compare, bit for bit")
     return parser.parse_args(argv)

@@ -34,6 +34,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from austeer.errors import AUSteerError, first_line, missing_extra
+from rmodels import sources
 from rmodels.causal_lm import KERNELS, GatedCausalLM, check_gates, gates, sites
 from rmodels.gate import SITES, AUGate
 from rmodels.proof import prove, reads_on_caches
@@ -104,22 +105,25 @@ def load(
     quantization: str | None = None,
     attn_implementation: str | None = None,
     revision: str | None = None,
+    weights: str | Path | None = None,
     quick_proof: bool = False,
 ) -> PreTrainedModel:
     """Load a checkpoint with gates, frozen and in eval mode.
 
+    name_or_path: a hub id, a folder, a GGUF file, or another name that rmodels/sources.py knows.
     dtype: "auto" (the checkpoint's), "float32", "bfloat16", "float16" or a torch.dtype.
     device: by default the first GPU, else the CPU. device_map: accelerate's, to spread the model over several devices.
     quantization: "4bit" (nf4) or "8bit", through bitsandbytes.
     attn_implementation: "sdpa", "eager", "flash_attention_2", "flash_attention_3"; by default upstream's choice, except
     that Gemma-2 gets "eager", because transformers' sdpa drops its soft cap.
+    weights: where the weights are instead; name_or_path is then only what headers and records call the model.
     quick_proof: prove the gates of three layers only, for huge models.
     """
-    name_or_path = str(name_or_path)
     if device is not None and device_map is not None:
         raise AUSteerError("give either device or device_map, not both")
     if attn_implementation is not None and attn_implementation not in KERNELS:
         raise AUSteerError(f"attention kernel {attn_implementation!r} is unknown; use one of {', '.join(KERNELS)}")
+    given_name, name_or_path = str(name_or_path), sources.local(weights or name_or_path, _dtype(dtype), revision)
     config = _config(name_or_path, revision)
     cls = model_class(config)
     if device_map is None:
@@ -147,6 +151,7 @@ def load(
         # on some CPUs bitsandbytes repacks 4-bit weights at the first forward, for a kernel without gradients
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+    model.given_name = given_name
     return with_proven_gates(model.eval().requires_grad_(False), quick_proof)
 
 
@@ -179,18 +184,26 @@ def with_proven_gates(model: PreTrainedModel, quick: bool = False) -> PreTrained
     return model
 
 
-def load_tokenizer(name_or_path: str | Path, *, revision: str | None = None) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    name_or_path: str | Path, *, revision: str | None = None, weights: str | Path | None = None
+) -> PreTrainedTokenizerBase:
     """Load with AutoTokenizer, and never run a model repository's code: with the flag unset transformers would ask."""
+    folder = sources.local(weights or name_or_path, None, revision)
     try:
-        return AutoTokenizer.from_pretrained(str(name_or_path), revision=revision, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, revision=revision, trust_remote_code=False)
     except (OSError, ValueError, ImportError, KeyError, AttributeError) as error:
-        raise AUSteerError(f"cannot load the tokenizer of {name_or_path}: {first_line(error)}") from error
+        raise AUSteerError(f"cannot load the tokenizer of {folder}: {first_line(error)}") from error
+    tokenizer.name_or_path = str(name_or_path)
+    return tokenizer
 
 
-def load_processor(name_or_path: str | Path, *, revision: str | None = None) -> ProcessorMixin:
+def load_processor(
+    name_or_path: str | Path, *, revision: str | None = None, weights: str | Path | None = None
+) -> ProcessorMixin:
     """Load what turns images and text into a vision-language model's inputs."""
+    folder = sources.local(weights or name_or_path, None, revision)
     try:
-        processor = AutoProcessor.from_pretrained(str(name_or_path), revision=revision, trust_remote_code=False)
+        processor = AutoProcessor.from_pretrained(folder, revision=revision, trust_remote_code=False)
     except (OSError, ValueError, ImportError, KeyError, AttributeError) as error:
         raise AUSteerError(f"cannot load the processor of {name_or_path}: {first_line(error)}") from error
     if not hasattr(processor, "image_processor"):

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import rmodels
+from rmodels import sources
 
 SHARED = Path(__file__).parents[2] / "shared"
 needs_shared = pytest.mark.skipif(not (SHARED / "models").exists(), reason="needs ../shared, which users do not have")
@@ -56,6 +57,15 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
     return byte_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> str:
+    """The folder of a real language model, which tests/run.sh fetches. Where CI is set its tests fail without it."""
+    if not (sources.cache_folder() / f"{sources.SMOLLM2}.gguf").exists():
+        reason = f"{sources.SMOLLM2} is not in the cache: bash scripts/setup.sh --smollm2"
+        pytest.fail(reason) if os.environ.get("CI") else pytest.skip(reason)
+    return sources.local(sources.SMOLLM2)
 
 
 @pytest.fixture(scope="session")

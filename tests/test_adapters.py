@@ -165,7 +165,7 @@ def test_lora_of_a_quantized_model(tmp_path, bits):
         live = model(IDS).logits
     apart = {}
     for source in (model, tmp_path / "model"):
-        factors, hooks = lora_factors(open_weights(source), plan), []
+        factors, hooks = lora_factors(open_weights(source, plan), plan), []
         for name, (a, b) in factors.items():
             hooks.append(
                 model.get_submodule(name).register_forward_hook(

@@ -21,13 +21,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import rmodels
 from austeer.errors import AUSteerError
 from austeer.export import command
-from austeer.export.checkpoint import Checkpoint, sha256
+from austeer.export.checkpoint import Checkpoint
 from austeer.export.fold import CERTIFICATE, PLAN, UNDO, fold, unfold
 from austeer.export.gguf_lora import save_gguf_lora
 from austeer.export.hot_patch import folded
 from austeer.export.ia3 import save_ia3
 from austeer.export.lora import save_lora
 from austeer.export.weights import Edit, find_edits
+from austeer.files import sha256
 from austeer.identity import model_header
 from austeer.plan import Plan
 from austeer.ranks import AURanks
@@ -594,7 +595,7 @@ def test_files_have_the_mode_of_any_new_file(source, plan, tmp_path):
 KILLED = """
 import sys, time
 from austeer.errors import run_command
-from austeer.export.checkpoint import new_folder
+from austeer.files import new_folder
 def main():
     with new_folder(sys.argv[1]) as folder:
         (folder / "half").write_text("half")

@@ -22,7 +22,7 @@ def test_the_file_holds_the_factors(llama, tmp_path):
     plan = plan_for(llama, ["attention", "ffn"])
     assert save_gguf_lora(llama, plan, tmp_path / "a.gguf") == 4
     stored = {tensor.name: torch.tensor(tensor.data.copy()) for tensor in gguf.GGUFReader(tmp_path / "a.gguf").tensors}
-    factors = lora_factors(open_weights(llama), plan)
+    factors = lora_factors(open_weights(llama, plan), plan)
     assert len(stored) == 2 * len(factors)
     for name, (a, b) in factors.items():
         place = (

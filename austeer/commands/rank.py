@@ -29,8 +29,9 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
     model = rmodels.load(
         args.model, dtype=args.dtype, device=processes.join(args.device, spread=args.device_map is not None),
         device_map=args.device_map, quantization=args.quantization, attn_implementation=args.attn, revision=args.revision,
+        weights=args.weights,
     )  # fmt: skip
-    tokenizer = rmodels.load_tokenizer(args.model, revision=args.revision)
+    tokenizer = rmodels.load_tokenizer(args.model, revision=args.revision, weights=args.weights)
     limit = longest_text(rules, rmodels.context_length(model), args.max_length, args.batch_size)
     wanted_header = {
         "fingerprint": fingerprint(model), "kernel": model.config._attn_implementation,

@@ -33,11 +33,16 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
     model = rmodels.load(
         args.model, dtype=args.dtype, device=args.device, device_map=args.device_map,
         quantization=args.quantization, attn_implementation=args.attn, revision=args.revision,
+        weights=args.weights,
     )  # fmt: skip
-    tokenizer = rmodels.load_tokenizer(args.model, revision=args.revision)
+    tokenizer = rmodels.load_tokenizer(args.model, revision=args.revision, weights=args.weights)
     if args.chat and not getattr(tokenizer, "chat_template", None):
         raise AUSteerError("this tokenizer has no chat template; leave --chat out, or use an instruction-tuned model")
-    image = ImagePrompt(args.image, rmodels.load_processor(args.model, revision=args.revision)) if args.image else None
+    image = (
+        ImagePrompt(args.image, rmodels.load_processor(args.model, revision=args.revision, weights=args.weights))
+        if args.image
+        else None
+    )
     if not args.json:
         print(f"plan: {plan.summary()}\n")
     for prompt in _prompts(args):

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from austeer.errors import AUSteerError
-from austeer.export.checkpoint import Checkpoint, new_folder
+from austeer.export.checkpoint import Checkpoint, stored_dtype
 from austeer.export.weights import Edit, find_edits, layer_of
-from austeer.files import save_readable, write_json
+from austeer.files import new_folder, save_readable, write_json
 from austeer.identity import check_made_for
 from austeer.plan import Plan
 
@@ -45,11 +45,11 @@ class LiveWeights:
 Source = str | Path | PreTrainedModel | Checkpoint
 
 
-def open_weights(source: Source) -> Checkpoint | LiveWeights:
-    """Open a checkpoint by its folder or hub id, or a loaded model."""
+def open_weights(source: Source, plan: Plan) -> Checkpoint | LiveWeights:
+    """Open a checkpoint by its folder, hub id or GGUF file, or a loaded model."""
     if isinstance(source, PreTrainedModel):
         return LiveWeights(source)
-    return source if isinstance(source, Checkpoint) else Checkpoint(source)
+    return source if isinstance(source, Checkpoint) else Checkpoint(source, stored_dtype(plan))
 
 
 def compose(plans: Plan | Sequence[Plan]) -> Plan:

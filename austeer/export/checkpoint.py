@@ -6,19 +6,12 @@ single tensors are then overwritten in place: the layout stays, so undoing resto
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import re
-import shutil
-import sys
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import safetensors
@@ -31,14 +24,21 @@ from transformers import AutoConfig, PreTrainedModel
 
 import rmodels
 from austeer.errors import AUSteerError, first_line
+from austeer.files import sha256
 from austeer.identity import check_made_for, hash_weights
 from austeer.plan import Plan
+from rmodels import sources
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"  # in transformers' order of preference
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 COMPANIONS = ("*.json", "*.txt", "*.jinja", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*")  # copied with the weights
 SECOND_COPY = "consolidated*"  # Mistral's repositories hold all weights twice, once for other readers
-CHUNK = 1 << 24
+
+
+def stored_dtype(plan: Plan) -> str:
+    """Return the dtype that a GGUF file must be converted to so that the plan fits: the one in which it was ranked."""
+    precision = plan.header.get("precision")
+    return precision if precision in rmodels.DTYPES else "auto"
 
 
 def local_folder(name_or_path: str | Path) -> Path:
@@ -51,46 +51,6 @@ def local_folder(name_or_path: str | Path) -> Path:
     except (OSError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         reason = first_line(error)
         raise AUSteerError(f"{name_or_path} is not a folder, and the hub does not offer it ({reason})") from error
-
-
-@contextmanager
-def new_folder(out: str | Path) -> Iterator[Path]:
-    """Let the caller fill a temporary folder beside `out`: renamed at the end, removed if anything goes wrong."""
-    out = Path(out)
-    check_new(out)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        _name_leftovers(out)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    except OSError as error:
-        raise AUSteerError(f"cannot write {out}: {error.strerror}") from error
-    try:
-        (temporary / out.name).mkdir()
-        yield temporary / out.name
-        (temporary / out.name).rename(out)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise AUSteerError(f"cannot write {out}: {getattr(error, 'strerror', None) or error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def check_new(out: str | Path) -> None:
-    """Refuse a place that is taken or cannot be written to, before the work."""
-    out = Path(out)
-    if out.exists():
-        raise AUSteerError(f"{out} exists already; remove it or choose another place")
-    above = next(folder for folder in out.absolute().parents if folder.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
-        raise AUSteerError(f"cannot write {out}: {above} is not a folder that can be written to")
-
-
-def _name_leftovers(out: Path) -> None:
-    """Print what a run that could not clean up (SIGKILL, a power cut) left beside `out`."""
-    pattern = re.compile(rf"\.{re.escape(out.name)}\.\w{{8}}")  # mkdtemp's names
-    leftovers = sorted(str(path) for path in out.parent.glob(".*") if pattern.fullmatch(path.name))
-    if leftovers:
-        note = "belongs to another run; if that run was killed, remove it"
-        print(f"note: {', '.join(leftovers)}: {note}", file=sys.stderr)
 
 
 @dataclass(frozen=True)
@@ -107,8 +67,9 @@ class Place:
 class Checkpoint:
     """Hold a checkpoint's table of contents; tensors are read and written by name."""
 
-    def __init__(self, name_or_path: str | Path):
-        self.name, self.folder = str(name_or_path), local_folder(name_or_path)
+    def __init__(self, name_or_path: str | Path, dtype: str = "auto"):
+        self.name = sources.local(name_or_path, dtype)
+        self.folder = local_folder(self.name)
         self.config = self._json("config.json")
         if "quantization_config" in self.config:
             raise AUSteerError(
@@ -235,24 +196,3 @@ class Checkpoint:
             if name != "__metadata__":
                 start, end = entry["data_offsets"]
                 yield name, Place(file, entry["dtype"], tuple(entry["shape"]), 8 + length + start, end - start)
-
-
-def sha256(path: Path, copy: BinaryIO | None = None, bar: tqdm | None = None) -> str:
-    """Hash a file, and write it to `copy` on the way if that is given."""
-    digest = hashlib.sha256()
-    for chunk in _chunks(path):
-        digest.update(chunk)
-        if copy is not None:
-            copy.write(chunk)
-        if bar is not None:
-            bar.update(len(chunk))
-    return digest.hexdigest()
-
-
-def _chunks(path: Path) -> Iterator[bytes]:
-    try:
-        with open(path, "rb") as file:
-            while chunk := file.read(CHUNK):
-                yield chunk
-    except OSError as error:  # errors of reading only: what the caller does between two chunks is not caught here
-        raise AUSteerError(f"cannot read {path}: {error.strerror}") from error

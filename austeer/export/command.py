@@ -16,7 +16,8 @@ from pathlib import Path
 
 from austeer import arguments
 from austeer.errors import AUSteerError, missing_extra
-from austeer.export.checkpoint import Checkpoint, check_new
+from austeer.export.checkpoint import Checkpoint, stored_dtype
+from austeer.files import check_new
 from austeer.plan import Plan
 from austeer.ranks import AURanks
 from set_MFU import set_MFU
@@ -40,7 +41,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "main.py export") -> Non
 
 
 def _adapt(args: argparse.Namespace, plan: Plan) -> None:
-    checkpoint = Checkpoint(args.model)
+    checkpoint = Checkpoint(args.weights or args.model, stored_dtype(plan))
     checkpoint.check_plan(plan)
     if args.lora:
         from austeer.export.lora import save_lora
@@ -74,7 +75,7 @@ def read_plan(args: argparse.Namespace) -> Plan:
 def _fold(args: argparse.Namespace, plan: Plan) -> None:
     from austeer.export.fold import CERTIFICATE, UNDO, fold
 
-    parity = fold(args.model, plan, args.fold, certificate=not args.no_certificate)
+    parity = fold(args.weights or args.model, plan, args.fold, certificate=not args.no_certificate)
     print(f"{args.fold}: {args.model} with {len(plan)} AUs in its weights; {UNDO} undoes it")
     if parity is None:
         print("not compared with live steering (--no-certificate)")
@@ -96,7 +97,8 @@ def _fold(args: argparse.Namespace, plan: Plan) -> None:
 def _arguments(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
     parser = arguments.parser(prog, __doc__, parents=[arguments.plan_options()])
     add = parser.add_argument
-    add("--model", help="checkpoint folder, or hub id")
+    add("--model", help="checkpoint folder, hub id, or GGUF file")
+    arguments.weights_option(parser)
     target = parser.add_mutually_exclusive_group(required=True)
     target.add_argument("--fold", metavar="OUT", help="write a checkpoint with the plan in its weights")
     target.add_argument("--lora", metavar="OUT", help="write a PEFT LoRA adapter")
@@ -114,7 +116,7 @@ def _check(args: argparse.Namespace) -> None:
     """Refuse missing options, and options that would be ignored, with a line that names them."""
     options = {name for name, value in vars(args).items() if value is not None and value is not False}
     target = next(name for name in TARGETS if name in options)
-    for name in options & {*TARGETS, "out", "model", "ranks"}:
+    for name in options & {*TARGETS, "out", "model", "ranks", "weights"}:
         if not getattr(args, name):
             raise AUSteerError(f"--{name} is empty: give it a name")
     if target == "unfold":
@@ -128,6 +130,7 @@ def _check(args: argparse.Namespace) -> None:
         instead = ", or --ranks with --k and --alpha" if "--plan" in missing else ""
         raise AUSteerError(f"--{target} needs {' and '.join(missing)}{instead}")
     extra = {"no_certificate"} if target == "fold" else set()
+    extra |= {"weights"} if target != "unfold" else set()
     superfluous = sorted(f"--{name.replace('_', '-')}" for name in options - {target} - needed - source - extra)
     if superfluous:
         form = f"--{target}" + (" with --plan" if "plan" in needed else "")

@@ -20,9 +20,9 @@ from tqdm import tqdm
 import rmodels
 from austeer.errors import AUSteerError
 from austeer.export.certificate import certify
-from austeer.export.checkpoint import Checkpoint, check_new, new_folder, sha256
+from austeer.export.checkpoint import Checkpoint, stored_dtype
 from austeer.export.weights import DIMENSIONS, Edit, Tally, find_edits
-from austeer.files import save_readable, write_json
+from austeer.files import check_new, new_folder, save_readable, sha256, write_json
 from austeer.plan import Plan
 
 FORMAT = "austeer-undo-1"
@@ -32,13 +32,13 @@ PLAN, UNDO, CERTIFICATE = "austeer/plan.safetensors", "austeer/undo.safetensors"
 
 
 def fold(model: str | Path, plan: Plan, out: str | Path, *, certificate: bool = True) -> dict | None:
-    """Write the checkpoint of `model` (folder or hub id) with the plan in its weights to the new folder `out`.
+    """Write the checkpoint of `model` (folder, hub id or GGUF file) with the plan in its weights to the new folder `out`.
 
     With a certificate, the original steered live is compared with the result, and without parity there is no `out`.
     certificate=False loads no model: for models that do not fit in the memory of this machine.
     """
     check_new(out)
-    source = Checkpoint(model)
+    source = Checkpoint(model, stored_dtype(plan))
     if (source.folder / UNDO).exists():
         raise AUSteerError(
             f"{model} is folded already: --unfold it and fold the sum of the plans (--plan A B), or, to fold on top of "

@@ -16,9 +16,8 @@ import numpy as np
 
 from austeer.errors import AUSteerError, missing_extra
 from austeer.export.adapter import Source, compose, open_weights
-from austeer.export.checkpoint import check_new
 from austeer.export.lora import lora_factors
-from austeer.files import write_whole
+from austeer.files import check_new, write_whole
 from austeer.plan import Plan
 
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "gemma2": "gemma2", "qwen3": "qwen3", "qwen3_moe": "qwen3moe"}
@@ -31,7 +30,8 @@ def save_gguf_lora(source: Source, plans: Plan | Sequence[Plan], out: str | Path
         from gguf import GGUFReader, GGUFWriter
     except ImportError:
         raise missing_extra("gguf", "export") from None
-    plan, weights, out = compose(plans), open_weights(source), Path(out)
+    plan, out = compose(plans), Path(out)
+    weights = open_weights(source, plan)
     family = weights.skeleton.config.model_type
     if family not in ARCHITECTURES:
         raise AUSteerError(

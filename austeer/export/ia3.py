@@ -16,7 +16,8 @@ from austeer.plan import Plan
 
 def save_ia3(source: Source, plans: Plan | Sequence[Plan], out: str | Path) -> int:
     """Write the plans, added up, as one adapter, and return how many modules it has. No weight is read."""
-    plan, weights = compose(plans), open_weights(source)
+    plan = compose(plans)
+    weights = open_weights(source, plan)
     tensors, on_inputs = {}, []
     edits = scaled_modules(weights, plan, "an IA3")
     for name, edit in edits.items():

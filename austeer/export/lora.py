@@ -56,7 +56,8 @@ def max_lora_rank(rank: int) -> int:
 
 def save_lora(source: Source, plans: Plan | Sequence[Plan], out: str | Path) -> Lora:
     """Write the plans, added up, as one adapter for a checkpoint or a loaded (perhaps 4- or 8-bit) model."""
-    plan, weights = compose(plans), open_weights(source)
+    plan = compose(plans)
+    weights = open_weights(source, plan)
     factors = lora_factors(weights, plan)
     ranks = {name: len(a) for name, (a, _) in factors.items()}
     largest = max(ranks.values())

@@ -15,8 +15,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from austeer.errors import AUSteerError
-from austeer.export.checkpoint import check_new
 from austeer.export.fold import fold
+from austeer.files import check_new
 from austeer.identity import model_header
 from austeer.plan import Plan
 

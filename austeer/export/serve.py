@@ -20,7 +20,7 @@ from tempfile import TemporaryDirectory
 import torch
 
 from austeer.errors import STOPPING, AUSteerError, missing_extra, run_command
-from austeer.export.checkpoint import Checkpoint
+from austeer.export.checkpoint import Checkpoint, stored_dtype
 from austeer.export.lora import max_lora_rank, save_lora
 from austeer.plan import Plan
 
@@ -30,7 +30,8 @@ def server_command(model: str, plans: Sequence[Path], flags: Sequence[str], fold
     names = [plan.stem for plan in plans]
     if len(set(names)) < len(names):
         raise AUSteerError(f"plans are served under their file names, which must differ: {', '.join(names)}")
-    by_name, checkpoint = {path.stem: Plan.load(path) for path in plans}, Checkpoint(model)
+    by_name = {path.stem: Plan.load(path) for path in plans}
+    checkpoint = Checkpoint(model, stored_dtype(next(iter(by_name.values()))))
     for plan in by_name.values():
         checkpoint.check_plan(plan)
     adapters = [save_lora(checkpoint, plan, folder / name) for name, plan in by_name.items()]
@@ -39,9 +40,11 @@ def server_command(model: str, plans: Sequence[Path], flags: Sequence[str], fold
     # on the CPU vLLM looks up "no adapter" in slot -1, the last one: it must stay empty, or the plain model is steered
     slots = len(adapters) + (not torch.cuda.is_available())
     targets = sorted({target for adapter in adapters for target in adapter.targets})
-    command = [*_server(model), "--enable-lora", "--max-loras", str(slots)]
+    command = [*_server(checkpoint.name), "--enable-lora", "--max-loras", str(slots)]
     command += ["--max-lora-rank", str(max_lora_rank(max(adapter.rank for adapter in adapters)))]
     command += ["--lora-target-modules", *targets]
+    if checkpoint.name != model:  # a GGUF file, converted
+        command += ["--served-model-name", model]
     return [*command, "--lora-modules", *[f"{name}={folder / name}" for name in names], *flags]
 
 

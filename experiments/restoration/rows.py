@@ -76,7 +76,8 @@ class Restoration:
 
     def _row(self, label: str, compute: Callable[[], dict]) -> dict:
         key = self.key | {"row": label}
-        return dict(self.lab.bench.store.find(key) or self.lab.bench.store.write(key, compute()))
+        bench = self.lab.bench
+        return dict(bench.store.find(key) or bench.store.write(key, bench.origin | compute()))
 
     def _zero_shot(self, label: str, installed: Callable[[], AbstractContextManager[PreTrainedModel]]) -> dict:
         if not self.lm_eval:
@@ -86,7 +87,11 @@ class Restoration:
         record = store.find(key)
         if record is None:
             with installed() as model:
-                record = store.write(key, {"lm_eval": zero_shot(model, self.lab.bench.tokenizer, self.lm_eval, limit)})
+                record = store.write(
+                    key,
+                    self.lab.bench.origin
+                    | {"lm_eval": zero_shot(model, self.lab.bench.tokenizer, self.lm_eval, limit)},
+                )
         return {"lm_eval": record["lm_eval"]}
 
     def _measured(self, label: str, installed: AbstractContextManager[PreTrainedModel]) -> dict:
