@@ -81,7 +81,7 @@ class Benches:
                 self.close()
             model = rmodels.load(
                 folder, dtype=spec.dtype, device=spec.device, quantization=spec.quantization,
-                attn_implementation=spec.attn,
+                attn_implementation=spec.attn, quick_proof=spec.quick_proof,
             )  # fmt: skip
             self._models[key] = model, rmodels.load_tokenizer(folder)
         return self._models[key]

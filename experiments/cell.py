@@ -25,6 +25,7 @@ class ModelSpec:
     quantization: str | None = None
     attn: str | None = None  # attention kernel; None: the default of rmodels.load
     engine: str = LIVE  # who answers: the model itself, or vLLM
+    quick_proof: bool = False  # how the model is proven at load; records do not depend on it
 
     @property
     def embedded(self) -> bool:

@@ -76,7 +76,7 @@ def test_lost_components_equal_loops(rows):
 
 def test_heads_are_slices_of_the_site():
     activations = torch.arange(2 * 3 * 8.0).view(2, 3, 8)
-    heads = head_rows(activations, SimpleNamespace(num_attention_heads=4))
+    heads = head_rows(activations, AutoConfig.for_model("llama", num_attention_heads=4))
     for layer in range(3):
         for head in range(4):
             for text in range(2):
