@@ -71,7 +71,9 @@ def test_an_mlp_without_an_activation_function_is_refused(folder, tokenizer):
     model = rmodels.load(folder, dtype="float32", device="cpu")
     model.transformer.h[1].mlp.act = torch.nn.Identity()
     evidence = Evidence(model, tokenizer, [Pair(*p) for p in PAIRS], "neuron")
-    with pytest.raises(AUSteerError, match="layer 1 of GPT2LMHeadModel has no modules that are the activation function"):
+    with pytest.raises(
+        AUSteerError, match="layer 1 of GPT2LMHeadModel has no modules that are the activation function"
+    ):
         evidence.activations("last", nonlinearity=True)
 
 

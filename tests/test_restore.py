@@ -1,7 +1,6 @@
 """Pruning, and RestoreLCC, which gives a pruned model its lost components back."""
 
 import copy
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +9,7 @@ from reference import hooked
 from reference import last_activations as activations_of
 from tokenizers import processors
 from torch import nn
-from transformers import get_linear_schedule_with_warmup
+from transformers import AutoConfig, get_linear_schedule_with_warmup
 from upstream import TEXTS, load, upstream
 
 from austeer.errors import AUSteerError
