@@ -126,6 +126,20 @@ def test_an_sae_of_a_centered_stream_takes_the_mean_out_itself(centered):
     assert not torch.allclose(z, plain.encode(h), atol=1e-2) and torch.equal(ours.W_dec, plain.W_dec)
 
 
+@torch.no_grad()
+def test_a_centered_stream_is_the_stream_without_its_mean_and_answers_alike(folder):
+    """This is what the SAE may assume: all weights that write to the stream are centered, as TransformerLens does it."""
+    plain, centered = (AutoModelForCausalLM.from_pretrained(folder).eval().transformer for _ in range(2))
+    for name, weight in centered.named_parameters():
+        if name.startswith(("wte", "wpe")) or "c_proj" in name:  # outputs are the last axis of a Conv1D
+            weight -= weight.mean(-1, keepdim=True)
+    ids = torch.tensor([[1, 40, 77, 130, 9, 200, 31]])
+    theirs, ours = centered(ids, output_hidden_states=True), plain(ids, output_hidden_states=True)
+    for h, free in zip(ours.hidden_states[:-1], theirs.hidden_states[:-1], strict=True):
+        assert torch.allclose(h - h.mean(-1, keepdim=True), free, atol=1e-5) and not torch.allclose(h, free, atol=1e-2)
+    assert torch.allclose(ours.last_hidden_state, theirs.last_hidden_state, atol=1e-5)
+
+
 # NeuroSteer's own tasks
 
 
