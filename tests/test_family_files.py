@@ -90,6 +90,15 @@ def test_a_file_that_names_a_module_twice_is_told_so(longcat, own_folder):
         next(rmodels.gates(model, "ffn"))
 
 
+def test_sites_that_no_block_has_are_said_to_be_absent(longcat, own_folder):
+    code = shown("LongcatFlashForCausalLM").replace("down=mlp.down_proj", "down=None")
+    (own_folder / "modeling_longcat_flash.py").write_text(code)
+    model = rmodels.load(longcat, dtype="float32", device="cpu")
+    assert rmodels.sites(model) == ("attention", "layer")
+    with pytest.raises(AUSteerError, match="no site 'ffn': no layer has a projection for it"):
+        next(rmodels.gates(model, "ffn"))
+
+
 def test_the_guide_shows_the_papers_file_as_it_is():
     assert shown("Qwen3MLP") == (ROOT / "rmodels" / "modeling_qwen3.py").read_text()
 

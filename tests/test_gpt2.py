@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import COMMON, PAIRS, byte_tokenizer, save_tiny
-from tokenizers import pre_tokenizers
+from tokenizers import pre_tokenizers, processors
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Tokenizer
 
 import rmodels
@@ -192,3 +192,6 @@ def test_bos_is_put_before_texts_once():
     plain = ours("ab")["input_ids"]
     assert neurosteer._with_bos(theirs)("ab")["input_ids"][0] == theirs.bos_token_id
     assert neurosteer._with_bos(ours)("ab")["input_ids"] == plain and plain.count(ours.bos_token_id) == 1
+    ends = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
+    ours.backend_tokenizer.post_processor = ends  # which transformers would replace
+    assert neurosteer._with_bos(ours)("ab")["input_ids"] == [*plain, 2]
