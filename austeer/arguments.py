@@ -9,6 +9,8 @@ from austeer.pairs import FIELDS
 from rmodels import SITES
 from rmodels.causal_lm import KERNELS
 
+QUICK_PROOF = "when loading, prove the gates of three layers instead of all: for huge models"
+
 
 def parent(*parents: ArgumentParser) -> ArgumentParser:
     return ArgumentParser(add_help=False, parents=parents)
@@ -27,6 +29,7 @@ def model_options(required: bool = True, **more) -> ArgumentParser:
     weights_option(options)
     add("--device", help="cpu, cuda, cuda:1, mps (default: the first GPU, else the CPU)")
     add("--dtype", default="auto", help="auto, float32, bfloat16, float16 (default: the checkpoint's)")
+    add("--quick-proof", action="store_true", help=QUICK_PROOF)
     return options
 
 

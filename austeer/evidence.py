@@ -18,8 +18,9 @@ from austeer.identity import model_header
 from austeer.pairs import Pair, pairs_hash
 from austeer.ranks import AURanks
 from austeer.tokens import CLEAN, EncodedPair, encode
-from rmodels import context_length, decoder_layers, gates
+from rmodels import context_length, gates, site_shape
 from rmodels.experts import ExpertGate
+from rmodels.structural import activation_functions
 
 READOUTS = ("last", "before-last", "answer")
 
@@ -59,8 +60,8 @@ class Evidence:
         """Return activations on right and on wrong texts, each (pairs, layers, width) float32 on the CPU.
 
         readout: at the answer's last token, at its last but one (the letter of an answer like "(A)"), or the mean over
-        the tokens that the two texts do not share. nonlinearity: read the output of the MLP's act_fn; the values at
-        site neuron are its product with up_proj.
+        the tokens that the two texts do not share. nonlinearity: read the output of the MLP's activation function; the
+        values at site neuron are that, or its product with up_proj.
         """
         if readout not in READOUTS:
             raise AUSteerError(f"readout {readout!r} is unknown; use one of {', '.join(READOUTS)}")
@@ -95,6 +96,7 @@ class Evidence:
 
         def read(x: Tensor) -> Tensor:
             last = texts.last.to(x.device)
+            x = x.reshape(len(last), -1, x.shape[-1])  # inside OPT's MLP all tokens of a batch are one long row
             if readout != "answer":
                 return x[torch.arange(len(last), device=x.device), last - int(readout == "before-last")].float().cpu()
             column = torch.arange(x.shape[1], device=x.device)
@@ -105,16 +107,18 @@ class Evidence:
         with reading as collected:
             texts.run_tails([tail for pair in batch for tail in (pair.positive, pair.negative)])
         by_layer = {layer: torch.cat(rows) for (_, layer), rows in collected.items()}
-        layers = stack_layers(by_layer, len(decoder_layers(self.model)), dim=1)
+        layers = stack_layers(by_layer, site_shape(self.model, self.site)[0], dim=1)
         return layers.unflatten(0, (len(batch), 2))
 
     @contextmanager
     def _nonlinearities(self, read: Callable[[Tensor], Tensor]) -> Iterator[dict[tuple[str, int], list[Tensor]]]:
         """Do as `read_at` does, at a place without a gate, since nothing steers there."""
         collected: dict[tuple[str, int], list[Tensor]] = defaultdict(list)
+        functions = activation_functions(self.model)
         with ExitStack() as undo:
-            for gate, layer in zip(gates(self.model, "neuron"), self.model.base_model.layers, strict=True):
-                rows = collected["act_fn", gate.layer]
-                hook = layer.mlp.act_fn.register_forward_hook(lambda act, x, out, rows=rows: rows.append(read(out)))
-                undo.callback(hook.remove)
+            for layer, function in enumerate(functions):
+                rows = collected["nonlinearity", layer]
+                undo.callback(
+                    function.register_forward_hook(lambda function, x, out, rows=rows: rows.append(read(out))).remove
+                )
             yield collected

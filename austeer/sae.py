@@ -159,8 +159,20 @@ def convert(theirs, name: str) -> SAE:
     if layer < 0:
         raise AUSteerError(f"{name} reads {hook or 'an unnamed place'}; use an SAE of a layer's output (resid_post)")
     values = {key: getattr(theirs, key).detach().float() for key in TENSORS if kind == "jumprelu" or key != "threshold"}
+    centered = bool(config.apply_b_dec_to_input)
+    if (getattr(config.metadata, "model_from_pretrained_kwargs", None) or {}).get("center_writing_weights"):
+        values = _reading_mean_free(values, centered)
     header = {"source": name, "model": config.metadata.model_name}
-    return SAE(**values, layer=layer, centered=bool(config.apply_b_dec_to_input), header=header)
+    return SAE(**values, layer=layer, centered=centered, header=header)
+
+
+def _reading_mean_free(values: dict[str, Tensor], centered: bool) -> dict[str, Tensor]:
+    """Let an SAE take the mean out of its input itself. SAEs of GPT-2 are trained on residual streams of mean zero, which
+    TransformerLens makes by centering all weights that write to the stream; as every LayerNorm takes the mean out, too,
+    the model's answers are the same."""
+    W_enc = values["W_enc"]
+    kept = values["b_dec"].mean() * W_enc.sum(0) if centered else 0  # b_dec is subtracted after the mean
+    return {**values, "W_enc": W_enc - W_enc.mean(0), "b_enc": values["b_enc"] - kept}
 
 
 @torch.inference_mode()

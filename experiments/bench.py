@@ -87,7 +87,7 @@ class Benches:
                 self.close()
             model = rmodels.load(
                 folder, dtype=spec.dtype, device=spec.device, quantization=spec.quantization,
-                attn_implementation=spec.attn, weights=spec.weights,
+                attn_implementation=spec.attn, weights=spec.weights, quick_proof=spec.quick_proof,
             )  # fmt: skip
             self._models[key] = model, rmodels.load_tokenizer(folder, weights=spec.weights)
         return self._models[key]

@@ -26,6 +26,7 @@ class ModelSpec:
     attn: str | None = None  # attention kernel; None: the default of rmodels.load
     weights: str | None = None  # folder or GGUF file of the weights, if the name does not say where they are
     engine: str = LIVE  # who answers: the model itself, or vLLM
+    quick_proof: bool = False  # how the model is proven at load; records do not depend on it
 
     @property
     def embedded(self) -> bool:

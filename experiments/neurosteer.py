@@ -2,8 +2,8 @@
 
 python main.py neurosteer                                             tone: the embedded model, offline
 python main.py neurosteer --sweep alpha=64,128,256 k=4,16             six points, with a table and a figure
-python main.py neurosteer --task politeness --texts T.jsonl --model google/gemma-2-2b \\
-    --sae gemma-scope-2b-pt-res-canonical/layer_12/width_16k/canonical --judge gpt-5-mini
+python main.py neurosteer --task sentiment --model gpt2               the authors' model, and so their SAE
+python main.py neurosteer --task politeness --texts T.jsonl --model google/gemma-2-2b --judge gpt-5-mini
 
 eval/data/behaviours.py describes the texts and prompts. alpha, k and mode are those of the authors' scripts, which are
 made for GPT-2 small (cot: for gemma-2-2b); nothing is searched. Samples are stored as they come, and so are the counts of
@@ -22,16 +22,16 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 import rmodels
-from austeer.arguments import weights_option
+from austeer import arguments
 from austeer.code_identity import code_hash
 from austeer.errors import AUSteerError, run_command
 from austeer.evidence import Evidence
 from austeer.identity import fingerprint, public_name, weights_origin
-from austeer.methods.neurosteer import MODES, PRESETS, Neurons, NeuroSteer, Preset
+from austeer.methods.neurosteer import MODES, PRESETS, SAES, Neurons, NeuroSteer, Preset
 from austeer.pairs import Pair
 from austeer.plan import Plan
 from austeer.sae import files_beside, find_sae
@@ -95,9 +95,10 @@ class Experiment:
                 f"there are {len(self.data.target)} texts of each kind, fewer than the {n_texts} of --sweep n-texts"
             )
         checkpoint = str(WEIGHTS / "tone") if args.model == EMBEDDED else args.model
-        self.args = args
-        self.model = rmodels.load(checkpoint, dtype=args.dtype, device=args.device, weights=args.weights)
-        self.tokenizer = rmodels.load_tokenizer(checkpoint, weights=args.weights)
+        self.args, self.model = args, rmodels.load(
+            checkpoint, dtype=args.dtype, device=args.device, weights=args.weights, quick_proof=args.quick_proof
+        )  # fmt: skip
+        self.tokenizer = _with_bos(rmodels.load_tokenizer(checkpoint, weights=args.weights))
         self.raters = _raters(args, self.model, self.tokenizer)
         new_tokens = NEW_TOKENS.get(args.task, 50) if args.new_tokens is None else args.new_tokens
         self.sampling = Sampling(new_tokens, args.samples, seed=args.seed)
@@ -117,17 +118,18 @@ class Experiment:
             **self.origin,
             "prompts_hash": texts_hash(self.data.prompts + self.data.golds),
             "sampling": asdict(self.sampling),
-            "code": code_hash(_continued, _evidence, NeuroSteer, measure, type(self.model)),
+            "code": code_hash(_continued, _evidence, NeuroSteer, measure, *rmodels.code_roots(type(self.model))),
         }
         self._neurons: dict[Path, Neurons] = {}
 
     def record(self, point: Point) -> dict:
         """Return the stored record of a point, or compute and store it."""
         data = replace(self.data, target=self.data.target[: point.n_texts], source=self.data.source[: point.n_texts])
-        sae = point.sae or files_beside(self.model).get("sae")
-        if sae is None:
+        beside = files_beside(self.model).get("sae")
+        sae = point.sae or (None if beside else SAES.get(Path(self.args.model).name))
+        if not (sae or beside):
             raise AUSteerError("this model has no SAE beside it: give --sae, a file or RELEASE/ID of sae-lens")
-        learned = {"texts_hash": texts_hash(data.target + data.source), "sae": _content(sae)}
+        learned = {"texts_hash": texts_hash(data.target + data.source), "sae": _content(sae or beside)}
         settings = {"neurons": point.k, "alpha": point.alpha}
         steered_key = {
             **self.unsteered_key,
@@ -140,7 +142,7 @@ class Experiment:
         record = records.find(self.folder, key)
         if record is not None:
             return record
-        neurons = self.neurons(data, point.sae, learned)
+        neurons = self.neurons(data, sae, learned)
         plan = self.method.plan(neurons.reversed() if self.args.reverse else neurons, settings)
         counts = {"texts": len(data.target), "prompts": len(data.prompts), "touched": len(plan), "layer": neurons.layer}
         both = {"unsteered": self.unsteered, "steered": self.measured(steered_key, "steered", plan)}
@@ -157,7 +159,7 @@ class Experiment:
 
     def neurons(self, data: Material, sae: str | None, learned: dict) -> Neurons:
         """Return how the neurons of an SAE fire on the texts: counted once, and kept for all alphas, Ks and directions."""
-        code = code_hash(_evidence, NeuroSteer.prepare, type(self.model))
+        code = code_hash(_evidence, NeuroSteer.prepare, *rmodels.code_roots(type(self.model)))
         key = {**self.origin, **learned, "method": "neurons", "code": code}
         path = self.folder / f"{records.record_id(key)}.safetensors"
         if path in self._neurons:
@@ -172,6 +174,13 @@ class Experiment:
             neurons.save(path)
         self._neurons = {path: neurons}  # one at a time: decoders are large
         return neurons
+
+
+def _with_bos(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """Put BOS before every text, as the authors do, also where the tokenizer has one and leaves it out (GPT-2)."""
+    if tokenizer.bos_token_id is not None and tokenizer.bos_token_id not in tokenizer("a")["input_ids"]:
+        tokenizer.add_bos_token = True
+    return tokenizer
 
 
 def _continued(model, tokenizer, prompts, sampling: Sampling, file: AnswerFile, plan: Plan | None, name: str):
@@ -221,11 +230,11 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--task", default="tone", choices=BEHAVIOURS, help="default: %(default)s, which is the embedded model's")
     add("--model", default=EMBEDDED, help="embedded (default), a hub id, the folder of a checkpoint, or a GGUF file")
-    weights_option(parser)
+    arguments.weights_option(parser)
     add(
         "--sae",
-        help="sparse autoencoder of the model: a file, or RELEASE/ID of sae-lens (default for embedded: its own); "
-        "{layer} in it stands for the layer of --sweep layer=...",
+        help="sparse autoencoder of the model: a file, or RELEASE/ID of sae-lens (default: the model's own; for gpt2 and "
+        "gemma-2-2b the authors'); {layer} in it stands for the layer of --sweep layer=...",
     )
     add(
         "--texts",
@@ -264,6 +273,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--results", default="results", help="folder for records, samples and table (default: %(default)s)")
     add("--device", help="cpu, cuda, cuda:1 (default: the first GPU, else the CPU)")
     add("--dtype", default="auto", help="auto, float32, bfloat16, float16")
+    add("--quick-proof", action="store_true", help=arguments.QUICK_PROOF)
     args = parser.parse_args(argv)
     if (args.model == EMBEDDED) != (args.task == "tone"):
         raise AUSteerError("tone is the embedded model's task: drop --model for tone, and give one for other tasks")

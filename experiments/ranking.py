@@ -11,6 +11,7 @@ from austeer.pairs import pairs_hash
 from austeer.ranks import AURanks
 from experiments.bench import Bench
 from MFU_screening import MOMENTA, screen
+from rmodels import code_roots
 
 
 def make_ranks(bench: Bench, momentum: str, sites: Iterable[str]) -> int:
@@ -48,7 +49,7 @@ def screening_code(bench: Bench, momentum: str) -> str:
 
 
 def screening_roots(momentum: str, family: type) -> tuple:
-    return screen, MOMENTA[momentum], family
+    return screen, MOMENTA[momentum], *code_roots(family)
 
 
 def _screen(bench: Bench, momentum: str, sites: list[str]) -> dict[str, AURanks]:

@@ -30,7 +30,7 @@ from experiments.ranking import ranks_of
 from experiments.search import SEARCHES, key_of, shuffled
 from experiments.store import Store
 from MFU_screening import MOMENTA, screen
-from rmodels import gates
+from rmodels import code_roots, gates
 
 
 def attempt(cell: Cell, store: Store) -> dict:
@@ -97,12 +97,12 @@ def cell_key(cell: Cell, bench: Bench) -> dict:
 def cell_code(cell: Cell, task: type[Task], family: type) -> str:
     """Hash the code that makes this cell: what computes it, its task, its family, and its method with what that needs."""
     if not cell.steered:
-        return code_hash(Run.unsteered, task, family, *engine_code(cell.model.engine), cut=REGISTRIES)
+        return code_hash(Run.unsteered, task, *code_roots(family), *engine_code(cell.model.engine), cut=REGISTRIES)
     method = METHODS[cell.method.name]
     screening = [screen, *(MOMENTA[momentum] for momentum in method.momenta)] if method.momenta else []
     return code_hash(
-        SteeredRun.steered, type(method), SEARCHES[cell.search.kind], task, family, *screening, *engine_code(cell.model.engine),
-        cut=REGISTRIES,
+        SteeredRun.steered, type(method), SEARCHES[cell.search.kind], task, *code_roots(family), *screening,
+        *engine_code(cell.model.engine), cut=REGISTRIES,
     )  # fmt: skip
 
 

@@ -74,8 +74,8 @@ def _code(cell: Cell) -> str:
 def _is_current(panel: Panel, record: dict | None) -> bool:
     if record is None:
         return False
-    classes = task_class(panel.model, panel.task), _family(panel.model)
-    return record["code"] == code_hash(STUDIES[panel.study].measure, *classes)
+    roots = task_class(panel.model, panel.task), *rmodels.code_roots(_family(panel.model))
+    return record["code"] == code_hash(STUDIES[panel.study].measure, *roots)
 
 
 def _family(model: ModelSpec) -> type:

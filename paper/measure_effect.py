@@ -28,13 +28,9 @@ from paper.studies import effect
 def main(argv: Sequence[str] | None = None) -> None:
     args = _arguments(argv)
     model, task = bench_of(
-        model=args.model,
-        weights=args.weights,
-        device=args.device,
-        dtype=args.dtype,
-        task=args.pairs,
-        fields=tuple(args.fields),
-    )
+        model=args.model, weights=args.weights, device=args.device, dtype=args.dtype, quick_proof=args.quick_proof,
+        task=args.pairs, fields=tuple(args.fields),
+    )  # fmt: skip
     folder = Path(args.results)
     store = Store(ranks=str(folder / "AU_ranks"), records=str(folder / "records"))
     bench = BENCHES.open(model, task, store)

@@ -10,6 +10,7 @@ from experiments.bench import BENCHES, Bench
 from experiments.store import Store
 from paper.specs import Panel
 from paper.studies import STUDIES
+from rmodels import code_roots
 
 
 def attempt(panel: Panel, store: Store) -> dict:
@@ -46,5 +47,5 @@ def panel_key(panel: Panel, bench: Bench) -> dict:
         "pairs_by": task.pairs_by,
         "batch_size": panel.task.batch_size,
         "protocol": panel.task.protocol,
-        "code": code_hash(STUDIES[panel.study].measure, type(task), type(model)),
+        "code": code_hash(STUDIES[panel.study].measure, type(task), *code_roots(type(model))),
     }

@@ -5,13 +5,16 @@
 
 The paper's families have a file each here, like modeling_llama.py. Every other decoder gets its gates by structure
 (structural.py). All are proven on the model itself when it is loaded (proof.py). Where structure is wrong about a family,
-add a file named after its model type (docs/porting.md). This package knows no task, no ranks and no metric.
+add a file named after its model type, here or in the folder that AUSTEER_FAMILIES names (docs/porting.md). This package
+knows no task, no ranks and no metric.
 """
 
 from __future__ import annotations
 
 import importlib
+import os
 import pkgutil
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -31,23 +34,26 @@ from transformers import (
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 
 from austeer.errors import AUSteerError, first_line, missing_extra
 from rmodels import sources
 from rmodels.causal_lm import KERNELS, GatedCausalLM, check_gates, gates, sites
 from rmodels.gate import SITES, AUGate
+from rmodels.memory import check_memory
 from rmodels.proof import prove, reads_on_caches
 from rmodels.structural import add_gates, decoder_layers, without_head
 
 __all__ = [
-    "FAMILIES",
     "SITES",
     "AUGate",
     "check_gates",
+    "code_roots",
     "context_length",
     "continues_on_caches",
     "decoder_layers",
+    "families",
     "family",
     "gates",
     "load",
@@ -63,19 +69,22 @@ __all__ = [
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+if own_families := os.environ.get("AUSTEER_FAMILIES"):
+    __path__.append(os.path.abspath(os.path.expanduser(own_families)))
+
+
 def families() -> list[str]:
-    """List the model types of the files modeling_<config.model_type>.py in this folder: each is a family."""
+    """List the model types that have a file modeling_<config.model_type>.py, here or in AUSTEER_FAMILIES."""
+    if not Path(__path__[-1]).is_dir():
+        raise AUSteerError(f"AUSTEER_FAMILIES names {__path__[-1]}, which is no folder")
     names = [file.name for file in pkgutil.iter_modules(__path__)]
     return [name.removeprefix("modeling_") for name in names if name.startswith("modeling_")]
-
-
-FAMILIES = families()
 
 
 def family(model_type: str) -> type[PreTrainedModel]:
     """Return the patched ForCausalLM class of a family file."""
     if model_type not in families():
-        raise AUSteerError(f"no file modeling_{model_type}.py in rmodels/; there are files of {', '.join(families())}")
+        raise AUSteerError(f"there is no file modeling_{model_type}.py; there are files of {', '.join(families())}")
     module = importlib.import_module(f"rmodels.modeling_{model_type}")
     own = (cls for name, cls in vars(module).items() if name.endswith("ForCausalLM"))
     return next(cls for cls in own if cls.__module__ == module.__name__)
@@ -83,17 +92,32 @@ def family(model_type: str) -> type[PreTrainedModel]:
 
 def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
     """Return the class to load: the family file's, or upstream's, which then gets its gates by structure."""
-    if config.model_type in families():
-        return family(config.model_type)
+    own = family(config.model_type) if config.model_type in families() else None
+    upstream = _language_model(config)
+    return own or getattr(transformers, upstream)
+
+
+def _language_model(config: PretrainedConfig) -> str:
+    """Return the name of upstream's class; refuse a checkpoint that is no decoder with a language-model head."""
+    kind = config.model_type
+    saved_as = next(iter(config.architectures or ()), kind)
     if config.is_encoder_decoder:
-        raise AUSteerError(f"{config.model_type} is an encoder-decoder: AUSteer steers decoders alone")
+        raise AUSteerError(f"{saved_as} is an encoder-decoder: AUSteer steers decoders alone")
     names = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES]
-    heads = [mapping[config.model_type] for mapping in names if config.model_type in mapping]
-    saved_as = (config.architectures or heads or [None])[0]
-    if saved_as not in heads:
-        take = f"; take a checkpoint of {heads[0]}" if heads else ""
-        raise AUSteerError(f"{saved_as or config.model_type} has no language-model head{take}")
-    return getattr(transformers, saved_as)
+    heads = [mapping[kind] for mapping in names if kind in mapping]
+    for head in heads:
+        if saved_as.lower() == head.lower():  # the first Llama was a LLaMAForCausalLM
+            return head
+    if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+        raise AUSteerError(f"{saved_as} is an encoder, which does not continue texts: AUSteer steers decoders alone")
+    if not heads or hasattr(transformers, saved_as):
+        take = f"; take a checkpoint of {heads[0]}" if heads else ": AUSteer steers decoders alone"
+        raise AUSteerError(f"{saved_as} has no language-model head{take}")
+    if getattr(config, "auto_map", None):
+        raise AUSteerError(
+            f"{saved_as} is code in its model repository, which is never run here; take a checkpoint of {heads[0]}"
+        )
+    return heads[0]  # its config names no class, or one of somebody's own
 
 
 def load(
@@ -123,18 +147,21 @@ def load(
         raise AUSteerError("give either device or device_map, not both")
     if attn_implementation is not None and attn_implementation not in KERNELS:
         raise AUSteerError(f"attention kernel {attn_implementation!r} is unknown; use one of {', '.join(KERNELS)}")
-    given_name, name_or_path = str(name_or_path), sources.local(weights or name_or_path, _dtype(dtype), revision)
+    dtype, quantizer = _dtype(dtype), _quantization(quantization)
+    given_name, name_or_path = str(name_or_path), sources.local(weights or name_or_path, dtype, revision)
     config = _config(name_or_path, revision)
     cls = model_class(config)
     if device_map is None:
-        device_map = {"": check_device(device)}
+        device = check_device(device)
+        check_memory(name_or_path, skeleton(config), dtype, quantization, device)
+        device_map = {"": device}
     try:
         model, report = cls.from_pretrained(
             name_or_path,
             revision=revision,
-            dtype=_dtype(dtype),
+            dtype=dtype,
             device_map=device_map,
-            quantization_config=_quantization(quantization),
+            quantization_config=quantizer,
             attn_implementation=attn_implementation or getattr(cls, "DEFAULT_KERNEL", None),
             use_safetensors=True,  # never a pickle
             trust_remote_code=False,
@@ -155,6 +182,12 @@ def load(
     return with_proven_gates(model.eval().requires_grad_(False), quick_proof)
 
 
+def code_roots(cls: type[PreTrainedModel]) -> tuple[type | Callable, ...]:
+    """Return the code here that gates a class of models, for hashes that name results: its family file, or structure."""
+    own = (cls,) if cls.__module__.startswith(f"{__name__}.") else ()
+    return own if issubclass(cls, GatedCausalLM) else (*own, add_gates)
+
+
 def skeleton(config: PretrainedConfig) -> PreTrainedModel:
     """Build a model with gates but without its weights, so that it takes no memory."""
     with torch.device("meta"):
@@ -171,13 +204,15 @@ def with_proven_gates(model: PreTrainedModel, quick: bool = False) -> PreTrained
     else:
         add_gates(model)
     faults = prove(model, gates(model), quick=quick)
-    by_file = isinstance(model, GatedCausalLM)
-    if faults and (by_file or not set(sites(model)) - set(faults)):
-        where = f"rmodels/modeling_{model.config.model_type}.py"
+    has_own_gates = isinstance(model, GatedCausalLM)
+    if faults and (has_own_gates or not set(sites(model)) - set(faults)):
+        todo = "mend" if model.config.model_type in families() else "write"
         listed = "; ".join(f"site {site}: {reason}" for site, reason in faults.items())
-        raise AUSteerError(f"the gates of {type(model).__name__} fail their proof. {listed}. Mend {where}" if by_file else
-            f"{type(model).__name__} has no site that can be proven. {listed}. Write {where} (docs/porting.md)")  # fmt: skip
-    if not by_file:
+        raise AUSteerError(
+            f"the gates of {type(model).__name__} fail their proof ({listed}); "
+            f"{todo} the family file modeling_{model.config.model_type}.py (docs/porting.md)"
+        )
+    if not has_own_gates:
         model.SITES = tuple(site for site in SITES if site not in faults)
         model.au_refused = faults
         model.au_reads_on_caches = reads_on_caches(model)

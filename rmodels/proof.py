@@ -91,8 +91,8 @@ def _reads_in_pieces(model: PreTrainedModel, texts: list[Tensor], own: Tensor) -
 class _Proof:
     def __init__(self, model: PreTrainedModel, gates: list[AUGate], quick: bool):
         self.model, self.gates = model, gates
-        count = 1 + max(gate.layer for gate in gates)
-        layers = {0, count // 2, count - 1} if quick else set(range(count))
+        self.count = 1 + max(gate.layer for gate in gates)
+        layers = {0, self.count // 2, self.count - 1} if quick else set(range(self.count))
         self.tried = [gate for gate in gates if gate.width and gate.layer in layers]
         self.like = torch.zeros((), dtype=model.dtype, device=model.get_input_embeddings().weight.device)
         self.ids = _tokens(model).to(self.like.device)
@@ -124,7 +124,11 @@ class _Proof:
 
     def _watch(self) -> dict[str, str]:
         """Run the tokens once: every gate must be called once, and at the end of what it steers."""
-        faults: dict[str, str] = {}
+        faults = {
+            site: f"block {min(lost)} has no gate of its own there; two blocks name one module"
+            for site in {gate.site for gate in self.gates}
+            if (lost := set(range(self.count)) - {gate.layer for gate in self.gates if gate.site == site})
+        }
         shapes: dict[AUGate, list[tuple[int, ...]]] = {gate: [] for gate in self.tried}
 
         def look(gate: AUGate):

@@ -13,7 +13,7 @@ layers work. What is found here is a guess until `rmodels/proof.py` has proven i
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -33,6 +33,8 @@ MLPS = ("mlp", "feed_forward", "block_sparse_moe", "moe", "ffn", "mlp_block", "s
 # projections that are wide and may come late, but never last: of queries, keys, values, gates and inner activations
 NEVER_LAST = re.compile(r"gate|^(in|q|k|v|kv|qkv)_|^up_|^w[13]$|^fc1$")
 
+ACTIVATIONS = ("transformers.activations", "torch.nn.modules.activation")  # where these functions come from
+
 
 @dataclass(frozen=True)
 class LinearMap:
@@ -49,9 +51,12 @@ class LinearMap:
 
 @dataclass(frozen=True)
 class Block:
-    """Hold the modules of a decoder layer whose inputs and outputs are its sites; None where it lacks one."""
+    """Hold the modules whose inputs and outputs are sites, one per site; None where there is none.
 
-    layer: nn.Module
+    A decoder layer is one block. One with two attentions and two MLPs is two blocks with the same `layer`.
+    """
+
+    layer: nn.Module  # the decoder layer
     mixer: nn.Module | None  # the last projection of attention
     down: nn.Module | None  # the last projection of a dense MLP
     experts: nn.Module | None  # or a mixture of experts as a whole
@@ -65,8 +70,10 @@ def without_head(model: PreTrainedModel) -> PreTrainedModel:
     return next(part for part in below if part is not model and isinstance(part, PreTrainedModel))
 
 
-def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+def decoder_layers(model: PreTrainedModel) -> Sequence[nn.Module]:
     """Return the layers of the text decoder."""
+    if hasattr(model, "au_blocks"):
+        return list(dict.fromkeys(block.layer for block in model.au_blocks()))
     count = model.config.get_text_config(decoder=True).num_hidden_layers
     decoder = model.get_decoder()
     decoder = (
@@ -89,7 +96,7 @@ def stream_width(model: PreTrainedModel) -> int:
 
 
 def find_blocks(model: PreTrainedModel) -> list[Block]:
-    """Return a block per layer. A family file whose layers are built otherwise says itself what they are (au_blocks)."""
+    """Return a block per layer, or what a family file, for layers that are built otherwise, names itself (au_blocks)."""
     if hasattr(model, "au_blocks"):
         return model.au_blocks()
     width = stream_width(model)
@@ -147,6 +154,22 @@ def last_projection(module: nn.Module | None, width: int) -> nn.Module | None:
     return wide[-1] if wide else None
 
 
+def activation_functions(model: PreTrainedModel) -> list[nn.Module]:
+    """Return the activation function of each layer's dense MLP: the only one beside its last projection."""
+    owners = {id(child): module for module in model.modules() for child in module.children()}
+    functions = []
+    for index, block in enumerate(find_blocks(model)):
+        beside = owners[id(block.down)].children() if block.down is not None else ()
+        here = [child for child in beside if type(child).__module__ in ACTIVATIONS]
+        if len(here) != 1:
+            raise AUSteerError(
+                f"layer {index} of {type(model).__name__} has {len(here) or 'no'} modules that are the activation "
+                "function of a dense MLP, and this method reads one; use another method"
+            )
+        functions += here
+    return functions
+
+
 def _has_experts(mlp: nn.Module) -> bool:
     """Say whether an MLP has experts: by the name of a part, or by weights of three axes."""
     for name, part in mlp.named_modules():
@@ -200,9 +223,10 @@ def _is_output(name: str) -> bool:
 
 
 def add_gates(model: PreTrainedModel) -> None:
-    """Put a gate at every site of every layer; where a layer lacks a site, a gate of width 0 stands for it."""
-    width = stream_width(model)
-    for index, block in enumerate(find_blocks(model)):
+    """Put a gate at every site of every block; where a block lacks a site, a gate of width 0 stands for it."""
+    width, blocks = stream_width(model), find_blocks(model)
+    ends = {id(block.layer): index for index, block in enumerate(blocks)}  # a layer of two blocks ends with the second
+    for index, block in enumerate(blocks):
         tokens = TokenShape(block.layer)
         _gate_input(block.mixer, "attention", index, block.layer, tokens)
         fused = [] if block.experts is None else [part for part in block.experts.modules() if is_fused(part)]
@@ -211,12 +235,13 @@ def add_gates(model: PreTrainedModel) -> None:
         else:
             _gate_input(block.down, "neuron", index, block.layer, tokens)
         _gate_output(block.down if block.experts is None else block.experts, "ffn", index, width, block.layer, tokens)
-        _gate_output(block.layer, "layer", index, width, block.layer, tokens)
+        end = block.layer if ends[id(block.layer)] == index else None
+        _gate_output(end, "layer", index, width, block.layer, tokens)
 
 
 def _gate_input(projection: nn.Module | None, site: str, index: int, layer: nn.Module, tokens: TokenShape) -> None:
     if projection is None:
-        layer.add_module(f"au_no_{site}", AUGate(site, index, 0))
+        layer.add_module(f"au_no_{site}_{index}", AUGate(site, index, 0))
         return
     gate = AUGate(site, index, projection_widths(projection)[0])
     projection.add_module(f"au_{site}", gate)
@@ -229,7 +254,7 @@ def _gate_output(
     module: nn.Module | None, site: str, index: int, width: int, layer: nn.Module, tokens: TokenShape
 ) -> None:
     if module is None:
-        layer.add_module(f"au_no_{site}", AUGate(site, index, 0))
+        layer.add_module(f"au_no_{site}_{index}", AUGate(site, index, 0))
         return
     gate = AUGate(site, index, width)
     module.add_module(f"au_{site}", gate)

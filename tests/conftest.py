@@ -9,7 +9,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before the hub's library is imported: no t
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerFast
 
 import rmodels
 from rmodels import sources
@@ -31,7 +31,7 @@ SPECIAL = defaultdict(dict, {  # head_dim * heads differs from hidden_size every
     ),
     "qwen3_moe": dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, mlp_only_layers=[1]),
 })  # fmt: skip
-FAMILIES = sorted(rmodels.FAMILIES)
+FAMILIES = sorted(rmodels.families())
 
 PAIRS = [
     (f"Question: is {a} {w} than {b}?\nAnswer:", right, wrong)
@@ -54,6 +54,14 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+def save_tiny(folder: Path, config: PretrainedConfig) -> Path:
+    """Save upstream's model of a config, with seeded random weights, and its tokenizer."""
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
     return byte_tokenizer()
@@ -71,14 +79,8 @@ def smollm2() -> str:
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory) -> dict[str, Path]:
     """family -> a saved upstream checkpoint with its tokenizer."""
-    root, made = tmp_path_factory.mktemp("checkpoints"), {}
-    for name in FAMILIES:
-        config = AutoConfig.for_model(name, **COMMON, **SPECIAL[name])
-        torch.manual_seed(0)
-        AutoModelForCausalLM.from_config(config).save_pretrained(root / name)
-        byte_tokenizer().save_pretrained(root / name)
-        made[name] = root / name
-    return made
+    root = tmp_path_factory.mktemp("checkpoints")
+    return {name: save_tiny(root / name, AutoConfig.for_model(name, **COMMON, **SPECIAL[name])) for name in FAMILIES}
 
 
 @pytest.fixture(scope="session")

@@ -108,14 +108,16 @@ def test_rank_then_plan(checkpoints, workplace):
 
 def wrong_inputs(checkpoints, workplace):
     config = json.loads((checkpoints["llama"] / "config.json").read_text())
-    (workplace / "gpt2").mkdir(exist_ok=True)
-    (workplace / "gpt2" / "config.json").write_text(json.dumps({**config, "model_type": "gpt2"}))
+    (workplace / "bert").mkdir(exist_ok=True)
+    (workplace / "bert" / "config.json").write_text(
+        json.dumps({**config, "model_type": "bert", "architectures": ["BertForMaskedLM"]})
+    )
     for name, text in (("empty.jsonl", ""), ("broken.jsonl", '{"prompt": "p", "positive": "a", "negative": "b"}\n{"prompt":\n'),
                        ("equal.jsonl", '["p", "a", "a"]\n'), ("long.jsonl", json.dumps(["p", "a" * 300, "b"]))):  # fmt: skip
         (workplace / name).write_text(text)
     (workplace / "cut.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{")
     return [
-        (dict(model=workplace / "gpt2"), "no patched family for model type 'gpt2'; there are gemma2, llama"),
+        (dict(model=workplace / "bert"), "BertForMaskedLM is an encoder, which does not continue texts"),
         (dict(model=workplace / "nowhere"), "cannot load model"),
         (dict(model="nobody/nothing"), "cannot load model"),
         (dict(pairs=workplace / "none.jsonl"), "no such file"),

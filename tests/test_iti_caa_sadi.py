@@ -11,7 +11,7 @@ from conftest import FAMILIES, PAIRS
 from one_cell import computed
 from reference import hooked, last_activations
 from scipy.optimize import minimize
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import rmodels
 from austeer.errors import AUSteerError
@@ -42,7 +42,7 @@ class FakeEvidence:
 
     def __init__(self, right, wrong, heads=1, site="attention", seed=0):
         self.right, self.wrong, self.site, self.seed = torch.tensor(right), torch.tensor(wrong), site, seed
-        self.model = SimpleNamespace(config=SimpleNamespace(num_attention_heads=heads))
+        self.model = SimpleNamespace(config=AutoConfig.for_model("llama", num_attention_heads=heads, hidden_size=heads))
 
     def activations(self, readout="last", nonlinearity=False):
         return self.right.float(), self.wrong.float()
@@ -212,7 +212,9 @@ def test_iti_by_loops(direction, preset):
     assert {place: float(actual.accuracy[place]) for place in accuracy} == pytest.approx(accuracy)
     chosen = sorted(accuracy, key=lambda place: (-accuracy[place], place))[:2]
     plan = method.plan(actual, {"heads": 2, "alpha": 2.0})
-    shift = by_head(plan.shifts["attention"], SimpleNamespace(num_attention_heads=heads))
+    shift = by_head(
+        plan.shifts["attention"], AutoConfig.for_model("llama", num_attention_heads=heads, hidden_size=heads)
+    )
     for place in accuracy:
         assert shift[place].tolist() == pytest.approx(
             (expected[place] if place in chosen else np.zeros(dim)).tolist(), abs=1e-5

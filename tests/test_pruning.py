@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import COMMON, FAMILIES
+from conftest import COMMON, FAMILIES, save_tiny
 from reference import hook_steering
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -134,8 +134,13 @@ def test_what_cannot_be_pruned(checkpoints, llama, tmp_path):
     with steer(llama, Plan({"ffn": torch.ones(3, 48)}, {})), pytest.raises(AUSteerError, match="is steered"):
         prune(llama, "magnitude", 0.5)
     assert fingerprint(llama) == before
-    with pytest.raises(AUSteerError, match="several experts in one tensor"):
+    with pytest.raises(
+        AUSteerError, match=r"mlp\.experts of qwen3_moe is a Qwen3MoeExperts, whose weights would stay dense"
+    ):
         prune(load(checkpoints, "qwen3_moe"), "magnitude", 0.5)
+    gpt2 = AutoConfig.for_model("gpt2", **COMMON)
+    with pytest.raises(AUSteerError, match=r"attn\.c_attn of gpt2 is a Conv1D, whose weights would stay dense"):
+        prune(rmodels.load(save_tiny(tmp_path / "gpt2", gpt2), device="cpu"), "magnitude", 0.5)
     with pytest.raises(AUSteerError, match="inf or nan on the calibration"):
         broken = load(checkpoints, "llama")
         broken.model.embed_tokens.weight[3] = torch.inf

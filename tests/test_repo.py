@@ -95,12 +95,6 @@ def test_nothing_unsafe():
         assert not re.search(r"trust_remote_code=True|shell=True|\bexec\(|[^.\w]eval\(", text), path
 
 
-def test_porting_guide_shows_the_file_as_it_is():
-    guide = (ROOT / "docs" / "porting.md").read_text()
-    (code,) = [block for block in re.findall(r"```python\n(.*?)```", guide, re.S) if "class MistralMLP" in block]
-    assert code == (ROOT / "rmodels" / "modeling_mistral.py").read_text()
-
-
 DOCUMENTS = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
 
 

@@ -1,7 +1,6 @@
 """Pruning, and RestoreLCC, which gives a pruned model its lost components back."""
 
 import copy
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +9,7 @@ from reference import hooked
 from reference import last_activations as activations_of
 from tokenizers import processors
 from torch import nn
-from transformers import get_linear_schedule_with_warmup
+from transformers import AutoConfig, get_linear_schedule_with_warmup
 from upstream import TEXTS, load, upstream
 
 from austeer.errors import AUSteerError
@@ -76,7 +75,7 @@ def test_lost_components_equal_loops(rows):
 
 def test_heads_are_slices_of_the_site():
     activations = torch.arange(2 * 3 * 8.0).view(2, 3, 8)
-    heads = head_rows(activations, SimpleNamespace(num_attention_heads=4))
+    heads = head_rows(activations, AutoConfig.for_model("llama", num_attention_heads=4))
     for layer in range(3):
         for head in range(4):
             for text in range(2):

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -10,7 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import COMMON, FAMILIES, SPECIAL
+import transformers
+from conftest import COMMON, FAMILIES
 from reference import hook_steering
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -322,16 +324,69 @@ def test_bad_checkpoints(checkpoints, tmp_path):
     shutil.copytree(checkpoints["llama"], tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors"))
     with pytest.raises(AUSteerError, match="cannot load the weights"):
         rmodels.load(tmp_path / "bare")
-    config = json.loads((tmp_path / "bare" / "config.json").read_text())
-    for model_type, message in (
-        ("bert", "LlamaForCausalLM has no language-model head"),
-        ("clip", "LlamaForCausalLM has no language-model head"),
-        ("t5", "t5 is an encoder-decoder"),
-        ("nonesuch", "transformers does not know its model type"),
+
+
+SMALL = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, vocab_size=320)
+NO_DECODERS = {  # upstream's class, its config, and what is said of it
+    "BertForMaskedLM": (("bert", SMALL), "BertForMaskedLM is an encoder, which does not continue texts"),
+    "BertModel": (("bert", SMALL), "BertModel is an encoder, which does not continue texts"),
+    "BertLMHeadModel": (("bert", SMALL), "BertLMHeadModel is no causal language model: its first tokens see the last one"),
+    "ModernBertForMaskedLM": (
+        ("modernbert", SMALL | dict(pad_token_id=0, bos_token_id=1, eos_token_id=2, cls_token_id=1, sep_token_id=2)),
+        "ModernBertForMaskedLM is an encoder",
+    ),
+    "T5ForConditionalGeneration": (
+        ("t5", dict(d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, vocab_size=320)),
+        "T5ForConditionalGeneration is an encoder-decoder: AUSteer steers decoders alone",
+    ),
+    "CLIPTextModel": (("clip_text_model", SMALL | dict(bos_token_id=1, eos_token_id=2)), "has no language-model head"),
+    "LlamaModel": (("llama", COMMON), "LlamaModel has no language-model head; take a checkpoint of LlamaForCausalLM"),
+    "LlamaForSequenceClassification": (("llama", COMMON), "take a checkpoint of LlamaForCausalLM"),
+    "GPT2Model": (("gpt2", COMMON), "GPT2Model has no language-model head; take a checkpoint of GPT2LMHeadModel"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("cls", NO_DECODERS)
+def test_what_is_no_decoder_with_a_head_is_one_clear_line(tmp_path, cls):
+    (model_type, fields), message = NO_DECODERS[cls]
+    getattr(transformers, cls)(AutoConfig.for_model(model_type, **fields)).save_pretrained(tmp_path)
+    with pytest.raises(AUSteerError, match=re.escape(message)) as error:
+        rmodels.load(tmp_path, device="cpu")
+    assert "\n" not in str(error.value)
+
+
+def edited(checkpoint, folder, **fields):
+    """Return a copy of a checkpoint whose config says something else."""
+    shutil.copytree(checkpoint, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **fields}))
+    return folder
+
+
+def test_a_checkpoint_that_needs_the_code_of_its_repository(checkpoints, tmp_path):
+    remote = {"auto_map": {"AutoConfig": "configuration_x.XConfig", "AutoModelForCausalLM": "modeling_x.XForCausalLM"}}
+    known = edited(checkpoints["llama"], tmp_path / "known", architectures=["XForCausalLM"], **remote)
+    with pytest.raises(
+        AUSteerError, match=r"^XForCausalLM is code in its model repository, which is never run here; take"
     ):
-        (tmp_path / "bare" / "config.json").write_text(json.dumps({**config, "model_type": model_type}))
-        with pytest.raises(AUSteerError, match=message):
-            rmodels.load(tmp_path / "bare")
+        rmodels.load(known)
+    unknown = edited(checkpoints["llama"], tmp_path / "unknown", model_type="x_lm", **remote)
+    with pytest.raises(
+        AUSteerError, match=r"unknown: transformers does not know its model type, and the code of a model"
+    ):
+        rmodels.load(unknown)
+    new = edited(checkpoints["llama"], tmp_path / "new", model_type="x_lm")  # newer than this transformers
+    with pytest.raises(AUSteerError, match=r"does not know its model type.*update transformers"):
+        rmodels.load(new)
+
+
+@pytest.mark.parametrize("names", [[], ["LLaMAForCausalLM"], ["TunedLlamaForCausalLM"]])
+def test_old_and_unknown_names_of_a_class_load(checkpoints, tmp_path, names):
+    # transformers has the class of an old name itself, so the code beside the checkpoint is not needed
+    remote = {"auto_map": {"AutoModelForCausalLM": "modeling_x.X"}} if names == ["LLaMAForCausalLM"] else {}
+    named = edited(checkpoints["llama"], tmp_path / "named", architectures=names, **remote)
+    model = rmodels.load(named, device="cpu")
+    assert torch.equal(model(IDS).logits, load(checkpoints, "llama")(IDS).logits)
 
 
 def test_a_truncated_checkpoint_is_one_clear_line(checkpoints, tmp_path):
@@ -351,11 +406,3 @@ def test_missing_weights_are_an_error_not_random_numbers(checkpoints, tmp_path):
     save_file(weights, tmp_path / "part" / "model.safetensors", {"format": "pt"})
     with pytest.raises(AUSteerError, match=r"lacks 1 weights .model.layers.1.mlp.down_proj"):
         rmodels.load(tmp_path / "part")
-
-
-def test_a_file_in_the_folder_is_a_family(tmp_path, monkeypatch):
-    text = (Path(rmodels.__file__).parent / "modeling_qwen3.py").read_text()
-    (tmp_path / "modeling_dropped_in.py").write_text(text)
-    monkeypatch.setattr(rmodels, "__path__", [*rmodels.__path__, str(tmp_path)])
-    config = AutoConfig.for_model("qwen3", **COMMON, **SPECIAL["qwen3"])
-    rmodels.check_gates(rmodels.family("dropped_in")(config))

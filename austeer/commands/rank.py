@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
     model = rmodels.load(
         args.model, dtype=args.dtype, device=processes.join(args.device, spread=args.device_map is not None),
         device_map=args.device_map, quantization=args.quantization, attn_implementation=args.attn, revision=args.revision,
-        weights=args.weights,
+        weights=args.weights, quick_proof=args.quick_proof,
     )  # fmt: skip
     tokenizer = rmodels.load_tokenizer(args.model, revision=args.revision, weights=args.weights)
     limit = longest_text(rules, rmodels.context_length(model), args.max_length, args.batch_size)

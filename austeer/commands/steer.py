@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
     model = rmodels.load(
         args.model, dtype=args.dtype, device=args.device, device_map=args.device_map,
         quantization=args.quantization, attn_implementation=args.attn, revision=args.revision,
-        weights=args.weights,
+        weights=args.weights, quick_proof=args.quick_proof,
     )  # fmt: skip
     tokenizer = rmodels.load_tokenizer(args.model, revision=args.revision, weights=args.weights)
     if args.chat and not getattr(tokenizer, "chat_template", None):

@@ -26,6 +26,7 @@ from austeer.export.hot_patch import folded
 from austeer.export.weights import Edit, find_edits
 from austeer.plan import Plan
 from austeer.steering import steer
+from rmodels.memory import TooLittleMemory
 
 PROMPTS = (
     "The capital of France is",
@@ -43,10 +44,12 @@ ROUNDING = 0.5  # a share of how far steering moves the logits
 
 
 @torch.no_grad()
-def certify(original: Checkpoint, plan: Plan, result: Checkpoint, tokenizer: PreTrainedTokenizerBase) -> dict:
+def certify(
+    original: Checkpoint, plan: Plan, result: Checkpoint, tokenizer: PreTrainedTokenizerBase, quick_proof: bool = False
+) -> dict:
     """Return the certificate as JSON values; raise if the result is not the original under the plan."""
     edits = find_edits(plan, original.shapes)
-    model = rmodels.load(original.folder, dtype="float32")
+    model = _load(original, quick_proof)
     with steer(model, plan, check=False) as steering:  # the caller has compared plan and checkpoint
         texts = [_continued(model, tokenizer(prompt, return_tensors="pt").input_ids) for prompt in PROMPTS]
         live = [_logits(model, text) for text in texts]
@@ -65,7 +68,7 @@ def certify(original: Checkpoint, plan: Plan, result: Checkpoint, tokenizer: Pre
     device = model.device.type
     del model, steering
     gc.collect()  # one model at a time has to fit in memory
-    model = rmodels.load(result.folder, dtype="float32")
+    model = _load(result, quick_proof)
     result_logits = [_logits(model, text) for text in texts]
     rounding = _difference(result_logits, live)
     agreement = torch.cat([a.argmax(-1) == b.argmax(-1) for a, b in zip(result_logits, live, strict=True)])
@@ -97,6 +100,13 @@ def certify(original: Checkpoint, plan: Plan, result: Checkpoint, tokenizer: Pre
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
+
+
+def _load(checkpoint: Checkpoint, quick_proof: bool) -> PreTrainedModel:
+    try:
+        return rmodels.load(checkpoint.folder, dtype="float32", quick_proof=quick_proof)
+    except TooLittleMemory as error:
+        raise AUSteerError(f"{error.lack}, as the certificate needs them; --no-certificate folds without") from None
 
 
 def _check_file(patched: PreTrainedModel, edits: list[Edit], original: Checkpoint, result: Checkpoint) -> int:

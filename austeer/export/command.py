@@ -75,7 +75,8 @@ def read_plan(args: argparse.Namespace) -> Plan:
 def _fold(args: argparse.Namespace, plan: Plan) -> None:
     from austeer.export.fold import CERTIFICATE, UNDO, fold
 
-    parity = fold(args.weights or args.model, plan, args.fold, certificate=not args.no_certificate)
+    original = args.weights or args.model
+    parity = fold(original, plan, args.fold, certificate=not args.no_certificate, quick_proof=args.quick_proof)
     print(f"{args.fold}: {args.model} with {len(plan)} AUs in its weights; {UNDO} undoes it")
     if parity is None:
         print("not compared with live steering (--no-certificate)")
@@ -107,6 +108,7 @@ def _arguments(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
     target.add_argument("--unfold", metavar="FOLDED", help="undo a folded checkpoint, into --out")
     add("--out", help="for --unfold: where the checkpoint goes")
     add("--no-certificate", action="store_true", help="fold without loading the model to prove parity")
+    add("--quick-proof", action="store_true", help=arguments.QUICK_PROOF)
     args = parser.parse_args(argv)
     _check(args)
     return args
@@ -129,7 +131,7 @@ def _check(args: argparse.Namespace) -> None:
     if missing:
         instead = ", or --ranks with --k and --alpha" if "--plan" in missing else ""
         raise AUSteerError(f"--{target} needs {' and '.join(missing)}{instead}")
-    extra = {"no_certificate"} if target == "fold" else set()
+    extra = {"no_certificate", "quick_proof"} if target == "fold" else set()
     extra |= {"weights"} if target != "unfold" else set()
     superfluous = sorted(f"--{name.replace('_', '-')}" for name in options - {target} - needed - source - extra)
     if superfluous:

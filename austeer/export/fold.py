@@ -31,11 +31,14 @@ DAMAGE = (safetensors.SafetensorError, OSError, ValueError, LookupError, TypeErr
 PLAN, UNDO, CERTIFICATE = "austeer/plan.safetensors", "austeer/undo.safetensors", "austeer/certificate.json"
 
 
-def fold(model: str | Path, plan: Plan, out: str | Path, *, certificate: bool = True) -> dict | None:
+def fold(
+    model: str | Path, plan: Plan, out: str | Path, *, certificate: bool = True, quick_proof: bool = False
+) -> dict | None:
     """Write the checkpoint of `model` (folder, hub id or GGUF file) with the plan in its weights to the new folder `out`.
 
     With a certificate, the original steered live is compared with the result, and without parity there is no `out`.
-    certificate=False loads no model: for models that do not fit in the memory of this machine.
+    certificate=False loads no model: for models that do not fit in the memory of this machine. quick_proof: as in
+    rmodels.load.
     """
     check_new(out)
     source = Checkpoint(model, stored_dtype(plan))
@@ -61,7 +64,7 @@ def fold(model: str | Path, plan: Plan, out: str | Path, *, certificate: bool = 
         tally.check()
         if tokenizer is None:
             return None
-        parity = certify(source, plan, result, tokenizer)
+        parity = certify(source, plan, result, tokenizer, quick_proof)
         parity["unchanged_by_rounding"] = tally.unchanged
         parity["sha256"] = {
             "plan": sha256(folder / PLAN),

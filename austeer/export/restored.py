@@ -19,6 +19,7 @@ from austeer.export.fold import fold
 from austeer.files import check_new
 from austeer.identity import model_header
 from austeer.plan import Plan
+from rmodels.structural import find_blocks
 
 
 def save_restored(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, plan: Plan, out: str | Path) -> dict:
@@ -45,7 +46,7 @@ def check_savable(model: PreTrainedModel) -> None:
 
 
 def _has_bias(model: PreTrainedModel) -> bool:
-    return model.base_model.layers[0].self_attn.o_proj.bias is not None
+    return find_blocks(model)[0].mixer.bias is not None
 
 
 def _empty_with_bias(model: PreTrainedModel) -> PreTrainedModel:

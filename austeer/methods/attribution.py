@@ -26,7 +26,7 @@ from austeer.methods.base import GridPoint, Method
 from austeer.methods.choice import by_head, highest
 from austeer.plan import Plan
 from austeer.tokens import EncodedPair
-from rmodels import decoder_layers
+from rmodels import site_shape
 
 KS = {"small": (4, 16, 32), "full": (8, 32, 100)}
 HEADS = {"small": (1, 2, 4), "full": (8, 24, 64)}
@@ -84,7 +84,7 @@ def gradients(evidence: Evidence) -> Tensor:
     def measure(batch: Sequence[EncodedPair]) -> Tensor:
         _, by_place = log_odds_and_gradients(evidence.model, [evidence.site], batch, torch.add)
         by_layer = {layer: rows.float().cpu() for (_, layer), rows in by_place.items()}
-        return stack_layers(by_layer, len(decoder_layers(evidence.model)), dim=1)
+        return stack_layers(by_layer, site_shape(evidence.model, evidence.site)[0], dim=1)
 
     return evidence.per_pair(measure, "gradients")
 

@@ -11,7 +11,13 @@ from austeer.errors import AUSteerError
 
 def by_head(activations: Tensor, config: PretrainedConfig) -> Tensor:
     """View (..., heads * head_dim) as (..., heads, head_dim). That product is the site's width, not hidden_size."""
-    return activations.unflatten(-1, (config.num_attention_heads, -1))
+    heads, width = getattr(config.get_text_config(decoder=True), "num_attention_heads", 0), activations.shape[-1]
+    if not heads or width % heads:
+        raise AUSteerError(
+            f"the {width} AUs at site attention of {config.model_type} are not those of {heads} attention heads; use a "
+            "method that steers single AUs"
+        )
+    return activations.unflatten(-1, (heads, -1))
 
 
 def highest(scores: Tensor, k: float, what: str) -> Tensor:

@@ -55,6 +55,12 @@ PRESETS = {
     "cot": Preset(20.0, 100, "last"),
 }
 
+# the SAEs that the authors take for their models; the first reads the input of layer 6, which is the output of layer 5
+SAES = {
+    "gpt2": "gpt2-small-res-jb/blocks.6.hook_resid_pre",
+    "gemma-2-2b": "gemma-scope-2b-pt-res-canonical/layer_12/width_16k/canonical",
+}
+
 
 @dataclass(frozen=True)
 class Neurons:

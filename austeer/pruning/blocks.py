@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from austeer.batching import grouped
 from austeer.errors import AUSteerError
 from austeer.forward import float64_device, input_device
+from rmodels import decoder_layers
 
 TOKENS_AT_ONCE = 8192
 
@@ -64,7 +65,7 @@ def linears_of(model: PreTrainedModel) -> list[dict[str, nn.Linear]]:
     """Return the Linears of every decoder block by name, such as layers.3.mlp.up_proj."""
     return [
         {f"layers.{index}.{name}": part for name, part in block.named_modules() if isinstance(part, nn.Linear)}
-        for index, block in enumerate(model.base_model.layers)
+        for index, block in enumerate(decoder_layers(model))
     ]
 
 
@@ -77,7 +78,7 @@ def through_blocks(model: PreTrainedModel, calibration: Sequence[Sequence[int]],
     texts = [_Text.catch(model, [calibration[index] for index in batch]) for batch in same_length_batches(calibration)]
     bar = tqdm(linears_of(model), desc=what, unit="block", leave=False)
     for index, linears in enumerate(bar):
-        block = model.base_model.layers[index]
+        block = decoder_layers(model)[index]
         yield Block(index, block, linears, texts)
         for text in texts:
             text.hidden = text.run(block, index)
@@ -110,7 +111,7 @@ class _Text:
             arguments.append(kwargs)
 
         with ExitStack() as undo:
-            for block in model.base_model.layers:
+            for block in decoder_layers(model):
                 undo.callback(block.register_forward_pre_hook(record, with_kwargs=True).remove)
             model.base_model(input_ids=torch.tensor(batch, device=input_device(model)), use_cache=False)
         return cls(hidden[0], arguments)

@@ -21,13 +21,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from austeer.errors import AUSteerError, one_of
 from austeer.pruning.blocks import Block, linears_of, through_blocks
 from austeer.pruning.masks import Sparsity, lowest
 from austeer.pruning.sparsegpt import sparsegpt
 from austeer.pruning.structured import check_structure, remove_lowest
-from rmodels import gates
+from rmodels import decoder_layers, gates
 
 
 @dataclass(frozen=True)
@@ -105,10 +106,14 @@ def _check(model: PreTrainedModel, linears: dict[str, nn.Linear], how: str, spar
         raise AUSteerError("a quantised model cannot be pruned; load it in bfloat16 or float32")
     if any(linear.weight.is_meta for linear in linears.values()):
         raise AUSteerError("some weights are not in memory; load the model without offloading to prune it")
-    in_linears = {id(linear.weight) for linear in linears.values()}
-    fused = [name for name, w in model.base_model.layers.named_parameters() if w.dim() > 2 and id(w) not in in_linears]
-    if fused:  # most of such a model would stay dense, and the reported share would hide it
-        raise AUSteerError(f"{fused[0]} holds several experts in one tensor; prune a model of Linear layers alone")
+    for layer in decoder_layers(model):
+        for name, part in layer.named_modules():
+            if isinstance(part, Conv1D) or any(weight.dim() > 2 for weight in part.parameters(recurse=False)):
+                # most of such a model would stay dense, and the reported share would hide it
+                raise AUSteerError(
+                    f"{name} of {model.config.model_type} is a {type(part).__name__}, whose weights would stay dense; "
+                    "prune a model whose decoder layers are built of Linears alone"
+                )
     if how == "structured":
         check_structure(model, sparsity)
     elif isinstance(sparsity, tuple):

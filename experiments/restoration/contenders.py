@@ -32,6 +32,7 @@ from austeer.pruning.eora import Factors, compensated, eora
 from austeer.steering import steer
 from experiments.restoration.lab import Lab
 from experiments.search import key_of
+from rmodels.structural import linear_maps
 
 RIVALS = ("lora", "dora", "eora")
 # LoRA acts where RestoreLCC does, on o_proj; of rank 1 it has at least twice the numbers of RestoreLCC on half the heads
@@ -108,7 +109,10 @@ class Adapted(Contender):
         from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 
         rank, model = point["rank"], self.lab.pruned
-        config = LoraConfig(r=rank, lora_alpha=rank, target_modules=["o_proj"], use_dora=self.dora)
+        names = [
+            linear.weight.removesuffix(".weight") for _, site, _, linear in linear_maps(model) if site == "attention"
+        ]
+        config = LoraConfig(r=rank, lora_alpha=rank, target_modules=names, use_dora=self.dora)
         with torch.random.fork_rng():
             torch.manual_seed(SEED)
             adapted = get_peft_model(model, config)

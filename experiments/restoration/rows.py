@@ -24,6 +24,7 @@ from experiments.restoration.contenders import Contender, SteeredDense, contende
 from experiments.restoration.lab import Lab
 from experiments.restoration.measures import perplexity, zero_shot
 from experiments.search import full_grid
+from rmodels import code_roots
 
 
 class Restoration:
@@ -145,5 +146,5 @@ class Restoration:
             "pruning": lab.pruning,
             "sparsity": lab.sparsity,
             "recipe": vars(lab.recipe),
-            "code": code_hash(Restoration, type(task), type(lab.dense)),
+            "code": code_hash(Restoration, type(task), *code_roots(type(lab.dense))),
         }

@@ -40,7 +40,7 @@ class Block:
             raise AUSteerError(f"no layer {layer}: params count layers from 0, here to {layers - 1}")
         if head is None:
             return cls(site, layer, None, 0, width, shape)
-        heads = model.config.num_attention_heads
+        heads = model.config.get_text_config(decoder=True).num_attention_heads
         if site != "attention" or not 0 <= head < heads:
             raise AUSteerError(
                 f"no head {head} at site {site}: params count the heads of site attention from 0, here to {heads - 1}"
