@@ -1,5 +1,6 @@
 """GPT-2, which gets its gates by structure: every method that reads its modules, and NeuroSteer as its authors run it."""
 
+import copy
 import json
 import sys
 from contextlib import ExitStack
@@ -21,7 +22,9 @@ from austeer.methods.choice import by_head
 from austeer.methods.neurosteer import Neurons
 from austeer.methods.restore_lcc import remaining_heads
 from austeer.pairs import Pair
+from austeer.plan import Plan
 from austeer.sae import SAE, convert
+from austeer.steering import steer
 from experiments import neurosteer
 
 WIDTH, LATENTS = 48, 60
@@ -36,6 +39,29 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def model(folder):
     return rmodels.load(folder, dtype="float32", device="cpu")
+
+
+def test_deep_copies_steer_apart(model):
+    ids, twin = torch.tensor([[1, 40, 77, 130, 9]]), copy.deepcopy(model)
+    vanilla = model(ids).logits
+    for site in rmodels.sites(model):
+        scale = torch.zeros(rmodels.site_shape(model, site))
+        scale[:, 3] = 1.5
+        with steer(twin, Plan({site: scale}, {})):
+            steered = twin(ids).logits
+            assert torch.equal(model(ids).logits, vanilla) and not torch.equal(steered, vanilla)
+        with steer(model, Plan({site: scale}, {})):
+            assert torch.equal(model(ids).logits, steered) and torch.equal(twin(ids).logits, vanilla)
+
+
+@pytest.mark.parametrize("site", rmodels.SITES)
+def test_compiles_without_a_graph_break(model, site):
+    ids, scale = torch.tensor([[1, 40, 77, 130, 9]]), torch.zeros(rmodels.site_shape(model, site))
+    scale[:, 3] = 1.5
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with steer(model, Plan({site: scale}, {})):
+        assert torch.allclose(compiled(ids).logits, model(ids).logits, atol=1e-4)
+    torch.compiler.reset()
 
 
 # methods that look into modules

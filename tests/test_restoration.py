@@ -8,7 +8,7 @@ from unittest.mock import ANY
 
 import pytest
 import torch
-from conftest import COMMON, PAIRS, SPECIAL, byte_tokenizer
+from conftest import COMMON, PAIRS, SPECIAL, byte_tokenizer, save_tiny
 from one_cell import computed
 from reference import hook_steering
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -93,9 +93,10 @@ def test_a_restored_model_runs_in_plain_transformers(checkpoints, name, tmp_path
 
 def test_a_family_without_the_bias_is_refused_in_one_line(checkpoints, tmp_path):
     plan = Plan({}, {"attention": torch.ones(3, 64)})
+    mistral = save_tiny(tmp_path / "mistral", AutoConfig.for_model("mistral", **COMMON))
     with pytest.raises(AUSteerError, match=r"a restored mistral model cannot be saved: .* no bias in o_proj"):
-        save_restored(load(checkpoints, "mistral"), byte_tokenizer(), plan, tmp_path / "out")
-    assert not list(tmp_path.iterdir())
+        save_restored(rmodels.load(mistral, device="cpu"), byte_tokenizer(), plan, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == [mistral]
 
 
 def test_an_architecture_without_the_bias_is_refused(checkpoints, tmp_path):
@@ -388,7 +389,7 @@ def test_out_is_refused_before_anything_is_pruned(checkpoints, tmp_path, monkeyp
         json.dumps({"prompt": f"{n}", "positive": " a", "negative": " b"}) + "\n" for n in range(40)))  # fmt: skip
     command = [
         "--model",
-        str(checkpoints["mistral"]),
+        str(save_tiny(tmp_path / "mistral", AutoConfig.for_model("mistral", **COMMON))),
         "--pairs",
         str(tmp_path / "pairs.jsonl"),
         "--rivals",
