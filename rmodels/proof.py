@@ -198,7 +198,7 @@ class _Proof:
                     gate.clear()
                 idle = self._logits(self.ids.expand(len(rows), -1))
                 moved = (steered - idle).abs().flatten(1).amax(1)
-                enough = (moved >= MOVES * self._tolerance(idle)) & steered.flatten(1).isfinite().all(1)
+                enough = (moved > 0) & (moved >= MOVES * self._tolerance(idle)) & steered.flatten(1).isfinite().all(1)
                 for gate, is_enough in zip(rows, enough.tolist(), strict=True):
                     self.chosen[gate] = self.chosen[gate][0], factor
                     still += [] if is_enough else [gate]

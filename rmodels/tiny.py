@@ -98,6 +98,7 @@ SPECIAL: dict[str, dict] = {
     "qwen4_exp_text": dict(
         indexer_compress_ratio=2, indexer_budget=32, indexer_kv_heads=1, indexer_n_heads=2, indexer_head_dim=16
     ),
+    "radio": dict(video_temporal_patch_size=2),
     "reformer": dict(is_decoder=True, axial_pos_embds_dim=[16, 48], axial_pos_shape=[4, 64]),
     "xmod": dict(default_language="en_XX"),
     "step3p5": dict(sliding_window=12, share_expert_dim=24),

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 import rmodels
 from austeer import arguments
-from austeer.errors import AUSteerError, missing_extra, one_line
+from austeer.errors import AUSteerError, missing_extra
 from austeer.export.hot_patch import folded
 from austeer.export.lora import save_lora
 from austeer.files import check_writable, write_text
@@ -32,6 +32,7 @@ prove them, fold a plan into its weights, and load the plan as a LoRA through PE
 reason."""
 SITES = ("attention", "ffn", "neuron", "layer")  # the layer's output does not fold
 TOKENS = 12
+LONGEST = 160  # letters of a reason
 TOLERANCE = TOLERANCES[torch.float32]
 HEADINGS = ("model type", "class", "sites", "proof", "fold", "LoRA", "seconds", "why not")
 COLUMNS = """\
@@ -163,7 +164,9 @@ def _largest(errors: dict[str, float]) -> str:
 
 
 def _in_a_few_words(error: Exception) -> str:
-    return one_line(error).partition(";")[0].removesuffix(".")
+    name = "" if isinstance(error, AUSteerError) else f"{type(error).__name__}: "
+    words = " ".join(str(error).partition(";")[0].split()).removesuffix(".")
+    return name + (words if len(words) <= LONGEST else f"{words[:LONGEST]} ...")
 
 
 def counts(families: Sequence[Family]) -> list[tuple[str, ...]]:
