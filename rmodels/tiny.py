@@ -66,12 +66,12 @@ def _rope(*sections: int) -> dict:
 SPECIAL: dict[str, dict] = {
     "axk1": dict(topk_group=1),
     "bamba": dict(attn_layer_indices=[1, 3]),
+    "blt": dict(encoder_hash_byte_group_vocab=VOCABULARY),
+    "chameleon": dict(vocabulary_map={"<image>": 4}),
     "cohere_compass_text": dict(
         rope_parameters={kind: _rope(2, 3, 3)["rope_parameters"] for kind in ("full_attention", "sliding_attention")}
     ),
     "cosmos3_edge_text": _rope(2, 3, 3),
-    "blt": dict(encoder_hash_byte_group_vocab=VOCABULARY),
-    "chameleon": dict(vocabulary_map={"<image>": 4}),
     "dbrx": dict(
         attn_config=dict(kv_n_heads=2, clip_qkv=8.0, rope_theta=10000.0),
         ffn_config=dict(hidden_size=64, ffn_hidden_size=24, moe_num_experts=4, moe_top_k=2),
@@ -82,26 +82,27 @@ SPECIAL: dict[str, dict] = {
     "ernie4_5_vl_moe_text": _rope(3, 3, 2) | dict(moe_intermediate_size=[24, 24]),
     "falcon_h1": dict(mamba_d_ssm=128),
     "gemma3n_text": dict(intermediate_size=96, num_kv_shared_layers=2),
-    "glm5_next_text": dict(qk_rope_head_dim=0),
-    "glm4v_text": _rope(2, 3, 3),
     "glm4v_moe_text": _rope(1, 1, 2),
+    "glm4v_text": _rope(2, 3, 3),
+    "glm5_next_text": dict(qk_rope_head_dim=0),
     "glm_ocr_text": _rope(2, 3, 3),
     "gpt_neo": dict(attention_types=[[["global", "local"], 2]]),
+    "granitemoehybrid": dict(layer_types=["linear_attention", "full_attention"] * 2),
     "hunyuan_vl_text": _rope(2, 2, 2, 2),
     "jamba": dict(attn_layer_period=2, attn_layer_offset=1),
     "lfm2_moe": dict(layer_types=["conv", "full_attention"] * 2),
     "mamba2": dict(num_heads=8),
     "paddleocr_vl_text": _rope(2, 3, 3),
     "qwen2_5_omni_text": _rope(2, 3, 3),
-    "qwen2_vl_text": _rope(2, 3, 3),
     "qwen2_5_vl_text": _rope(2, 3, 3),
+    "qwen2_vl_text": _rope(2, 3, 3),
     "qwen4_exp_text": dict(
         indexer_compress_ratio=2, indexer_budget=32, indexer_kv_heads=1, indexer_n_heads=2, indexer_head_dim=16
     ),
     "radio": dict(video_temporal_patch_size=2),
     "reformer": dict(is_decoder=True, axial_pos_embds_dim=[16, 48], axial_pos_shape=[4, 64]),
-    "xmod": dict(default_language="en_XX"),
     "step3p5": dict(sliding_window=12, share_expert_dim=24),
+    "xmod": dict(default_language="en_XX"),
     "zaya": dict(num_experts_per_tok=1),
 }
 

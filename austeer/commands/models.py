@@ -83,8 +83,11 @@ class Family:
 def try_family(model_type: str) -> Family:
     """Build, prove, fold and export one family. Whatever goes wrong becomes a reason."""
     family, start = Family(model_type), time.monotonic()
+    what = "cannot be built small: "
     try:
-        model = rmodels.with_proven_gates(tiny_model(tiny_config(model_type)))
+        model = tiny_model(tiny_config(model_type))
+        what = ""
+        model = rmodels.with_proven_gates(model)
         errors, refused = model.au_proof_errors, getattr(model, "au_refused", {})
         for site in SITES:
             if site in rmodels.sites(model):
@@ -93,7 +96,7 @@ def try_family(model_type: str) -> Family:
                 family.reasons[site] = refused.get(site, "the family file leaves it out")
         _try_exports(family, model)
     except Exception as error:  # of any kind: the families are transformers' code, and one must not stop the others
-        family.reasons[""] = _in_a_few_words(error)
+        family.reasons[""] = what * (not isinstance(error, AUSteerError)) + _in_a_few_words(error)
     family.seconds = time.monotonic() - start
     return family
 
@@ -190,7 +193,7 @@ def _document(families: Sequence[Family], command: str) -> str:
             "Made by", "",
             f"    {command}", "",
             f"with transformers {transformers.__version__}, in float32, on tiny random models of the true classes. "
-            f"Of {len(families)} families, {len(steered)} can be steered:", "",
+            f"Of {len(families)} model types, {len(steered)} can be steered:", "",
             *_markdown(counts(families)), "",
             COLUMNS, "",
             "## Families that can be steered", "",
