@@ -142,10 +142,10 @@ class _Proof:
                 seen = gate.dense(x)
                 shapes[gate].append(tuple(seen.shape))
                 if seen.dim() == 3 and seen.shape[-1] == gate.width:
-                    # active units at the last token; neighbouring layers take different ones, so that no gate can stand
-                    # in for another
-                    strength = seen[0, -1].abs()
-                    self.chosen[gate] = int(strength.topk(min(4, gate.width)).indices[gate.layer % 2]), FACTORS[0]
+                    # the most active unit at the last token, an even one in every second layer and an odd one in the
+                    # others, so that no gate can stand in for its neighbour
+                    odd = gate.layer % 2
+                    self.chosen[gate] = 2 * int(seen[0, -1, odd::2].abs().argmax()) + odd, FACTORS[0]
                 return x
 
             return tap

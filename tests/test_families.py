@@ -266,6 +266,9 @@ def on_the_wrong_projection(model):
 
 
 def at_the_neighbouring_layer(model):
+    for layer in model.model.layers:  # the same unit is the strongest everywhere, which must not hide the exchange
+        layer.self_attn.v_proj.weight[5] *= 50
+        layer.self_attn.q_proj.weight.zero_()
     one, other = (model.model.layers[index].self_attn.o_proj for index in (2, 3))
     one._forward_pre_hooks, other._forward_pre_hooks = other._forward_pre_hooks, one._forward_pre_hooks
 
