@@ -330,7 +330,9 @@ def test_a_family_file_with_a_broken_gate_is_refused(checkpoints):
     gate = gate_of(model, "ffn", 1)
     forward = type(gate).forward
     gate.forward = lambda x: forward(gate, x.roll(1, -1)).roll(-1, -1)
-    with pytest.raises(AUSteerError, match=r"fail their proof. site ffn: the gate of layer 1 .*modeling_llama.py"):
+    with pytest.raises(
+        AUSteerError, match=r"fail their proof .site ffn: the gate of layer 1 .*mend .*modeling_llama.py"
+    ):
         rmodels.with_proven_gates(model)
 
 
@@ -343,7 +345,7 @@ def test_where_nothing_moves_nothing_is_proven():
         rmodels.site_shape(model, "attention")
     model = tiny_model(tiny_config("qwen2"))
     model.lm_head.weight.zero_()
-    with pytest.raises(AUSteerError, match=r"Qwen2ForCausalLM has no site that can be proven.*modeling_qwen2.py"):
+    with pytest.raises(AUSteerError, match=r"gates of Qwen2ForCausalLM fail their proof.*write .*modeling_qwen2.py"):
         rmodels.with_proven_gates(model)
 
 
@@ -462,9 +464,9 @@ def needs_an_image():
 
 
 REFUSED = {
-    encoder: "BertForMaskedLM has no language-model head; take a checkpoint of BertLMHeadModel",
+    encoder: "BertForMaskedLM is an encoder, which does not continue texts",
     encoder_with_a_causal_head: "BertLMHeadModel is no causal language model: its first tokens see the last one",
-    encoder_decoder: "t5 is an encoder-decoder: AUSteer steers decoders alone",
+    encoder_decoder: "T5Model is an encoder-decoder: AUSteer steers decoders alone",
     not_a_language_model: "CLIPModel has no language-model head",
     needs_an_image: "BlipForConditionalGeneration does not run on text alone",
 }
