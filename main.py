@@ -32,6 +32,10 @@ COMMANDS = {  # name -> module with a main, and what it does
         "austeer.export.command",
         "write a plan into a checkpoint's weights or an adapter, and take it out again",
     ),
+    "models": (
+        "austeer.commands.models",
+        "try every model family of the installed transformers: sites, folds, adapters",
+    ),
     "toxicity": ("eval.scoring.toxicity_agreement", "measure how far a toxicity scorer agrees with Perspective"),
     "judge": ("eval.scoring.judge", "let a judge model compare two files of answers: their win rate"),
     "human": ("eval.scoring.human", "make blind sheets for human raters, and score what they return"),

@@ -112,7 +112,7 @@ class Steering:
             gate.positions = steered[..., None]
 
     def _note(self, base, args, output) -> None:
-        states = output.last_hidden_state
+        states = output[0]  # hidden states; the logits, where a vision-language model's base is a whole language model
         bad = ~torch.isfinite(states).all()
         self._not_finite.logical_or_(bad.to(self._not_finite.device))  # the last layer may be on another GPU
         batch, new = states.shape[:2]

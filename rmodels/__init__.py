@@ -203,7 +203,7 @@ def with_proven_gates(model: PreTrainedModel, quick: bool = False) -> PreTrained
         check_gates(model)
     else:
         add_gates(model)
-    faults = prove(model, gates(model), quick=quick)
+    faults, model.au_proof_errors = prove(model, gates(model), quick=quick)
     has_own_gates = isinstance(model, GatedCausalLM)
     if faults and (has_own_gates or not set(sites(model)) - set(faults)):
         todo = "mend" if model.config.model_type in families() else "write"

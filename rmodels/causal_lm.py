@@ -155,7 +155,8 @@ def gates(model: nn.Module, site: str | None = None) -> Iterator[AUGate]:
 def check_gates(model: nn.Module) -> None:
     """Check that every layer has exactly one gate per site: without one, steering would silently do nothing."""
     actual = sorted((gate.site, gate.layer) for gate in gates(model))
-    expected = sorted((site, layer) for site in sites(model) for layer in range(model.config.num_hidden_layers))
+    layers = model.config.get_text_config(decoder=True).num_hidden_layers
+    expected = sorted((site, layer) for site in sites(model) for layer in range(layers))
     if actual != expected:
         raise AUSteerError(
             f"{type(model).__name__} has {len(actual)} AU gates instead of {len(expected)} "

@@ -19,12 +19,12 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from austeer.errors import AUSteerError
+from austeer.errors import AUSteerError, first_line
 from rmodels.gate import SITES, AUGate
-from rmodels.structural import find_blocks, linear_maps
+from rmodels.structural import find_blocks, linear_maps, with_hidden_states
 
 TOKENS = 6
 # of the largest logit: differences above are differences
@@ -35,8 +35,13 @@ ROWS = 32  # AUs tried in one forward
 SLOW = 2.0  # seconds after which the cost is printed
 
 
-def prove(model: PreTrainedModel, gates: Iterable[AUGate], *, quick: bool = False) -> dict[str, str]:
-    """Return the sites that could not be proven, each with the reason. quick: first, middle and last layer only."""
+def prove(
+    model: PreTrainedModel, gates: Iterable[AUGate], *, quick: bool = False
+) -> tuple[dict[str, str], dict[str, float]]:
+    """Return why sites could not be proven, and how far gates and weights were apart, as a part of the largest logit.
+
+    quick: first, middle and last layer only.
+    """
     start = time.monotonic()
     proof = _Proof(model, list(gates), quick)
     try:
@@ -49,7 +54,7 @@ def prove(model: PreTrainedModel, gates: Iterable[AUGate], *, quick: bool = Fals
     if seconds > SLOW:
         how = "three layers" if quick else f"{len(proof.chosen)} atomic units, one per site and layer"
         print(f"gates proven in {seconds:.1f} s ({how})", file=sys.stderr)
-    return reasons
+    return reasons, proof.errors
 
 
 @torch.no_grad()
@@ -97,6 +102,7 @@ class _Proof:
         self.like = torch.zeros((), dtype=model.dtype, device=model.get_input_embeddings().weight.device)
         self.ids = _tokens(model).to(self.like.device)
         self.chosen: dict[AUGate, tuple[int, float]] = {}  # dimension and factor
+        self.errors: dict[str, float] = {}
 
     @torch.no_grad()
     def reasons(self) -> dict[str, str]:
@@ -136,10 +142,10 @@ class _Proof:
                 seen = gate.dense(x)
                 shapes[gate].append(tuple(seen.shape))
                 if seen.dim() == 3 and seen.shape[-1] == gate.width:
-                    # active units at the last token; neighbouring layers take different ones, so that no gate can stand
-                    # in for another
-                    strength = seen[0, -1].abs()
-                    self.chosen[gate] = int(strength.topk(min(4, gate.width)).indices[gate.layer % 2]), FACTORS[0]
+                    # the most active unit at the last token, an even one in every second layer and an odd one in the
+                    # others, so that no gate can stand in for its neighbour
+                    odd = gate.layer % 2
+                    self.chosen[gate] = 2 * int(seen[0, -1, odd::2].abs().argmax()) + odd, FACTORS[0]
                 return x
 
             return tap
@@ -149,7 +155,12 @@ class _Proof:
         later = self.ids.clone()
         later[:, -1] = self.ids[:, 0]
         with _calls_of_projections(self.model) as order:
-            logits = self._logits(torch.cat([self.ids, later]), keep=0)
+            try:
+                logits = self._logits(torch.cat([self.ids, later]), keep=0)
+            except (TypeError, ValueError, AttributeError, NotImplementedError) as error:
+                raise AUSteerError(
+                    f"{type(self.model).__name__} does not run on text alone: {first_line(error)}"
+                ) from error
         for gate in self.tried:
             gate.tap = None
         if not self._alike(logits[0, :-1], logits[1, :-1]):
@@ -187,7 +198,7 @@ class _Proof:
                     gate.clear()
                 idle = self._logits(self.ids.expand(len(rows), -1))
                 moved = (steered - idle).abs().flatten(1).amax(1)
-                enough = (moved >= MOVES * self._tolerance(idle)) & steered.flatten(1).isfinite().all(1)
+                enough = (moved > 0) & (moved >= MOVES * self._tolerance(idle)) & steered.flatten(1).isfinite().all(1)
                 for gate, is_enough in zip(rows, enough.tolist(), strict=True):
                     self.chosen[gate] = self.chosen[gate][0], factor
                     still += [] if is_enough else [gate]
@@ -210,6 +221,8 @@ class _Proof:
             steered.isfinite().all() and expected.isfinite().all()
         ):  # many factors at once: one by one they are finite
             return len(aus) > 1 and all(self._agrees(site, {gate: au}) for gate, au in aus.items())
+        error = float((steered - expected).abs().max() / expected.abs().max())
+        self.errors[site] = max(error, self.errors.get(site, 0.0))
         return self._alike(steered, expected)
 
     def _reference(self, site: str, aus: dict[int, tuple[int, float]]):
@@ -302,13 +315,8 @@ def _plain_hooks(model: PreTrainedModel, site: str, aus: dict[int, tuple[int, fl
             else:
                 module = block.layer if site == "layer" else block.down or block.experts
 
-                def after(module: nn.Module, args: tuple, out: Tensor | tuple | list, au=aus[layer]):
-                    return (
-                        type(out)([scaled(out[0], *au), *out[1:]])
-                        if isinstance(out, tuple | list)
-                        else scaled(out, *au)
-                    )
-
-                hook = module.register_forward_hook(after)
+                hook = module.register_forward_hook(
+                    lambda m, args, out, au=aus[layer]: with_hidden_states(out, lambda x: scaled(x, *au))
+                )
             undo.callback(hook.remove)
         yield

@@ -13,7 +13,7 @@ layers work. What is found here is a guess until `rmodels/proof.py` has proven i
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -28,11 +28,12 @@ from rmodels.gate import AUGate
 # what families call the two halves of a decoder layer, the most telling names first
 MIXERS = (
     "self_attn", "attn", "attention", "self_attention", "multi_head_attention", "linear_attn", "mamba", "mixer", "conv",
-    "temporal_block", "operator",
+    "temporal_block", "operator", "norm_attn_norm", "mlstm_layer", "mamba_decoder",
 )  # fmt: skip
 MLPS = ("mlp", "feed_forward", "block_sparse_moe", "moe", "ffn", "mlp_block", "shared_mlp")
 # projections that are wide and may come late, but never last: of queries, keys, values, gates and inner activations
 NEVER_LAST = re.compile(r"gate|^(in|q|k|v|kv|qkv)_|^up_|^w[13]$|^fc1$")
+OTHER_TOWERS = re.compile(r"vision|visual|image|img|audio|speech")  # parts of a model whose layers are no decoder's
 
 ACTIVATIONS = ("transformers.activations", "torch.nn.modules.activation")  # where these functions come from
 
@@ -75,15 +76,18 @@ def decoder_layers(model: PreTrainedModel) -> Sequence[nn.Module]:
     """Return the layers of the text decoder."""
     if hasattr(model, "au_blocks"):
         return list(dict.fromkeys(block.layer for block in model.au_blocks()))
-    count = model.config.get_text_config(decoder=True).num_hidden_layers
+    count = _size(model, "num_hidden_layers")
     decoder = model.get_decoder()
     decoder = (
         decoder if isinstance(decoder, PreTrainedModel) else without_head(model)
     )  # some heads are called "decoder"
     lists = [
         module
-        for module in decoder.modules()
-        if isinstance(module, nn.ModuleList) and len(module) == count and any(_projections(module))
+        for name, module in decoder.named_modules()
+        if isinstance(module, nn.ModuleList)
+        and len(module) == count
+        and any(_projections(module))
+        and not OTHER_TOWERS.search(name)
     ]
     if not lists:
         raise AUSteerError(
@@ -93,7 +97,16 @@ def decoder_layers(model: PreTrainedModel) -> Sequence[nn.Module]:
 
 
 def stream_width(model: PreTrainedModel) -> int:
-    return model.config.get_text_config(decoder=True).hidden_size
+    return _size(model, "hidden_size")
+
+
+def _size(model: PreTrainedModel, field: str) -> int:
+    config = model.config.get_text_config(decoder=True)
+    if not isinstance(getattr(config, field, None), int):
+        raise AUSteerError(
+            f"the config of {type(model).__name__} has no {field}: it is not one decoder; take a decoder"
+        )
+    return getattr(config, field)
 
 
 def find_blocks(model: PreTrainedModel) -> list[Block]:
@@ -108,10 +121,11 @@ def _block(layer: nn.Module, width: int) -> Block:
     children = dict(layer.named_children())
     mixer = next((children[name] for name in MIXERS if name in children), None)
     mlp = next((children[name] for name in MLPS if name in children), None)
-    if mlp is None and mixer is not None and (hasattr(mixer, "down_proj") or _has_experts(mixer)):
+    if mlp is None and "mixer" in children and (hasattr(mixer, "down_proj") or _has_experts(mixer)):
         mixer, mlp = None, mixer  # Nemotron-H's layers are either, under one name
     if mlp is None:  # OPT's layers hold the linear maps of their MLP themselves
-        mlp = nn.ModuleDict({name: child for name, child in children.items() if _is_projection(child)})
+        own = {name: child for name, child in children.items() if _is_projection(child)}
+        mlp = nn.ModuleDict(own if len(own) > 1 else {})
     is_mixture = _has_experts(mlp)
     return Block(
         layer,
@@ -269,13 +283,17 @@ def _steer_input(gate: AUGate, tokens: TokenShape, module: nn.Module, args: tupl
 def _steer_output(
     gate: AUGate, tokens: TokenShape, module: nn.Module, args: tuple, output: Tensor | tuple | list
 ) -> Tensor | tuple | list | None:
-    if gate.idle:
-        return None
-    if isinstance(output, tuple | list):
-        return type(output)([_steer(gate, tokens, output[0]), *output[1:]])
-    return _steer(gate, tokens, output)
+    return None if gate.idle else with_hidden_states(output, partial(_steer, gate, tokens))
 
 
 def _steer(gate: AUGate, tokens: TokenShape, x: Tensor) -> Tensor:
     """Call a gate with (batch, tokens, width), also where an MLP runs all tokens of a batch as one long row."""
     return gate(x) if x.dim() != 2 else gate(x.view(*tokens.shape, -1)).view_as(x)
+
+
+def with_hidden_states(output: Tensor | tuple | list, change: Callable[[Tensor], Tensor]) -> Tensor | tuple | list:
+    """Change the hidden states in what a module returns: they are all of it, or the first of several."""
+    if isinstance(output, Tensor):
+        return change(output)
+    changed = [change(output[0]), *output[1:]]
+    return type(output)(*changed) if hasattr(output, "_fields") else type(output)(changed)

@@ -9,13 +9,13 @@ from collections import defaultdict
 import pytest
 import torch
 from conftest import PAIRS
-from rmodels.tiny import tiny_config, tiny_model
 
 import rmodels
 from austeer.forward import PairTexts, log_odds_and_gradients
 from austeer.pairs import as_pairs
 from austeer.tokens import CLEAN, encode
 from rmodels.structural import linear_maps
+from rmodels.tiny import tiny_config, tiny_model
 
 FAMILIES = ("gpt2", "opt", "mamba2", "phi3", "gpt_oss", "mixtral", "qwen2_moe", "qwen3_next", "gemma4_text", "lfm2")
 

@@ -14,6 +14,10 @@ COMMANDS = {  # name: module with a main, and what it does
     "steer": ("austeer.commands.steer", "answers without and with a plan, side by side"),
     "export": ("austeer.export.command", "a plan -> a folded checkpoint, a LoRA, IA3 or GGUF adapter; and back"),
     "serve": ("austeer.export.serve", "plans as named models of a vLLM server"),
+    "models": (
+        "austeer.commands.models",
+        "every model family of the installed transformers, tried: sites, folds, adapters",
+    ),
     "methods": ("austeer.commands.methods", "the methods that make plans, by name"),
 }
 EXAMPLES = """\
