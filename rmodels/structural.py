@@ -15,6 +15,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -220,9 +221,7 @@ def _gate_input(projection: nn.Module | None, site: str, index: int, layer: nn.M
         return
     gate = AUGate(site, index, projection_widths(projection)[0])
     projection.add_module(f"au_{site}", gate)
-    projection.register_forward_pre_hook(
-        lambda module, args: None if gate.idle else (_steer(gate, tokens, args[0]), *args[1:])
-    )
+    projection.register_forward_pre_hook(partial(_steer_input, gate, tokens))
 
 
 def _gate_output(
@@ -234,14 +233,24 @@ def _gate_output(
     gate = AUGate(site, index, width)
     module.add_module(f"au_{site}", gate)
 
-    def steer(module: nn.Module, args: tuple, output: Tensor | tuple | list) -> Tensor | tuple | list | None:
-        if gate.idle:
-            return None
-        if isinstance(output, tuple | list):
-            return type(output)([_steer(gate, tokens, output[0]), *output[1:]])
-        return _steer(gate, tokens, output)
+    module.register_forward_hook(partial(_steer_output, gate, tokens))
 
-    module.register_forward_hook(steer)
+
+# Hooks are partials, which a deep copy of a model copies with their gates; it would share closures with the original.
+
+
+def _steer_input(gate: AUGate, tokens: TokenShape, module: nn.Module, args: tuple) -> tuple | None:
+    return None if gate.idle else (_steer(gate, tokens, args[0]), *args[1:])
+
+
+def _steer_output(
+    gate: AUGate, tokens: TokenShape, module: nn.Module, args: tuple, output: Tensor | tuple | list
+) -> Tensor | tuple | list | None:
+    if gate.idle:
+        return None
+    if isinstance(output, tuple | list):
+        return type(output)([_steer(gate, tokens, output[0]), *output[1:]])
+    return _steer(gate, tokens, output)
 
 
 def _steer(gate: AUGate, tokens: TokenShape, x: Tensor) -> Tensor:
