@@ -38,18 +38,20 @@ from rmodels import sources
 from rmodels.causal_lm import KERNELS, GatedCausalLM, check_gates, gates, sites
 from rmodels.gate import SITES, AUGate
 from rmodels.proof import prove, reads_on_caches
-from rmodels.structural import add_gates, decoder_layers, without_head
+from rmodels.structural import LinearMap, add_gates, decoder_layers, linear_maps, without_head
 
 __all__ = [
     "FAMILIES",
     "SITES",
     "AUGate",
+    "LinearMap",
     "check_gates",
     "context_length",
     "continues_on_caches",
     "decoder_layers",
     "family",
     "gates",
+    "linear_maps",
     "load",
     "load_processor",
     "load_tokenizer",

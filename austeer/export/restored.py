@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+import rmodels
 from austeer.errors import AUSteerError
 from austeer.export.fold import fold
 from austeer.files import check_new
@@ -45,15 +46,14 @@ def check_savable(model: PreTrainedModel) -> None:
 
 
 def _has_bias(model: PreTrainedModel) -> bool:
-    return model.base_model.layers[0].self_attn.o_proj.bias is not None
+    return all(linear.bias for _, inside, _, linear in rmodels.linear_maps(model) if inside == "attention")
 
 
 def _empty_with_bias(model: PreTrainedModel) -> PreTrainedModel:
     """Return the same architecture without weights, with the biases switched on that its config knows."""
     config = copy.deepcopy(model.config)
     config.attention_bias = True
-    with torch.device("meta"):
-        return type(model)(config)
+    return rmodels.skeleton(config)
 
 
 def _with_bias(model: PreTrainedModel) -> PreTrainedModel:

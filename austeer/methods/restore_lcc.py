@@ -239,8 +239,9 @@ def probe_accuracy(repaired: Tensor, right: Tensor, wrong: Tensor) -> Tensor:
 
 
 def remaining_heads(model: PreTrainedModel) -> Tensor:
-    """Return for each head whether o_proj still reads it, (heads,) bool."""
-    read = torch.stack([block.self_attn.o_proj.weight.any(0).cpu() for block in model.base_model.layers])
+    """Return for each head whether the last projection of attention still reads it, (heads,) bool."""
+    maps = [linear for _, inside, _, linear in rmodels.linear_maps(model) if inside == SITE]
+    read = torch.stack([model.get_parameter(linear.weight).any(linear.outputs).cpu() for linear in maps])
     return by_head(read, model.config).any(-1).flatten()
 
 

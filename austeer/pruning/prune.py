@@ -21,13 +21,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from austeer.errors import AUSteerError, one_of
 from austeer.pruning.blocks import Block, linears_of, through_blocks
 from austeer.pruning.masks import Sparsity, lowest
 from austeer.pruning.sparsegpt import sparsegpt
 from austeer.pruning.structured import check_structure, remove_lowest
-from rmodels import gates
+from rmodels import decoder_layers, gates
 
 
 @dataclass(frozen=True)
@@ -105,10 +106,15 @@ def _check(model: PreTrainedModel, linears: dict[str, nn.Linear], how: str, spar
         raise AUSteerError("a quantised model cannot be pruned; load it in bfloat16 or float32")
     if any(linear.weight.is_meta for linear in linears.values()):
         raise AUSteerError("some weights are not in memory; load the model without offloading to prune it")
-    in_linears = {id(linear.weight) for linear in linears.values()}
-    fused = [name for name, w in model.base_model.layers.named_parameters() if w.dim() > 2 and id(w) not in in_linears]
-    if fused:  # most of such a model would stay dense, and the reported share would hide it
-        raise AUSteerError(f"{fused[0]} holds several experts in one tensor; prune a model of Linear layers alone")
+    # most of such models would stay dense, and the reported share would hide it
+    for name, module in decoder_layers(model).named_modules():
+        if isinstance(module, Conv1D):
+            raise AUSteerError(f"layers.{name} is a Conv1D; prune a model of Linear layers alone")
+        for key, weight in module.named_parameters(recurse=False):
+            if weight.dim() > 2 and not isinstance(module, nn.Conv1d):
+                raise AUSteerError(
+                    f"layers.{name}.{key} holds several experts in one tensor; prune a model of Linear layers alone"
+                )
     if how == "structured":
         check_structure(model, sparsity)
     elif isinstance(sparsity, tuple):

@@ -19,6 +19,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from austeer.errors import AUSteerError
 from austeer.pruning.blocks import Block
 from austeer.pruning.masks import Sparsity
+from rmodels import decoder_layers
 
 # the part of a block that is made of groups -> the Linears whose rows, and the one whose columns, belong to a group
 PARTS = {"self_attn": (("q_proj", "k_proj", "v_proj"), "o_proj"), "mlp": (("gate_proj", "up_proj"), "down_proj")}
@@ -49,7 +50,7 @@ def check_share(sparsity: Sparsity) -> None:
 def check_structure(model: PreTrainedModel, sparsity: Sparsity) -> None:
     """Refuse a model that is not built of these groups, and a sparsity that removes none of them."""
     check_share(sparsity)
-    for block in model.base_model.layers:
+    for block in decoder_layers(model):
         for part, (inner, outer) in PARTS.items():
             for name in (*inner, outer):
                 if not isinstance(getattr(getattr(block, part, None), name, None), nn.Linear):
