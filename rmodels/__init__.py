@@ -43,11 +43,12 @@ from rmodels.causal_lm import KERNELS, GatedCausalLM, check_gates, gates, sites
 from rmodels.gate import SITES, AUGate
 from rmodels.memory import check_memory
 from rmodels.proof import prove, reads_on_caches
-from rmodels.structural import add_gates, decoder_layers, without_head
+from rmodels.structural import LinearMap, add_gates, decoder_layers, linear_maps, without_head
 
 __all__ = [
     "SITES",
     "AUGate",
+    "LinearMap",
     "check_gates",
     "code_roots",
     "context_length",
@@ -56,6 +57,7 @@ __all__ = [
     "families",
     "family",
     "gates",
+    "linear_maps",
     "load",
     "load_processor",
     "load_tokenizer",

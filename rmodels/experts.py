@@ -10,6 +10,9 @@ transformers' implementations of fused experts (its ALL_EXPERTS_FUNCTIONS) hand 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
@@ -61,22 +64,29 @@ def gate_experts(experts: nn.Module, layer: int, tokens: TokenShape) -> None:
     inner = experts.down_proj.shape[-2 if experts.is_transposed else -1]
     gate = experts.au_neuron = ExpertGate(layer, experts.num_experts, inner)
 
-    def route(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        if not gate.idle:
-            index = args[1] if len(args) > 1 else next(iter(kwargs.values()))
-            gate.route(tokens.shape, *_order_of_rows(index, module.config._experts_implementation))
+    experts.register_forward_pre_hook(partial(_route, gate, tokens), with_kwargs=True)
+    if experts.has_gate:
+        experts._apply_gate = partial(_apply_both, experts._apply_gate, gate)
+    else:
+        experts.act_fn.register_forward_hook(partial(_steer_activations, gate))
 
-    experts.register_forward_pre_hook(route, with_kwargs=True)
-    if not experts.has_gate:
-        experts.act_fn.register_forward_hook(lambda act, args, x: None if gate.idle else gate(x))
-        return
-    apply_gate = experts._apply_gate
 
-    def apply_both(x: Tensor) -> Tensor:
-        x = apply_gate(x)
-        return x if gate.idle else gate(x)
+# Partials and not closures, which deep copies of a model would share with it (structural.py).
 
-    experts._apply_gate = apply_both
+
+def _route(gate: ExpertGate, tokens: TokenShape, module: nn.Module, args: tuple, kwargs: dict) -> None:
+    if not gate.idle:
+        index = args[1] if len(args) > 1 else next(iter(kwargs.values()))
+        gate.route(tokens.shape, *_order_of_rows(index, module.config._experts_implementation))
+
+
+def _apply_both(apply_gate: Callable[[Tensor], Tensor], gate: ExpertGate, x: Tensor) -> Tensor:
+    x = apply_gate(x)
+    return x if gate.idle else gate(x)
+
+
+def _steer_activations(gate: ExpertGate, act: nn.Module, args: tuple, x: Tensor) -> Tensor | None:
+    return None if gate.idle else gate(x)
 
 
 def _order_of_rows(top_k_index: Tensor, implementation: str) -> tuple[Tensor, Tensor]:

@@ -3,12 +3,14 @@
 import itertools
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import COMMON, FAMILIES, SPECIAL
 from safetensors.torch import load_file, save_file
+from tiny_families import plan_in_every_layer, save_tiny
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import rmodels
@@ -16,12 +18,14 @@ from austeer.errors import AUSteerError
 from austeer.export.adapter import open_weights
 from austeer.export.checkpoint import Checkpoint
 from austeer.export.ia3 import save_ia3
-from austeer.export.lora import lora_factors, max_lora_rank, save_lora
+from austeer.export.lora import factors_of, lora_factors, max_lora_rank, save_lora
 from austeer.export.serve import main as serve
 from austeer.export.serve import server_command
+from austeer.export.weights import Edit
 from austeer.identity import model_header
 from austeer.plan import Plan
 from austeer.steering import steer
+from rmodels import LinearMap
 
 IDS = torch.tensor([[1, 40, 77, 130, 9, 200, 31, 55, 12, 300, 7, 90, 41, 66, 3, 250]])
 
@@ -31,18 +35,13 @@ def plan_for(model, sites, aus=5, strength=2.0, seed=0) -> Plan:
     generator = torch.Generator().manual_seed(seed)
     scales = {}
     for site in sites:
-        layers, width = rmodels.site_shape(model, site)
-        values = torch.zeros(layers, width)
+        values = torch.zeros(rmodels.site_shape(model, site))
+        widths = [gate.width for gate in rmodels.gates(model, site)]
         for layer in [1] if model.config.model_type == "qwen3_moe" and site == "ffn" else [0, 1]:
-            dims = torch.randperm(width, generator=generator)[: aus + layer]
+            dims = torch.randperm(widths[layer], generator=generator)[: aus + layer]
             values[layer, dims] = strength * torch.randn(len(dims), generator=generator)
         scales[site] = values
     return Plan(scales)
-
-
-def sites_of(model):
-    """Return the sites that a LoRA can hold: of a family with experts only attention."""
-    return ["attention"] if "neuron" not in rmodels.sites(model) else ["attention", "ffn", "neuron"]
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -65,13 +64,18 @@ def changed_by_hand(model, folder):
         assert config["rank_pattern"].get(name, config["r"]) == len(a) == b.shape[1]
         assert config["alpha_pattern"].get(name, config["lora_alpha"]) == len(a)  # scaling is 1
         plain.get_submodule(name).weight.data += b @ a
+    for name in config.get("target_parameters", []):  # experts one behind another, as PEFT keeps them
+        a, b = (tensors.pop(f"base_model.model.{name.rpartition('.')[0]}.lora_{part}.weight") for part in "AB")
+        weight, rank = plain.get_parameter(name), config["rank_pattern"].get(name, config["r"])
+        a, b = a.unflatten(0, (-1, rank)), b.unflatten(1, (rank, -1)).permute(2, 0, 1)
+        weight.data += (b @ a).view_as(weight)
     assert not tensors
     return plain
 
 
 def test_lora_equals_live(model, tmp_path):
-    every = sites_of(model)
-    for sites in [[site] for site in every] + [every] * (len(every) > 1):
+    every = ["attention", "ffn", "neuron"]
+    for sites in [[site] for site in every] + [every]:
         plan, out = plan_for(model, sites), tmp_path / "-".join(sites)
         result = save_lora(model.config.name_or_path, plan, out)
         with steer(model, plan):
@@ -203,13 +207,19 @@ def test_refusals_leave_nothing(checkpoints, llama, tmp_path):
         ]:
             with pytest.raises(AUSteerError, match=why):
                 save(path, plan, out)
-        with pytest.raises(AUSteerError, match="many experts"):
-            save(checkpoints["qwen3_moe"], some, out)
         with pytest.raises(AUSteerError, match="is not a folder, and the hub does not offer it"):
             save(tmp_path / "nowhere", some, out)
         assert not list(tmp_path.iterdir())
-    with pytest.raises(AUSteerError, match="a dense layer of a family with experts"):
-        save_lora(checkpoints["qwen3_moe"], Plan({"ffn": some.scales["ffn"] * torch.tensor([[0], [1], [0]])}), out)
+    with pytest.raises(AUSteerError, match="many experts"):
+        save_ia3(checkpoints["qwen3_moe"], some, out)
+    with pytest.raises(AUSteerError, match="many experts"):
+        lora_factors(open_weights(checkpoints["qwen3_moe"], some), some)
+    dense = tmp_path / "dense.safetensors"
+    Plan({"ffn": some.scales["ffn"] * torch.tensor([[0], [1], [0]])}).save(dense)
+    with pytest.raises(AUSteerError, match=r"layers.1.mlp.down_proj.weight belongs to an MLP of a family with experts"):
+        server_command(str(checkpoints["qwen3_moe"]), [dense], [], tmp_path / "adapters")
+    shutil.rmtree(tmp_path / "adapters")
+    dense.unlink()
     both = Plan({site: torch.ones(rmodels.site_shape(llama, site)) for site in ("ffn", "neuron")})
     with pytest.raises(AUSteerError, match="one vector per module"):
         save_ia3(path, both, out)
@@ -270,9 +280,7 @@ def test_biases_are_steered_as_live(tmp_path, save, sites):
 def test_peft_reads_it(model, tmp_path, kind):
     peft = pytest.importorskip("peft", reason="peft is in requirements2.txt")
     moe = model.config.model_type == "qwen3_moe"
-    for sites in [["attention", "ffn"], ["attention"] if moe else ["neuron"]]:
-        if moe and kind == "lora" and "ffn" in sites:
-            continue  # refused
+    for sites in [["attention", "ffn"], ["attention"] if moe and kind == "ia3" else ["neuron"]]:
         plan, out = plan_for(model, sites), tmp_path / "-".join(sites)
         {"lora": save_lora, "ia3": save_ia3}[kind](model.config.name_or_path, plan, out)
         with steer(model, plan):
@@ -287,6 +295,71 @@ def test_peft_reads_it(model, tmp_path, kind):
         with torch.no_grad():
             assert (live - adapted(IDS).logits).abs().max() < 1e-4
             assert (live - adapted.merge_and_unload()(IDS).logits).abs().max() < 1e-4
+
+
+IN_PEFT = {  # family -> sites that a LoRA, and an IA3, can hold
+    "gpt2": (["attention", "neuron"], ["attention", "ffn"]),
+    "mixtral": (["attention", "ffn", "neuron"], ["attention"]),
+    "qwen2_moe": (["attention", "ffn", "neuron"], ["attention"]),
+    "opt": (["attention", "neuron"], ["attention", "ffn"]),
+    "bloom": (["attention", "neuron"], ["attention", "ffn"]),
+    "gpt_oss": (["attention", "neuron"], ["attention"]),
+    "phi3": (["attention", "ffn", "neuron"], ["attention", "ffn"]),
+    "mamba2": (None, ["attention"]),
+    "qwen3_next": (["attention", "ffn", "neuron"], ["attention"]),
+    "gemma3_text": (["attention", "ffn", "neuron"], ["attention", "neuron"]),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "sites"),
+    [
+        pytest.param(name, kind, sites, marks=[] if name in ("gpt2", "qwen2_moe") else pytest.mark.slow)
+        for name, by_kind in IN_PEFT.items()
+        for kind, sites in zip(("lora", "ia3"), by_kind, strict=True)
+        if sites
+    ],
+)
+def test_peft_reads_adapters_of_any_decoder(tmp_path, name, kind, sites):
+    """Conv1D modules, fused experts beside a shared one and beside dense layers, layers of different width."""
+    peft = pytest.importorskip("peft", reason="peft is in requirements2.txt")
+    source = save_tiny(tmp_path / "source", name)
+    model = rmodels.load(source, dtype="float32", device="cpu")
+    plan = plan_in_every_layer(model, sites)
+    {"lora": save_lora, "ia3": save_ia3}[kind](source, plan, tmp_path / "adapter")
+    with steer(model, plan):
+        live = model(IDS).logits
+    plain = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, trust_remote_code=False)
+    # PEFT sees this for itself, but other readers may not
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["fan_in_fan_out"] == (name == "gpt2")
+    adapted = peft.PeftModel.from_pretrained(plain, tmp_path / "adapter").eval()
+    with torch.no_grad():
+        assert (live - adapted(IDS).logits).abs().max() < 1e-4 < 0.2 < (live - model(IDS).logits).abs().max()
+        assert (live - adapted.merge_and_unload()(IDS).logits).abs().max() < 1e-4
+
+
+def test_a_lora_of_the_neurons_of_fused_experts_has_factors_of_its_own_for_each(tmp_path):
+    weight, scale = torch.randn(3, 4, 5), torch.zeros(3, 5)
+    scale[0, 1], scale[0, 3], scale[1, 4], scale[2, 0] = 2.0, 1.0, -0.5, 0.25
+    edit = Edit(
+        0, "neuron", LinearMap("weight", None, -1, -2), scale, torch.zeros(3, 5), torch.zeros(4), torch.zeros(4)
+    )
+    a, b = factors_of(edit, weight)
+    assert a.shape == (3, 2, 5) and torch.allclose(b @ a, weight * scale[:, None])
+    turned = factors_of(replace(edit, map=LinearMap("weight", None, -2, -1)), weight.mT.contiguous())
+    assert torch.equal(turned[0], a) and torch.equal(turned[1], b)
+
+
+def test_adapters_that_their_readers_refuse_are_refused_here(tmp_path):
+    for name, site, why in (
+        ("mamba2", "attention", "readers of LoRA adapters refuse .*out_proj of mamba2; use IA3"),
+        ("gpt_oss", "ffn", "experts has a bias, which a LoRA adapter cannot scale; fold"),
+        ("gpt2", "ffn", "c_proj has a bias, which a LoRA adapter cannot scale; use IA3"),
+    ):
+        source = save_tiny(tmp_path / name, name)
+        with pytest.raises(AUSteerError, match=why):
+            save_lora(source, plan_in_every_layer(rmodels.load(source, device="cpu"), [site]), tmp_path / "out")
 
 
 def test_server_command(llama, tmp_path):
@@ -316,7 +389,8 @@ def test_the_server_refuses_plans_of_other_weights(llama, tmp_path, monkeypatch)
         plan.header |= model_header(llama)
         plan.save(path)
     server_command(llama.config.name_or_path, plans, [], tmp_path / "adapters")
-    assert len(hashed) == len(set(hashed)) == len(llama.state_dict())
+    read_for_adapters = 2 * len(plans)
+    assert len(hashed) - read_for_adapters == len(set(hashed)) == len(llama.state_dict())
     plan.header["fingerprint"] = "0" * 64
     plan.save(plans[1])
     with pytest.raises(AUSteerError, match="this plan was made on other weights"):

@@ -16,7 +16,9 @@ import torch
 from conftest import COMMON, FAMILIES, SPECIAL, byte_tokenizer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tiny_families import BY_STRUCTURE, WITH_VISION, foldable_sites, plan_in_every_layer, save_tiny
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.core_model_loading import Concatenate
 
 import rmodels
 from austeer.errors import AUSteerError
@@ -27,18 +29,17 @@ from austeer.export.gguf_lora import save_gguf_lora
 from austeer.export.hot_patch import folded
 from austeer.export.ia3 import save_ia3
 from austeer.export.lora import save_lora
-from austeer.export.weights import Edit, find_edits
+from austeer.export.weights import DIMENSIONS, Edit, find_edits
 from austeer.files import sha256
 from austeer.identity import model_header
 from austeer.plan import Plan
 from austeer.ranks import AURanks
 from austeer.steering import steer
+from rmodels import LinearMap
 
 ROOT = Path(__file__).parents[1]
 IDS = torch.tensor([[1, 40, 77, 130, 9, 200, 31, 55, 88, 12, 254, 17, 99, 43, 66, 71, 20], list(range(30, 47))])
-SITES = [
-    (name, site) for name in FAMILIES for site in ("attention", "ffn", "neuron") if site in rmodels.family(name).SITES
-]
+SITES = list(itertools.product(FAMILIES, ("attention", "ffn", "neuron")))
 GRID = [(name, site, "float32") for name, site in SITES] + [
     pytest.param(name, site, "bfloat16", marks=[pytest.mark.slow] if site != "ffn" else []) for name, site in SITES
 ]
@@ -68,8 +69,10 @@ def load_quantised(folder, quantization):
 
 def some_plan(model, *sites, shift=0.0):
     scales = {site: torch.zeros(rmodels.site_shape(model, site)) for site in sites}
-    for scale in scales.values():
-        scale[:, 3], scale[1:, -2] = 1.5, -0.6
+    for site, scale in scales.items():
+        scale[:, 3] = 1.5
+        for gate in list(rmodels.gates(model, site))[1:]:
+            scale[gate.layer, gate.width - 2] = -0.6
     shifts = {site: torch.zeros(scale.shape) for site, scale in scales.items()} if shift else {}
     for values in shifts.values():
         values[:, 3], values[:, 7] = shift, -shift
@@ -130,16 +133,142 @@ def test_experts_one_by_one_and_fused(tmp_path, layout):
     assert bits(tmp_path / "back") == bits(source)
 
 
-def test_every_expert_and_the_shared_one():
-    scale = torch.zeros(1, 6)
-    scale[0, 2] = 1.0
-    experts = [f"model.layers.0.mlp.{which}.down_proj.weight" for which in ("experts.0", "experts.1", "shared_expert")]
-    others = ["model.layers.0.mlp.experts.0.up_proj.weight", "model.layers.0.mlp.gate.weight", "lm_head.weight"]
-    edits = find_edits(Plan({"ffn": scale}), {name: (6, 4) for name in experts + others})
-    assert [edit.weight for edit in edits] == experts
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(
+            name, marks=[] if name in ("gpt2", "bloom", "gpt_oss", "mixtral", "qwen3_next") else pytest.mark.slow
+        )
+        for name in [*BY_STRUCTURE, *WITH_VISION]
+    ],
+)
+def test_any_decoder_is_folded_by_structure(tmp_path, name):
+    """Conv1D, fused and transposed experts, layers of different width, names and prefixes that only files have."""
+    source = save_tiny(tmp_path / "source", name)
+    model = load(source)
+    plan = plan_in_every_layer(model, foldable_sites(model))
+    fold(source, plan, tmp_path / "out", certificate=False)
+    vanilla = model(IDS).logits
+    with steer(model, plan):
+        expected = model(IDS).logits
+    with folded(model, plan):
+        assert (model(IDS).logits - expected).abs().max() < 1e-4
+    assert torch.equal(model(IDS).logits, vanilla)
+    assert (load(tmp_path / "out")(IDS).logits - expected).abs().max() < 1e-4 < 0.5 < (expected - vanilla).abs().max()
+    unfold(tmp_path / "out", tmp_path / "back")
+    assert bits(tmp_path / "back") == bits(source) != bits(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[] if name == "mixtral" else pytest.mark.slow) for name in [*BY_STRUCTURE, *WITH_VISION]],
+)
+def test_certificates_of_any_decoder(tmp_path, name):
+    source = save_tiny(tmp_path / "source", name)
+    model = load(source)
+    parity = fold(source, plan_in_every_layer(model, foldable_sites(model)), tmp_path / "out")
+    moves = parity["steering_moves_logits_by"]
+    assert parity["algebra"]["max_logit_difference"] < 1e-4 * moves and moves > 0.5
+    assert parity["rounding"]["max_logit_difference"] < 1e-4 * moves
+    assert parity["file"]["tensors_compared"] == len(Checkpoint(source).places)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt_oss"])
+def test_shifts_of_any_decoder_become_biases(tmp_path, name):
+    source = save_tiny(tmp_path / "source", name)
+    model = load(source)
+    sites = [site for site in foldable_sites(model) if (name, site) != ("gpt_oss", "ffn")]
+    plan = plan_in_every_layer(model, sites, shift=0.7)
+    fold(source, plan, tmp_path / "out", certificate=False)
+    plain = Plan(plan.scales)
+    with steer(model, plain):
+        unshifted = model(IDS).logits
+    with steer(model, plan):
+        expected = model(IDS).logits
+    assert (load(tmp_path / "out")(IDS).logits - expected).abs().max() < 1e-4 < (expected - unshifted).abs().max()
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_neurons_of_fused_experts(transposed):
+    """Each expert has inputs of its own; its slice does the same to its own weight, where experts are stored apart."""
+    torch.manual_seed(0)
+    experts, inputs, outputs = 3, 5, 4
+    axes = (-2, -1) if transposed else (-1, -2)
+    shape = (experts, inputs, outputs) if transposed else (experts, outputs, inputs)
+    weight, bias, x = torch.randn(shape), torch.randn(experts, outputs), torch.randn(experts, inputs)
+    scale, shift = torch.randn(experts, inputs), torch.randn(experts, inputs)
+    scale[:, 2] = 0
+    out_scale = torch.tensor([0.0, 2.0, 0.0, -0.5])
+    edit = Edit(0, "neuron", LinearMap("weight", "bias", *axes), scale, shift, out_scale, torch.zeros(outputs))
+
+    def forward(weight, bias, x):
+        return torch.einsum("eio,ei->eo" if transposed else "eoi,ei->eo", weight, x) + bias
+
+    def edited(edit, weight, bias):
+        tensors = {edit.weight: weight.clone(), edit.bias: bias.clone()}
+        for change in edit.changes(weight, bias):
+            tensors[change.tensor].index_copy_(DIMENSIONS[change.part], change.index, change.new)
+        return tensors.values()
+
+    expected = forward(weight, bias, x * (1 + scale) + shift) * (1 + out_scale)
+    assert torch.allclose(forward(*edited(edit, weight, bias), x), expected, atol=1e-5)
+    pieces = [edited(edit.of_expert(e, edit.map), weight[e], bias[e]) for e in range(experts)]
+    assert torch.allclose(forward(*map(torch.stack, zip(*pieces, strict=True)), x), expected, atol=1e-5)
+
+
+def test_aus_that_a_layer_lacks_are_refused_by_name(tmp_path):
+    source = save_tiny(tmp_path / "source", "qwen3_next")  # layer 0 has 32 AUs at site attention, layer 1 has 64
+    checkpoint = Checkpoint(source)
+    plan = Plan({"attention": torch.zeros(3, 64)})
+    plan.scales["attention"][1, 40] = 1.0
+    assert [edit.weight for edit in checkpoint.edits(plan)] == ["model.layers.1.self_attn.o_proj.weight"]
+    plan.scales["attention"][0, 40] = 1.0
+    with pytest.raises(AUSteerError, match="AU 40 at site attention of layer 0, which has only 32"):
+        fold(source, plan, tmp_path / "out", certificate=False)
+    with pytest.raises(AUSteerError, match="layer 0 of this mamba2 model has no weight at site ffn"):
+        find_edits(Plan({"ffn": torch.ones(3, 48)}), Checkpoint(save_tiny(tmp_path / "mamba", "mamba2")).skeleton)
+
+
+def test_shifts_of_mixtures_are_refused(tmp_path):
+    """A router weighs its experts, and would weigh a shift that is in their biases."""
+    shift = Plan({}, {"ffn": torch.ones(3, 48)})
+    for name, reason in (("gpt_oss", "which weighs many experts"), ("qwen2_moe", "experts have no biases")):
+        with pytest.raises(AUSteerError, match=reason):
+            fold(save_tiny(tmp_path / name, name), shift, tmp_path / "out", certificate=False)
+
+
+def test_shifts_of_experts_in_modules_of_their_own_are_refused(tmp_path, monkeypatch):
+    model = load(make(tmp_path / "source", "llama", mlp_bias=True))
+    linears = [f"model.layers.{layer}.mlp.down_proj" for layer in range(2)]
+    experts = [(0, None, "ffn", LinearMap(f"{name}.weight", f"{name}.bias", -1, -2)) for name in linears]
+    monkeypatch.setattr("austeer.export.weights.linear_maps", lambda model: experts)
+    with pytest.raises(AUSteerError, match="which weighs many experts"):
+        find_edits(Plan({}, {"ffn": torch.ones(1, 48)}), model)
+
+
+def test_every_expert_and_the_shared_one(tmp_path):
+    checkpoint = Checkpoint(save_tiny(tmp_path / "source", "qwen2_moe"))
+    plan = Plan({"ffn": torch.zeros(3, 48)})
+    plan.scales["ffn"][0, 2] = 1.0
+    edits = [piece for edit in checkpoint.edits(plan) for piece in checkpoint.in_files(edit)]
+    parts = ("experts.0", "experts.1", "experts.2", "experts.3", "shared_expert")
+    assert [edit.weight for edit in edits] == [f"model.layers.0.mlp.{part}.down_proj.weight" for part in parts]
     assert all(edit.parts()["rows"].tolist() == [2] and list(edit.parts()) == ["rows"] for edit in edits)
-    with pytest.raises(AUSteerError, match="experts have no biases"):
-        find_edits(Plan({}, {"ffn": scale}), {name: (6, 4) for name in experts})
+
+
+def test_tensors_that_cannot_be_changed_in_place_are_refused(tmp_path):
+    source = save_tiny(tmp_path / "source", "mixtral")
+    plan = plan_in_every_layer(load(source), ["ffn"])
+    checkpoint = Checkpoint(source)
+    edit, name = checkpoint.edits(plan)[0], "model.layers.0.block_sparse_moe.experts.1.w2.weight"
+    checkpoint.shapes[name] = (80, 48)
+    with pytest.raises(AUSteerError, match=rf"{name} has shape \(80, 48\), the model's .*down_proj wants \(48, 80\)"):
+        checkpoint.in_files(edit)
+    checkpoint.origins[edit.weight].converter.operations.append(Concatenate(dim=1))
+    with pytest.raises(
+        AUSteerError, match=r"experts.0.w2.weight is one of several tensors that .*down_proj is computed"
+    ):
+        checkpoint.in_files(edit)
 
 
 def test_shifts_become_biases_where_there_are_any(tmp_path):
@@ -352,6 +481,15 @@ def test_fingerprints_of_files_are_those_of_models(tmp_path, name):
     """With tied heads, and experts stored one by one, the tensors on disk are not those in memory."""
     source = make(tmp_path / "source", name)
     Checkpoint(source).check_plan(some_plan(load(source), "ffn"))
+
+
+def test_fingerprints_of_models_that_keep_a_part_in_float32(tmp_path):
+    source = save_tiny(tmp_path / "source", "gpt_oss")
+    model = load(source, "float16")
+    assert {weight.dtype for weight in model.parameters()} == {torch.float16, torch.float32}
+    plan = plan_in_every_layer(model, ["ffn"])
+    assert plan.header["precision"] == "float16"
+    Checkpoint(source).check_plan(plan)
 
 
 def test_checkpoints_that_are_refused_leave_nothing(source, plan, tmp_path):

@@ -6,7 +6,9 @@ pip install gguf llama-cpp-python        # the latter is built from source: it t
 import pytest
 import torch
 from test_adapters import plan_for
+from tiny_families import plan_in_every_layer, save_tiny
 
+import rmodels
 from austeer.errors import AUSteerError
 from austeer.export.adapter import open_weights
 from austeer.export.gguf_lora import save_gguf_lora
@@ -37,6 +39,46 @@ def test_the_file_holds_the_factors(llama, tmp_path):
     with pytest.raises(AUSteerError, match="exists already"):
         save_gguf_lora(llama, plan, tmp_path / "a.gguf")
     assert [file.name for file in tmp_path.iterdir()] == ["a.gguf"]
+
+
+@pytest.mark.parametrize(
+    ("name", "sites", "attention"),
+    [
+        ("gpt2", ["attention", "neuron"], "attn.c_proj"),
+        ("bloom", ["attention", "neuron"], "self_attention.dense"),
+        ("gemma3_text", ["attention", "ffn"], "self_attn.o_proj"),
+    ],
+)
+def test_names_of_other_architectures(tmp_path, name, sites, attention):
+    """A Conv1D is stored like a Linear in GGUF files, and its factors are those of a Linear."""
+    model = rmodels.load(save_tiny(tmp_path / "source", name), dtype="float32", device="cpu")
+    plan = plan_in_every_layer(model, sites)
+    save_gguf_lora(tmp_path / "source", plan, tmp_path / "a.gguf")
+    reader = gguf.GGUFReader(tmp_path / "a.gguf")
+    assert reader.get_field("general.architecture").contents() == name.removesuffix("_text")
+    stored = {tensor.name: torch.tensor(tensor.data.copy()) for tensor in reader.tensors}
+    wanted = {f"blk.{layer}.{part}.weight" for layer in range(3) for part in ("attn_output", "ffn_down")}
+    assert {key.rpartition(".")[0] for key in stored} == wanted
+    weight = rmodels.decoder_layers(model)[1].get_submodule(attention).weight
+    weight = weight.T if name == "gpt2" else weight  # (outputs, inputs)
+    difference = stored["blk.1.attn_output.weight.lora_b"] @ stored["blk.1.attn_output.weight.lora_a"]
+    assert torch.allclose(difference, weight * plan.scale("attention", 1), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("opt", "knows no llama.cpp architecture for opt"),
+        ("qwen3_next", "linear_attn.out_proj may be stored in another order"),
+        ("mixtral", "many experts"),
+    ],
+)
+def test_what_llama_cpp_may_hold_otherwise_is_refused(tmp_path, name, why):
+    model = rmodels.load(save_tiny(tmp_path / "source", name), dtype="float32", device="cpu")
+    plan = plan_in_every_layer(model, ["ffn" if name == "mixtral" else "attention"])
+    with pytest.raises(AUSteerError, match=why):
+        save_gguf_lora(model, plan, tmp_path / "a.gguf")
+    assert not (tmp_path / "a.gguf").exists()
 
 
 def write_base(model, path):

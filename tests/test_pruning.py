@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import COMMON, FAMILIES, save_tiny
 from reference import hook_steering
+from tiny_families import BY_STRUCTURE
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from upstream import TEXTS, load, upstream
@@ -14,7 +15,7 @@ import rmodels
 from austeer.errors import AUSteerError
 from austeer.identity import fingerprint
 from austeer.plan import Plan
-from austeer.pruning.blocks import same_length_batches
+from austeer.pruning.blocks import same_length_batches, through_blocks
 from austeer.pruning.eora import best_factors, compensated, eora
 from austeer.pruning.masks import lowest
 from austeer.pruning.prune import parse_sparsity, prune
@@ -145,6 +146,20 @@ def test_what_cannot_be_pruned(checkpoints, llama, tmp_path):
         broken = load(checkpoints, "llama")
         broken.model.embed_tokens.weight[3] = torch.inf
         prune(broken, "wanda", 0.5, TEXTS)
+
+
+@pytest.mark.parametrize("name", ["bloom", "xglm"])
+def test_blocks_run_as_in_the_model(name):
+    """However the model calls its blocks: XGLM passes some arguments by position."""
+    xglm = dict(d_model=48, ffn_dim=80, num_layers=3, attention_heads=4, vocab_size=320, init_std=0.2)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **{**BY_STRUCTURE, "xglm": xglm}[name])).eval()
+    *_, last = through_blocks(model, [IDS[0].tolist()], "test")
+    seen = []
+    rmodels.decoder_layers(model)[-1].register_forward_hook(lambda layer, args, out: seen.append(out))
+    with torch.no_grad():
+        model(IDS, use_cache=False)
+    out = seen[0][0] if isinstance(seen[0], tuple) else seen[0]
+    assert torch.allclose(last.texts[0].hidden, out, atol=1e-5)
 
 
 def test_a_quantised_model_is_not_pruned(tmp_path):

@@ -8,9 +8,10 @@ from unittest.mock import ANY
 
 import pytest
 import torch
-from conftest import COMMON, PAIRS, SPECIAL, byte_tokenizer, save_tiny
+from conftest import COMMON, PAIRS, SPECIAL, byte_tokenizer
 from one_cell import computed
 from reference import hook_steering
+from tiny_families import save_tiny
 from transformers import AutoConfig, AutoModelForCausalLM
 from upstream import TEXTS, load, upstream
 
@@ -91,12 +92,23 @@ def test_a_restored_model_runs_in_plain_transformers(checkpoints, name, tmp_path
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["restored"]
 
 
-def test_a_family_without_the_bias_is_refused_in_one_line(checkpoints, tmp_path):
+def test_a_family_without_the_bias_is_refused_in_one_line(tmp_path):
     plan = Plan({}, {"attention": torch.ones(3, 64)})
-    mistral = save_tiny(tmp_path / "mistral", AutoConfig.for_model("mistral", **COMMON))
-    with pytest.raises(AUSteerError, match=r"a restored mistral model cannot be saved: .* no bias in o_proj"):
-        save_restored(rmodels.load(mistral, device="cpu"), byte_tokenizer(), plan, tmp_path / "out")
-    assert list(tmp_path.iterdir()) == [mistral]
+    phi3 = rmodels.load(save_tiny(tmp_path / "phi3", "phi3"), device="cpu")
+    with pytest.raises(AUSteerError, match=r"a restored phi3 model cannot be saved: .* no bias in o_proj"):
+        save_restored(phi3, byte_tokenizer(), plan, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["phi3"]
+
+
+def test_a_restored_model_with_gates_by_structure_is_saved(tmp_path):
+    pruned = rmodels.load(save_tiny(tmp_path / "opt", "opt"), dtype="float32", device="cpu")
+    prune(pruned, "wanda", 0.5, TEXTS)
+    plan = Plan({}, {"attention": torch.randn(3, 48)})
+    with steer(pruned, plan):
+        live = pruned(IDS).logits
+    save_restored(pruned, byte_tokenizer(), plan, tmp_path / "restored")
+    restored = AutoModelForCausalLM.from_pretrained(tmp_path / "restored", dtype=torch.float32)
+    assert torch.allclose(restored(IDS).logits, live, atol=1e-4) and not torch.equal(live, pruned(IDS).logits)
 
 
 def test_an_architecture_without_the_bias_is_refused(checkpoints, tmp_path):
@@ -383,20 +395,20 @@ def test_the_preset_trains_on_instructions_and_measures_other_text(tmp_path, cap
     assert (tmp_path / "embedded-copa-restore-sparsegpt-0.5-original.md").exists()
 
 
-def test_out_is_refused_before_anything_is_pruned(checkpoints, tmp_path, monkeypatch):
+def test_out_is_refused_before_anything_is_pruned(tmp_path, monkeypatch):
     monkeypatch.setattr("experiments.restoration.lab.prune", lambda *args: pytest.fail("pruned first"))
     (tmp_path / "pairs.jsonl").write_text("".join(
         json.dumps({"prompt": f"{n}", "positive": " a", "negative": " b"}) + "\n" for n in range(40)))  # fmt: skip
     command = [
         "--model",
-        str(save_tiny(tmp_path / "mistral", AutoConfig.for_model("mistral", **COMMON))),
+        str(save_tiny(tmp_path / "phi3", "phi3")),
         "--pairs",
         str(tmp_path / "pairs.jsonl"),
         "--rivals",
         "--device",
         "cpu",
     ]
-    with pytest.raises(AUSteerError, match="a restored mistral model cannot be saved"):
+    with pytest.raises(AUSteerError, match="a restored phi3 model cannot be saved"):
         restore.main([*command, "--results", str(tmp_path / "results"), "--out", str(tmp_path / "restored")])
 
 

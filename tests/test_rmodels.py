@@ -14,6 +14,7 @@ import torch
 import transformers
 from conftest import COMMON, FAMILIES
 from reference import hook_steering
+from tiny_families import plan_in_every_layer, save_tiny
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import rmodels
@@ -298,6 +299,19 @@ def test_deep_copies_steer_apart(llama):
     twin = copy.deepcopy(llama)
     with steer(twin, some_plan(twin, "ffn")):
         assert not torch.equal(twin(IDS).logits, llama(IDS).logits)
+
+
+@pytest.mark.parametrize("name", ["phi3", "mixtral"])
+def test_deep_copies_with_gates_by_structure_steer_apart(name, tmp_path):
+    model = rmodels.load(save_tiny(tmp_path / name, name), dtype="float32", device="cpu")
+    twin, idle = copy.deepcopy(model), model(IDS[:1]).logits
+    for site in rmodels.sites(model):
+        plan = plan_in_every_layer(model, [site])
+        with steer(model, plan):
+            live = model(IDS[:1]).logits
+            assert torch.equal(twin(IDS[:1]).logits, idle) and not torch.equal(live, idle)
+        with steer(twin, plan):
+            assert torch.equal(twin(IDS[:1]).logits, live) and torch.equal(model(IDS[:1]).logits, idle)
 
 
 @pytest.mark.parametrize(

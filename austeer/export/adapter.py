@@ -1,6 +1,6 @@
-"""What every adapter shares: which modules a plan scales, what their weights are, and the folder that is written.
+"""What every adapter shares: which weights a plan scales, what their weights are, and the folder that is written.
 
-A plan that only scales multiplies columns or rows of two matrices per layer (weights.py), so an adapter can hold it.
+A plan that only scales multiplies inputs or outputs of two linear maps per layer (weights.py), so an adapter can hold it.
 No model is loaded: only these rows and columns are read from the checkpoint.
 """
 
@@ -11,12 +11,13 @@ from functools import reduce
 from operator import add
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from austeer.errors import AUSteerError
 from austeer.export.checkpoint import Checkpoint, stored_dtype
-from austeer.export.weights import Edit, find_edits, layer_of
+from austeer.export.weights import Edit, find_edits
 from austeer.files import new_folder, save_readable, write_json
 from austeer.identity import check_made_for
 from austeer.plan import Plan
@@ -27,19 +28,18 @@ class LiveWeights:
 
     def __init__(self, model: PreTrainedModel):
         self.skeleton, self.name = model, model.config.name_or_path
-        self.shapes = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
-        for name, module in model.named_modules():
-            if isinstance(module, nn.Linear):  # packed weights have another shape
-                self.shapes[f"{name}.weight"] = (module.out_features, module.in_features)
 
-    def read(self, name: str) -> Tensor:
+    def edits(self, plan: Plan) -> list[Edit]:
+        return find_edits(plan, self.skeleton)
+
+    def as_loaded(self, name: str) -> Tensor:
         # imported on demand: bitsandbytes takes a second and prints
         from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 
-        linear = self.skeleton.get_submodule(name.removesuffix(".weight"))
-        if linear.weight.is_meta:
+        module, weight = self.skeleton.get_submodule(name.rpartition(".")[0]), self.skeleton.get_parameter(name)
+        if weight.is_meta:
             raise AUSteerError(f"{name} is offloaded; name the checkpoint instead of the loaded model")
-        return dequantize_bnb_weight(linear.weight, getattr(linear, "state", None)).detach()
+        return dequantize_bnb_weight(weight, getattr(module, "state", None)).detach()
 
 
 Source = str | Path | PreTrainedModel | Checkpoint
@@ -60,22 +60,38 @@ def compose(plans: Plan | Sequence[Plan]) -> Plan:
     return reduce(add, plans)
 
 
-def scaled_modules(weights: Checkpoint | LiveWeights, plan: Plan, kind: str) -> dict[str, Edit]:
-    """Return what the plan does to each module it scales, by the module's name; kind: "a LoRA" or "an IA3"."""
+def scaling_edits(weights: Checkpoint | LiveWeights, plan: Plan, kind: str) -> list[Edit]:
+    """Return what the plan does to each weight it scales, in order of name; kind: "a LoRA" or "an IA3"."""
     if any(values.any() for values in plan.shifts.values()):
         raise AUSteerError(
             f"the plan adds something to activations, and {kind} adapter has no bias to hold it; steer live "
             "(set_MFU.steer), or fold the plan into a checkpoint where the model has biases"
         )
     check_made_for(weights.skeleton, {site: plan.shape(site) for site in plan.sites}, plan.header, "this plan was")
-    edits = find_edits(plan, weights.shapes)
+    edits = sorted(weights.edits(plan), key=lambda edit: edit.weight)
+    if len({is_conv1d(weights, edit) for edit in edits if not edit.is_fused}) > 1:
+        raise AUSteerError(
+            f"some weights are stored transposed, and {kind} adapter has one flag for all; fold the plan"
+        )
+    return edits
+
+
+def refuse_fused(edits: Sequence[Edit]) -> None:
+    """Refuse weights that hold several experts, where only modules can be adapted."""
     for edit in edits:
-        if "expert" in edit.weight:
-            raise AUSteerError(
-                f"the plan scales the ffn output of layer {layer_of(edit.weight)}, which sums many experts: no single "
-                "module has it as its output; fold the plan into a checkpoint, steer live, or use the attention site"
+        if edit.is_fused:
+            what = (
+                f"the ffn output of layer {edit.layer}, which sums many experts: no single module has it as its output"
+                if edit.site == "ffn"
+                else f"neurons of layer {edit.layer}, where one weight holds many experts: they are no module's inputs"
             )
-    return {edit.weight.removesuffix(".weight"): edit for edit in sorted(edits, key=lambda edit: edit.weight)}
+            raise AUSteerError(
+                f"the plan scales {what}; fold the plan into a checkpoint, steer live, or use the attention site"
+            )
+
+
+def is_conv1d(weights: Checkpoint | LiveWeights, edit: Edit) -> bool:
+    return isinstance(weights.skeleton.get_submodule(edit.module), Conv1D)
 
 
 def write_adapter(
@@ -85,7 +101,7 @@ def write_adapter(
     # PEFT finds the model by this. Part of a folder's path would read as a hub id, perhaps somebody else's
     base = str(Path(weights.name).resolve()) if Path(weights.name).is_dir() else weights.name
     config |= {"task_type": "CAUSAL_LM", "base_model_name_or_path": base}
-    config |= {"inference_mode": True, "fan_in_fan_out": False}
+    config |= {"inference_mode": True}
     with new_folder(out) as folder:
         tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
         save_readable(tensors, folder / "adapter_model.safetensors", {"format": "pt"})

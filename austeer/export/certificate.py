@@ -23,7 +23,7 @@ import rmodels
 from austeer.errors import AUSteerError
 from austeer.export.checkpoint import Checkpoint
 from austeer.export.hot_patch import folded
-from austeer.export.weights import Edit, find_edits
+from austeer.export.weights import Edit
 from austeer.plan import Plan
 from austeer.steering import steer
 from rmodels.memory import TooLittleMemory
@@ -48,7 +48,7 @@ def certify(
     original: Checkpoint, plan: Plan, result: Checkpoint, tokenizer: PreTrainedTokenizerBase, quick_proof: bool = False
 ) -> dict:
     """Return the certificate as JSON values; raise if the result is not the original under the plan."""
-    edits = find_edits(plan, original.shapes)
+    edits = [piece for edit in original.edits(plan) for piece in original.in_files(edit)]
     model = _load(original, quick_proof)
     with steer(model, plan, check=False) as steering:  # the caller has compared plan and checkpoint
         texts = [_continued(model, tokenizer(prompt, return_tensors="pt").input_ids) for prompt in PROMPTS]
@@ -115,10 +115,10 @@ def _check_file(patched: PreTrainedModel, edits: list[Edit], original: Checkpoin
     wrong = [] if result.shapes == original.shapes else ["its table of contents"]
     for name in set(original.shapes) - changed:
         wrong += [] if torch.equal(result.read_bytes(name), original.read_bytes(name)) else [name]
-    for name, weight in patched.state_dict().items():
-        if "o_proj" in name or "down_proj" in name:  # what plans can change, under the names of a loaded model
-            stored = result.as_loaded(name)
-            wrong += [] if torch.equal(stored, weight.to(stored.dtype).cpu()) else [name]
+    maps = {linear for *_, linear in rmodels.linear_maps(patched)}  # what plans can change
+    for name in sorted({name for linear in maps for name in (linear.weight, linear.bias) if name}):
+        stored, weight = result.as_loaded(name), patched.get_parameter(name)
+        wrong += [] if torch.equal(stored, weight.to(stored.dtype).cpu()) else [name]
     if wrong:
         raise AUSteerError(
             f"the folded checkpoint is not the steered model: {min(wrong)} differs ({len(wrong)} in all); "

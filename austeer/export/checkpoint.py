@@ -2,14 +2,18 @@
 
 Folding and adapters share this reader, and nothing is loaded whole. A new checkpoint is a copy of the files in which
 single tensors are then overwritten in place: the layout stays, so undoing restores the very same files.
+
+Files may name and cut tensors otherwise than the model does: without the prefix "transformer.", or experts one by one.
+transformers knows how it loads them, and is asked here.
 """
 
 from __future__ import annotations
 
 import json
-import re
+from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -21,13 +25,26 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    ConversionOps,
+    MergeModulelist,
+    Transpose,
+    WeightConverter,
+    WeightRenaming,
+    build_glob_alternation,
+    dot_natural_key,
+    rename_source_key,
+)
+from transformers.modeling_utils import local_torch_dtype
 
 import rmodels
 from austeer.errors import AUSteerError, first_line
+from austeer.export.weights import Edit, find_edits
 from austeer.files import sha256
 from austeer.identity import check_made_for, hash_weights
 from austeer.plan import Plan
-from rmodels import sources
+from rmodels import LinearMap, sources
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"  # in transformers' order of preference
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -64,6 +81,23 @@ class Place:
     size: int
 
 
+@dataclass
+class Origin:
+    """Say which stored tensors make up a weight of the model, by the pattern of the converter that combines them."""
+
+    first: str  # of the weights that come out of the converter
+    converter: WeightConverter | None  # None: one stored tensor is the weight
+    stored: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+
+    @property
+    def names(self) -> list[str]:
+        return [name for names in self.stored.values() for name in names]
+
+    @property
+    def operations(self) -> list[ConversionOps]:
+        return self.converter.operations if self.converter else []
+
+
 class Checkpoint:
     """Hold a checkpoint's table of contents; tensors are read and written by name."""
 
@@ -80,6 +114,48 @@ class Checkpoint:
         self.places = {name: place for file in self.files for name, place in self._places(file)}
         self.shapes = {name: place.shape for name, place in self.places.items()}
         self._fingerprints: dict[torch.dtype, str] = {}
+
+    def edits(self, plan: Plan) -> list[Edit]:
+        """Return what the plan does to the weights of the model that these files hold."""
+        edits = find_edits(plan, self.skeleton)
+        for edit in edits:
+            if any(name not in self.origins for name in (edit.weight, edit.bias) if name):
+                raise AUSteerError(
+                    f"the checkpoint lacks the weight at site {edit.site} of layer {edit.layer}: get the whole checkpoint "
+                    "of the plan's model"
+                )
+        return edits
+
+    def in_files(self, edit: Edit) -> list[Edit]:
+        """Return the edit as edits of stored tensors: one, or one per expert where experts are stored one by one."""
+        weights = self._pieces(edit.weight, edit.map)
+        biases = self._pieces(edit.bias, edit.map) if edit.bias else [(None, edit.map)] * len(weights)
+        pieces = [
+            replace(linear, weight=weight, bias=bias)
+            for (weight, linear), (bias, _) in zip(weights, biases, strict=True)
+        ]
+        if len(pieces) == 1:
+            return [replace(edit, map=pieces[0])]
+        return [edit.of_expert(index, piece) for index, piece in enumerate(pieces)]
+
+    def _pieces(self, name: str, linear: LinearMap) -> list[tuple[str, LinearMap]]:
+        """Return the stored tensors that make up a weight, each with its axes; refuse what cannot be changed in place."""
+        origin, shape = self.origins[name], tuple(self.skeleton.get_parameter(name).shape)
+        stored, how = origin.names, origin.operations
+        if [type(one) for one in how] == [MergeModulelist] and how[0].dim == 0 and len(origin.stored) == 1:
+            shape = shape[1:]
+        elif [type(one) for one in how] == [Transpose] and {how[0].dim0, how[0].dim1} == {
+            len(shape) - 2,
+            len(shape) - 1,
+        }:
+            if not (how[0].check_dims and self.shapes[stored[0]] == shape):
+                shape = (*shape[:-2], shape[-1], shape[-2])
+                linear = replace(linear, inputs=linear.outputs, outputs=linear.inputs)
+        elif how:
+            raise AUSteerError(f"{stored[0]} is one of several tensors that {name} is computed from; steer live")
+        if wrong := [one for one in stored if self.shapes[one] != shape]:
+            raise AUSteerError(f"{wrong[0]} has shape {self.shapes[wrong[0]]}, the model's {name} wants {shape}")
+        return [(one, linear) for one in stored]
 
     def dtype(self, name: str) -> torch.dtype:
         stored = self.places[name].dtype
@@ -149,21 +225,56 @@ class Checkpoint:
     def fingerprint(self, dtype: torch.dtype) -> str:
         """Return the fingerprint of the model in this precision, reading the weights once for any number of plans."""
         if dtype not in self._fingerprints:
-            names = tqdm(self.skeleton.state_dict(), desc="compare with the plan's model", unit="tensor")
-            self._fingerprints[dtype] = hash_weights((name, self.as_loaded(name).to(dtype)) for name in names)
+            dtypes = self._dtypes(dtype)
+            names = tqdm(dtypes, desc="compare with the plan's model", unit="tensor")
+            self._fingerprints[dtype] = hash_weights((name, self.as_loaded(name).to(dtypes[name])) for name in names)
         return self._fingerprints[dtype]
 
+    def _dtypes(self, dtype: torch.dtype) -> dict[str, torch.dtype]:
+        """Return the dtype of each weight in a model loaded in `dtype`: some stay float32 whatever is asked for."""
+        with local_torch_dtype(dtype):
+            dtypes = {
+                name: weight.dtype for name, weight in rmodels.skeleton(self.skeleton.config).state_dict().items()
+            }
+        kept, patterns, _ = build_glob_alternation(list(plan := self.skeleton._get_dtype_plan(dtype)))
+        for name in dtypes if plan else ():
+            if match := kept.search(name):
+                dtypes[name] = plan[patterns[match.lastgroup]]
+        return dtypes
+
     def as_loaded(self, name: str) -> Tensor:
-        """Return a tensor as transformers loads it: the head tied to the embedding, separate experts fused."""
-        if name == "lm_head.weight" and self.config.get("tie_word_embeddings", name not in self.places):
-            name = "model.embed_tokens.weight"
-        fused = re.fullmatch(r"(.+\.experts)\.(down_proj|gate_up_proj)", name)
-        if fused is None or name in self.places:
-            return self.read(name)
-        halves = ("down_proj",) if fused[2] == "down_proj" else ("gate_proj", "up_proj")
-        count = sum(key.startswith(f"{fused[1]}.") and key.endswith("down_proj.weight") for key in self.places)
-        experts = ([self.as_loaded(f"{fused[1]}.{i}.{half}.weight") for half in halves] for i in range(count))
-        return torch.stack([torch.cat(expert) for expert in experts])
+        """Return a tensor as transformers loads it: renamed, tied to another, or combined from several."""
+        ties = self.skeleton.all_tied_weights_keys.items()
+        tied = [other for pair in ties if name in pair for other in pair if other in self.origins]
+        name = name if name in self.origins or not tied else tied[0]
+        origin = self.origins.get(name)
+        if origin is None or origin.converter is None:
+            return self.read(origin.names[0] if origin else name)
+        converter = deepcopy(origin.converter)
+        for pattern, names in origin.stored.items():
+            for stored in names:
+                converter.add_tensor(origin.first, stored, pattern, self.read(stored))
+        loaded = converter.convert(origin.first, model=self.skeleton, config=self.skeleton.config)[name]
+        return loaded[0] if isinstance(loaded, list) else loaded
+
+    @cached_property
+    def origins(self) -> dict[str, Origin]:
+        """Return the origin of each weight of the model, as transformers finds it when it loads these files."""
+        transforms = get_model_conversion_mapping(self.skeleton)
+        renamings = [entry for entry in transforms if isinstance(entry, WeightRenaming)]
+        converters = [entry for entry in transforms if isinstance(entry, WeightConverter)]
+        by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+        prefix, weights = self.skeleton.base_model_prefix, self.skeleton.state_dict()
+        origins: dict[str, Origin] = {}
+        for stored in sorted(self.places, key=dot_natural_key):
+            first, pattern = rename_source_key(stored, renamings, converters, prefix, weights)
+            if first not in weights and stored in weights:
+                first, pattern = rename_source_key(stored, [], [], prefix, weights)
+            converter = by_pattern.get(pattern)
+            patterns = converter.target_patterns if converter else [first]
+            for name in {first.replace(patterns[0], other) for other in patterns} & set(weights):
+                origins.setdefault(name, Origin(first, converter)).stored[pattern or stored].append(stored)
+        return origins
 
     def _json(self, name: str) -> dict:
         try:

@@ -21,7 +21,7 @@ import rmodels
 from austeer.errors import AUSteerError
 from austeer.export.certificate import certify
 from austeer.export.checkpoint import Checkpoint, stored_dtype
-from austeer.export.weights import DIMENSIONS, Edit, Tally, find_edits
+from austeer.export.weights import DIMENSIONS, Edit, Tally
 from austeer.files import check_new, new_folder, save_readable, sha256, write_json
 from austeer.plan import Plan
 
@@ -47,7 +47,7 @@ def fold(
             f"{model} is folded already: --unfold it and fold the sum of the plans (--plan A B), or, to fold on top of "
             f"it, delete {source.folder / UNDO}"
         )
-    edits = find_edits(plan, source.shapes)
+    edits = [piece for edit in source.edits(plan) for piece in source.in_files(edit)]
     for edit in edits:
         source.dtype(edit.weight)  # refuses weights that are not floats
     tokenizer = rmodels.load_tokenizer(source.folder) if certificate else None

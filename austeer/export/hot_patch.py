@@ -31,7 +31,7 @@ def folded(model: PreTrainedModel, plan: Plan, *, check: bool = True) -> Iterato
     shapes = {site: plan.shape(site) for site in plan.sites}
     check_made_for(model, shapes, plan.header if check else {"model": plan.header.get("model")}, "this plan was")
     weights = _weights(model)
-    changes = _changes(plan, weights)
+    changes = _changes(find_edits(plan, model), weights)
     try:
         _write(weights, changes, "new")
         yield model
@@ -40,12 +40,11 @@ def folded(model: PreTrainedModel, plan: Plan, *, check: bool = True) -> Iterato
 
 
 @torch.no_grad()
-def _changes(plan: Plan, weights: dict[str, Tensor]) -> list[Change]:
+def _changes(edits: list[Edit], weights: dict[str, Tensor]) -> list[Change]:
     if any(weight.is_meta for weight in weights.values()):
         raise AUSteerError("part of the model is offloaded: its weights cannot be patched; steer it live")
     if any(not weight.is_floating_point() and name + SCALES not in weights for name, weight in weights.items()):
         raise AUSteerError("the model is quantised: a scaled row would leave the grid of its numbers; steer it live")
-    edits = find_edits(plan, {name: tuple(weight.shape) for name, weight in weights.items()})
     changes = []
     for edit in edits:
         weight = weights[edit.weight]

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from austeer.errors import AUSteerError
-from austeer.export.adapter import Source, compose, open_weights, scaled_modules, write_adapter
+from austeer.export.adapter import Source, compose, is_conv1d, open_weights, refuse_fused, scaling_edits, write_adapter
 from austeer.plan import Plan
 
 
@@ -19,16 +19,21 @@ def save_ia3(source: Source, plans: Plan | Sequence[Plan], out: str | Path) -> i
     plan = compose(plans)
     weights = open_weights(source, plan)
     tensors, on_inputs = {}, []
-    edits = scaled_modules(weights, plan, "an IA3")
-    for name, edit in edits.items():
+    edits = scaling_edits(weights, plan, "an IA3")
+    refuse_fused(edits)
+    for edit in edits:
         if edit.in_scale.any() and edit.out_scale.any():
-            raise AUSteerError(f"inputs and outputs of {name} are scaled; IA3 has one vector per module; write a LoRA")
+            raise AUSteerError(
+                f"inputs and outputs of {edit.module} are scaled; IA3 has one vector per module; write a LoRA"
+            )
         if edit.in_scale.any():
-            on_inputs.append(name)
+            on_inputs.append(edit.module)
             factors = (1 + edit.in_scale)[None]  # PEFT's shapes: a row for inputs, a column for outputs
         else:
             factors = (1 + edit.out_scale)[:, None]
-        tensors[f"base_model.model.{name}.ia3_l"] = factors
-    config = {"peft_type": "IA3", "target_modules": sorted(edits), "feedforward_modules": sorted(on_inputs)}
+        tensors[f"base_model.model.{edit.module}.ia3_l"] = factors
+    modules = [edit.module for edit in edits]
+    config = {"peft_type": "IA3", "target_modules": modules, "feedforward_modules": on_inputs}
+    config["fan_in_fan_out"] = is_conv1d(weights, edits[0])
     write_adapter(out, weights, plan, tensors, config)
     return len(edits)

@@ -14,12 +14,12 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+import rmodels
 from austeer.errors import AUSteerError
 from austeer.export.fold import fold
 from austeer.files import check_new
 from austeer.identity import model_header
 from austeer.plan import Plan
-from rmodels.structural import find_blocks
 
 
 def save_restored(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, plan: Plan, out: str | Path) -> dict:
@@ -46,15 +46,14 @@ def check_savable(model: PreTrainedModel) -> None:
 
 
 def _has_bias(model: PreTrainedModel) -> bool:
-    return find_blocks(model)[0].mixer.bias is not None
+    return all(linear.bias for _, inside, _, linear in rmodels.linear_maps(model) if inside == "attention")
 
 
 def _empty_with_bias(model: PreTrainedModel) -> PreTrainedModel:
     """Return the same architecture without weights, with the biases switched on that its config knows."""
     config = copy.deepcopy(model.config)
     config.attention_bias = True
-    with torch.device("meta"):
-        return type(model)(config)
+    return rmodels.skeleton(config)
 
 
 def _with_bias(model: PreTrainedModel) -> PreTrainedModel:

@@ -36,6 +36,7 @@ def server_command(model: str, plans: Sequence[Path], flags: Sequence[str], fold
         checkpoint.check_plan(plan)
     adapters = [save_lora(checkpoint, plan, folder / name) for name, plan in by_name.items()]
     for adapter in adapters:
+        adapter.check_for_vllm()
         print(adapter, flush=True)
     # on the CPU vLLM looks up "no adapter" in slot -1, the last one: it must stay empty, or the plain model is steered
     slots = len(adapters) + (not torch.cuda.is_available())

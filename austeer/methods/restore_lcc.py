@@ -33,7 +33,6 @@ from austeer.methods.choice import by_head
 from austeer.plan import Plan
 from austeer.pruning.blocks import same_length_batches
 from austeer.tokens import CLEAN, common_length, encode
-from rmodels.structural import linear_maps
 
 SITE = "attention"
 COMPONENTS = {"paper": 1, "code": 10}  # K of c_K in the probe's features
@@ -240,13 +239,10 @@ def probe_accuracy(repaired: Tensor, right: Tensor, wrong: Tensor) -> Tensor:
 
 
 def remaining_heads(model: PreTrainedModel) -> Tensor:
-    """Return for each head whether the projection after attention still reads it, (heads,) bool."""
-    read = [
-        model.get_parameter(linear.weight).any(linear.outputs).cpu()
-        for _, site, _, linear in linear_maps(model)
-        if site == "attention"
-    ]
-    return by_head(torch.stack(read), model.config).any(-1).flatten()
+    """Return for each head whether the last projection of attention still reads it, (heads,) bool."""
+    maps = [linear for _, inside, _, linear in rmodels.linear_maps(model) if inside == SITE]
+    read = torch.stack([model.get_parameter(linear.weight).any(linear.outputs).cpu() for linear in maps])
+    return by_head(read, model.config).any(-1).flatten()
 
 
 def best_first(score: Tensor) -> Tensor:

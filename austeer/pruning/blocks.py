@@ -77,8 +77,7 @@ def through_blocks(model: PreTrainedModel, calibration: Sequence[Sequence[int]],
         raise AUSteerError(f"{what} needs calibration texts that are not empty")
     texts = [_Text.catch(model, [calibration[index] for index in batch]) for batch in same_length_batches(calibration)]
     bar = tqdm(linears_of(model), desc=what, unit="block", leave=False)
-    for index, linears in enumerate(bar):
-        block = decoder_layers(model)[index]
+    for index, (block, linears) in enumerate(zip(decoder_layers(model), bar, strict=True)):
         yield Block(index, block, linears, texts)
         for text in texts:
             text.hidden = text.run(block, index)
@@ -97,18 +96,18 @@ def same_length_batches(texts: Sequence[Sequence[int]], tokens: int = TOKENS_AT_
 class _Text:
     """Hold a batch of texts between two blocks: its hidden states, and the other arguments of every block."""
 
-    def __init__(self, hidden: Tensor, arguments: list[dict]):
+    def __init__(self, hidden: Tensor, arguments: list[tuple[tuple, dict]]):
         self.hidden, self.arguments = hidden, arguments
 
     @classmethod
     def catch(cls, model: PreTrainedModel, batch: Sequence[Sequence[int]]) -> _Text:
         """Run the model once, to see how its own forward calls each block (masks differ between blocks)."""
         hidden: list[Tensor] = []
-        arguments: list[dict] = []
+        arguments: list[tuple[tuple, dict]] = []
 
         def record(block, args, kwargs):
             hidden.append(args[0]) if not hidden else None
-            arguments.append(kwargs)
+            arguments.append((args[1:], kwargs))
 
         with ExitStack() as undo:
             for block in decoder_layers(model):
@@ -117,5 +116,6 @@ class _Text:
         return cls(hidden[0], arguments)
 
     def run(self, block: nn.Module, index: int) -> Tensor:
-        out = block(self.hidden, **self.arguments[index])
+        args, kwargs = self.arguments[index]
+        out = block(self.hidden, *args, **kwargs)
         return out[0] if isinstance(out, tuple) else out

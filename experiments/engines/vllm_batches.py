@@ -74,10 +74,13 @@ class VLLMAnswerer(Answerer):
     def _adapters(self) -> dict[int, Lora | None]:
         """Return the adapter of each plan by the plan's id; None for a plan that does nothing."""
         plans = {id(plan): plan for plan in self.plans_of_rows}
-        return {
+        adapters = {
             key: save_lora(self.model, plan, self.folder / str(number)) if plan is not None and _acts(plan) else None
             for number, (key, plan) in enumerate(plans.items())
         }
+        for adapter in filter(None, adapters.values()):
+            adapter.check_for_vllm()
+        return adapters
 
 
 def _acts(plan: Plan) -> bool:
