@@ -161,7 +161,10 @@ def test_any_decoder_is_folded_by_structure(tmp_path, name):
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=[] if name == "mixtral" else pytest.mark.slow) for name in [*BY_STRUCTURE, *WITH_VISION]],
+    [
+        pytest.param(name, marks=[] if name in ("gpt_oss", "mixtral") else pytest.mark.slow)
+        for name in [*BY_STRUCTURE, *WITH_VISION]
+    ],
 )
 def test_certificates_of_any_decoder(tmp_path, name):
     source = save_tiny(tmp_path / "source", name)
@@ -171,6 +174,7 @@ def test_certificates_of_any_decoder(tmp_path, name):
     assert parity["algebra"]["max_logit_difference"] < 1e-4 * moves and moves > 0.5
     assert parity["rounding"]["max_logit_difference"] < 1e-4 * moves
     assert parity["file"]["tensors_compared"] == len(Checkpoint(source).places)
+    assert parity["unchanged_by_rounding"] == {}
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gpt_oss"])

@@ -81,7 +81,7 @@ def _eight_bit_changes(edit: Edit, rows: Tensor, scales: Tensor) -> list[Change]
     old_rows, old_scales = rows[index], scales[index]
     return [
         Change(edit.weight, "rows", index, old_rows, old_rows * factor.sign().to(rows.dtype)[:, None]),
-        Change(edit.weight + SCALES, "columns", index, old_scales, old_scales * factor.abs()),
+        Change(edit.weight + SCALES, "columns", index, old_scales, old_scales * factor.abs(), is_whole=True),
     ]
 
 

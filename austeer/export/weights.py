@@ -30,17 +30,18 @@ DIMENSIONS = {"rows": -2, "columns": -1}  # axes of a weight, also of fused expe
 
 @dataclass(frozen=True)
 class Change:
-    """Hold rows or columns of a tensor, as they were and as they become."""
+    """Hold rows or columns of a tensor, or a whole bias, as they were and as they become."""
 
     tensor: str
     part: str  # a key of DIMENSIONS
     index: Tensor
     old: Tensor
     new: Tensor
+    is_whole: bool = False  # a bias: parts of it may stay as they were
 
     def unchanged(self) -> list[int]:
-        """Return the indices that rounding leaves as they were, bit for bit. A bias counts as a whole: parts of it may stay."""
-        if self.old.dim() == 1:
+        """Return the indices that rounding leaves as they were, bit for bit."""
+        if self.is_whole:
             return [] if not torch.equal(self.new, self.old) else self.index.tolist()
         same = (self.new == self.old).movedim(DIMENSIONS[self.part], 0).flatten(1).all(1)
         return self.index[same].tolist()
@@ -118,7 +119,8 @@ class Edit:
                 new = new + (columns.movedim(self.map.inputs, -1) @ shift)[..., 0].to(bias.device)
             new = new * (1 + self.out_scale.to(bias.device)) + out
             everywhere = torch.arange(bias.shape[-1], device=bias.device)
-            changes.append(Change(self.bias, "columns", everywhere, bias.clone(), _rounded(new, bias, self.bias)))
+            rounded = _rounded(new, bias, self.bias)
+            changes.append(Change(self.bias, "columns", everywhere, bias.clone(), rounded, is_whole=True))
         return changes
 
 
