@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 import rmodels
 from austeer.commands import models as command
 from austeer.errors import AUSteerError
+from austeer.evidence import Evidence
 from austeer.pairs import Pair
 from austeer.plan import Plan
 from austeer.steering import steer
@@ -494,6 +495,23 @@ def test_what_is_no_decoder_is_refused_in_one_line(make, tmp_path):
     with pytest.raises(AUSteerError, match=REFUSED[make]) as error:
         rmodels.load(tmp_path, device="cpu")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "mixers"),
+    [
+        ("mamba2", ["mixer.out_proj"] * 4),
+        ("granitemoehybrid", ["mamba.out_proj", "self_attn.o_proj"] * 2),
+        ("qwen3_next", ["linear_attn.out_proj", "self_attn.o_proj"] * 2),
+        ("gpt2", None),
+    ],
+)
+def test_headers_say_where_the_mixer_is_not_attention(name, mixers, tokenizer):
+    model = rmodels.with_proven_gates(tiny_model(tiny_config(name)))
+    ranks = screen(PAIRS, model, tokenizer, ["attention"], progress=False)["attention"]
+    evidence = Evidence(model, tokenizer, [Pair(*pair) for pair in PAIRS], "attention")
+    for header in (ranks.header, set_MFU(ranks, 5, 1.0).header, evidence.header()):
+        assert header.get("mixers.attention") == mixers
 
 
 # --- generation
