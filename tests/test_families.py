@@ -595,6 +595,12 @@ def test_a_layer_on_disk_is_proven_and_steered_alike(tmp_path):
             assert torch.equal(whole(IDS).logits, offloaded(IDS).logits), site
 
 
+@pytest.mark.parametrize("name", ["gemma2", "gemma3_text"])
+def test_bfloat16_is_proven_where_single_units_move_little(name):
+    model = rmodels.with_proven_gates(tiny_model(tiny_config(name)).to(torch.bfloat16))
+    assert rmodels.sites(model) == rmodels.SITES
+
+
 def test_bfloat16_is_proven_too(tmp_path):
     tiny_model(tiny_config("qwen2")).save_pretrained(tmp_path)
     assert set(rmodels.sites(rmodels.load(tmp_path, dtype="bfloat16", device="cpu"))) == set(DENSE)
