@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from austeer.batching import pair_batches
 from austeer.errors import AUSteerError
 from austeer.forward import PairTexts, read_at, stack_layers
-from austeer.identity import model_header
+from austeer.identity import model_header, site_header
 from austeer.pairs import Pair, pairs_hash
 from austeer.ranks import AURanks
 from austeer.tokens import CLEAN, EncodedPair, encode
@@ -53,7 +53,8 @@ class Evidence:
 
     def header(self) -> dict:
         """Return the origin that a plan keeps in its header, so that it refuses any other model."""
-        return {**model_header(self.model), "pairs_hash": pairs_hash(self.pairs), "site": self.site}
+        own = {"pairs_hash": pairs_hash(self.pairs), "site": self.site}
+        return model_header(self.model) | own | site_header(self.model, self.site)
 
     @torch.inference_mode()
     def activations(self, readout: str = "last", nonlinearity: bool = False) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import weakref
 from collections.abc import Iterable
 from pathlib import Path
@@ -34,10 +35,15 @@ def site_header(model: nn.Module, site: str) -> dict:
     """Return what plans and ranks must know of a site whose layers are not all alike; nothing for the usual one.
 
     widths: AUs per layer, where layers differ. experts: the same, where a layer's AUs are the neurons of experts.
+    mixers: the projection that site attention is the input of, where some layers have another mixer than attention.
     """
     here = list(gates(model, site))
     widths, experts = [gate.width for gate in here], [getattr(gate, "experts", 0) for gate in here]
     shape = {f"widths.{site}": widths} if len(set(widths)) > 1 else {}
+    names = {part: name.rpartition(".")[0] for name, part in model.named_modules()} if site == "attention" else {}
+    mixers = [re.sub(r".*?\.\d+\.", "", names[gate]) if gate.width else "" for gate in here] if names else []
+    if not all(re.search("(?<!linear_)att", mixer) for mixer in mixers):
+        shape[f"mixers.{site}"] = mixers
     return shape | ({f"experts.{site}": experts} if any(experts) else {})
 
 

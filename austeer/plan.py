@@ -22,10 +22,8 @@ from austeer.files import read_tensors, write_tensors
 FORMAT = "austeer-plan-1"
 TOKENS = ("all", "prompt", "before-last", "before-last-2", "prompt-end", "generated", "last")
 
-SHAPE_KEYS = (
-    "widths.",
-    "experts.",
-)  # of a header, followed by a site: per layer, the AUs and the experts they belong to
+# of a header, followed by a site: per layer, the AUs, the experts they belong to, and the projection that they enter
+SHAPE_KEYS = ("widths.", "experts.", "mixers.")
 
 
 def au_name(header: dict, site: str, width: int, layer: int, dim: int) -> str:

@@ -35,6 +35,7 @@ class Steering:
         self._not_finite, self._steered = _state(torch.bool, device), _state(torch.int64, device)
         self._steered_rows = [row for row, plan in enumerate(plans) if plan is not None]
         self._scope: Tensor | None = None  # the steered positions of the current forward; None: all
+        self._length: int | None = None  # of the cache after the current forward; None: it has no cache
         self._aus = 0
         self._gates = [gate for site in self.sites for gate in gates(model, site)]
         like = {gate: _float_weight(layer) for layer in decoder_layers(model) for gate in gates(layer)}
@@ -98,6 +99,7 @@ class Steering:
                 f"tokens={self.tokens!r} needs to know where the answers begin, which no generation cache that began "
                 "under this plan tells; pass prompt_end=..."
             )
+        self._length = start + new if cache is not None or kwargs.get("use_cache") else None
         column = torch.arange(start, start + new)
         steered = {
             "prompt": column < end,
@@ -112,15 +114,24 @@ class Steering:
             gate.positions = steered[..., None]
 
     def _note(self, base, args, output) -> None:
-        states = output[0]  # hidden states; the logits, where a vision-language model's base is a whole language model
+        states = output[0]
         bad = ~torch.isfinite(states).all()
         self._not_finite.logical_or_(bad.to(self._not_finite.device))  # the last layer may be on another GPU
         batch, new = states.shape[:2]
         if self._scope is None:  # counted by shapes: no value is read back in a forward
             self._steered.add_((batch if self.rows is None else len(self._steered_rows)) * new)
         else:
+            self._check_cache(getattr(output, "past_key_values", None))
             scope = self._scope.expand(batch, new)
             self._steered.add_((scope if self.rows is None else scope[self._steered_rows]).sum())
+
+    def _check_cache(self, cache) -> None:
+        """Refuse a model whose cache does not count tokens, as Mamba's: each new one would pass for a prompt."""
+        if self._length is not None and (cache is None or int(cache.get_seq_length()) != self._length):
+            raise AUSteerError(
+                f"the cache of {type(self.model).__name__} does not count tokens, so tokens={self.tokens!r} has no meaning "
+                "during generation; steer all tokens"
+            )
 
 
 def apply(

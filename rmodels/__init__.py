@@ -42,7 +42,7 @@ from rmodels import sources
 from rmodels.causal_lm import KERNELS, GatedCausalLM, check_gates, gates, sites
 from rmodels.gate import SITES, AUGate
 from rmodels.memory import check_memory
-from rmodels.proof import prove, reads_on_caches
+from rmodels.proof import generates_on_caches, prove, reads_on_caches
 from rmodels.structural import LinearMap, add_gates, decoder_layers, linear_maps, without_head
 
 __all__ = [
@@ -150,14 +150,14 @@ def load(
     if attn_implementation is not None and attn_implementation not in KERNELS:
         raise AUSteerError(f"attention kernel {attn_implementation!r} is unknown; use one of {', '.join(KERNELS)}")
     dtype, quantizer = _dtype(dtype), _quantization(quantization)
+    device = check_device(device) if device_map is None else None
     given_name, name_or_path = str(name_or_path), sources.local(weights or name_or_path, dtype, revision)
     config = _config(name_or_path, revision)
     cls = model_class(config)
-    if device_map is None:
-        device = check_device(device)
-        check_memory(name_or_path, skeleton(config), dtype, quantization, device)
-        device_map = {"": device}
     try:
+        if device_map is None:
+            check_memory(name_or_path, skeleton(config), dtype, quantization, device)
+            device_map = {"": device}
         model, report = cls.from_pretrained(
             name_or_path,
             revision=revision,
@@ -218,6 +218,8 @@ def with_proven_gates(model: PreTrainedModel, quick: bool = False) -> PreTrained
         model.SITES = tuple(site for site in SITES if site not in faults)
         model.au_refused = faults
         model.au_reads_on_caches = reads_on_caches(model)
+        if not model.au_reads_on_caches and not generates_on_caches(model):
+            model.generation_config.use_cache = False
     return model
 
 

@@ -98,6 +98,6 @@ def _order_of_rows(top_k_index: Tensor, implementation: str) -> tuple[Tensor, Te
         experts, rows = torch.sort(experts)
         return rows // each, experts
     raise AUSteerError(
-        f"neurons of experts cannot be reached in transformers' implementation {implementation!r}: load the model with "
-        "experts_implementation grouped_mm or batched_mm"
+        f"neurons of experts cannot be reached in transformers' implementation {implementation!r}: call "
+        "model.set_experts_implementation('grouped_mm')"
     )

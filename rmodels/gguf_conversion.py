@@ -27,6 +27,7 @@ from transformers import (
 
 from austeer.errors import AUSteerError, missing_extra, one_line
 from austeer.files import locked, new_folder, sha256, write_text
+from rmodels.memory import free_bytes
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
@@ -92,6 +93,11 @@ def _convert(file: Path, digest: str, dtype: str, folder: Path) -> None:
         raise AUSteerError(
             f"converting {file} to {dtype} needs {size / 1e9:.1f} GB, and {folder.parents[1]} has {free / 1e9:.1f} GB free: "
             "name a folder on another disk in AUSTEER_CACHE"
+        )
+    if (memory := free_bytes("cpu")) < size:
+        raise AUSteerError(
+            f"converting {file} to {dtype} needs {size / 1e9:.1f} GB of memory, and {memory / 1e9:.1f} GB are free: take a "
+            "smaller model"
         )
     minutes = round((START + n_weights * PER_WEIGHT) / 60)
     print(

@@ -20,10 +20,16 @@ from austeer.errors import AUSteerError
 # of a weight: codes, and for 4-bit a float32 scale per 64 of them
 QUANTISED_BYTES = {"4bit": 0.5 + 4 / 64, "8bit": 1.0}
 OWN_CGROUPS, CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
-# where a control group is, and the names of its limit, its use, and the part of that which gives way (version 2, 1)
+# where a control group is, and the names of its limit, its use, and the parts of that which give way (version 2, 1)
 CGROUP_FILES = (
-    ("", "", "memory.max", "memory.current", "inactive_file"),
-    ("memory", "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ("", "", "memory.max", "memory.current", ("inactive_file", "active_file")),
+    (
+        "memory",
+        "memory",
+        "memory.limit_in_bytes",
+        "memory.usage_in_bytes",
+        ("total_inactive_file", "total_active_file"),
+    ),
 )
 
 
@@ -80,19 +86,19 @@ def _left_in_cgroups() -> Iterator[int]:
     except OSError:  # no Linux
         return
     own = {controllers: path for _, controllers, path in (line.split(":", 2) for line in lines)}
-    for controllers, folder, limit, use, inactive in CGROUP_FILES:
+    for controllers, folder, limit, use, cached in CGROUP_FILES:
         root = CGROUPS / folder
         here = root / own.get(controllers, "/").lstrip("/")
         for group in (here, *here.parents):
-            if group.is_relative_to(root) and (left := _left(group, limit, use, inactive)) is not None:
+            if group.is_relative_to(root) and (left := _left(group, limit, use, cached)) is not None:
                 yield left
 
 
-def _left(group: Path, limit: str, use: str, inactive: str) -> int | None:
+def _left(group: Path, limit: str, use: str, cached: tuple[str, ...]) -> int | None:
     """Return what a control group has left, None where it is without a limit or, inside a container, not to be seen."""
     try:
         most, used = (group / limit).read_text().strip(), int((group / use).read_text())
         fields = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
     except OSError:
         return None
-    return None if most == "max" else max(0, int(most) - used + int(fields.get(inactive, 0)))
+    return None if most == "max" else max(0, int(most) - used + sum(int(fields.get(name, 0)) for name in cached))

@@ -8,7 +8,8 @@ On a few tokens, one AU per site and layer is taken that moves the logits, and t
    its inputs, rows (of every expert) for its outputs. Where no weight can be scaled, at site layer and in quantised or
    offloaded models, a plain hook that multiplies the activation takes the weights' place.
 
-Factors are powers of two, so that scaling a weight and scaling an activation round alike in every precision.
+Factors are powers of two, which scale a weight without rounding. A gate computes x + x * (factor - 1): in half precision
+that is as exact for 2, 4096 and -4096, and off by its rounding for those between.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from austeer.errors import AUSteerError, first_line
+from rmodels.causal_lm import sites
 from rmodels.gate import SITES, AUGate
 from rmodels.structural import find_blocks, linear_maps, with_hidden_states
 
@@ -30,7 +32,7 @@ TOKENS = 6
 # of the largest logit: differences above are differences
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 2.5e-4, torch.bfloat16: 2e-3}
 MOVES = 100  # a chosen AU moves the logits by so many tolerances
-FACTORS = (2.0, 16.0, 256.0, 4096.0, -256.0)
+FACTORS = (2.0, 16.0, 256.0, 4096.0, -4096.0)
 ROWS = 32  # AUs tried in one forward
 SLOW = 2.0  # seconds after which the cost is printed
 
@@ -40,7 +42,7 @@ def prove(
 ) -> tuple[dict[str, str], dict[str, float]]:
     """Return why sites could not be proven, and how far gates and weights were apart, as a part of the largest logit.
 
-    quick: first, middle and last layer only.
+    quick: at each site the first, a middle and the last layer that has it.
     """
     start = time.monotonic()
     proof = _Proof(model, list(gates), quick)
@@ -71,6 +73,27 @@ def reads_on_caches(model: PreTrainedModel) -> bool:
     return _reads_in_pieces(model, [full, short], padded) and _reads_in_pieces(model, [full, full], even)
 
 
+@torch.no_grad()
+def generates_on_caches(model: PreTrainedModel) -> bool:
+    """Say whether `generate` gives two texts the same logits on its cache as without one. RWKV mixes the texts up."""
+    ids = _tokens(model).to(model.get_input_embeddings().weight.device)
+    ids = torch.cat([ids, ids.flip(1)])
+
+    def logits(use_cache: bool) -> Tensor:
+        out = model.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=2, min_new_tokens=2, pad_token_id=0,
+            use_cache=use_cache, return_dict_in_generate=True, output_logits=True,
+        )  # fmt: skip
+        return torch.stack(out.logits).float()
+
+    try:
+        expected = logits(use_cache=False)
+        error = (logits(use_cache=True) - expected).abs().max()
+    except (ValueError, TypeError, RuntimeError, AttributeError, IndexError, KeyError, NotImplementedError):
+        return False
+    return bool(error <= MOVES * TOLERANCES.get(model.dtype, TOLERANCES[torch.bfloat16]) * expected.abs().max())
+
+
 def _reads_in_pieces(model: PreTrainedModel, texts: list[Tensor], own: Tensor) -> bool:
     whole = torch.stack([model(input_ids=text[None], use_cache=False).logits[0, -2:] for text in texts])
     middle, tail = texts[0][2:4].expand(2, -1), texts[0][4:].expand(4, -1)
@@ -97,8 +120,9 @@ class _Proof:
     def __init__(self, model: PreTrainedModel, gates: list[AUGate], quick: bool):
         self.model, self.gates = model, gates
         self.count = 1 + max(gate.layer for gate in gates)
-        layers = {0, self.count // 2, self.count - 1} if quick else set(range(self.count))
-        self.tried = [gate for gate in gates if gate.width and gate.layer in layers]
+        self.tried = [gate for gate in gates if gate.width]
+        if quick:
+            self.tried = [gate for site in SITES for gate in _few([gate for gate in self.tried if gate.site == site])]
         self.like = torch.zeros((), dtype=model.dtype, device=model.get_input_embeddings().weight.device)
         self.ids = _tokens(model).to(self.like.device)
         self.chosen: dict[AUGate, tuple[int, float]] = {}  # dimension and factor
@@ -119,7 +143,7 @@ class _Proof:
                 alone = [gate.layer for gate, au in aus.items() if not self._agrees(site, {gate: au})]
                 layer = f"of layer {alone[0]}" if alone else "of several layers together"
                 faults[site] = f"the gate {layer} does something else than scaling {self._reference_name(site)}"
-        missing = set(SITES) - {gate.site for gate in self.tried}
+        missing = set(sites(self.model)) - {gate.site for gate in self.tried}
         return faults | {site: self._why_missing(site) for site in missing}
 
     def _why_missing(self, site: str) -> str:
@@ -243,6 +267,10 @@ class _Proof:
 
     def _tolerance(self, logits: Tensor) -> float:
         return TOLERANCES.get(self.model.dtype, TOLERANCES[torch.bfloat16]) * float(logits.abs().max())
+
+
+def _few(gates: list[AUGate]) -> list[AUGate]:
+    return [gates[index] for index in sorted({0, len(gates) // 2, len(gates) - 1})] if gates else []
 
 
 def _tokens(model: PreTrainedModel) -> Tensor:

@@ -69,7 +69,8 @@ def without_head(model: PreTrainedModel) -> PreTrainedModel:
     """Return the text decoder below the language-model head, whose output has the last hidden states."""
     # some heads are called "decoder", and Llama-4 has its decoder under neither of the first two
     below = (model.get_decoder(), model.base_model, getattr(model, "model", None))
-    return next(part for part in below if part is not model and isinstance(part, PreTrainedModel))
+    part = next(part for part in below if part is not model and isinstance(part, PreTrainedModel))
+    return part if part.get_output_embeddings() is None else without_head(part)  # Llama-4's decoder has a head, too
 
 
 def decoder_layers(model: PreTrainedModel) -> Sequence[nn.Module]:

@@ -1,5 +1,6 @@
 """The command lines as a user meets them: good runs, and one clear line for every wrong input."""
 
+import copy
 import io
 import json
 import os
@@ -190,6 +191,9 @@ def test_steer_shows_answers_without_and_with_a_plan(checkpoints, workplace, lla
         steered = greedy_answer(llama, tokenizer, text_inputs(tokenizer, "gave", chat=False), 6)
     unsteered = greedy_answer(llama, tokenizer, text_inputs(tokenizer, "gave", chat=False), 6)
     assert steered != unsteered
+    with_types = copy.deepcopy(tokenizer)
+    with_types.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
+    assert greedy_answer(llama, tokenizer, text_inputs(with_types, "gave", chat=False), 6) == unsteered
     expected = {"prompt": "gave", "unsteered": unsteered, "steered": steered}
     done = steer(checkpoints, workplace, "--plan", workplace / "hand.safetensors", "--json", "--prompt", "gave", "me")
     first, second = map(json.loads, done.stdout.splitlines())

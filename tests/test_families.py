@@ -14,9 +14,13 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 import rmodels
 from austeer.commands import models as command
 from austeer.errors import AUSteerError
+from austeer.evidence import Evidence
 from austeer.pairs import Pair
 from austeer.plan import Plan
 from austeer.steering import steer
+from eval.answering.answerer import Generation
+from eval.answering.live import LiveAnswerer
+from eval.answering.sampling import Sampling, sampled
 from MFU_screening import screen
 from rmodels.proof import prove
 from rmodels.structural import add_gates
@@ -336,6 +340,12 @@ def test_a_family_file_with_a_broken_gate_is_refused(checkpoints):
         rmodels.with_proven_gates(model)
 
 
+def test_a_family_file_may_leave_out_a_site(checkpoints):
+    model = rmodels.load(checkpoints["llama"], dtype="float32", device="cpu")
+    model.SITES = ("attention", "ffn", "layer")
+    assert rmodels.sites(rmodels.with_proven_gates(model)) == model.SITES
+
+
 def test_where_nothing_moves_nothing_is_proven():
     model = tiny_model(tiny_config("qwen2"))
     model.model.layers[2].self_attn.o_proj.weight.zero_()
@@ -356,6 +366,13 @@ def test_the_quick_proof_tries_three_layers(gated, layer, is_seen):
     quick, _ = prove(gated, rmodels.gates(gated), quick=True)
     full, _ = prove(gated, rmodels.gates(gated))
     assert ("attention" in quick) == is_seen and "attention" in full
+
+
+def test_the_quick_proof_finds_sites_that_few_layers_have():
+    config = tiny_config("nemotron_h")
+    config.layers_block_type = ["full_attention", "mlp", "full_attention", "full_attention"]
+    model = rmodels.with_proven_gates(tiny_model(config), quick=True)
+    assert rmodels.sites(model) == rmodels.SITES, model.au_refused
 
 
 def test_the_quick_proof_is_an_option_of_loading(tmp_path, monkeypatch):
@@ -480,6 +497,55 @@ def test_what_is_no_decoder_is_refused_in_one_line(make, tmp_path):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "mixers"),
+    [
+        ("mamba2", ["mixer.out_proj"] * 4),
+        ("granitemoehybrid", ["mamba.out_proj", "self_attn.o_proj"] * 2),
+        ("qwen3_next", ["linear_attn.out_proj", "self_attn.o_proj"] * 2),
+        ("gpt2", None),
+    ],
+)
+def test_headers_say_where_the_mixer_is_not_attention(name, mixers, tokenizer):
+    model = rmodels.with_proven_gates(tiny_model(tiny_config(name)))
+    ranks = screen(PAIRS, model, tokenizer, ["attention"], progress=False)["attention"]
+    evidence = Evidence(model, tokenizer, [Pair(*pair) for pair in PAIRS], "attention")
+    for header in (ranks.header, set_MFU(ranks, 5, 1.0).header, evidence.header()):
+        assert header.get("mixers.attention") == mixers
+
+
+# --- generation
+
+
+@pytest.mark.parametrize("name", ["mamba2", "recurrent_gemma"])
+def test_a_cache_that_counts_no_tokens_leaves_token_scopes_without_meaning(name):
+    model = rmodels.with_proven_gates(tiny_model(tiny_config(name)))
+    plan = Plan({"layer": torch.ones(rmodels.site_shape(model, "layer"))}, tokens="generated")
+    with pytest.raises(AUSteerError, match="does not count tokens"), steer(model, plan):
+        model.generate(IDS, max_new_tokens=2, do_sample=False)
+
+
+def test_generated_tokens_of_a_decoder_with_a_head_of_its_own_are_counted():
+    model = rmodels.with_proven_gates(tiny_model(tiny_config("llama4")))
+    plan = Plan({"layer": torch.ones(rmodels.site_shape(model, "layer"))}, tokens="generated")
+    with steer(model, plan) as steering:
+        model.generate(IDS, max_new_tokens=3, min_new_tokens=3, do_sample=False)
+    assert steering.receipt()["positions"] == 4  # the last tokens of two rows are not run
+
+
+@pytest.mark.parametrize("name", ["mamba2", "rwkv"])
+def test_recurrent_families_answer_together_as_alone(name, tokenizer):
+    """RWKV: transformers mixes the rows of a batch up when it generates on its cache."""
+    model = rmodels.with_proven_gates(tiny_model(tiny_config(name)))
+    prompts = ["The old dog sat there", "Some men in town ran", "A", "North of Paris it rained in May"]
+    how = Sampling(new_tokens=6, samples=1, top_p=1e-6)
+    for answers in (
+        lambda texts: [row.text for row in LiveAnswerer(model, tokenizer).answer(texts, Generation(6))],
+        lambda texts: [row[0] for row in sampled(model, tokenizer, texts, how)],
+    ):
+        assert answers(prompts) == [answers([prompt])[0] for prompt in prompts]
+
+
 # --- compiled, quantised and offloaded models
 
 
@@ -527,6 +593,12 @@ def test_a_layer_on_disk_is_proven_and_steered_alike(tmp_path):
     for site in DENSE:
         with steer(whole, some_plan(whole, site)), steer(offloaded, some_plan(whole, site)):
             assert torch.equal(whole(IDS).logits, offloaded(IDS).logits), site
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gemma3_text"])
+def test_bfloat16_is_proven_where_single_units_move_little(name):
+    model = rmodels.with_proven_gates(tiny_model(tiny_config(name)).to(torch.bfloat16))
+    assert rmodels.sites(model) == rmodels.SITES
 
 
 def test_bfloat16_is_proven_too(tmp_path):

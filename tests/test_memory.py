@@ -96,9 +96,10 @@ def test_a_fold_says_that_its_certificate_needs_the_memory(checkpoints, tmp_path
 CGROUPS = {  # the lines of /proc/self/cgroup, files of control groups, and what these leave
     "version 2, the limit on a parent": (
         "0::/batch/job\n",
-        {"batch/memory.max": "9000", "batch/memory.current": "5000", "batch/memory.stat": "anon 1\ninactive_file 300",
+        {"batch/memory.max": "9000", "batch/memory.current": "5000",
+         "batch/memory.stat": "anon 1\ninactive_file 300\nactive_file 200",
          "batch/job/memory.max": "max", "batch/job/memory.current": "10", "batch/job/memory.stat": "inactive_file 0"},
-        4300,
+        4500,
     ),
     "version 2, in a container": (
         "0::/\n",

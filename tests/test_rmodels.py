@@ -325,10 +325,10 @@ def test_deep_copies_with_gates_by_structure_steer_apart(name, tmp_path):
         (dict(device="cpu", device_map="auto"), "not both"),
     ],
 )
-def test_bad_load_arguments(checkpoints, change, message, monkeypatch):
+def test_bad_load_arguments_are_seen_before_a_file_is_read(change, message, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(AUSteerError, match=message):
-        rmodels.load(checkpoints["llama"], **change)
+        rmodels.load("nowhere.gguf", **change)
 
 
 def test_bad_checkpoints(checkpoints, tmp_path):

@@ -265,6 +265,10 @@ def test_what_the_machine_lacks(files, tmp_path, monkeypatch):
         with pytest.raises(AUSteerError, match=r"has 0\.0 GB free: name a folder on another disk in AUSTEER_CACHE"):
             sources.local(files["F32"])
     with monkeypatch.context() as patch:
+        patch.setattr(gguf_conversion, "free_bytes", lambda device: 10)
+        with pytest.raises(AUSteerError, match=r"to bfloat16 needs .* GB of memory, and 0\.0 GB are free"):
+            sources.local(files["F32"])
+    with monkeypatch.context() as patch:
 
         def full(*args, **kwargs):
             raise OSError(28, "No space left on device")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import BatchEncoding, BatchFeature, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import BatchFeature, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.utils import logging
 
 import rmodels
@@ -57,12 +57,16 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
             print(f"> {prompt}\n{side_by_side(unsteered, steered)}\n", flush=True)
 
 
-def text_inputs(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool) -> BatchEncoding:
+def text_inputs(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool) -> dict[str, Tensor]:
     """Return what the model reads. chat: the prompt is a user's turn."""
-    if not chat:
-        return tokenizer(prompt, return_tensors="pt")
-    turn = [{"role": "user", "content": prompt}]
-    return tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+    if chat:
+        turn = [{"role": "user", "content": prompt}]
+        inputs = tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+    else:
+        inputs = tokenizer(prompt, return_tensors="pt")
+    return {
+        name: inputs[name] for name in ("input_ids", "attention_mask")
+    }  # some add token types, which few models take
 
 
 class ImagePrompt:

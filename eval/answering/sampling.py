@@ -17,11 +17,12 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
+from austeer.batching import grouped
 from austeer.errors import AUSteerError
 from austeer.forward import input_device
 from eval.answering.answer_file import Answer, AnswerFile
 from eval.answering.answerer import encode_prompts
-from rmodels import context_length
+from rmodels import context_length, continues_on_caches
 
 BATCH = 32
 
@@ -72,11 +73,16 @@ def sampled(
     ids = _encode(tokenizer, repeated, context_length(model) - how.new_tokens)
     # longest first: too little memory shows at once
     order = sorted(range(len(repeated)), key=lambda i: (-len(ids[i]), i))
-    bar = tqdm(range(0, len(order), BATCH), desc=progress, unit=" batches", disable=progress is None)
-    for start in bar:
-        batch = order[start : start + BATCH]
+    can_pad = continues_on_caches(model)
+
+    def fits(batch: list[int]) -> bool:
+        return len(batch) <= BATCH and (can_pad or len(ids[batch[0]]) == len(ids[batch[-1]]))
+
+    place = {i: start for start, i in enumerate(order)}
+    for batch in tqdm(grouped(order, fits), desc=progress, unit=" batches", disable=progress is None):
         if all(i in answers for i in batch):
             continue
+        start = place[batch[0]]
         texts = _batch(model, tokenizer, [ids[i] for i in batch], how, zlib.crc32(f"{how.seed} {start}".encode()))
         fresh = dict(zip(batch, map(Answer, texts), strict=True))
         answers.update(fresh)
