@@ -9,10 +9,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before the hub's library is imported: no t
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerFast
+from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerFast
 
 import rmodels
 from rmodels import sources
+from rmodels.tiny import tiny_model
 
 SHARED = Path(__file__).parents[2] / "shared"
 needs_shared = pytest.mark.skipif(not (SHARED / "models").exists(), reason="needs ../shared, which users do not have")
@@ -55,9 +56,8 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def save_tiny(folder: Path, config: PretrainedConfig) -> Path:
-    """Save upstream's model of a config, with seeded random weights, and its tokenizer."""
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    """Save a model of a config, with seeded random weights, and its tokenizer."""
+    tiny_model(config).save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return folder
 

@@ -14,7 +14,7 @@ from conftest import PAIRS
 
 import main
 from austeer import processes
-from austeer.commands import rank
+from austeer.commands.rank import main as ranking
 from austeer.errors import AUSteerError
 from austeer.pairs import Pair, write_pairs
 from austeer.ranks import AURanks
@@ -67,9 +67,9 @@ def test_several_processes_make_the_ranks_of_one(checkpoints, tmp_path, capfd, m
     write_pairs(tmp_path / "pairs.jsonl", [Pair(*pair) for pair in PAIRS])
     command = ["--model", str(checkpoints["llama"]), "--pairs", str(tmp_path / "pairs.jsonl"), "--momentum", momentum]
     command += ["--site", "attention", "ffn", "--device", "cpu", "--out"]
-    rank.main([*command, str(tmp_path / "one")])
+    ranking([*command, str(tmp_path / "one")])
     capfd.readouterr()
-    in_processes(3, lambda _: (rank.main([*command, str(tmp_path / "three")]), sys.stdout.flush()))
+    in_processes(3, lambda _: (ranking([*command, str(tmp_path / "three")]), sys.stdout.flush()))
     assert capfd.readouterr().out.count("ffn.safetensors: ") == 1, "the main process alone writes and speaks"
     for site in ("attention", "ffn"):
         one, three = (AURanks.load(tmp_path / folder / f"{site}.safetensors") for folder in ("one", "three"))
