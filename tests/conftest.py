@@ -10,11 +10,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before the hub's library is imported: no t
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 import rmodels
 from rmodels import sources
-from rmodels.tiny import tiny_model
 
 SHARED = Path(__file__).parents[2] / "shared"
 needs_shared = pytest.mark.skipif(not (SHARED / "models").exists(), reason="needs ../shared, which users do not have")
@@ -64,8 +63,13 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def save_tiny(folder: Path, config: PretrainedConfig) -> Path:
-    """Save a model of a config, with seeded random weights, and its tokenizer."""
-    tiny_model(config).save_pretrained(folder)
+    """Save upstream's model of a config, with seeded random weights, and its tokenizer."""
+    torch.manual_seed(0)
+    return save_model(folder, AutoModelForCausalLM.from_config(config))
+
+
+def save_model(folder: Path, model: PreTrainedModel) -> Path:
+    model.save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return folder
 

@@ -1,13 +1,13 @@
 """Tiny checkpoints of families that get their gates by structure, and plans that touch every layer of them."""
 
 import torch
-from conftest import save_tiny
+from conftest import save_model
 from safetensors.torch import load_file, save_file
 
 import rmodels
 from austeer.identity import model_header
 from austeer.plan import Plan
-from rmodels.tiny import tiny_config
+from rmodels.tiny import tiny_config, tiny_model
 
 IDS = torch.tensor([[5, 40, 77, 130, 9, 200, 31, 55, 88, 12, 254, 17]])
 HEADS = dict(head_dim=20)  # 4 heads: they are as wide as nothing else, so that code that confuses widths fails
@@ -32,7 +32,7 @@ def save_family(folder, name):
     config = tiny_config(name)
     for field, value in CHANGES.get(name, {}).items():
         setattr(config, field, value)
-    save_tiny(folder, config)
+    save_model(folder, tiny_model(config))
     if published := PUBLISHED_AS.get(name):
         tensors = published(load_file(folder / "model.safetensors"))
         save_file({key: weight.contiguous() for key, weight in tensors.items()}, folder / "model.safetensors")
