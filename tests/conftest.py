@@ -1,5 +1,6 @@
 """Tiny seeded checkpoints of every family, and a byte tokenizer."""
 
+import gc
 import os
 from collections import defaultdict
 from pathlib import Path
@@ -9,13 +10,20 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before the hub's library is imported: no t
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 import rmodels
 from rmodels import sources
 
 SHARED = Path(__file__).parents[2] / "shared"
 needs_shared = pytest.mark.skipif(not (SHARED / "models").exists(), reason="needs ../shared, which users do not have")
+
+
+def pytest_collection_finish():
+    """Let the collector skip what was imported and collected: `gc.collect` would take half a second, hundreds of times."""
+    gc.collect()
+    gc.freeze()
+
 
 torch.set_num_threads(1)  # on busy machines two threads are several times slower than one
 
@@ -57,7 +65,11 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 def save_tiny(folder: Path, config: PretrainedConfig) -> Path:
     """Save upstream's model of a config, with seeded random weights, and its tokenizer."""
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return save_model(folder, AutoModelForCausalLM.from_config(config))
+
+
+def save_model(folder: Path, model: PreTrainedModel) -> Path:
+    model.save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return folder
 

@@ -10,8 +10,9 @@ import pytest
 import torch
 from conftest import COMMON, FAMILIES, SPECIAL
 from safetensors.torch import load_file, save_file
-from tiny_families import plan_in_every_layer, save_tiny
+from tiny_families import plan_in_every_layer, save_family
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.core_model_loading import WeightRenaming
 
 import rmodels
 from austeer.errors import AUSteerError
@@ -323,7 +324,7 @@ IN_PEFT = {  # family -> sites that a LoRA, and an IA3, can hold
 def test_peft_reads_adapters_of_any_decoder(tmp_path, name, kind, sites):
     """Conv1D modules, fused experts beside a shared one and beside dense layers, layers of different width."""
     peft = pytest.importorskip("peft", reason="peft is in requirements2.txt")
-    source = save_tiny(tmp_path / "source", name)
+    source = save_family(tmp_path / "source", name)
     model = rmodels.load(source, dtype="float32", device="cpu")
     plan = plan_in_every_layer(model, sites)
     {"lora": save_lora, "ia3": save_ia3}[kind](source, plan, tmp_path / "adapter")
@@ -337,6 +338,36 @@ def test_peft_reads_adapters_of_any_decoder(tmp_path, name, kind, sites):
     with torch.no_grad():
         assert (live - adapted(IDS).logits).abs().max() < 1e-4 < 0.2 < (live - model(IDS).logits).abs().max()
         assert (live - adapted.merge_and_unload()(IDS).logits).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("name", "site"),
+    [
+        ("deepseek_ocr2", "attention"),  # `layers.` of files is `language_model.layers.` of the model
+        ("deepseek_ocr2", "ffn"),
+        ("laguna", "ffn"),  # `mlp.shared_expert.` is `mlp.shared_experts.`
+    ],
+)
+def test_peft_finds_tensors_whose_names_transformers_would_rename_again(tmp_path, name, site):
+    peft = pytest.importorskip("peft", reason="peft is in requirements2.txt")
+    model = rmodels.load(save_family(tmp_path / "source", name), dtype="float32", device="cpu")
+    plan = plan_in_every_layer(model, [site])
+    lora = save_lora(tmp_path / "source", plan, tmp_path / "adapter")
+    idle = model(IDS).logits
+    with steer(model, plan):
+        live = model(IDS).logits
+    adapted = peft.PeftModel.from_pretrained(model, tmp_path / "adapter").eval()
+    assert (live - adapted(IDS).logits).abs().max() < 1e-4 < 0.2 < (live - idle).abs().max()
+    assert all(adapted.get_submodule(f"base_model.model.{module}") for module in lora.modules)
+
+
+def test_a_name_that_peft_loses_whatever_a_file_calls_it_is_refused(tmp_path, monkeypatch):
+    model = rmodels.load(save_family(tmp_path / "source", "laguna"), dtype="float32", device="cpu")
+    lost = [WeightRenaming("o_proj", "out"), WeightRenaming("out", "elsewhere")]
+    monkeypatch.setattr("austeer.export.lora.get_model_conversion_mapping", lambda model: lost)
+    with pytest.raises(AUSteerError, match=r"PEFT renames model.layers.0.self_attn.o_proj.lora_A.weight .*; fold"):
+        save_lora(model, plan_in_every_layer(model, ["attention"]), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_lora_of_the_neurons_of_fused_experts_has_factors_of_its_own_for_each(tmp_path):
@@ -357,7 +388,7 @@ def test_adapters_that_their_readers_refuse_are_refused_here(tmp_path):
         ("gpt_oss", "ffn", "experts has a bias, which a LoRA adapter cannot scale; fold"),
         ("gpt2", "ffn", "c_proj has a bias, which a LoRA adapter cannot scale; use IA3"),
     ):
-        source = save_tiny(tmp_path / name, name)
+        source = save_family(tmp_path / name, name)
         with pytest.raises(AUSteerError, match=why):
             save_lora(source, plan_in_every_layer(rmodels.load(source, device="cpu"), [site]), tmp_path / "out")
 

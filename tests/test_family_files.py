@@ -103,21 +103,35 @@ def test_the_guide_shows_the_papers_file_as_it_is():
     assert shown("Qwen3MLP") == (ROOT / "rmodels" / "modeling_qwen3.py").read_text()
 
 
-def in_a_process(folder, script):
-    env = {**os.environ, "AUSTEER_FAMILIES": str(folder), "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=env, capture_output=True, text=True)
+A_FOLDER_THAT_COMES_LATE = """
+import contextlib, importlib, io, json, os, sys
+import rmodels
+from austeer.commands.rank import main
+from austeer.errors import AUSteerError
+
+model, folder = sys.argv[1], os.environ["AUSTEER_FAMILIES"]
+with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
+    main(["--help"])  # needs no family
+try:
+    rmodels.load(model, device="cpu")
+except AUSteerError as error:
+    lost = str(error)
+os.rename(folder + "-late", folder)
+importlib.invalidate_caches()
+model = rmodels.load(model, device="cpu")
+print(json.dumps([lost, type(model).__module__, rmodels.sites(model)]))
+"""
 
 
 def test_a_folder_named_in_the_environment_is_searched(longcat, tmp_path):
-    (tmp_path / "modeling_longcat_flash.py").write_text(shown("LongcatFlashForCausalLM"))
-    script = (
-        "import json, rmodels;"
-        f"model = rmodels.load({str(longcat)!r}, device='cpu');"
-        "print(json.dumps([type(model).__module__, rmodels.sites(model)]))"
-    )
-    done = in_a_process(tmp_path, script)
-    assert json.loads(done.stdout) == ["rmodels.modeling_longcat_flash", list(rmodels.SITES)], done.stderr
-    missing = in_a_process(tmp_path / "none", "from austeer.commands.rank import main; main(['--help'])")
-    assert missing.returncode == 0, "help needs no family"
-    lost = in_a_process(tmp_path / "none", f"import rmodels; rmodels.load({str(longcat)!r}, device='cpu')")
-    assert lost.stderr.splitlines()[-1].endswith(f"AUSTEER_FAMILIES names {tmp_path / 'none'}, which is no folder")
+    """In one process, for time: first the folder is missing, then it is there."""
+    folder, late = tmp_path / "own", tmp_path / "own-late"
+    late.mkdir()
+    (late / "modeling_longcat_flash.py").write_text(shown("LongcatFlashForCausalLM"))
+    env = {**os.environ, "AUSTEER_FAMILIES": str(folder), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", A_FOLDER_THAT_COMES_LATE, str(longcat)]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lost, module, sites = json.loads(done.stdout)
+    assert lost == f"AUSTEER_FAMILIES names {folder}, which is no folder"
+    assert (module, sites) == ("rmodels.modeling_longcat_flash", list(rmodels.SITES))

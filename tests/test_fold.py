@@ -16,7 +16,7 @@ import torch
 from conftest import COMMON, FAMILIES, SPECIAL, byte_tokenizer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny_families import BY_STRUCTURE, WITH_VISION, foldable_sites, plan_in_every_layer, save_tiny
+from tiny_families import BY_STRUCTURE, WITH_VISION, foldable_sites, plan_in_every_layer, save_family
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.core_model_loading import Concatenate
 
@@ -144,7 +144,7 @@ def test_experts_one_by_one_and_fused(tmp_path, layout):
 )
 def test_any_decoder_is_folded_by_structure(tmp_path, name):
     """Conv1D, fused and transposed experts, layers of different width, names and prefixes that only files have."""
-    source = save_tiny(tmp_path / "source", name)
+    source = save_family(tmp_path / "source", name)
     model = load(source)
     plan = plan_in_every_layer(model, foldable_sites(model))
     fold(source, plan, tmp_path / "out", certificate=False)
@@ -167,7 +167,7 @@ def test_any_decoder_is_folded_by_structure(tmp_path, name):
     ],
 )
 def test_certificates_of_any_decoder(tmp_path, name):
-    source = save_tiny(tmp_path / "source", name)
+    source = save_family(tmp_path / "source", name)
     model = load(source)
     parity = fold(source, plan_in_every_layer(model, foldable_sites(model)), tmp_path / "out")
     moves = parity["steering_moves_logits_by"]
@@ -179,7 +179,7 @@ def test_certificates_of_any_decoder(tmp_path, name):
 
 @pytest.mark.parametrize("name", ["gpt2", "gpt_oss"])
 def test_shifts_of_any_decoder_become_biases(tmp_path, name):
-    source = save_tiny(tmp_path / "source", name)
+    source = save_family(tmp_path / "source", name)
     model = load(source)
     sites = [site for site in foldable_sites(model) if (name, site) != ("gpt_oss", "ffn")]
     plan = plan_in_every_layer(model, sites, shift=0.7)
@@ -221,24 +221,24 @@ def test_neurons_of_fused_experts(transposed):
 
 
 def test_aus_that_a_layer_lacks_are_refused_by_name(tmp_path):
-    source = save_tiny(tmp_path / "source", "qwen3_next")  # layer 0 has 32 AUs at site attention, layer 1 has 64
+    source = save_family(tmp_path / "source", "qwen3_next")  # layer 0 has 32 AUs at site attention, layer 1 has 80
     checkpoint = Checkpoint(source)
-    plan = Plan({"attention": torch.zeros(3, 64)})
+    plan = Plan({"attention": torch.zeros(4, 80)})
     plan.scales["attention"][1, 40] = 1.0
     assert [edit.weight for edit in checkpoint.edits(plan)] == ["model.layers.1.self_attn.o_proj.weight"]
     plan.scales["attention"][0, 40] = 1.0
     with pytest.raises(AUSteerError, match="AU 40 at site attention of layer 0, which has only 32"):
         fold(source, plan, tmp_path / "out", certificate=False)
     with pytest.raises(AUSteerError, match="layer 0 of this mamba2 model has no weight at site ffn"):
-        find_edits(Plan({"ffn": torch.ones(3, 48)}), Checkpoint(save_tiny(tmp_path / "mamba", "mamba2")).skeleton)
+        find_edits(Plan({"ffn": torch.ones(4, 64)}), Checkpoint(save_family(tmp_path / "mamba", "mamba2")).skeleton)
 
 
 def test_shifts_of_mixtures_are_refused(tmp_path):
     """A router weighs its experts, and would weigh a shift that is in their biases."""
-    shift = Plan({}, {"ffn": torch.ones(3, 48)})
+    shift = Plan({}, {"ffn": torch.ones(4, 64)})
     for name, reason in (("gpt_oss", "which weighs many experts"), ("qwen2_moe", "experts have no biases")):
         with pytest.raises(AUSteerError, match=reason):
-            fold(save_tiny(tmp_path / name, name), shift, tmp_path / "out", certificate=False)
+            fold(save_family(tmp_path / name, name), shift, tmp_path / "out", certificate=False)
 
 
 def test_shifts_of_experts_in_modules_of_their_own_are_refused(tmp_path, monkeypatch):
@@ -251,8 +251,8 @@ def test_shifts_of_experts_in_modules_of_their_own_are_refused(tmp_path, monkeyp
 
 
 def test_every_expert_and_the_shared_one(tmp_path):
-    checkpoint = Checkpoint(save_tiny(tmp_path / "source", "qwen2_moe"))
-    plan = Plan({"ffn": torch.zeros(3, 48)})
+    checkpoint = Checkpoint(save_family(tmp_path / "source", "qwen2_moe"))
+    plan = Plan({"ffn": torch.zeros(4, 64)})
     plan.scales["ffn"][0, 2] = 1.0
     edits = [piece for edit in checkpoint.edits(plan) for piece in checkpoint.in_files(edit)]
     parts = ("experts.0", "experts.1", "experts.2", "experts.3", "shared_expert")
@@ -261,12 +261,12 @@ def test_every_expert_and_the_shared_one(tmp_path):
 
 
 def test_tensors_that_cannot_be_changed_in_place_are_refused(tmp_path):
-    source = save_tiny(tmp_path / "source", "mixtral")
+    source = save_family(tmp_path / "source", "mixtral")
     plan = plan_in_every_layer(load(source), ["ffn"])
     checkpoint = Checkpoint(source)
     edit, name = checkpoint.edits(plan)[0], "model.layers.0.block_sparse_moe.experts.1.w2.weight"
-    checkpoint.shapes[name] = (80, 48)
-    with pytest.raises(AUSteerError, match=rf"{name} has shape \(80, 48\), the model's .*down_proj wants \(48, 80\)"):
+    checkpoint.shapes[name] = (96, 64)
+    with pytest.raises(AUSteerError, match=rf"{name} has shape \(96, 64\), the model's .*down_proj wants \(64, 96\)"):
         checkpoint.in_files(edit)
     checkpoint.origins[edit.weight].converter.operations.append(Concatenate(dim=1))
     with pytest.raises(
@@ -488,7 +488,7 @@ def test_fingerprints_of_files_are_those_of_models(tmp_path, name):
 
 
 def test_fingerprints_of_models_that_keep_a_part_in_float32(tmp_path):
-    source = save_tiny(tmp_path / "source", "gpt_oss")
+    source = save_family(tmp_path / "source", "gpt_oss")
     model = load(source, "float16")
     assert {weight.dtype for weight in model.parameters()} == {torch.float16, torch.float32}
     plan = plan_in_every_layer(model, ["ffn"])

@@ -6,7 +6,7 @@ pip install gguf llama-cpp-python        # the latter is built from source: it t
 import pytest
 import torch
 from test_adapters import plan_for
-from tiny_families import plan_in_every_layer, save_tiny
+from tiny_families import plan_in_every_layer, save_family
 
 import rmodels
 from austeer.errors import AUSteerError
@@ -51,13 +51,13 @@ def test_the_file_holds_the_factors(llama, tmp_path):
 )
 def test_names_of_other_architectures(tmp_path, name, sites, attention):
     """A Conv1D is stored like a Linear in GGUF files, and its factors are those of a Linear."""
-    model = rmodels.load(save_tiny(tmp_path / "source", name), dtype="float32", device="cpu")
+    model = rmodels.load(save_family(tmp_path / "source", name), dtype="float32", device="cpu")
     plan = plan_in_every_layer(model, sites)
     save_gguf_lora(tmp_path / "source", plan, tmp_path / "a.gguf")
     reader = gguf.GGUFReader(tmp_path / "a.gguf")
     assert reader.get_field("general.architecture").contents() == name.removesuffix("_text")
     stored = {tensor.name: torch.tensor(tensor.data.copy()) for tensor in reader.tensors}
-    wanted = {f"blk.{layer}.{part}.weight" for layer in range(3) for part in ("attn_output", "ffn_down")}
+    wanted = {f"blk.{layer}.{part}.weight" for layer in range(4) for part in ("attn_output", "ffn_down")}
     assert {key.rpartition(".")[0] for key in stored} == wanted
     weight = rmodels.decoder_layers(model)[1].get_submodule(attention).weight
     weight = weight.T if name == "gpt2" else weight  # (outputs, inputs)
@@ -74,7 +74,7 @@ def test_names_of_other_architectures(tmp_path, name, sites, attention):
     ],
 )
 def test_what_llama_cpp_may_hold_otherwise_is_refused(tmp_path, name, why):
-    model = rmodels.load(save_tiny(tmp_path / "source", name), dtype="float32", device="cpu")
+    model = rmodels.load(save_family(tmp_path / "source", name), dtype="float32", device="cpu")
     plan = plan_in_every_layer(model, ["ffn" if name == "mixtral" else "attention"])
     with pytest.raises(AUSteerError, match=why):
         save_gguf_lora(model, plan, tmp_path / "a.gguf")

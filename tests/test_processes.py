@@ -3,6 +3,7 @@
 import os
 import signal
 import socket
+import sys
 import time
 import traceback
 
@@ -13,8 +14,10 @@ from conftest import PAIRS
 
 import main
 from austeer import processes
+from austeer.commands.rank import main as ranking
 from austeer.errors import AUSteerError
-from MFU_screening import screen
+from austeer.pairs import Pair, write_pairs
+from austeer.ranks import AURanks
 
 
 def free_port() -> int:
@@ -60,17 +63,22 @@ def in_processes(count, do):
 
 
 @pytest.mark.parametrize("momentum", ["activation", "causal"])
-def test_several_processes_make_the_ranks_of_one(llama, tokenizer, momentum):
-    alone = screen(PAIRS, llama, tokenizer, ["ffn"], momentum=momentum, progress=False)["ffn"]
-
-    def share(rank):
-        ranks = screen(PAIRS, llama, tokenizer, ["ffn"], momentum=momentum, progress=False)["ffn"]
-        assert ranks.header == alone.header
-        for name, values in alone.stats.items():
+def test_several_processes_make_the_ranks_of_one(checkpoints, tmp_path, capfd, momentum):
+    write_pairs(tmp_path / "pairs.jsonl", [Pair(*pair) for pair in PAIRS])
+    command = ["--model", str(checkpoints["llama"]), "--pairs", str(tmp_path / "pairs.jsonl"), "--momentum", momentum]
+    command += ["--site", "attention", "ffn", "--device", "cpu", "--out"]
+    ranking([*command, str(tmp_path / "one")])
+    capfd.readouterr()
+    in_processes(3, lambda _: (ranking([*command, str(tmp_path / "three")]), sys.stdout.flush()))
+    assert capfd.readouterr().out.count("ffn.safetensors: ") == 1, "the main process alone writes and speaks"
+    for site in ("attention", "ffn"):
+        one, three = (AURanks.load(tmp_path / folder / f"{site}.safetensors") for folder in ("one", "three"))
+        assert three.header == one.header
+        if momentum == "activation":
+            assert torch.equal(one.score, three.score) and torch.equal(one.order, three.order)
+        for name, values in one.stats.items():
             tolerance = 1e-4 * float(values.double().abs().max())  # batches differ, and with them the last digits
-            assert torch.allclose(ranks.stats[name].double(), values.double(), rtol=1e-4, atol=tolerance), name
-
-    in_processes(3, share)
+            assert torch.allclose(three.stats[name].double(), values.double(), rtol=1e-4, atol=tolerance), name
 
 
 def test_flags_are_those_of_the_main_process():

@@ -6,7 +6,6 @@ import pytest
 import torch
 from conftest import COMMON, FAMILIES, save_tiny
 from reference import hook_steering
-from tiny_families import BY_STRUCTURE
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from upstream import TEXTS, load, upstream
@@ -21,6 +20,7 @@ from austeer.pruning.masks import lowest
 from austeer.pruning.prune import parse_sparsity, prune
 from austeer.pruning.sparsegpt import sparsegpt
 from austeer.steering import steer
+from rmodels.tiny import tiny_config, tiny_model
 
 DENSE_FAMILIES = [name for name in FAMILIES if name != "qwen3_moe"]
 IDS = torch.tensor([TEXTS[2]])
@@ -151,8 +151,7 @@ def test_what_cannot_be_pruned(checkpoints, llama, tmp_path):
 @pytest.mark.parametrize("name", ["bloom", "xglm"])
 def test_blocks_run_as_in_the_model(name):
     """However the model calls its blocks: XGLM passes some arguments by position."""
-    xglm = dict(d_model=48, ffn_dim=80, num_layers=3, attention_heads=4, vocab_size=320, init_std=0.2)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **{**BY_STRUCTURE, "xglm": xglm}[name])).eval()
+    model = tiny_model(tiny_config(name))
     *_, last = through_blocks(model, [IDS[0].tolist()], "test")
     seen = []
     rmodels.decoder_layers(model)[-1].register_forward_hook(lambda layer, args, out: seen.append(out))

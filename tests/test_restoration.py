@@ -11,7 +11,7 @@ import torch
 from conftest import COMMON, PAIRS, SPECIAL, byte_tokenizer
 from one_cell import computed
 from reference import hook_steering
-from tiny_families import save_tiny
+from tiny_families import save_family
 from transformers import AutoConfig, AutoModelForCausalLM
 from upstream import TEXTS, load, upstream
 
@@ -93,17 +93,17 @@ def test_a_restored_model_runs_in_plain_transformers(checkpoints, name, tmp_path
 
 
 def test_a_family_without_the_bias_is_refused_in_one_line(tmp_path):
-    plan = Plan({}, {"attention": torch.ones(3, 64)})
-    phi3 = rmodels.load(save_tiny(tmp_path / "phi3", "phi3"), device="cpu")
+    plan = Plan({}, {"attention": torch.ones(4, 80)})
+    phi3 = rmodels.load(save_family(tmp_path / "phi3", "phi3"), device="cpu")
     with pytest.raises(AUSteerError, match=r"a restored phi3 model cannot be saved: .* no bias in o_proj"):
         save_restored(phi3, byte_tokenizer(), plan, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["phi3"]
 
 
 def test_a_restored_model_with_gates_by_structure_is_saved(tmp_path):
-    pruned = rmodels.load(save_tiny(tmp_path / "opt", "opt"), dtype="float32", device="cpu")
+    pruned = rmodels.load(save_family(tmp_path / "opt", "opt"), dtype="float32", device="cpu")
     prune(pruned, "wanda", 0.5, TEXTS)
-    plan = Plan({}, {"attention": torch.randn(3, 48)})
+    plan = Plan({}, {"attention": torch.randn(4, 64)})
     with steer(pruned, plan):
         live = pruned(IDS).logits
     save_restored(pruned, byte_tokenizer(), plan, tmp_path / "restored")
@@ -401,7 +401,7 @@ def test_out_is_refused_before_anything_is_pruned(tmp_path, monkeypatch):
         json.dumps({"prompt": f"{n}", "positive": " a", "negative": " b"}) + "\n" for n in range(40)))  # fmt: skip
     command = [
         "--model",
-        str(save_tiny(tmp_path / "phi3", "phi3")),
+        str(save_family(tmp_path / "phi3", "phi3")),
         "--pairs",
         str(tmp_path / "pairs.jsonl"),
         "--rivals",

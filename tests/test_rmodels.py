@@ -14,7 +14,7 @@ import torch
 import transformers
 from conftest import COMMON, FAMILIES
 from reference import hook_steering
-from tiny_families import plan_in_every_layer, save_tiny
+from tiny_families import plan_in_every_layer, save_family
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import rmodels
@@ -303,7 +303,7 @@ def test_deep_copies_steer_apart(llama):
 
 @pytest.mark.parametrize("name", ["phi3", "mixtral"])
 def test_deep_copies_with_gates_by_structure_steer_apart(name, tmp_path):
-    model = rmodels.load(save_tiny(tmp_path / name, name), dtype="float32", device="cpu")
+    model = rmodels.load(save_family(tmp_path / name, name), dtype="float32", device="cpu")
     twin, idle = copy.deepcopy(model), model(IDS[:1]).logits
     for site in rmodels.sites(model):
         plan = plan_in_every_layer(model, [site])

@@ -1,68 +1,38 @@
 """Tiny checkpoints of families that get their gates by structure, and plans that touch every layer of them."""
 
 import torch
-from conftest import COMMON, byte_tokenizer
+from conftest import save_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 import rmodels
 from austeer.identity import model_header
 from austeer.plan import Plan
+from rmodels.tiny import tiny_config, tiny_model
 
 IDS = torch.tensor([[5, 40, 77, 130, 9, 200, 31, 55, 88, 12, 254, 17]])
-TOKENS = dict(vocab_size=320, bos_token_id=1, eos_token_id=2, pad_token_id=0)
-EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24)
-HYBRID = ["linear_attention", "full_attention", "linear_attention"]
-
-BY_STRUCTURE = {
-    # Conv1D weights with biases, in files without the prefix "transformer."
-    "gpt2": dict(n_embd=48, n_layer=3, n_head=4, n_positions=256, initializer_range=0.2, **TOKENS),
-    "opt": dict(
-        hidden_size=48, word_embed_proj_dim=48, ffn_dim=80, num_hidden_layers=3, num_attention_heads=4,
-        max_position_embeddings=256, init_std=0.2, **TOKENS,
-    ),
-    "bloom": dict(hidden_size=48, n_layer=3, n_head=4, initializer_range=0.2, **TOKENS),
-    # fused experts that are stored transposed, with biases
-    "gpt_oss": dict(COMMON, num_local_experts=4, num_experts_per_tok=2, sliding_window=12),
-    "mixtral": dict(COMMON, num_local_experts=4, num_experts_per_tok=2),
-    "qwen2_moe": dict(COMMON, **EXPERTS, shared_expert_intermediate_size=32, mlp_only_layers=[1]),
-    "phi3": COMMON,
-    "mamba2": dict(
-        hidden_size=48, num_heads=6, head_dim=16, expand=2, state_size=8, n_groups=1, num_hidden_layers=3, chunk_size=8,
-        initializer_range=0.2, **TOKENS,
-    ),
-    # layers of different width at site attention
-    "qwen3_next": dict(
-        COMMON, **EXPERTS, shared_expert_intermediate_size=32, linear_num_key_heads=2, linear_num_value_heads=4,
-        linear_key_head_dim=8, linear_value_head_dim=8, layer_types=HYBRID,
-    ),
-    "gemma3_text": dict(COMMON, query_pre_attn_scalar=16, sliding_window=12),
-}  # fmt: skip
-VISION = dict(
-    hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
-)
-WITH_VISION = {
-    "gemma3": dict(text_config=BY_STRUCTURE["gemma3_text"], vision_config=VISION, mm_tokens_per_image=4),
-    # experts that transformers transposes while loading
-    "qwen3_vl_moe": dict(
-        text_config=dict(COMMON, **EXPERTS, rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[4, 2, 2])),
-        vision_config=dict(depth=1, hidden_size=32, intermediate_size=32, num_heads=2, out_hidden_size=48,
-                           deepstack_visual_indexes=[0], num_position_embeddings=16),
-    ),
-}  # fmt: skip
+HEADS = dict(head_dim=20)  # 4 heads: they are as wide as nothing else, so that code that confuses widths fails
+CHANGES = {
+    "gpt2": {},  # Conv1D weights with biases, in files without the prefix "transformer."
+    "opt": {},
+    "bloom": {},
+    "gpt_oss": HEADS,  # fused experts that are stored transposed, with biases
+    "mixtral": HEADS,
+    "qwen2_moe": HEADS | dict(mlp_only_layers=[1]),
+    "phi3": HEADS,
+    "mamba2": {},
+    "qwen3_next": HEADS | dict(linear_value_head_dim=8),  # layers of different width at site attention
+    "gemma3_text": HEADS,
+}
+BY_STRUCTURE = tuple(CHANGES)
+WITH_VISION = ("gemma3", "qwen3_vl_moe")  # transformers transposes the experts of the latter while it loads them
 
 
-def save_tiny(folder, name):
-    """Save a checkpoint as upstream does, without zero biases, and return its folder."""
-    torch.manual_seed(0)
-    build = AutoModelForImageTextToText if name in WITH_VISION else AutoModelForCausalLM
-    model = build.from_config(AutoConfig.for_model(name, **{**BY_STRUCTURE, **WITH_VISION}[name]))
-    with torch.no_grad():
-        for key, weight in model.named_parameters():
-            if key.endswith("bias"):
-                weight.normal_(std=0.2)
-    model.save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
+def save_family(folder, name):
+    """Save a checkpoint as it is published, and return its folder."""
+    config = tiny_config(name)
+    for field, value in CHANGES.get(name, {}).items():
+        setattr(config, field, value)
+    save_model(folder, tiny_model(config))
     if published := PUBLISHED_AS.get(name):
         tensors = published(load_file(folder / "model.safetensors"))
         save_file({key: weight.contiguous() for key, weight in tensors.items()}, folder / "model.safetensors")

@@ -16,6 +16,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from austeer.errors import AUSteerError
 from austeer.export.adapter import (
@@ -97,8 +100,8 @@ def save_lora(source: Source, plans: Plan | Sequence[Plan], out: str | Path) -> 
             if getattr(model.get_submodule(edit.module), "is_transposed", False) != (edit.map.inputs == -2):
                 raise AUSteerError(f"PEFT takes the axes of {edit.weight} for each other; fold the plan")
             a, b = a.flatten(0, 1), b.permute(1, 2, 0).flatten(1)  # (experts * rank, inputs), (outputs, rank * experts)
-        tensors[f"base_model.model.{edit.module}.lora_A.weight"] = a
-        tensors[f"base_model.model.{edit.module}.lora_B.weight"] = b
+        for factor, tensor in (("A", a), ("B", b)):
+            tensors[f"base_model.model.{published_name(model, f'{edit.module}.lora_{factor}.weight')}"] = tensor
     largest = max(ranks.values())
     # alpha equals rank everywhere, so PEFT's scaling alpha / rank is 1; with the largest rank as the default of both,
     # it is 1 also for readers that do not know the patterns
@@ -119,6 +122,24 @@ def save_lora(source: Source, plans: Plan | Sequence[Plan], out: str | Path) -> 
         config["target_parameters"] = parameters
     write_adapter(out, weights, plan, tensors, config)
     return Lora(Path(out), tuple(modules), largest, tuple(parameters))
+
+
+def published_name(model: PreTrainedModel, name: str) -> str:
+    """Return the name that a file must give to a tensor.
+
+    PEFT renames what it reads as transformers renames published weights, and loses a name that is already the new one
+    where the rule matches it again (`layers.` to `language_model.layers.`). Such a tensor gets the published name.
+    """
+    if get_checkpoint_conversion_mapping(model.config.model_type) is None:
+        return name  # then PEFT renames nothing
+    renamings = [entry for entry in get_model_conversion_mapping(model) if isinstance(entry, WeightRenaming)]
+    if rename_source_key(name, renamings, [])[0] == name:
+        return name
+    backwards = [entry.reverse_transform() for entry in reversed(renamings)]
+    published, _ = rename_source_key(name, backwards, [], reverse=True)
+    if rename_source_key(published, renamings, [])[0] != name:
+        raise AUSteerError(f"PEFT renames {name} and would not find it; fold the plan")
+    return published
 
 
 def lora_factors(weights: Checkpoint | LiveWeights, plan: Plan) -> dict[str, tuple[Tensor, Tensor]]:
