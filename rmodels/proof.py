@@ -174,7 +174,7 @@ class _Proof:
                     # the most active unit at the last token, an even one in every second layer and an odd one in the
                     # others, so that no gate can stand in for its neighbour
                     odd = gate.layer % 2
-                    self.chosen[gate] = 2 * int(seen[0, -1, odd::2].abs().argmax()) + odd, FACTORS[0]
+                    self.chosen[gate] = 2 * int(seen[0, -1, odd::2].abs().argmax()) + odd, 1.0
                 return x
 
             return tap
