@@ -201,9 +201,9 @@ class _Proof:
             if len(seen) != 1:
                 faults.setdefault(gate.site, f"layer {gate.layer} passes it {len(seen)} times instead of once")
             elif seen[0] != wanted:
-                faults.setdefault(
-                    gate.site, f"layer {gate.layer} has {seen[0]} there instead of (batch, tokens, {gate.width})"
-                )
+                why = "several residual streams" if gate.site == "layer" else "another shape"
+                wanted_here = f"{seen[0]} instead of (batch, tokens, {gate.width})"
+                faults.setdefault(gate.site, f"layer {gate.layer} has {why}, {wanted_here}")
         for layer, last in order.items():
             faults.setdefault(
                 "attention", f"{last} of layer {layer} comes after the projection that was taken for the last"
