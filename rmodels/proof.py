@@ -71,7 +71,7 @@ def reads_on_caches(model: PreTrainedModel) -> bool:
     The pieces: a beginning that two prompts share, their own parts, padded on the left or of equal length, and two tails
     each, on the repeated cache. Recurrent layers and some position biases cannot; pairs and answers then run otherwise.
     """
-    ids = _tokens(model).to(model.get_input_embeddings().weight.device)[0]
+    ids = _tokens(model).to(_input_device(model))[0]
     full, short = ids, torch.cat([ids[:2], ids[4:]])
     even = ids.new_ones(2, 4)
     padded = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]], device=ids.device)
@@ -81,7 +81,7 @@ def reads_on_caches(model: PreTrainedModel) -> bool:
 @torch.no_grad()
 def generates_on_caches(model: PreTrainedModel) -> bool:
     """Say whether `generate` gives two texts the same logits on its cache as without one. RWKV mixes the texts up."""
-    ids = _tokens(model).to(model.get_input_embeddings().weight.device)
+    ids = _tokens(model).to(_input_device(model))
     ids = torch.cat([ids, ids.flip(1)])
 
     def logits(use_cache: bool) -> Tensor:
@@ -128,7 +128,7 @@ class _Proof:
         self.tried = [gate for gate in gates if gate.width]
         if quick:
             self.tried = [gate for site in SITES for gate in _few([gate for gate in self.tried if gate.site == site])]
-        self.like = torch.zeros((), dtype=model.dtype, device=model.get_input_embeddings().weight.device)
+        self.like = torch.zeros((), dtype=model.dtype, device=_input_device(model))
         self.ids = _tokens(model)[:, :FEW].to(self.like.device)
         self.chosen: dict[AUGate, tuple[int, float]] = {}  # dimension and factor
         self.errors: dict[str, float] = {}
@@ -245,9 +245,7 @@ class _Proof:
             gate.clear()
         with self._reference(site, {gate.layer: au for gate, au in aus.items()}):
             expected = self._logits(self.ids)
-        if not (
-            steered.isfinite().all() and expected.isfinite().all()
-        ):  # many factors at once: one by one they are finite
+        if not (steered.isfinite() & expected.isfinite()).all():  # many factors at once: one by one they are finite
             return len(aus) > 1 and all(self._agrees(site, {gate: au}) for gate, au in aus.items())
         error = float((steered - expected).abs().max() / expected.abs().max())
         self.errors[site] = max(error, self.errors.get(site, 0.0))
@@ -275,6 +273,11 @@ class _Proof:
 
 def _few(gates: list[AUGate]) -> list[AUGate]:
     return [gates[index] for index in sorted({0, len(gates) // 2, len(gates) - 1})] if gates else []
+
+
+def _input_device(model: PreTrainedModel) -> torch.device:
+    device = model.get_input_embeddings().weight.device
+    return torch.device("cpu") if device.type == "meta" else device  # offloaded: accelerate moves what it gets
 
 
 def _tokens(model: PreTrainedModel) -> Tensor:

@@ -595,6 +595,14 @@ def test_a_layer_on_disk_is_proven_and_steered_alike(tmp_path):
             assert torch.equal(whole(IDS).logits, offloaded(IDS).logits), site
 
 
+def test_a_model_wholly_on_disk_is_proven(tmp_path):
+    from accelerate import disk_offload
+
+    offloaded = disk_offload(tiny_model(tiny_config("qwen2")), tmp_path)
+    assert offloaded.get_input_embeddings().weight.is_meta
+    assert rmodels.sites(rmodels.with_proven_gates(offloaded)) == rmodels.SITES
+
+
 @pytest.mark.parametrize("name", ["gemma2", "gemma3_text"])
 def test_bfloat16_is_proven_where_single_units_move_little(name):
     model = rmodels.with_proven_gates(tiny_model(tiny_config(name)).to(torch.bfloat16))
