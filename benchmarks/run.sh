@@ -8,7 +8,7 @@ bash scripts/setup.sh requirements.txt requirements2.txt
 bash benchmarks/peers.sh
 out=${1:-benchmarks/results}
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
-for name in core answering steering search methods; do
+for name in core answering steering structure search methods; do
     echo "== $name"
     .venv/bin/python "benchmarks/$name.py" --out "$out/$name-cpu.json"
 done

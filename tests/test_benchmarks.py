@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from eval.statistics import wilson
 
@@ -266,3 +267,13 @@ def test_the_guide_to_serving_shows_the_committed_figures():
         ("the engine started without adapters", "lora off"),
     ):
         assert f"| {label} | {figures[f'{measured} / unsteered']:.2f} |" in guide
+
+
+def test_gates_by_structure_and_of_a_file_are_timed_on_equal_models(benchmark, llama):
+    ways = benchmark("structure").ways(llama)
+    ids = torch.arange(3, 40)[None]
+    logits = {name: way(ids).logits for name, way in ways.items()}
+    for kind in ("family file", "structure"):
+        assert torch.equal(logits[f"{kind}, idle"], logits["upstream"])
+        assert torch.equal(logits[f"{kind}, live"], logits["family file, live"])
+    assert not torch.equal(logits["family file, live"], logits["upstream"])
