@@ -117,7 +117,7 @@ def new_folder(out: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Let one process at a time make `path`; the others wait, and say so."""
+    """Let only one process at a time create `path`. The others print that they are waiting."""
     check_writable(path)
     lock = FileLock(path.with_name(f".{path.name}.lock"))  # freed by the system if its process is killed
     try:

@@ -213,6 +213,6 @@ def _count_aus(scale: Tensor | None, shift: Tensor | None) -> int:
 
 
 def _float_weight(layer: nn.Module) -> Tensor:
-    """Return a weight that has the layer's device and the dtype of its activations: a norm's, which is never quantised."""
+    """Return a weight on the layer's device, in the dtype of its activations: that of a norm, which is never quantised."""
     weights = [weight for weight in layer.parameters() if weight.is_floating_point()]
     return min(weights, key=lambda weight: weight.dim())

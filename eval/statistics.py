@@ -61,7 +61,7 @@ def paired_bootstrap(before: Sequence[float], after: Sequence[float]) -> tuple[f
 
 
 def resampled_ratios(totals: Sequence[float], counts: Sequence[float]) -> np.ndarray:
-    """Return sum(totals) / sum(counts) in every resample. Lists of equal length get the same resamples, so differences are paired."""
+    """Return sum(totals) / sum(counts) in every resample. Lists of equal length share their resamples, so their difference is a paired one."""
     totals, counts = np.asarray(totals, float), np.asarray(counts, float)
     with np.errstate(invalid="ignore"):  # nan where nothing is counted
         return np.array([totals[drawn].sum() / counts[drawn].sum() for drawn in _resamples(len(totals))])

@@ -88,7 +88,7 @@ def racing(ask: Ask, vanilla: Sequence[float], grid: Sequence[GridPoint]) -> Sea
 
 
 def race_budget(points: int, items: int) -> int:
-    """Return the most item-runs that a race may cost. However few the items are, every coarse point gets FEWEST of them."""
+    """Return the largest number of item-runs that a race may use: at least FEWEST items for every coarse point."""
     coarse = min(points, COARSE)
     return max(coarse * items // RACE_COST, coarse * min(FEWEST, items))
 

@@ -1,4 +1,4 @@
-"""Decide whether one of our numbers measures the same as the paper's, and say in words what differs.
+"""Decide whether one of our numbers measures the same thing as the paper's, and describe what differs.
 
 Both numbers always stand in the report. A difference between them stands there only where nothing differs.
 """

@@ -65,7 +65,7 @@ class AUGate(nn.Module):
     # What the gates of experts do otherwise (experts.py): there, activations are rows of single tokens.
 
     def rows(self, x: Tensor) -> int:
-        """Return how many texts activations belong to."""
+        """Return the number of texts in a batch of activations."""
         return len(x)
 
     def align(self, values: Tensor) -> Tensor:

@@ -72,7 +72,7 @@ def weight_bytes(skeleton: PreTrainedModel, dtype: torch.dtype, quantization: st
 
 
 def free_bytes(device: str) -> int:
-    """Return how much memory a device has left for weights."""
+    """Return how many bytes of a device's memory are free for weights."""
     if torch.device(device).type == "cuda":
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch, of what was freed
         return torch.cuda.mem_get_info(device)[0] + kept

@@ -66,7 +66,7 @@ class Block:
 
 
 def without_head(model: PreTrainedModel) -> PreTrainedModel:
-    """Return the text decoder below the language-model head, whose output has the last hidden states."""
+    """Return the text decoder without its language-model head. Its output holds the last hidden states."""
     # some heads are called "decoder", and Llama-4 has its decoder under neither of the first two
     below = (model.get_decoder(), model.base_model, getattr(model, "model", None))
     part = next(part for part in below if part is not model and isinstance(part, PreTrainedModel))
@@ -171,7 +171,7 @@ def last_projection(module: nn.Module | None, width: int) -> nn.Module | None:
 
 
 def activation_functions(model: PreTrainedModel) -> list[nn.Module]:
-    """Return the activation function of each layer's dense MLP: the only one beside its last projection."""
+    """Return the activation function of each layer's dense MLP: the one module of that kind beside its last projection."""
     owners = {id(child): module for module in model.modules() for child in module.children()}
     functions = []
     for index, block in enumerate(find_blocks(model)):

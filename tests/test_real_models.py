@@ -47,7 +47,7 @@ def by_environment(name: str):
     params=["smollm2", by_environment("AUSTEER_GEMMA3_270M"), by_environment("AUSTEER_QWEN25_CODER_05B")],
 )
 def real(request):
-    """A model in float32, its tokenizer, its folder, and a plan per site from 64 pairs."""
+    """Return a model in float32, its tokenizer, its folder, and a plan per site made from 64 pairs."""
     folder = request.getfixturevalue("smollm2") if request.param == "smollm2" else os.environ[request.param]
     model = rmodels.load(folder, dtype="float32", device="cpu")
     tokenizer = rmodels.load_tokenizer(folder)

@@ -212,7 +212,7 @@ def _markdown(rows: Sequence[Sequence[str]]) -> list[str]:
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
     parser = arguments.parser(prog or "main.py models", DESCRIPTION)
     parser.add_argument("--only", nargs="+", metavar="TYPE", help="these model types (default: all, some minutes)")
-    parser.add_argument("--out", help="write the table as Markdown to this file")
+    parser.add_argument("--out", help="also write the table to this file, as Markdown")
     args = parser.parse_args(argv)
     if unknown := set(args.only or ()) - set(CLASSES):
         raise AUSteerError(

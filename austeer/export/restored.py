@@ -1,6 +1,6 @@
 """Save a restored model: RestoreLCC's plan only shifts the inputs of o_proj, so it can become the bias of o_proj.
 
-Most checkpoints have no such bias. Where the architecture knows one (`attention_bias` of the config: Llama,
+Most checkpoints have no such bias. Where the architecture supports one (`attention_bias` in the config: Llama,
 Gemma-2, Qwen3), it is switched on, and all biases that come with it are zero before the plan is folded in.
 """
 
