@@ -8,8 +8,10 @@ of processes give the same ranks.
 
 activation (section 4.1 of the paper): m_ij = x_i(right text j) - x_i(wrong text j) at the last token,
     r+_i and r-_i = shares of the N pairs with m_ij > 0 and with m_ij < 0 (equation 2), score = the larger, signed
-causal (ours, docs/sign.md): c_ij = d log sigmoid(M_j) / d g_i, where M_j is the log-odds of the right answer over the
-    wrong one and x_i is scaled by 1 + g_i at every position; score = the t statistic of c_i, direction = its sign
+causal (ours, docs/sign.md): c_ij = d log sigmoid((M_j - offset_j) / tau) / d g_i, where M_j is the log-odds of the
+    right answer over the wrong one and x_i is scaled by 1 + g_i at every position; score = the t statistic of c_i,
+    direction = its sign. tau and offsets are fitted to the pairs (austeer/temperature.py), or tau is given.
+    The older rows of this project have tau = 1 and no offsets.
 
 MFU is the authors' older word for AU.
 """
@@ -34,8 +36,9 @@ from austeer.batching import pair_batches, run_halving
 from austeer.errors import AUSteerError, one_of, run_command
 from austeer.forward import PairTexts, float64_device, input_device, log_odds_and_gradients, read_at
 from austeer.identity import model_header, public_name, site_header
-from austeer.pairs import as_pairs, pairs_hash
+from austeer.pairs import Pair, as_pairs, pairs_hash
 from austeer.ranks import AURanks, ranks_file
+from austeer.temperature import FITTED, offsets, temperature_of
 from austeer.tokens import PROTOCOLS, EncodedPair, Protocol, encode, longest_text
 from rmodels import gates
 from rmodels.experts import ExpertGate
@@ -70,6 +73,14 @@ class Momentum(ABC):
     @abstractmethod
     def score(sums: dict[str, Tensor], n: int) -> tuple[Tensor, Tensor]:
         """Turn the sums over n pairs into the score to rank by and the gain that alpha multiplies."""
+
+    def finish(self) -> None:
+        """Complete the sums once all pairs are in: add those of all processes."""
+        processes.add_over_processes([row for rows in self.sums.values() for row in rows])
+
+    def header(self) -> dict:
+        """Return what the ranks' header says of this momentum alone."""
+        return {}
 
     def _accumulate(self, site: str, layer: int, **values: Tensor) -> None:
         for name, value in values.items():
@@ -160,7 +171,66 @@ class CausalMomentum(Momentum):
         return {place: gradient.to(self.device).double() * slope for place, gradient in by_place.items()}
 
 
-MOMENTA: dict[str, type[Momentum]] = {"activation": ActivationMomentum, "causal": CausalMomentum}
+class TemperedMomentum(Momentum):
+    """Keep dM / dg of every pair until all log-odds are known: only then can tau be fitted, which weighs the pairs.
+
+    What is kept goes into the ranks, because folds, discriminants and controls are all made from it.
+    """
+
+    SUMS = CausalMomentum.SUMS
+    score = staticmethod(t_statistic)
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        sites: Sequence[str],
+        protocol: Protocol,
+        pairs: Sequence[Pair],
+        groups: Sequence[str],
+        temperature: str | float,
+    ):
+        super().__init__(model, sites, protocol)
+        if len(groups) != len(pairs):
+            raise AUSteerError(f"groups must name one group per pair: {len(groups)} names for {len(pairs)} pairs")
+        temperature_of(temperature, torch.zeros(1), pairs[:1])  # a wrong one shows before the forwards
+        self.pairs, self.wanted = pairs, temperature
+        numbers = {name: number for number, name in enumerate(dict.fromkeys(groups))}
+        self.groups = torch.tensor([numbers[name] for name in groups])
+        self.log_odds = torch.zeros(len(pairs), dtype=torch.float64)
+        self.gradients = {
+            site: torch.zeros(len(pairs), *rmodels.site_shape(model, site), dtype=model.dtype) for site in sites
+        }
+
+    def add(self, batch: Sequence[EncodedPair]) -> None:
+        log_odds, by_place = log_odds_and_gradients(self.model, self.sites, batch, lambda x, g: x + x * g)
+        rows = torch.tensor([pair.index for pair in batch])
+        for (site, layer), gradient in by_place.items():
+            self._note_not_finite(gradient)
+            self._count_experts(site, layer, gradient)
+            self.gradients[site][rows, layer, : gradient.shape[1]] = gradient.to(self.gradients[site])
+        self.log_odds[rows] = log_odds.double().cpu()
+
+    def finish(self) -> None:
+        processes.add_over_processes([self.log_odds, *self.gradients.values()])
+        self.temperature = temperature_of(self.wanted, self.log_odds, self.pairs)
+        slope = self.temperature.slope(self.log_odds, self.pairs).to(self.device)[:, None]
+        for (site, name), layers in self.sums.items():
+            for layer, total in enumerate(layers):
+                effects = self.gradients[site][:, layer, : len(total)].to(self.device).double() * slope
+                total += (effects if name == "sum" else effects.square()).sum(0)
+
+    def stats(self, site: str) -> dict[str, Tensor]:
+        kept = {"log_odds": self.log_odds, "offsets": offsets(self.temperature.answers, self.pairs)}
+        return super().stats(site) | kept | {"groups": self.groups, "gradients": self.gradients[site]}
+
+    def header(self) -> dict:
+        return self.temperature.header() | {"spread_of_log_odds": float(self.log_odds.std())}
+
+
+TEMPERED = "causal-tempered"  # how causal momentum is called where tau is not 1
+MOMENTA: dict[str, type[Momentum]] = {
+    "activation": ActivationMomentum, "causal": CausalMomentum, TEMPERED: TemperedMomentum
+}  # fmt: skip
 
 
 def MFU_screening(
@@ -172,6 +242,8 @@ def MFU_screening(
     *,
     protocol: str = "clean",
     momentum: str = "activation",
+    temperature: str | float = FITTED,
+    groups: Sequence[str] | None = None,
     batch_size: int | None = None,
     max_length: int | None = None,
     progress: bool = True,
@@ -179,7 +251,9 @@ def MFU_screening(
     """Rank the AUs of one site, and save the ranks if `path` is given. `train_dataset` holds [prompt, right, wrong].
 
     protocol: "clean", or "paper" for the authors' code, quirk by quirk (docs/fidelity.md).
-    momentum: "activation" (the paper's) or "causal" (ours). max_length: in tokens, by default the model's context.
+    momentum: "activation" (the paper's) or "causal" (ours). temperature: of the causal objective, "fitted" or a number.
+    groups: a name per pair; pairs of one group stay in one fold (by default those of one prompt).
+    max_length: in tokens, by default the model's context.
     """
     ranks = screen(
         train_dataset,
@@ -187,7 +261,9 @@ def MFU_screening(
         tokenizer,
         [applied_module],
         protocol=protocol,
-        momentum=momentum,
+        momentum=momentum_name(momentum, temperature),
+        temperature=temperature,
+        groups=groups,
         batch_size=batch_size,
         max_length=max_length,
         progress=progress,
@@ -195,6 +271,11 @@ def MFU_screening(
     if path is not None and processes.is_main():
         ranks.save(ranks_file(path, applied_module))
     return ranks
+
+
+def momentum_name(momentum: str, temperature: str | float) -> str:
+    """Return the name of a momentum in MOMENTA: at temperature 1, causal momentum needs sums only."""
+    return TEMPERED if momentum == "causal" and temperature != 1 else momentum
 
 
 def screen(
@@ -205,17 +286,19 @@ def screen(
     *,
     protocol: str = "clean",
     momentum: str = "activation",
+    temperature: str | float = FITTED,
+    groups: Sequence[str] | None = None,
     batch_size: int | None = None,
     max_length: int | None = None,
     progress: bool = True,
 ) -> dict[str, AURanks]:
-    """Rank several sites in one pass over the pairs."""
+    """Rank several sites in one pass over the pairs. momentum: a key of MOMENTA; temperature: for "causal-tempered"."""
     rules, kind = one_of(PROTOCOLS, protocol, "protocol"), one_of(MOMENTA, momentum, "momentum")
     for site in sites:
         rmodels.site_shape(model, site)
     pairs = as_pairs(train_dataset, rules.first_pairs)
     limit = longest_text(rules, rmodels.context_length(model), max_length, batch_size)
-    if momentum == "causal" and (protocol == "paper" or len(pairs) < 2):
+    if momentum != "activation" and (protocol == "paper" or len(pairs) < 2):
         raise AUSteerError(
             "causal momentum is not the paper's: use protocol='clean'"
             if protocol == "paper"
@@ -224,14 +307,17 @@ def screen(
     encoded, n_equal = encode(pairs, tokenizer, rules, limit)
     header = model_header(model)  # before the forwards, so that an error here comes early
 
-    total, share = kind(model, sites, rules), processes.own_share(encoded)
+    if kind is TemperedMomentum:
+        total = kind(model, sites, rules, pairs, groups or [pair.prompt for pair in pairs], temperature)
+    else:
+        total = kind(model, sites, rules)
+    share = processes.own_share(encoded)
     batches = pair_batches(share, model.device, batch_size if rules.share_prompt else 1)
     silent = None if progress and processes.is_main() else True
     with tqdm(total=len(share), desc="screening", unit=" pairs", disable=silent) as bar:
         for batch, _ in run_halving(batches, total.add, "pairs", bar.write, "use --max-length, 4-bit, or a larger GPU"):
             bar.update(len(batch))
-    sums = [row for rows in total.sums.values() for row in rows]
-    processes.add_over_processes([*sums, *total.reached.values(), total.not_finite])
+    processes.add_over_processes([*total.reached.values(), total.not_finite])
     not_finite = int(total.not_finite)
     if not_finite and rules.refuse_overflow:
         raise AUSteerError(
@@ -243,6 +329,7 @@ def screen(
             f"{not_finite} activations are inf or nan in {model.dtype}; as in the authors' code they are counted",
             stacklevel=2,
         )
+    total.finish()
     header |= {
         "kernel": model.config._attn_implementation,
         "tokenizer": public_name(tokenizer.name_or_path),
@@ -255,7 +342,7 @@ def screen(
         "max_length": limit,
         "tie_rule": "lower layer, then lower dimension",
         "versions": {name: version(name) for name in ("torch", "transformers")},
-    }
+    } | total.header()
     ranks = {}
     for site in sites:
         stats = total.stats(site)

@@ -60,7 +60,7 @@ class AURanks:
 
     def __iter__(self) -> Iterator[list]:
         """Unpack as the authors' `all_scores, all_layer_ids, all_indices`."""
-        if self.header.get("momentum") == "causal":
+        if (self.header.get("momentum") or "").startswith("causal"):
             raise AUSteerError(
                 "the authors' lists have one number an AU, so causal ranks do not fit: use set_MFU(ranks, k, alpha)"
             )

@@ -52,6 +52,7 @@ class EncodedPair:
     prefix: tuple[int, ...]
     positive: tuple[int, ...]
     negative: tuple[int, ...]
+    index: int = 0  # of the pair, among all that were encoded
 
     @property
     def tail(self) -> int:
@@ -86,9 +87,9 @@ def encode(
         elif protocol.share_prompt:
             # each text keeps at least one token in its tail: activations are read at the last one
             shared = min(common_length(positive, negative), len(positive) - 1, len(negative) - 1)
-            encoded.append(EncodedPair(positive[:shared], positive[shared:], negative[shared:]))
+            encoded.append(EncodedPair(positive[:shared], positive[shared:], negative[shared:], index))
         else:
-            encoded.append(EncodedPair((), positive, negative))
+            encoded.append(EncodedPair((), positive, negative, index))
     return encoded, n_equal
 
 

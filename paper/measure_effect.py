@@ -19,10 +19,10 @@ from experiments.bench import BENCHES
 from experiments.cell import bench_of
 from experiments.ranking import make_ranks
 from experiments.store import Store
-from MFU_screening import MOMENTA
 from paper import panels
 from paper.specs import Panel
 from paper.studies import effect
+from paper.studies.ranks import MOMENTA
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -14,8 +14,9 @@ from austeer.files import check_writable
 from austeer.identity import fingerprint, public_name
 from austeer.pairs import pairs_hash, read_pairs
 from austeer.ranks import AURanks, ranks_file
+from austeer.temperature import FITTED
 from austeer.tokens import PROTOCOLS, longest_text
-from MFU_screening import MOMENTA, screen
+from MFU_screening import momentum_name, screen
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
@@ -36,13 +37,14 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
     wanted_header = {
         "fingerprint": fingerprint(model), "kernel": model.config._attn_implementation,
         "pairs_hash": pairs_hash(pairs), "protocol": args.protocol,
-        "momentum": args.momentum, "tokenizer": public_name(tokenizer.name_or_path), "max_length": limit,
+        "momentum": momentum_name(args.momentum, args.temperature), "tokenizer": public_name(tokenizer.name_or_path), "max_length": limit,
     }  # fmt: skip
     is_missing = processes.flags_of_main([args.force or _is_missing(file, wanted_header) for file in files.values()])
     sites = [site for site, missing in zip(files, is_missing, strict=True) if missing]
     started = time.monotonic()
     ranks = screen(
-        pairs, model, tokenizer, sites, protocol=args.protocol, momentum=args.momentum,
+        pairs, model, tokenizer, sites, protocol=args.protocol,
+        momentum=momentum_name(args.momentum, args.temperature), temperature=args.temperature,
         batch_size=args.batch_size, max_length=args.max_length,
     ) if sites else {}  # fmt: skip
     seconds = time.monotonic() - started
@@ -77,10 +79,17 @@ def _arguments(argv: Sequence[str] | None, prog: str | None) -> argparse.Namespa
     add = parser.add_argument
     add("--site", nargs="+", default=["ffn"], choices=rmodels.SITES, help="which activations (default: ffn)")
     add("--out", required=True, help="ranks file (.safetensors), or a folder that gets <site>.safetensors")
-    add("--momentum", default="activation", choices=MOMENTA, help="the paper's, or ours (default: %(default)s)")
+    add("--momentum", default="activation", choices=["activation", "causal"],
+        help="the paper's, or ours (default: %(default)s)")  # fmt: skip
+    add("--temperature", type=_temperature, default=FITTED, metavar="fitted|TAU",
+        help="of the causal objective, in nats of log-odds: fitted to the pairs, or a number (default: %(default)s)")  # fmt: skip
     add("--protocol", default="clean", choices=PROTOCOLS, help="clean, or the authors' code (default: %(default)s)")
     add("--batch-size", type=int, help="pairs at once; halved automatically when memory runs out")
     add("--max-length", type=int, help="longest text in tokens; a longer prompt loses its start")
     add("--authors-files", metavar="FOLDER", help="also write the authors' three .pt files")
     add("--force", action="store_true", help="replace ranks that were made for other pairs, models or options")
     return parser.parse_args(argv)
+
+
+def _temperature(text: str) -> str | float:
+    return text if text == FITTED else float(text)

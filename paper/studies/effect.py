@@ -30,10 +30,9 @@ from austeer.steering import steer
 from austeer.tokens import CLEAN, EncodedPair, encode
 from eval.statistics import spearman, wilson
 from experiments.bench import Bench
-from MFU_screening import MOMENTA
 from paper.studies import picture
 from paper.studies.answers import right_answer, wrong_answer
-from paper.studies.ranks import n_ranking_prompts, rank_sites
+from paper.studies.ranks import MOMENTA, n_ranking_prompts, rank_sites
 from rmodels import context_length, site_shape
 
 SCORES = {  # name -> how the picture calls it

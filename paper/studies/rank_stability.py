@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+import MFU_screening
 from austeer.errors import AUSteerError
 from austeer.ranks import AURanks
 from austeer.tokens import PROTOCOLS, encode
 from experiments.bench import Bench
-from MFU_screening import MOMENTA
 from paper.studies import picture
-from paper.studies.ranks import n_ranking_prompts
+from paper.studies.ranks import MOMENTA, n_ranking_prompts
 from rmodels import context_length
 
 COLORS = {"activation": picture.BLUE, "causal": picture.VERMILLION}
@@ -56,7 +56,7 @@ def n_prompts(params: dict, n_pairs: int, n_validation: int) -> int:
 def resampled(bench: Bench, momentum: str, draws: int, seed: int, progress: bool) -> tuple[dict[str, Tensor], int]:
     """Return |score| by site, (1 + draws, layers, width), of all pairs once and of each draw; and the number of pairs."""
     model, tokenizer, task = bench.model, bench.tokenizer, bench.task
-    kind = MOMENTA[momentum]
+    kind = MFU_screening.MOMENTA[momentum]
     rules, sites = PROTOCOLS[bench.task_spec.protocol], list(picture.SITES)
     pairs = task.pairs[: rules.first_pairs]
     encoded, _ = encode(pairs, tokenizer, rules, rules.cut_at or context_length(model))

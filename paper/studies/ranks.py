@@ -9,6 +9,8 @@ from experiments.bench import Bench
 from experiments.ranking import stored_ranks
 from MFU_screening import screen
 
+MOMENTA = ("activation", "causal")  # those that the studies compare
+
 
 def rank_sites(
     bench: Bench, momentum: str, sites: Sequence[str], progress: bool, task: str | None = None
