@@ -224,7 +224,7 @@ class TemperedMomentum(Momentum):
         return super().stats(site) | kept | {"groups": self.groups, "gradients": self.gradients[site]}
 
     def header(self) -> dict:
-        return self.temperature.header() | {"spread_of_log_odds": float(self.log_odds.std())}
+        return self.temperature.header() | {"spread_of_log_odds": round(float(self.log_odds.std()), 3)}
 
 
 TEMPERED = "causal-tempered"  # how causal momentum is called where tau is not 1

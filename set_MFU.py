@@ -1,14 +1,16 @@
 """Steering, the method's second half: turn ranks, k and alpha into a plan.
 
-    plan = set_MFU(ranks, k=16, alpha=2.0)
+    plan = set_MFU(ranks, k=16, alpha=2.0)         # or set_MFU(ranks, kl=0.01, fisher=fisher)
     with steer(model, plan):                       # always cleared on the way out
         model.generate(...)
 
     python set_MFU.py --ranks ranks.safetensors --k 16 --alpha 2 --out plan.safetensors
+    python set_MFU.py --ranks ranks.safetensors --kl 0.01 --fisher fisher.safetensors --out plan.safetensors
 
 Section 4.2 of the paper: the k AUs of highest score are scaled, x_i -> x_i + gamma_i x_i, with
 gamma_i = alpha r+_i where r+_i > r-_i, and -alpha r-_i otherwise (r of equation 2, MFU_screening.py).
-Every variant is a choice of where (LOCATIONS) and how strongly (STRENGTHS).
+Every variant is a choice of where (LOCATIONS) and how strongly (STRENGTHS). Causal ranks can instead be given a budget:
+what the plan may cost on neutral text, in nats per token (austeer/budget.py).
 """
 
 from __future__ import annotations
@@ -21,7 +23,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from austeer.budget import Budget
 from austeer.errors import AUSteerError, run_command
+from austeer.fisher import Fisher
+from austeer.kl import KLMeter
 from austeer.plan import Plan
 from austeer.ranks import AURanks
 from austeer.steering import Steering, apply, clear, steer
@@ -58,6 +63,18 @@ def set_MFU(
 
 
 @overload
+def set_MFU(
+    ranks: AURanks | Sequence[AURanks],
+    k: int | None = None,
+    *,
+    kl: float,
+    fisher: Fisher,
+    model: PreTrainedModel | None = None,
+    **options: float | str,
+) -> Plan: ...
+
+
+@overload
 def set_MFU(  # the authors' call: set_MFU(*ranks, k, alpha, model, "ffn")
     ranks: Sequence[float],
     k: Sequence[int],
@@ -71,7 +88,7 @@ def set_MFU(  # the authors' call: set_MFU(*ranks, k, alpha, model, "ffn")
 
 
 def set_MFU(
-    ranks: AURanks | Sequence[float] | None = None,
+    ranks: AURanks | Sequence[AURanks] | Sequence[float] | None = None,
     k: int | Sequence[int] | None = None,
     alpha: float | Sequence[Sequence[int]] | None = None,
     authors_k: float | None = None,
@@ -83,17 +100,32 @@ def set_MFU(
     strength: str = "adaptive",
     tokens: str = "all",
     seed: int = 0,
+    kl: float | None = None,
+    fisher: Fisher | None = None,
     all_scores: Sequence[float] | None = None,
     all_layer: Sequence[int] | None = None,
     all_indices: Sequence[Sequence[int]] | None = None,
+    **budget_options: float | str,
 ) -> Plan:
     """Choose k AUs and give each its strength. `seed` draws the locations or the signs of random controls.
+
+    kl: a budget in nats per token in place of alpha, for causal ranks of fitted temperature, those of several sites
+    together if `ranks` is a list. It needs the model's Fisher information; k is chosen unless it is given. With `model`
+    the plan is measured and corrected. Further options are those of austeer.budget.Budget.
 
     The authors' call, set_MFU(all_scores, all_layer, all_indices, k, alpha, model, applied_module), works too: it
     sets the plan on the model at once and replaces what was set at that site.
     """
     if all_scores is not None:
         return _authors_call(all_scores, all_layer, all_indices, k, alpha, model, applied_module)
+    if kl is not None or fisher is not None:
+        if kl is None or fisher is None or alpha is not None:
+            raise AUSteerError("a budget needs kl and fisher, and no alpha: set_MFU(ranks, kl=0.01, fisher=fisher)")
+        pooled = [ranks] if isinstance(ranks, AURanks) else list(ranks)
+        meter = None if model is None else KLMeter(model, fisher.measure)
+        return Budget(pooled, fisher, **budget_options).plan(kl, k, meter)
+    if budget_options:
+        raise AUSteerError(f"{', '.join(budget_options)}: only a budget has such options: give kl and fisher")
     if not isinstance(ranks, AURanks):
         return _authors_call(ranks, k, alpha, authors_k, authors_alpha, model, applied_module)
     n = int(ranks.exists.sum())

@@ -54,16 +54,14 @@ def stack_layers(by_layer: Mapping[int, Tensor], layers: int, dim: int = 0) -> T
     return torch.stack([functional.pad(row, (0, widest.shape[-1] - row.shape[-1])) for row in rows], dim)
 
 
-@torch.enable_grad()
-def log_odds_and_gradients(
-    model: PreTrainedModel,
-    sites: Sequence[str],
-    batch: Sequence[EncodedPair],
-    change: Callable[[Tensor, Tensor], Tensor],
-) -> tuple[Tensor, dict[tuple[str, int], Tensor]]:
-    """Return every pair's log-odds M, and by (site, layer) dM / dp of every AU, (pairs, width), at p = 0.
+@contextmanager
+def probed(
+    model: PreTrainedModel, sites: Sequence[str], n: int, change: Callable[[Tensor, Tensor], Tensor]
+) -> Iterator[dict[tuple[str, int], Tensor]]:
+    """Give each of n texts (or pairs of texts) parameters of its own at every AU, zero now, to take derivatives by.
 
-    change(x, p) applies p to the activations x: x + x * p is a gate, x + p a shift.
+    They come by (site, layer), each (n, 1, width), once a forward has passed the gates. change(x, p) applies p to the
+    activations: x + x * p is a gate, x + p a shift.
     """
     probes: dict[tuple[str, int], Tensor] = {}
 
@@ -71,13 +69,24 @@ def log_odds_and_gradients(
         def tap(x: Tensor) -> Tensor:
             place = gate.site, gate.layer
             if place not in probes:
-                probes[place] = x.new_zeros(len(batch), 1, gate.width, requires_grad=True)
-            rows_per_pair = gate.rows(x) // len(batch)  # 1 for the prompts, 2 for right and wrong answers after them
-            return change(x, gate.align(probes[place].repeat_interleave(rows_per_pair, 0)))
+                probes[place] = x.new_zeros(n, 1, gate.width, requires_grad=True)
+            rows = gate.rows(x) // n  # 1 for the prompts of pairs, 2 for right and wrong answers after them
+            return change(x, gate.align(probes[place].repeat_interleave(rows, 0)))
 
         return tap
 
-    with tapped(model, sites, probe):
+    with torch.enable_grad(), tapped(model, sites, probe):
+        yield probes
+
+
+def log_odds_and_gradients(
+    model: PreTrainedModel,
+    sites: Sequence[str],
+    batch: Sequence[EncodedPair],
+    change: Callable[[Tensor, Tensor], Tensor],
+) -> tuple[Tensor, dict[tuple[str, int], Tensor]]:
+    """Return every pair's log-odds M, and by (site, layer) dM / dp of every AU, (pairs, width), at p = 0."""
+    with probed(model, sites, len(batch), change) as probes:
         log_odds = PairTexts(model, batch, logits=True).log_odds()
     # rows are independent, so one backward pass of the sum gives every pair its own gradient
     gradients = torch.autograd.grad(log_odds.sum(), list(probes.values()))

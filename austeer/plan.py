@@ -10,7 +10,8 @@ At the planned AUs, x -> x * (1 + scale) + shift, at the token positions that `t
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -107,6 +108,15 @@ class Plan:
                 f"{site:<10} {layer:>5} {name:>6}     {1 + scale:+.3f} x" + (f" {shift:+.4g}" if shift else "")
             )
         return "\n".join(lines)
+
+    def times(self, factor: float, limit: float | None = None) -> Plan:
+        """Return the plan with its scales and shifts times a factor; limit: of the size of a scale."""
+        reach = math.inf if limit is None else limit
+        return replace(
+            self,
+            scales={site: (values * factor).clamp(-reach, reach) for site, values in self.scales.items()},
+            shifts={site: values * factor for site, values in self.shifts.items()},
+        )
 
     def conflicts(self, other: Plan) -> list[tuple[str, int, int, tuple[float, float], tuple[float, float]]]:
         """List AUs that both plans steer: (site, layer, dim, (scale, shift) here, (scale, shift) in the other)."""

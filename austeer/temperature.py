@@ -96,7 +96,9 @@ def fit(log_odds: Tensor, pairs: Sequence[Pair]) -> Temperature:
     tau = scale / inverse
     values = torch.cat([torch.zeros(1, dtype=torch.float64), -coefficients[1:] * tau])
     values -= values.mean()
-    return Temperature(tau, dict(zip(texts, values.tolist(), strict=True)) if texts else {}, reached)
+    # rounded, so that another order of the same pairs, whose last digits differ, gives the same temperature
+    by_text = {text: round(value, 4) for text, value in zip(texts, values.tolist(), strict=True)} if texts else {}
+    return Temperature(float(f"{tau:.5g}"), by_text, reached)
 
 
 def _newton(features: Tensor, lowest: float, highest: float) -> Tensor:

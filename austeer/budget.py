@@ -1,0 +1,253 @@
+"""Make a plan of a stated cost: the most gain that a budget of KL on neutral text can buy, to first order.
+
+With c the effects of gates on the objective of pairs (pair_effects.py) and F the Fisher information (fisher.py), a plan
+that gains most within 1/2 sum_i F_i g_i^2 = budget has gates proportional to c_i / F_i. The effects are noisy, so they are
+first made smaller, by one of two estimates:
+
+bound         LCB_i = sign(c_i) max(|mean c_i| - z se_i, 0), a lower confidence bound;            g_i ~ LCB_i / F_i
+discriminant  in Fisher units, x_ij = c_ij / sqrt(F_i) with mean m and covariance S over pairs:   g_i ~ w_i / sqrt(F_i)
+              where (S + ridge t I) w = m, and t is the trace of S over the number of pairs: directions in which pairs
+              disagree count less
+
+The k AUs with the largest F_i g_i^2 are steered, those of all sites together. Gates are cut off at `limit` and scaled until
+the plan's price along its own direction is the budget; with a model, its KL is measured and corrected.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from austeer.errors import AUSteerError, one_of
+from austeer.fisher import Fisher
+from austeer.kl import KLMeter
+from austeer.pair_effects import PairEffects
+from austeer.plan import Plan
+from austeer.ranks import AURanks
+
+DAMPING = 0.01  # of the Fisher information, in means over its site: an AU that costs nothing would get any gate
+Z = 1.0  # standard errors that the bound takes off
+RIDGE = 3.0  # of the discriminant
+LIMIT = 1.0  # the largest gate: an AU is at most doubled or silenced
+FEWEST = 16  # AUs of the smallest plan that is tried
+ENOUGH = 0.98  # k is the smallest that gains this share of the most
+CORRECTIONS = 3
+CLOSE = 0.03  # a measured KL this near to the budget, as a share of it, needs no correction
+MASSIVE = 1000.0  # an AU that costs this many medians of its site belongs to a massive activation
+
+
+@dataclass(frozen=True)
+class Direction:
+    """Name the AUs of a plan among all AUs of the pooled sites, and give their gates up to a factor."""
+
+    aus: Tensor  # (k,)
+    gates: Tensor  # (k,) float64
+
+    def scaled(self, factor: float, limit: float) -> Tensor:
+        return (self.gates * factor).clamp(-limit, limit)
+
+
+class Budget:
+    """Hold what plans for one model, one set of pairs and any budget are made from."""
+
+    def __init__(
+        self,
+        ranks: Sequence[AURanks],
+        fisher: Fisher,
+        *,
+        estimate: str = "discriminant",
+        z: float = Z,
+        ridge: float = RIDGE,
+        damping: float = DAMPING,
+        limit: float = LIMIT,
+        effects: PairEffects | None = None,
+    ):
+        """effects: those of the ranks, if not these (for controls)."""
+        _check_fits(ranks, fisher)
+        one_of(ESTIMATES, estimate, "estimate")
+        self.ranks, self.fisher, self.limit = ranks, fisher, limit
+        self.options = {"estimate": estimate, "damping": damping, "limit": limit}
+        self.options |= {"z": z} if estimate == "bound" else {"ridge": ridge}
+        self.effects = PairEffects.of(ranks) if effects is None else effects
+        diagonals = [fisher.diagonal[one.site][one.exists].double() for one in ranks]
+        self.cost = torch.cat([diagonal + damping * diagonal.mean() for diagonal in diagonals])
+        self.scores = torch.cat([fisher.scores[one.site][:, one.exists] for one in ranks], 1)
+
+    def plan(self, kl: float, k: int | None = None, meter: KLMeter | None = None) -> Plan:
+        """Make the plan for a budget of `kl` nats per token. meter: measures it and corrects its scale."""
+        if isinstance(kl, bool) or not 0 < kl < math.inf:
+            raise AUSteerError(f"the budget must be a positive number of nats per token, such as 0.01, not {kl}")
+        k = self.best_k(kl) if k is None else self._checked(k)
+        direction = self.direction(self.effects, k)
+        gain = self.cross_fitted(kl, k)
+        gates, predicted, measured = self._to_budget(direction, kl, meter)
+        return self._plan(direction.aus, gates, {
+            "kl": kl, "predicted_kl": predicted, "measured_kl": measured, "k": len(gates),
+            "predicted_gain": [round(value, 6) for value in gain],
+            "clipped": int((gates.abs() >= self.limit * (1 - 1e-9)).sum()),
+            "massive": self._massive(direction.aus),
+        })  # fmt: skip
+
+    def direction(self, effects: PairEffects, k: int) -> Direction:
+        gates = ESTIMATES[self.options["estimate"]](effects, self.cost, self.options)
+        return self._strongest(gates, k)
+
+    def random_direction(self, k: int, seed: int) -> Direction:
+        """Return k random AUs with random signs, each at the same cost."""
+        generator = torch.Generator().manual_seed(seed)
+        aus = torch.randperm(len(self.cost), generator=generator)[: self._checked(k)]
+        signs = torch.randint(0, 2, (len(aus),), generator=generator).double() * 2 - 1
+        return Direction(aus, signs / self.cost[aus].sqrt())
+
+    def plan_of(self, direction: Direction, kl: float, meter: KLMeter | None) -> Plan:
+        gates, predicted, measured = self._to_budget(direction, kl, meter)
+        found = {"kl": kl, "predicted_kl": predicted, "measured_kl": measured, "k": len(gates)}
+        return self._plan(direction.aus, gates, found)
+
+    def best_k(self, kl: float) -> int:
+        """Return the fewest AUs whose cross-fitted gain is nearly the largest."""
+        most = int((ESTIMATES[self.options["estimate"]](self.effects, self.cost, self.options) != 0).sum())
+        if not most:
+            raise AUSteerError("no effect is larger than its error: these pairs give nothing to steer by")
+        ks = [FEWEST * 2**power for power in range(40) if FEWEST * 2**power < most] + [most]
+        gains = {k: float(gain.mean()) for k, gain in self._cross_fitted(kl, ks).items()}
+        enough = ENOUGH * max(gains.values())
+        return next((k for k in ks if gains[k] >= enough), ks[-1])
+
+    def cross_fitted(self, kl: float, k: int) -> tuple[float, float, float]:
+        """Return the gain in nats of the objective that first order predicts on pairs a plan was not made from: mean, 95 % interval."""
+        return self.effects.interval(self._cross_fitted(kl, [k])[k])
+
+    def _cross_fitted(self, kl: float, ks: Sequence[int]) -> dict[int, Tensor]:
+        """Return for each k every pair's gain under a plan from the pairs of the other folds, (pairs,)."""
+        gains = {k: torch.zeros(len(self.effects), dtype=torch.float64) for k in ks}
+        for fold in self.effects.folds():
+            rest, held = self.effects.only(~fold), self.effects.only(fold)
+            gates = ESTIMATES[self.options["estimate"]](rest, self.cost, self.options)
+            for k in ks:
+                direction = self._strongest(gates, k)
+                at_budget, _ = self._priced(direction, kl)
+                gains[k][fold] = held.gains(direction.aus, at_budget)
+        return gains
+
+    def _strongest(self, gates: Tensor, k: int) -> Direction:
+        worth = gates.square() * self.cost
+        aus = torch.sort(worth, descending=True, stable=True).indices[:k]
+        aus = aus[worth[aus] > 0]
+        return Direction(aus, gates[aus])
+
+    def _checked(self, k: int) -> int:
+        if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= len(self.cost):
+            sites = ", ".join(one.site for one in self.ranks)
+            raise AUSteerError(f"k must be a whole number from 1 to {len(self.cost)} (the AUs at {sites}), not {k}")
+        return k
+
+    def _priced(self, direction: Direction, kl: float) -> tuple[Tensor, float]:
+        """Return the gates whose predicted KL is `kl`, or all at the limit where that costs less; and the KL predicted."""
+        scores = self.scores[:, direction.aus].double()
+
+        def price(factor: float) -> float:
+            return self.fisher.price(scores @ direction.scaled(factor, self.limit))
+
+        smallest = float(direction.gates.abs().min()) if len(direction.gates) else 1.0
+        low, high = 0.0, self.limit / smallest  # there, all gates are at the limit
+        if price(high) > kl:
+            unclipped = self.limit / float(direction.gates.abs().max())
+            guess = unclipped * math.sqrt(kl / max(price(unclipped), 1e-300))
+            if guess <= unclipped:  # no gate is clipped: the price is a square
+                return direction.scaled(guess, self.limit), price(guess)
+            low = unclipped
+            for _ in range(60):
+                middle = math.sqrt(low * high)
+                low, high = (middle, high) if price(middle) < kl else (low, middle)
+                if high / low < 1 + 1e-6:
+                    break
+        return direction.scaled(high, self.limit), price(high)
+
+    def _to_budget(self, direction: Direction, kl: float, meter: KLMeter | None) -> tuple[Tensor, float, float | None]:
+        """Return gates, predicted KL at first shot, and the measured KL after the corrections."""
+        gates, first = self._priced(direction, kl)
+        if meter is None:
+            return gates, first, None
+        asked, tried = kl, []
+        for _ in range(1 + CORRECTIONS):
+            gates, priced = self._priced(direction, asked)
+            measured = meter(self._plan(direction.aus, gates, {}))
+            tried.append((priced, measured, gates))
+            exhausted = measured < kl and priced < 0.999 * asked  # all gates are at the limit
+            if abs(measured / kl - 1) < CLOSE or exhausted:
+                break
+            asked = priced * (kl / measured) ** (1 / _slope(tried))
+        _, measured, gates = min(tried, key=lambda one: abs(math.log(one[1] / kl)))
+        return gates, first, measured
+
+    def _plan(self, aus: Tensor, gates: Tensor, found: dict) -> Plan:
+        flat = torch.zeros(len(self.cost))
+        flat[aus] = gates.float()
+        scales, start = {}, 0
+        for one in self.ranks:
+            n = int(one.exists.sum())
+            scales[one.site] = torch.zeros_like(one.score)
+            scales[one.site][one.exists] = flat[start : start + n]
+            start += n
+        origin = {key: value for one in self.ranks for key, value in one.origin().items()}
+        origin["site"] = "+".join(one.site for one in self.ranks)
+        return Plan(scales, {}, "all", origin | self.options | found)
+
+    def _massive(self, aus: Tensor) -> int:
+        """Count the AUs of massive activations: those that cost far more than the median of their site."""
+        count, start = 0, 0
+        for one in self.ranks:
+            n = int(one.exists.sum())
+            here = aus[(aus >= start) & (aus < start + n)]
+            count += int((self.cost[here] > MASSIVE * self.cost[start : start + n].median()).sum())
+            start += n
+        return count
+
+
+def _slope(tried: Sequence[tuple[float, float, Tensor]]) -> float:
+    """Return d log measured / d log predicted from the last two tries: 1 to begin with, and never far from it."""
+    if len(tried) < 2:
+        return 1.0
+    (x0, y0, _), (x1, y1, _) = tried[-2:]
+    return min(max(math.log(y1 / y0) / math.log(x1 / x0), 0.5), 2.0) if x0 != x1 else 1.0
+
+
+def _bound(effects: PairEffects, cost: Tensor, options: dict) -> Tensor:
+    mean, error = effects.mean_and_error()
+    return mean.sign() * (mean.abs() - options["z"] * error).clamp(min=0) / cost
+
+
+def _discriminant(effects: PairEffects, cost: Tensor, options: dict) -> Tensor:
+    """Solve (S + ridge t I) w = m by Woodbury's identity over the pairs, of which there are fewer than AUs."""
+    n, unit = len(effects), cost.rsqrt().float()
+    x = effects.gradients.float() * unit
+    x *= effects.slope.float()[:, None]
+    mean = x.mean(0)
+    x -= mean
+    gram = (x @ x.T).double()
+    shrink = options["ridge"] * float(gram.trace()) / (n - 1) / n
+    inner = torch.linalg.solve(gram + (n - 1) * shrink * torch.eye(n, dtype=torch.float64), (x @ mean).double())
+    return ((mean - inner.float() @ x) / shrink * unit).double()
+
+
+ESTIMATES = {"bound": _bound, "discriminant": _discriminant}
+
+
+def _check_fits(ranks: Sequence[AURanks], fisher: Fisher) -> None:
+    for one in ranks:
+        if one.site not in fisher.sites:
+            raise AUSteerError(
+                f"the Fisher information was measured at {', '.join(fisher.sites)}, and these ranks are of {one.site}: "
+                "measure it there, too"
+            )
+        ours, theirs = fisher.header.get("fingerprint"), one.header.get("fingerprint")
+        if ours != theirs or fisher.diagonal[one.site].shape != one.score.shape:
+            raise AUSteerError(
+                f"the Fisher information is that of other weights ({fisher.header.get('model')}) than the ranks "
+                f"({one.header.get('model')}): measure it on the model that was ranked"
+            )

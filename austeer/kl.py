@@ -1,0 +1,62 @@
+"""The measured cost of a change of a model: KL(unsteered || steered) per token of text, in nats.
+
+The first half of a text counts as its prompt, and the mean is over the predictions of the tokens of its second half, for
+every method alike: some steer only from the end of a prompt on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from austeer.batching import TOKENS_AT_ONCE
+from austeer.errors import AUSteerError
+from austeer.forward import input_device
+from austeer.plan import Plan
+from austeer.steering import steer
+
+
+class KLMeter:
+    """Measure changes of one model on one set of texts. The unsteered predictions are computed once and kept."""
+
+    def __init__(self, model: PreTrainedModel, texts: Sequence[Tensor]):
+        """texts: token ids, (tokens,) each; texts of one length run together."""
+        self.model = model
+        if any(len(text) < 2 for text in texts) or not len(texts):
+            raise AUSteerError("KL is measured on texts of at least two tokens; give longer ones")
+        at_once = TOKENS_AT_ONCE.get(input_device(model).type, 8192)
+        self.batches: list[Tensor] = []
+        for length in sorted({len(text) for text in texts}):
+            alike = torch.stack([torch.as_tensor(text) for text in texts if len(text) == length])
+            self.batches += alike.split(max(1, at_once // length))
+        self._unsteered: list[Tensor] | None = None
+        self.passes = 0  # over all texts, the unsteered one included
+
+    def __call__(self, change: Plan) -> float:
+        """Return the KL under a change. One that changes something and costs exactly nothing is a mistake, and refused."""
+        if self._unsteered is None:
+            self._unsteered = [self._log_p(batch) for batch in self.batches]
+            self.passes += 1
+        total, tokens = 0.0, 0
+        self.passes += 1
+        for batch, before in zip(self.batches, self._unsteered, strict=True):
+            with steer(self.model, change, prompt_end=batch.shape[1] // 2):
+                after = self._log_p(batch)
+            total += float((before.exp() * (before - after)).sum())
+            tokens += before.shape[0] * before.shape[1]
+        if total == 0 and len(change):
+            raise AUSteerError(
+                f"{len(change)} AUs are steered and the KL is exactly 0: the change did not reach the model"
+            )
+        return total / tokens
+
+    @torch.inference_mode()
+    def _log_p(self, ids: Tensor) -> Tensor:
+        """Return the log-probabilities that predict the second half, (texts, tokens, vocabulary) float32."""
+        keep = ids.shape[1] - ids.shape[1] // 2
+        ids = ids.to(input_device(self.model))
+        logits = self.model(input_ids=ids, use_cache=False, logits_to_keep=keep + 1).logits
+        return logits[:, :-1].float().log_softmax(-1)
