@@ -82,15 +82,19 @@ class Budget:
         if isinstance(kl, bool) or not 0 < kl < math.inf:
             raise AUSteerError(f"the budget must be a positive number of nats per token, such as 0.01, not {kl}")
         k = self.best_k(kl) if k is None else self._checked(k)
-        direction = self.direction(self.effects, k)
-        gain = self.cross_fitted(kl, k)
+        gain = [round(value, 6) for value in self.cross_fitted(kl, k)]
+        return self.plan_along(self.direction(self.effects, k), kl, meter, predicted_gain=gain)
+
+    def plan_along(self, direction: Direction, kl: float, meter: KLMeter | None = None, **found) -> Plan:
+        """Make the plan of this direction that costs `kl`; found: more for its header."""
         gates, predicted, measured = self._to_budget(direction, kl, meter)
-        return self._plan(direction.aus, gates, {
-            "kl": kl, "predicted_kl": predicted, "measured_kl": measured, "k": len(gates),
-            "predicted_gain": [round(value, 6) for value in gain],
-            "clipped": int((gates.abs() >= self.limit * (1 - 1e-9)).sum()),
-            "massive": self._massive(direction.aus),
-        })  # fmt: skip
+        clipped, cost = int((gates.abs() >= self.limit * (1 - 1e-9)).sum()), measured or predicted
+        found |= {"kl": kl, "predicted_kl": predicted, "measured_kl": measured, "k": len(gates), "clipped": clipped}
+        if clipped == len(gates) and cost < kl * (1 - CLOSE):
+            found["reached"] = (
+                f"a budget of {kl:g} is more than {clipped} gates of up to {self.limit:g} cost: {cost:.3g}"
+            )
+        return self._plan(direction.aus, gates, found | {"massive": self._massive(direction.aus)})
 
     def direction(self, effects: PairEffects, k: int) -> Direction:
         gates = ESTIMATES[self.options["estimate"]](effects, self.cost, self.options)
@@ -102,11 +106,6 @@ class Budget:
         aus = torch.randperm(len(self.cost), generator=generator)[: self._checked(k)]
         signs = torch.randint(0, 2, (len(aus),), generator=generator).double() * 2 - 1
         return Direction(aus, signs / self.cost[aus].sqrt())
-
-    def plan_of(self, direction: Direction, kl: float, meter: KLMeter | None) -> Plan:
-        gates, predicted, measured = self._to_budget(direction, kl, meter)
-        found = {"kl": kl, "predicted_kl": predicted, "measured_kl": measured, "k": len(gates)}
-        return self._plan(direction.aus, gates, found)
 
     def best_k(self, kl: float) -> int:
         """Return the fewest AUs whose cross-fitted gain is nearly the largest."""
