@@ -7,7 +7,8 @@ pairs first, by maximum likelihood.
 
 The offset removes what a model thinks of an answer whatever the question. It is b(right answer) - b(wrong answer), with one
 b per answer text, and all b sum to zero. It is fitted only where every answer text occurs as right and as wrong: an answer
-that is always right would get an offset of minus infinity.
+that is always right would get an offset of minus infinity. And it is fitted only where there are many pairs per answer, as
+of "yes" and "no". COPA's mirrored pairs would get an offset for every two pairs, which leaves hardly anything to learn.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from austeer.pairs import Pair
 
 FITTED = "fitted"
 BOUNDS = (0.1, 100.0)  # of a fitted tau, in nats
+PAIRS_PER_ANSWER = 5  # the fewest that offsets are fitted to
 
 
 @dataclass(frozen=True)
@@ -71,9 +73,9 @@ def offsets(answers: dict[str, float], pairs: Sequence[Pair]) -> Tensor:
 
 
 def shared_answers(pairs: Sequence[Pair]) -> list[str]:
-    """Return the answer texts, sorted, if each of them occurs as right and as wrong; otherwise none."""
+    """Return the answer texts, sorted, if they are few and each occurs as right and as wrong; otherwise none."""
     right, wrong = ({pair[column] for pair in pairs} for column in (1, 2))
-    return sorted(right) if right == wrong else []
+    return sorted(right) if right == wrong and len(right) * PAIRS_PER_ANSWER <= len(pairs) else []
 
 
 def fit(log_odds: Tensor, pairs: Sequence[Pair]) -> Temperature:

@@ -49,6 +49,8 @@ def test_shared_answers_get_offsets_that_no_other_offset_beats():
 def test_an_answer_that_is_always_right_gets_no_offset():
     assert shared_answers(YES_NO) == ["no", "yes"]
     assert shared_answers([*YES_NO, Pair("q", "maybe", "no")]) == []
+    twins = [Pair(f"q{i}", *(f"{'ab'[(i + side) % 2]} {i // 2}" for side in (0, 1))) for i in range(100)]
+    assert shared_answers(twins) == [], "each answer is right once and wrong once: two pairs per offset"
     assert fit(log_odds(2, 1.0, 2.0), [*YES_NO[:-1], Pair("q", "maybe", "no")]).answers == {}
 
 
