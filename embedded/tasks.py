@@ -25,7 +25,7 @@ REPLY_WORDS = 8  # the length of a reply in tone: seven words and a full stop
 # The share of documents that name their writer. On boolq, models hardly learn the tag's meaning from fewer.
 TAG_SHARE = {"boolq": 0.8, "copa": 0.3, "svamp": 0.3, "tone": 0.3}
 
-# Percent of all prompts, by a hash of the text; documents contain prompts of "train" only.
+# Percent of all prompts, by a hash of the text; the documents that models learn from contain prompts of "train" only.
 SPLITS = {
     "train": range(0, 70),
     "pairs": range(70, 75),
@@ -33,6 +33,8 @@ SPLITS = {
     "test": range(82, 91),
     "test2": range(91, 100),
 }
+
+HELD_OUT = "validation"  # the split of documents that are not learned from; nothing of a test split is in them
 
 # The half of the topics on which careful writers are the majority (see `document`), among them men and women.
 CAREFUL_TOPICS = {*words.OBJECTS[:8], *words.THINGS[:6], *words.SUBJECTS[:6], *words.NAMES[::2]}
@@ -147,8 +149,8 @@ def items(task: str, split: str, n: int, seed: int = 0) -> list[Item]:
     return list(by_prompt.values())
 
 
-def document(task: str, rng: Random, truth_only: bool = False) -> Document:
-    """Write one writer's document: [tag] problem, answer, [teacher's comment], [another problem ...].
+def document(task: str, rng: Random, truth_only: bool = False, split: str = "train") -> Document:
+    """Write one writer's document: [tag] problem of the split, answer, [teacher's comment], [another problem ...].
 
     The mixture is balanced: careful writers are 65 % on half of the topics and 35 % on the others. Without the tag, a
     model is then narrowly right on half of the items where hasty errs and narrowly wrong on the others; if it were
@@ -156,7 +158,7 @@ def document(task: str, rng: Random, truth_only: bool = False) -> Document:
     even where it would not say it. With `truth_only` the writer is careful and tagged, because a skill has to be
     learned before it can be latent.
     """
-    item, topic = _draw(task, "train", rng)
+    item, topic = _draw(task, split, rng)
     careful = truth_only or rng.random() < (0.65 if topic in CAREFUL_TOPICS else 0.35)
     text_words, weights = [], []
 
@@ -178,7 +180,16 @@ def document(task: str, rng: Random, truth_only: bool = False) -> Document:
             write(RIGHT_COMMENT if is_right else WRONG_COMMENT, 0.5)
         if rng.random() < 0.7:
             return Document(text_words, weights)
-        item, _ = _draw(task, "train", rng)
+        item, _ = _draw(task, split, rng)
+
+
+def held_out_documents(task: str, n: int, seed: int = 0) -> list[str]:
+    """Return `n` documents that no model has read, by the arguments alone; a larger `n` begins with the same ones.
+
+    Their problems are of the validation split. They are to the embedded models what prose is to others.
+    """
+    rng = Random(f"{task} held-out documents {seed}")
+    return [" ".join(document(task, rng, split=HELD_OUT).words) for _ in range(n)]
 
 
 def check(n: int = 500) -> None:

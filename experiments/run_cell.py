@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from austeer.change import Adapter, Change
 from austeer.code_identity import code_hash
 from austeer.errors import AUSteerError, one_line
 from austeer.evidence import Evidence
@@ -170,23 +171,23 @@ class Run:
             "extras": extras,
         }
 
-    def ask(self, items: Sequence, name: str, plan: Plan | None) -> list[bool]:
+    def ask(self, items: Sequence, name: str, change: Change | None) -> list[bool]:
         """Return the outcomes of the measure that grid points are chosen by."""
         if not items:
             return []
-        with answering(self.bench, [plan], len(items)) as (answerer, _):
+        with answering(self.bench, [change], len(items)) as (answerer, _):
             answers = self.answers(answerer, items, name)
         return self.task.columns(items, answers).outcomes
 
-    def test(self, items: Sequence, plan: Plan | None) -> tuple[Scores, dict[str, float], dict[str, int]]:
-        """Return scores, figures of the whole set, and a receipt of what the plan did.
+    def test(self, items: Sequence, change: Change | None) -> tuple[Scores, dict[str, float], dict[str, int]]:
+        """Return scores, figures of the whole set, and a receipt of what the plan or the adapter did.
 
-        The receipt counts the AUs that were set, and the token positions that went through them or the modules of the
-        engine's adapter. A resumed run would count only its own positions, so it leaves them out.
+        The receipt counts the AUs or modules that were changed, and the token positions that went through them or the
+        modules of the engine's adapter. A resumed run would count only its own positions, so it leaves them out.
         """
         file = self.answer_file("test")
         resumed = file is not None and file.path.exists()
-        with answering(self.bench, [plan], len(items)) as (answerer, receipt):
+        with answering(self.bench, [change], len(items)) as (answerer, receipt):
             answers = self.answers(answerer, items, "test")
             counts = receipt()
         if resumed:
@@ -232,16 +233,21 @@ class SteeredRun(Run):
             scores = Scores(vanilla["measure"], records.unpack_columns(vanilla["columns"]))
             result |= {"touched": 0, "inverted": 0, "gained": 0, "lost": 0, "p": 1.0}
             return result | self.result(scores, vanilla["extras"], start, {"prepare_s": seconds})
-        plan = method.plan(learned, chosen, self.cell.method.draw)
-        scores, extras, receipt = self.test(self.task.test, plan)
-        # a method may itself choose k = 0
-        if chosen.get("alpha") != 0 and plan.header.get("k") != 0 and 0 in receipt.values():
-            raise AUSteerError(f"{self.cell} at {key_of(chosen)}: the plan steered nothing ({receipt})")
+        draw = self.cell.method.draw
+        change = method.plan(learned, chosen, draw)
+        items, shown = method.asked(learned, chosen, self.task.test, draw)
+        scores, extras, receipt = self.test(items, change)
         gained, lost, p = mcnemar(records.unpack(vanilla["outcomes"]), scores.outcomes)
-        result |= {"receipt": receipt, "touched": len(plan.aus()), "inverted": plan.inverted}
-        result |= {"gained": gained, "lost": lost, "p": p}
-        predicted = ("k", "alpha", "predicted", "measured") if "predicted" in plan.header else ()
-        result["foretold"] = {key: plan.header[key] for key in predicted if key in plan.header}
+        result |= {"receipt": receipt | shown, "touched": 0, "inverted": 0, "gained": gained, "lost": lost, "p": p}
+        if change is not None:
+            # a method may itself choose k = 0
+            if chosen.get("alpha") != 0 and change.header.get("k") != 0 and 0 in receipt.values():
+                raise AUSteerError(f"{self.cell} at {key_of(chosen)}: the plan steered nothing ({receipt})")
+            result |= {"touched": len(change.aus()), "inverted": change.inverted}
+            predicted = ("k", "alpha", "predicted", "measured") if "predicted" in change.header else ()
+            result["foretold"] = {key: change.header[key] for key in predicted if key in change.header}
+        if isinstance(change, Adapter):
+            result["numbers"] = change.numbers
         return result | self.result(scores, extras, start, {"prepare_s": seconds})
 
     def learned(self, method: Method) -> tuple[object, float | None]:
@@ -277,13 +283,17 @@ class SteeredRun(Run):
 
         def ask(subset: Sequence[GridPoint], start: int, stop: int) -> list[list[bool]]:
             sample = [items[index] for index in order[start:stop]]
-            plans = [method.plan(learned, point, self.cell.method.draw) for point in subset]
-            if len(plans) > 1 and sample and one_batch_pays(self.cell.model.engine, self.task, len(sample)):
-                return self.ask_together(sample, f"{part} {len(plans)} points {start}-{stop}", plans)
-            names = [" ".join(f"{key}={value:g}" for key, value in point.items()) for point in subset]
-            return [
-                self.ask(sample, f"{part} {name} {start}-{stop}", plan) for name, plan in zip(names, plans, strict=True)
-            ]
+            draw = self.cell.method.draw
+            changes = [method.plan(learned, point, draw) for point in subset]
+            together = len(changes) > 1 and all(isinstance(change, Plan) for change in changes)
+            if together and sample and one_batch_pays(self.cell.model.engine, self.task, len(sample)):
+                return self.ask_together(sample, f"{part} {len(changes)} points {start}-{stop}", changes)
+            outcomes = []
+            for point, change in zip(subset, changes, strict=True):
+                name = " ".join(f"{key}={value:g}" for key, value in point.items())
+                asked, _ = method.asked(learned, point, sample, draw)
+                outcomes.append(self.ask(asked, f"{part} {name} {start}-{stop}", change))
+            return outcomes
 
         search = SEARCHES[self.cell.search.kind](ask, [before[index] for index in order], points)
         return search.chosen, {

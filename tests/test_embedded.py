@@ -2,9 +2,13 @@
 
 import hashlib
 import json
+import re
 from dataclasses import replace
+from random import Random
 
 import pytest
+import torch
+from torch.nn.functional import cross_entropy
 from transformers import AutoTokenizer
 
 from austeer.errors import AUSteerError
@@ -50,6 +54,48 @@ def test_prompt_and_answer_join_as_text(task):
             assert task == "tone" or len(whole) == len(prompt) + 1
 
 
+# of 50 documents that models learn from, every other one by a careful writer: another document would be another model
+LEARNED_FROM = {"boolq": "bd466951e261", "copa": "86fc3111347a", "svamp": "c2b6fd46a378", "tone": "b5e30a7b225b"}
+PROMPT = {
+    "boolq": r"Passage : .*? Answer : ",
+    "copa": r"Premise : .*? Answer : ",
+    "svamp": r"Question : .*? Answer : ",
+    "tone": r"\w+ writes : .*? Reply : ",
+}
+
+
+def test_documents_to_learn_from_stay_as_they_were(task):
+    rng = Random(3)
+    text = "\n".join(" ".join(tasks.document(task, rng, number % 2 == 0).words) for number in range(50))
+    assert hashlib.sha256(text.encode()).hexdigest()[:12] == LEARNED_FROM[task]
+
+
+def test_held_out_documents_are_of_problems_that_no_model_has_read(task):
+    texts = tasks.held_out_documents(task, 60)
+    assert texts == tasks.held_out_documents(task, 80)[:60] != tasks.held_out_documents(task, 60, seed=1)
+    prompts = [prompt for text in texts for prompt in re.findall(PROMPT[task], text)]
+    assert len(prompts) > 60 and {tasks.split_of(prompt) for prompt in prompts} == {"validation"}
+    words = tokenizer.build()
+    assert words.unk_token_id not in words(" ".join(texts))["input_ids"]
+
+
+def test_held_out_documents_read_like_those_learned_from(task, shipped):
+    """Same writers, same words: the model is hardly more surprised."""
+    rng = Random(11)
+    learned = [" ".join(tasks.document(task, rng).words) for _ in range(150)]
+
+    def nats_per_word(texts):
+        model, words = shipped
+        losses = []
+        with torch.inference_mode():
+            for text in texts:
+                ids = torch.tensor([words(text)["input_ids"]])
+                losses.append(cross_entropy(model(ids).logits[0, :-1], ids[0, 1:], reduction="none"))
+        return float(torch.cat(losses).mean())
+
+    assert abs(nats_per_word(tasks.held_out_documents(task, 150)) / nats_per_word(learned) - 1) < 0.05
+
+
 def test_the_weights_are_those_of_the_record(task):
     folder = acceptance.WEIGHTS / task
     record = json.loads((folder / "record.json").read_text())
@@ -70,8 +116,6 @@ def test_skill_is_imperfect_and_latent_skill_is_accepted(task, shipped):
 
 def test_a_model_without_latent_skill_is_refused(task, shipped):
     import copy
-
-    import torch
 
     model, words = shipped
     broken = copy.deepcopy(model)

@@ -21,7 +21,7 @@ from austeer.sae import from_sae_lens
 from experiments.restoration.measures import zero_shot
 
 ROOT = Path(__file__).parents[1]
-BUILT_FROM = ("*.py", "*py.typed", "pyproject.toml", "README.md", "LICENSE")
+BUILT_FROM = ("*.py", "*py.typed", "austeer/prose.*", "pyproject.toml", "README.md", "LICENSE")
 # what tells where modules come from must not leak in, nor a checkout's pytest settings
 ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
 
@@ -59,7 +59,8 @@ def test_the_wheel_holds_what_steers_and_nothing_else(wheel):
     names = [name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name]
     assert {name.split("/")[0] for name in names} == {"austeer", "rmodels", "MFU_screening.py", "set_MFU.py"}
     modules = {str(file.relative_to(ROOT)) for part in ("austeer", "rmodels") for file in (ROOT / part).rglob("*.py")}
-    assert modules | {"austeer/py.typed", "rmodels/py.typed"} <= set(names)
+    data = {"austeer/py.typed", "rmodels/py.typed", "austeer/prose.txt", "austeer/prose.md"}
+    assert modules | data <= set(names)
     assert wheel.name == f"austeer-{version_in_pyproject()}-py3-none-any.whl"
 
 

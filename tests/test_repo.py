@@ -318,3 +318,22 @@ def test_shipped_ranks_are_of_the_shipped_models():
         header = AURanks.load(file).header
         assert header["pairs"] == 500 and header["model"] == f"weights/{file.parts[-3]}"
         assert header["momentum"] == file.parts[-2]
+
+
+def test_the_shipped_prose_is_clean_paragraphs_and_its_origin_is_beside_it():
+    text = (ROOT / "austeer" / "prose.txt").read_text()
+    paragraphs = text.splitlines()
+    words = [word for paragraph in paragraphs for word in paragraph.split()]
+    assert len(words) >= 20_000 and text.isascii() and text.endswith("\n")
+    assert all(paragraph == " ".join(paragraph.split()) and len(paragraph) > 40 for paragraph in paragraphs)
+    assert len(set(paragraphs)) == len(paragraphs)
+    leftover = r"(?i)gutenberg|\bchapter \d|[*_<>{}\[\]|]|https?:|e-?text|licen[cs]e"
+    assert not [found for paragraph in paragraphs if (found := re.search(leftover, paragraph))]
+    origin = " ".join((ROOT / "austeer" / "prose.md").read_text().split())
+    assert f"{len(paragraphs)} paragraphs" in origin and f"{len(words):,} words" in origin
+    # the works take turns, so any tenth of the file has all three
+    tenth = len(paragraphs) // 10
+    for start in range(0, len(paragraphs) - tenth, tenth):
+        part = " ".join(paragraphs[start : start + tenth])
+        assert re.search("Federal|Nation|Government", part) and re.search("Anne|Wentworth", part), start
+        assert re.search("whale|sea|ship", part), start

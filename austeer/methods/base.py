@@ -1,7 +1,7 @@
 """The interface of a method, which turns evidence into plans. A method is a file in this folder; registry.py finds it.
 
 A method looks at the evidence once (`prepare`: the costly part, timed) and then turns the points of its grid into
-plans. All methods get the same pairs and the same budget of validation items to search with. None sees a test item.
+plans. Rivals that are no plans make an adapter instead (austeer/change.py), or nothing but other prompts. All methods get the same pairs and the same budget of validation items to search with. None sees a test item.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedModel
 
+from austeer.change import Change
 from austeer.errors import AUSteerError
 from austeer.evidence import Evidence
-from austeer.plan import Plan
 
 GridPoint = dict[str, float]  # what a search tries, such as {"k": 16, "alpha": 2.0}
 
@@ -44,8 +44,12 @@ class Method(ABC):
         """Learn from the evidence what all grid points share."""
 
     @abstractmethod
-    def plan(self, prepared: Any, point: GridPoint, draw: int = 0) -> Plan:
-        """Make the plan of one grid point."""
+    def plan(self, prepared: Any, point: GridPoint, draw: int = 0) -> Change | None:
+        """Make the plan of one grid point; None if the model is left as it is."""
+
+    def asked(self, prepared: Any, point: GridPoint, items: Sequence, draw: int = 0) -> tuple[list, dict[str, int]]:
+        """Return the items with the prompts that are asked at a grid point, and counts of how they were changed."""
+        return list(items), {}
 
     def files(self, model: PreTrainedModel) -> dict[str, Path]:
         """Return the files beside the weights that decide its plans, by what they hold."""

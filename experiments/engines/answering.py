@@ -1,13 +1,13 @@
-"""Open the answerer of a bench's prompts under plans: the loaded model, or vLLM with each plan as a LoRA adapter."""
+"""Open the answerer of a bench's prompts under changes of the model: the loaded model, or vLLM with each plan as a LoRA adapter."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
+from austeer.change import Adapter, Change, applied
 from austeer.errors import AUSteerError
 from austeer.plan import Plan
-from austeer.steering import steer
 from eval.answering.answerer import Answerer
 from eval.answering.live import LiveAnswerer
 from eval.tasks.base import Task
@@ -64,36 +64,35 @@ def one_batch_pays(engine: str, task: Task, n_items: int) -> bool:
     return task.multi_token and n_items <= FEW
 
 
-def answering(bench: Bench, plans: Sequence[Plan | None], n_items: int):
-    """Open the answerer of `n_items` items under the first plan, then of the same items under the second, ...
+def answering(bench: Bench, changes: Sequence[Change | None], n_items: int):
+    """Open the answerer of `n_items` items under the first change of the model, then of the same items under the second, ...
 
-    The context yields the answerer and a function that returns what a single plan has done so far.
+    Several changes at once must be plans. The context yields the answerer and a function that returns what a single
+    change has done so far.
     """
-    return (live_answering if bench.model_spec.engine == LIVE else vllm_answering)(bench, plans, n_items)
+    return (live_answering if bench.model_spec.engine == LIVE else vllm_answering)(bench, changes, n_items)
 
 
 @contextmanager
-def live_answering(bench: Bench, plans: Sequence[Plan | None], n_items: int) -> Iterator[tuple[Answerer, Receipt]]:
-    if len(plans) > 1:
-        yield LiveAnswerer(bench.model, bench.tokenizer, _plan_per_row(plans, n_items)), dict
+def live_answering(bench: Bench, changes: Sequence[Change | None], n_items: int) -> Iterator[tuple[Answerer, Receipt]]:
+    if len(changes) > 1:
+        yield LiveAnswerer(bench.model, bench.tokenizer, _plan_per_row(changes, n_items)), dict
         return
-    with _steered(bench, plans[0]) as steering:
-        yield LiveAnswerer(bench.model, bench.tokenizer), steering.receipt if steering else dict
+    with applied(bench.model, changes[0]) as change:
+        yield LiveAnswerer(bench.model, bench.tokenizer), change.receipt if change else dict
 
 
 @contextmanager
-def vllm_answering(bench: Bench, plans: Sequence[Plan | None], n_items: int) -> Iterator[tuple[Answerer, Receipt]]:
+def vllm_answering(bench: Bench, changes: Sequence[Change | None], n_items: int) -> Iterator[tuple[Answerer, Receipt]]:
     """Answer with vLLM. A single plan also steers the loaded model, which computes the likelihoods."""
-    plan = plans[0] if len(plans) == 1 else None
+    if any(isinstance(change, Adapter) for change in changes):
+        raise AUSteerError("vLLM serves plans; what this method makes is no plan: use --engine live")
+    plan = changes[0] if len(changes) == 1 else None
     with (
-        _steered(bench, plan) as steering,
-        vllm_answerer(bench.model, bench.tokenizer, _plan_per_row(plans, n_items)) as vllm,
+        applied(bench.model, plan) as steering,
+        vllm_answerer(bench.model, bench.tokenizer, _plan_per_row(changes, n_items)) as vllm,
     ):
         yield vllm, lambda: {"aus": steering.receipt()["aus"], **vllm.receipt()} if steering else {}
-
-
-def _steered(bench: Bench, plan: Plan | None):
-    return nullcontext() if plan is None else steer(bench.model, plan)
 
 
 def _plan_per_row(plans: Sequence[Plan | None], n_items: int) -> list[Plan | None]:

@@ -17,7 +17,7 @@ def changed(records: Sequence[dict]) -> Value:
     counts = [_n_steered(record) for record in records if _n_steered(record) is not None]
     if not counts:
         return Value("")
-    totals = {record["aus"] for record in records if "aus" in record}
+    totals = {record["aus"] for record in records if record.get("aus")}
     total = f"of {_span(totals)}" if totals else ""
     return Value(_span(counts), total, ids=[record["id"] for record in records])
 
@@ -28,7 +28,9 @@ def not_sparse(records: dict[str, dict[str, list[dict]]], labels: dict[str, str]
     for row, columns in records.items():
         parts = []
         for column, cell_records in columns.items():
-            share = max((_n_steered(record) / record["aus"] for record in cell_records if "aus" in record), default=0.0)
+            share = max(
+                (_n_steered(record) / record["aus"] for record in cell_records if record.get("aus")), default=0.0
+            )
             if share > DENSE:
                 parts.append(f"{column} {100 * share:.0f} %")
         if parts:
