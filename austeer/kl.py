@@ -13,10 +13,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from austeer.batching import TOKENS_AT_ONCE
+from austeer.change import Adapter, Change, applied
 from austeer.errors import AUSteerError
 from austeer.forward import input_device
-from austeer.plan import Plan
-from austeer.steering import steer
 
 
 class KLMeter:
@@ -35,7 +34,7 @@ class KLMeter:
         self._unsteered: list[Tensor] | None = None
         self.passes = 0  # over all texts, the unsteered one included
 
-    def __call__(self, change: Plan) -> float:
+    def __call__(self, change: Change) -> float:
         """Return the KL under a change. One that changes something and costs exactly nothing is a mistake, and refused."""
         if self._unsteered is None:
             self._unsteered = [self._log_p(batch) for batch in self.batches]
@@ -43,7 +42,7 @@ class KLMeter:
         total, tokens = 0.0, 0
         self.passes += 1
         for batch, before in zip(self.batches, self._unsteered, strict=True):
-            with steer(self.model, change, prompt_end=batch.shape[1] // 2):
+            with applied(self.model, change, prompt_end=batch.shape[1] // 2):
                 after = self._log_p(batch)
             total += float((before.exp() * (before - after)).sum())
             tokens += before.shape[0] * before.shape[1]

@@ -163,7 +163,7 @@ def test_a_plan_that_steers_answers_only_costs_something(llama, neutral):
 
 
 def test_a_plan_that_reaches_nothing_is_a_mistake(llama, neutral, monkeypatch):
-    monkeypatch.setattr("austeer.kl.steer", lambda *args, **kwargs: steer(llama, Plan({})))
+    monkeypatch.setattr("austeer.kl.applied", lambda *args, **kwargs: steer(llama, Plan({})))
     with pytest.raises(AUSteerError, match="the KL is exactly 0"):
         KLMeter(llama, neutral.part("measure")[:2])(one_gate(llama, "neuron", 0, 0, 1.0))
 

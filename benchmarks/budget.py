@@ -1,0 +1,96 @@
+"""Say a budget, and see what it costs: the predicted and the measured KL of plans, before and after the corrections.
+
+    python benchmarks/budget.py --model M --pairs pairs.jsonl [--out FILE.json]
+
+For each site, and all sites pooled, each k (0: chosen by the budget) and each budget: the KL that the Fisher information
+predicts along the plan's direction, what its diagonal alone would predict, the KL that is measured at first shot, and the
+KL after the corrections, with the forwards they took.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from figures import keep
+
+import rmodels
+from austeer import arguments
+from austeer.budget import Budget
+from austeer.errors import run_command
+from austeer.fisher import Fisher, measure_fisher
+from austeer.kl import KLMeter
+from austeer.neutral import neutral_text
+from austeer.pairs import read_pairs
+from MFU_screening import TEMPERED, screen
+
+
+def main() -> None:
+    args = _arguments()
+    torch.set_num_threads(1)
+    model = rmodels.load(args.model, dtype=args.dtype, device=args.device, weights=args.weights, quick_proof=True)
+    tokenizer = rmodels.load_tokenizer(args.model, weights=args.weights)
+    pairs = read_pairs(args.pairs, args.fields)
+    start = time.perf_counter()
+    fisher = measure_fisher(model, args.site, neutral_text(tokenizer, args.neutral))
+    measured = time.perf_counter()
+    ranks = screen(pairs, model, tokenizer, args.site, momentum=TEMPERED)
+    ranked = time.perf_counter()
+    figures = {
+        "model": fisher.header["model"], "neutral": fisher.header["neutral"], "pairs": len(pairs),
+        "tau": ranks[args.site[0]].header["tau"], "seconds of Fisher information": round(measured - start, 1),
+        "seconds of ranking": round(ranked - measured, 1), "plans": [],
+    }  # fmt: skip
+    print("{:<18} {:>6} {:>7}  {:>10} {:>10}  {:>9} {:>9}  {:>10} {:>9}".format(
+        "sites", "k", "budget", "predicted", "diagonal", "measured", "ratio", "corrected", "forwards"
+    ), flush=True)  # fmt: skip
+    for sites in [[site] for site in args.site] + ([args.site] if len(args.site) > 1 else []):
+        budget = Budget([ranks[site] for site in sites], fisher)
+        for k in args.k:
+            for kl in args.kl:
+                row = _row(budget, KLMeter(model, fisher.measure), fisher, kl, k or None)
+                figures["plans"].append({"sites": "+".join(sites), "default k": not k, **row})
+                print("{:<18} {:>6} {:>7g}  {:>10.5f} {:>10.5f}  {:>9.5f} {:>9.2f}  {:>10.5f} {:>9}".format(
+                    "+".join(sites), row["k"], kl, row["predicted"], row["diagonal"], row["measured"], row["ratio"],
+                    row["corrected"], row["forwards"],
+                ), flush=True)  # fmt: skip
+    within = sum(1 / 1.5 <= row["ratio"] <= 1.5 for row in figures["plans"])
+    close = sum(abs(row["corrected"] / row["budget"] - 1) <= 0.1 for row in figures["plans"])
+    print(
+        f"{within} of {len(figures['plans'])} within 1/1.5 to 1.5 at first shot, {close} within 10 % after correction"
+    )
+    keep(figures, args.out)
+
+
+def _row(budget: Budget, meter: KLMeter, fisher: Fisher, kl: float, k: int | None) -> dict:
+    plan = budget.plan(kl, k)
+    measured = meter(plan)
+    passes = meter.passes
+    corrected = budget.plan(kl, plan.header["k"], meter)
+    diagonal = sum(float((fisher.diagonal[site] * scale.square()).sum()) / 2 for site, scale in plan.scales.items())
+    return {
+        "k": plan.header["k"], "budget": kl, "predicted": plan.header["predicted_kl"], "diagonal": diagonal,
+        "measured": measured, "ratio": measured / plan.header["predicted_kl"], "clipped": plan.header["clipped"],
+        "corrected": corrected.header["measured_kl"], "forwards": meter.passes - passes + 1,
+    }  # fmt: skip
+
+
+def _arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        parents=[arguments.model_options(), arguments.pairs_options()],
+    )  # fmt: skip
+    add = parser.add_argument
+    add("--site", nargs="+", default=["attention", "neuron"], choices=rmodels.SITES)
+    add("--k", nargs="+", type=int, default=[100, 0], help="numbers of AUs; 0: chosen by the budget (default: 100 0)")
+    add("--kl", nargs="+", type=float, default=[0.003, 0.01, 0.03], help="budgets (default: 0.003 0.01 0.03)")
+    add("--neutral", type=Path, help="file of neutral text (default: the project's prose)")
+    add("--out", type=Path, help="also save the figures, as JSON")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    run_command(main)
