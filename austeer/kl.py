@@ -46,10 +46,9 @@ class KLMeter:
                 after = self._log_p(batch)
             total += float((before.exp() * (before - after)).sum())
             tokens += before.shape[0] * before.shape[1]
-        if total == 0 and len(change):
-            raise AUSteerError(
-                f"{len(change)} AUs are steered and the KL is exactly 0: the change did not reach the model"
-            )
+        changed = change.numbers if isinstance(change, Adapter) else len(change)
+        if total == 0 and changed:
+            raise AUSteerError(f"{changed} numbers were changed and the KL is exactly 0: they did not reach the model")
         return total / tokens
 
     @torch.inference_mode()
