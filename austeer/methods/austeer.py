@@ -55,6 +55,14 @@ class Causal(AUSteer):
     momenta = ("causal",)
 
 
+class CausalFitted(Causal):
+    """Rank by the objective whose temperature is fitted to the pairs, as the plans of a stated cost do."""
+
+    name, label = "causal-fitted", "causal AUSteer, fitted temperature"
+    paper = "ours: docs/budget.md"
+    momenta = ("causal-tempered",)
+
+
 class RandomAUs(AUSteer):
     name, label, draws = "random", "random AUs", True
     paper = "control"
@@ -118,4 +126,4 @@ def located(evidence: Evidence, location: str, strength: str) -> AURanks:
 
 
 ABLATIONS = (DifferenceAUs(), FixedStrength(), Suppress(), CausalLocation(), CausalSign())
-METHODS = (RandomAUs(), FlippedAUs(), AUSteer(), SignAware(), Causal(), *ABLATIONS)
+METHODS = (RandomAUs(), FlippedAUs(), AUSteer(), SignAware(), Causal(), CausalFitted(), *ABLATIONS)
