@@ -135,7 +135,8 @@ def _line(row: dict, vanilla: dict, name: str, adjusted: float | None) -> str:
     low, high = wilson(row["right"], row["n"])
     point = ", ".join(f"{key}={value:g}" for key, value in (row.get("settings") or {}).items())
     inverted = f", {row['inverted']} turned over" if row.get("inverted") else ""
-    cells = [name, point, f"{row.get('touched', '')}{inverted}"]
+    changed = f"{row['numbers']} numbers" if "numbers" in row else row.get("touched", "")  # an adapter sets no AU
+    cells = [name, point, f"{changed}{inverted}"]
     cells.append(f"{100 * row['right'] / row['n']:.1f} [{100 * low:.1f}, {100 * high:.1f}]")
     steered = row["method"] != "vanilla"
     cells.append(f"{gain(row, vanilla):+.1f}" if steered else "")

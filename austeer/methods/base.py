@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any, ClassVar
@@ -68,6 +69,8 @@ BUDGET = {"small": 15, "full": 21}
 ORIGINAL = "original"
 # the name of several sites that a method steers at once
 TOGETHER = {"both": ("attention", "ffn")}
+# the site of methods that change prompts and leave the model as it is
+PROMPT = "prompt"
 
 
 def is_original(preset: str | None) -> bool:
@@ -84,4 +87,10 @@ def every_kind(**axes: Sequence[float]) -> dict[str, dict[str, Sequence[float]]]
 
 def sites_of(site: str) -> tuple[str, ...]:
     """Return the sites of the model that the site of a cell stands for."""
-    return TOGETHER.get(site, (site,))
+    return () if site == PROMPT else TOGETHER.get(site, (site,))
+
+
+def header_of(evidence: Evidence) -> dict:
+    """Return the origin of what is learned at all sites that the evidence's site stands for."""
+    parts = [replace(evidence, site=site).header() for site in sites_of(evidence.site)]
+    return {key: value for part in parts for key, value in part.items()} | {"site": evidence.site}

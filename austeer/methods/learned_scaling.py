@@ -12,7 +12,6 @@ vectors at the positions of one prompt, and also asks that the probabilities of 
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,12 +19,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from austeer.batching import pair_batches
-from austeer.errors import AUSteerError
 from austeer.evidence import Evidence
 from austeer.forward import PairTexts, input_device, stack_layers, tapped
 from austeer.methods.base import GridPoint, Method
 from austeer.methods.choice import highest
+from austeer.methods.training import check_finite, descend
 from austeer.plan import Plan
 from austeer.tokens import EncodedPair
 from rmodels import gates
@@ -61,27 +59,21 @@ class LearnedScaling(Method):
         scale = torch.where(mask, point["alpha"] * prepared.scale, 0.0)
         return Plan({prepared.header["site"]: scale}, header=prepared.header | point)
 
-    @torch.enable_grad()
     def _train(self, evidence: Evidence) -> Tensor:
-        pairs, shuffle = evidence.encoded(), random.Random(evidence.seed)
-        model = evidence.model
         scale = {
-            gate.layer: torch.zeros(gate.width, device=input_device(model), requires_grad=True)
-            for gate in gates(model, evidence.site)
+            gate.layer: torch.zeros(gate.width, device=input_device(evidence.model), requires_grad=True)
+            for gate in gates(evidence.model, evidence.site)
         }
-        adam = torch.optim.Adam(scale.values(), lr=self.rate)
-        for _ in range(self.epochs):
-            shuffle.shuffle(pairs)
-            for start in range(0, len(pairs), PAIRS_PER_STEP):
-                step = pairs[start : start + PAIRS_PER_STEP]
-                adam.zero_grad()
-                for batch in pair_batches(step, model.device):  # as many as fit in memory; gradients add up
-                    loss(evidence, batch, scale).div(len(step)).backward()
-                (self.l1 * sum(g.abs().sum() for g in scale.values())).backward()
-                adam.step()
+        descend(
+            evidence,
+            torch.optim.Adam(scale.values(), lr=self.rate),
+            lambda batch: loss(evidence, batch, scale),
+            epochs=self.epochs,
+            pairs_per_step=PAIRS_PER_STEP,
+            penalty=lambda: self.l1 * sum(g.abs().sum() for g in scale.values()),
+        )
         scalars = stack_layers({layer: row.detach().float().cpu() for layer, row in scale.items()}, len(scale))
-        if not torch.isfinite(scalars).all():
-            raise AUSteerError(f"training overflowed in {model.dtype}; load the model in bfloat16 or float32")
+        check_finite(evidence, [scalars])
         return scalars
 
 

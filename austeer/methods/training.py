@@ -1,0 +1,69 @@
+"""Train on pairs by gradient descent: the loop that all trained methods share, and the tempered objective."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from austeer.batching import pair_batches
+from austeer.errors import AUSteerError
+from austeer.evidence import Evidence
+from austeer.forward import PairTexts
+from austeer.temperature import fit
+from austeer.tokens import CLEAN, EncodedPair, encode
+from rmodels import context_length
+
+
+@torch.enable_grad()
+def descend(
+    evidence: Evidence,
+    optimizer: torch.optim.Optimizer,
+    loss: Callable[[Sequence[EncodedPair]], Tensor],
+    *,
+    epochs: int,
+    pairs_per_step: int,
+    penalty: Callable[[], Tensor] | None = None,
+) -> None:
+    """Take a step for every `pairs_per_step` pairs, in an order that the evidence's seed shuffles anew for each epoch.
+
+    loss: the sum over a batch of pairs; a step descends its mean. penalty: what is added to that mean.
+    """
+    pairs, shuffle = evidence.encoded(), random.Random(evidence.seed)
+    for _ in range(epochs):
+        shuffle.shuffle(pairs)
+        for start in range(0, len(pairs), pairs_per_step):
+            step = pairs[start : start + pairs_per_step]
+            optimizer.zero_grad()
+            for batch in pair_batches(step, evidence.model.device):  # as many as fit in memory; gradients add up
+                loss(batch).div(len(step)).backward()
+            if penalty is not None:
+                penalty().backward()
+            optimizer.step()
+
+
+def check_finite(evidence: Evidence, trained: Iterable[Tensor]) -> None:
+    if not all(torch.isfinite(values).all() for values in trained):
+        raise AUSteerError(f"training overflowed in {evidence.model.dtype}; load the model in bfloat16 or float32")
+
+
+class TemperedLoss:
+    """Return the sum over pairs of -log sigmoid((M - offset) / tau), tau and the offsets fitted to the unsteered model."""
+
+    def __init__(self, evidence: Evidence):
+        self.model, encoded = evidence.model, evidence.encoded()
+        limit = context_length(self.model)
+        different = [pair for pair in evidence.pairs if encode([pair], evidence.tokenizer, CLEAN, limit)[0]]
+        self._texts = dict(zip(encoded, different, strict=True))
+        with torch.inference_mode():
+            log_odds = evidence.per_pair(lambda batch: self._log_odds(batch).cpu(), "log-odds")
+        self.temperature = fit(log_odds, different)
+
+    def __call__(self, batch: Sequence[EncodedPair]) -> Tensor:
+        texts = [self._texts[pair] for pair in batch]
+        return -self.temperature.objective(self._log_odds(batch), texts).sum()
+
+    def _log_odds(self, batch: Sequence[EncodedPair]) -> Tensor:
+        return PairTexts(self.model, batch, logits=True).log_odds()
