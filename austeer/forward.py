@@ -100,12 +100,13 @@ class PairTexts:
     cannot continue on repeated caches, whole texts are run together, padded on the right, where no token sees it.
     """
 
-    def __init__(self, model: PreTrainedModel, batch: Sequence[EncodedPair], logits: bool):
+    def __init__(self, model: PreTrainedModel, batch: Sequence[EncodedPair], logits: bool, whole: bool = False):
+        """Run the prompts. logits: whether likelihoods will be asked for. whole: run whole texts, without a cache."""
         self.model, self.device, self.batch = model, input_device(model), batch
         self.lengths = torch.tensor([len(pair.prefix) for pair in batch])
         width = int(self.lengths.max())
         self.cache: DynamicCache | None = None
-        self.whole = bool(width) and not continues_on_caches(model)
+        self.whole = bool(width) and (whole or not continues_on_caches(model))
         if not width or self.whole:
             return
         # without a config no layer drops what left its sliding window (the mask still hides it): rows can be repeated
@@ -161,8 +162,9 @@ class PairTexts:
     def _logits_of_tails(self, tails: list[tuple[int, ...]]) -> Tensor:
         """Return what predicts each token of each tail, (tails, longest tail, vocabulary)."""
         if self.whole:
-            logits = self.run_tails([tail[:-1] for tail in tails], keep=0).logits
-            columns = self.first[:, None] - 1 + torch.arange(max(map(len, tails)))
+            width = max(pair.length for pair in self.batch) - 1
+            logits = self.run_tails([tail[:-1] for tail in tails], keep=width - int(self.lengths.min()) + 1).logits
+            columns = self.first[:, None] - 1 - (width - logits.shape[1]) + torch.arange(max(map(len, tails)))
             columns = columns.clamp(max=logits.shape[1] - 1).to(logits.device)
             return logits[torch.arange(len(tails), device=logits.device)[:, None], columns]
         logits = self.prompt_logits.repeat_interleave(2, 0)

@@ -24,14 +24,13 @@ from tqdm import tqdm
 from austeer.batching import pair_batches
 from austeer.errors import AUSteerError
 from austeer.forward import PairTexts
-from austeer.pairs import Pair
 from austeer.plan import Plan
 from austeer.steering import steer
 from austeer.tokens import CLEAN, EncodedPair, encode
 from eval.statistics import spearman, wilson
 from experiments.bench import Bench
 from paper.studies import picture
-from paper.studies.answers import right_answer, wrong_answer
+from paper.studies.answers import held_out_pairs
 from paper.studies.ranks import MOMENTA, n_ranking_prompts, rank_sites
 from rmodels import context_length, site_shape
 
@@ -112,12 +111,7 @@ def _sample(scores: dict[str, np.ndarray], params: dict) -> tuple[dict[str, list
 
 
 def _held_out(bench: Bench, n: int) -> list[EncodedPair]:
-    items = bench.task.validation[:n]
-    pairs = [Pair(item.prompt, right_answer(item), wrong_answer(item)) for item in items]
-    if not all(pair.positive and pair.negative for pair in pairs):
-        raise AUSteerError(
-            f"{bench.task.name}: its validation items have no wrong answers to compare the right ones with"
-        )
+    pairs = held_out_pairs(bench, n)
     longest = context_length(bench.model)
     encoded = encode(pairs, bench.tokenizer, CLEAN, longest)[0] if pairs else []
     if len(encoded) < 2:

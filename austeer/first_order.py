@@ -1,0 +1,86 @@
+"""Where first order lies: AUs of a plan whose true change has another sign than predicted, or differs by more than a factor of 2.
+
+The check spends forwards on a few ranking pairs: each of the plan's strongest AUs is scaled alone by its gate, from its
+layer on. Prediction and truth are of the same pairs, so what differs between them is curvature and not the choice of pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from austeer.objective import Gates, Objective
+from austeer.plan import Plan
+from austeer.truth import log_odds_of_changes
+
+AU = tuple[str, int, int]  # site, layer, dim
+FACTOR = 2.0
+
+
+@dataclass(frozen=True)
+class Check:
+    """Hold for some AUs of a plan what first order predicts of their gates, and what they truly change, in nats."""
+
+    aus: list[AU]
+    predicted: Tensor
+    true: Tensor
+    forwards: float  # of the whole model, for one text: those that begin late count by the layers that they run
+
+    @property
+    def lies(self) -> Tensor:
+        """Mark the AUs whose truth has another sign than predicted, or is off by more than FACTOR."""
+        return first_order_lies(self.predicted, self.true)
+
+    @property
+    def correction(self) -> Tensor:
+        """Return truth over prediction: by how much the slope at 0 misjudges each AU at its gate."""
+        return torch.where(self.predicted == 0, 1.0, self.true / self.predicted)
+
+    def summary(self) -> str:
+        return (
+            f"first order lies about {int(self.lies.sum())} of the {len(self.aus)} strongest AUs (another sign, or off by "
+            f"more than a factor of {FACTOR:g}); measured by {self.forwards:.0f} forwards of one text"
+        )
+
+
+def first_order_lies(predicted: Tensor, true: Tensor) -> Tensor:
+    ratio = true / predicted
+    return ~((ratio >= 1 / FACTOR) & (ratio <= FACTOR))  # nan, of nothing predicted, is a lie
+
+
+def strongest(gates: Gates, gradient: Gates, top: int) -> list[AU]:
+    """Return the AUs whose gates promise the largest changes by first order, strongest first."""
+    promised = [
+        (-abs(float(values[layer, dim] * gradient[site][layer, dim])), site, layer, dim)
+        for site, values in gates.items()
+        for layer, dim in values.nonzero().tolist()
+    ]
+    return [(site, layer, dim) for _, site, layer, dim in sorted(promised)[:top]]
+
+
+def check_first_order(objective: Objective, gates: Gates, aus: Sequence[AU]) -> Check:
+    """Compare prediction and truth for these AUs at their gates, on the objective's pairs."""
+    gradient = objective.gradient({site: values * 0 for site, values in gates.items()})
+    doses = [float(gates[site][layer, dim]) for site, layer, dim in aus]
+    slopes = [float(gradient[site][layer, dim]) for site, layer, dim in aus]
+    true, forwards = torch.zeros(len(aus), dtype=torch.float64), 0.0
+    for site, layer in sorted({au[:2] for au in aus}):
+        here = [number for number, au in enumerate(aus) if au[:2] == (site, layer)]
+        before, after = log_odds_of_changes(objective, site, layer, [(aus[i][2], doses[i]) for i in here])
+        true[here] = (objective.of_log_odds(after) - objective.of_log_odds(before)).mean(1)
+        layers = len(gates[site])
+        forwards += 2 * len(objective) * (1 + (len(here) + 1) * (layers - layer) / layers)
+    return Check(list(aus), torch.tensor(doses).double() * torch.tensor(slopes).double(), true, forwards)
+
+
+def without_lies(plan: Plan, check: Check) -> Plan:
+    """Return the plan without the AUs about which first order lies."""
+    scales = {site: values.clone() for site, values in plan.scales.items()}
+    for (site, layer, dim), lies in zip(check.aus, check.lies.tolist(), strict=True):
+        if lies:
+            scales[site][layer, dim] = 0.0
+    header = plan.header | {"left_out": int(check.lies.sum()), "checked": len(check.aus)}
+    return replace(plan, scales=scales, header=header)

@@ -1,0 +1,163 @@
+"""Ask of your model which scores of single AUs tell the truth: what steering each of them alone really changes.
+
+python main.py truth --model M --pairs mine.jsonl --plan plan.safetensors
+python main.py truth --model M --data_name copa --data-dir D --plan plan.safetensors
+
+The 200 strongest AUs of every score are scaled one by one, at dose 1 and at the plan's dose, and judged on pairs held out
+from ranking. A killed run continues where it was. docs/truth.md explains the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import rmodels
+from austeer import arguments
+from austeer.errors import AUSteerError, run_command
+from austeer.plan import Plan
+from eval.tasks.registry import PAPER_TASKS
+from experiments.bench import BENCHES
+from experiments.cell import bench_of
+from experiments.ranking import make_ranks
+from experiments.store import Store
+from MFU_screening import TEMPERED
+from paper import truth
+from paper.studies import picture
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = _arguments(argv)
+    model, task = bench_of(
+        model=args.model, weights=args.weights, device=args.device, dtype=args.dtype, quick_proof=args.quick_proof,
+        task=args.pairs or args.data_name, fields=tuple(args.fields), data_dir=args.data_dir,
+    )  # fmt: skip
+    folder = Path(args.results)
+    bench = BENCHES.open(model, task, Store(ranks=str(folder / "AU_ranks"), records=str(folder / "records")))
+    plan = Plan.load(args.plan)
+    settings = truth.Settings(
+        tuple(args.site or plan.sites), args.top, args.n, (0.1, 1.0) if args.all else (1.0,), seed=args.seed
+    )
+    for momentum in (TEMPERED, "activation"):
+        make_ranks(bench, momentum, settings.sites)
+    study = truth.Study.of(bench, plan, settings, folder / "truth")
+    on_judged = truth.slopes(study, "judged", study.judged)
+    by_score = truth.scores(study, truth.slopes(study, "ranking", study.ranking))
+    chosen = truth.selections(study, by_score)
+    for site in settings.sites:
+        runs = {run for selection in chosen if selection.site == site for run in selection.runs}
+        aus = len({run[:2] for run in runs})
+        print(f"{site}: {len(runs)} changes of {aus} AUs, on {len(study.judged)} held-out pairs", flush=True)
+    truth.run(study, chosen, progress=True)
+    study.record |= {
+        "rows": truth.compare(study, chosen, by_score, on_judged),
+        "correction": truth.correct(study, chosen, by_score, on_judged),
+    }
+    study.save()
+    path = folder / f"truth-{Path(args.model).name}-{task.label}.png"
+    _draw(study, chosen, by_score, path)
+    print("\n".join(_lines(study.record)))
+    print(f"picture: {path}   record: {study.path}")
+
+
+def _lines(record: dict) -> list[str]:
+    """List for each site and dose how well every score tells the changes of its own strongest AUs, and the plan's."""
+    lines = [f"{name} pairs: {note}" for name, note in record["notes"].items()]
+    heads = dict.fromkeys((row["site"], row["dose"], row["by"] == truth.PLAN) for row in record["rows"])
+    for site, dose, of_plan in heads:
+        rows = [r for r in record["rows"] if (r["site"], r["dose"], r["by"] == truth.PLAN) == (site, dose, of_plan)]
+        whose = "the plan's strongest AUs" if of_plan else "each score's strongest AUs"
+        where = (
+            "within the plan"
+            if dose == truth.WITHIN
+            else f"alone, at {'the plan' + chr(39) + 's dose' if dose == truth.PLAN else 'dose ' + dose}"
+        )
+        lines += ["", f"{site}, {whose}, {where}"]
+        lines += [f"  {'score':<38} AUs  ρ, scored on ranking pairs   on the judged   slope   same way   lies   halves"]
+        lines += [_line(row) for row in rows]
+    found = record["correction"]
+    for row in found["rows"]:
+        lines += ["", f"{row['site']}: first order lies about {row['lies']} of the plan's {row['of']} strongest AUs, checked on "
+                      f"{found['pairs']} ranking pairs by {row['forwards']:.0f} forwards of one text"]  # fmt: skip
+        names = ("corrected", "corrected, by ranking pairs", "truth on ranking pairs")
+        lines += [f"  {name:<38} ρ {_interval(row[name]['rho'])}" for name in names]
+    lines += [f"judged objective: the plan {found['plan']:+.5f}, without the AUs that lie {found['reduced plan']:+.5f}"]
+    return lines
+
+
+def _line(row: dict) -> str:
+    ranking, judged = row["ranking"], row.get("judged")
+    in_nats = judged is not None
+    cells = [
+        f"  {truth.SCORES[row['score']]:<38} {row['n']:>3}  {_interval(ranking['rho']):<26}",
+        f"{judged['rho'][0]:>+13.2f}" if in_nats else f"{'-':>13}",
+        f"{judged['slope']:>8.2f}" if in_nats else f"{'-':>8}",
+        f"{100 * ranking['same_way']:>8.0f} %",
+        f"{100 * judged['lies']:>4.0f} %" if in_nats else f"{'-':>6}",
+        f"{row['halves']:>+8.2f}",
+    ]
+    return " ".join(cells)
+
+
+def _interval(rho: Sequence[float]) -> str:
+    value, low, high = rho
+    return f"{value:+.2f} [{low:+.2f}, {high:+.2f}]"
+
+
+def _draw(study: truth.Study, chosen: Sequence[truth.Selection], by_score: dict, path: Path) -> None:
+    """Draw the change against each score's prediction: a column per score, a row per site and dose."""
+    own = [selection for selection in chosen if selection.by != truth.PLAN]
+    rows = list(dict.fromkeys((selection.site, selection.dose) for selection in own))
+    columns = list(by_score)
+    figure, axes = picture.subplots(len(columns), (3.6 * len(columns), 3.4 * len(rows)), rows=len(rows), squeeze=False)
+    agreements = {
+        (row["site"], row["dose"], row["by"]): row for row in study.record["rows"] if row["by"] == row["score"]
+    }
+    for selection in own:
+        axis = axes[rows.index((selection.site, selection.dose)), columns.index(selection.by)]
+        predicted = [
+            float(by_score[selection.by][selection.site][run.layer, run.dim]) * run.dose for run in selection.runs
+        ]
+        change = truth.true_changes(study, selection).mean(1).numpy()
+        axis.axhline(0, color=picture.GREY, lw=0.8)
+        axis.axvline(0, color=picture.GREY, lw=0.8)
+        axis.scatter(predicted, change, 18, color=picture.BLUE, alpha=0.6)
+        rho = agreements[selection.site, selection.dose, selection.by]["ranking"]["rho"]
+        axis.set_title(f"{truth.SCORES[selection.by]}\nρ {_interval(rho)}", fontsize=11)
+        axis.set_xlabel("score times dose", fontsize=10)
+        axis.tick_params(labelsize=9)
+        axis.grid(alpha=0.25)
+    for row, (site, dose) in enumerate(rows):
+        dose = "the plan's dose" if dose == truth.PLAN else f"dose {dose}"
+        axes[row, 0].set_ylabel(f"{site}, {dose}:\nchange in nats", fontsize=10)
+    figure.suptitle(f"{study.record['task']}: each AU alone, on {len(study.judged)} held-out pairs", fontsize=15)
+    picture.save(figure, path)
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parents = [arguments.model_options(), arguments.pairs_options(required=False)]
+    parser = arguments.parser("main.py truth", __doc__, parents=parents)
+    add = parser.add_argument
+    add("--data_name", choices=list(PAPER_TASKS), metavar="TASK",
+        help=f"instead of --pairs a task: {', '.join(PAPER_TASKS)}")  # fmt: skip
+    add("--data-dir", help="folder of the tasks' datasets (default: datasets/, then the hub)")
+    add("--plan", required=True, metavar="FILE", help="the plan whose dose is meant; it scales AUs and shifts none")
+    add("--site", nargs="+", choices=rmodels.SITES, help="sites of the AUs (default: those of the plan)")
+    add("--top", type=int, default=200, help="AUs that are the strongest by each score (default: %(default)s)")
+    add("--n", type=int, default=32, help="at most this many held-out pairs (default: %(default)s)")
+    add("--all", action="store_true", help="also at dose 0.1")
+    add("--seed", type=int, default=0, help="seed of the random score (default: %(default)s)")
+    add("--results", default="results", help="folder for ranks, records and pictures (default: %(default)s)")
+    args = parser.parse_args(argv)
+    if bool(args.pairs) == bool(args.data_name):
+        raise AUSteerError("give either --pairs, a file of contrastive pairs, or --data_name, a task")
+    for name in ("top", "n"):
+        if getattr(args, name) < 2:
+            raise AUSteerError(f"--{name} must be at least 2, not {getattr(args, name)}")
+    rmodels.check_device(args.device)
+    return args
+
+
+if __name__ == "__main__":
+    run_command(main)
