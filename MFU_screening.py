@@ -186,16 +186,13 @@ class TemperedMomentum(Momentum):
         sites: Sequence[str],
         protocol: Protocol,
         pairs: Sequence[Pair],
-        groups: Sequence[str],
+        groups: Sequence[str] | None,
         temperature: str | float,
     ):
         super().__init__(model, sites, protocol)
-        if len(groups) != len(pairs):
-            raise AUSteerError(f"groups must name one group per pair: {len(groups)} names for {len(pairs)} pairs")
         temperature_of(temperature, torch.zeros(1), pairs[:1])  # a wrong one shows before the forwards
         self.pairs, self.wanted = pairs, temperature
-        numbers = {name: number for number, name in enumerate(dict.fromkeys(groups))}
-        self.groups = torch.tensor([numbers[name] for name in groups])
+        self.groups = torch.tensor(group_numbers(pairs, groups))
         self.log_odds = torch.zeros(len(pairs), dtype=torch.float64)
         self.gradients = {
             site: torch.zeros(len(pairs), *rmodels.site_shape(model, site), dtype=model.dtype) for site in sites
@@ -225,6 +222,15 @@ class TemperedMomentum(Momentum):
 
     def header(self) -> dict:
         return self.temperature.header() | {"spread_of_log_odds": round(float(self.log_odds.std()), 3)}
+
+
+def group_numbers(pairs: Sequence[Pair], groups: Sequence[str] | None) -> list[int]:
+    """Number the groups of pairs in order; by default pairs of one prompt are a group."""
+    names = [pair.prompt for pair in pairs] if groups is None else groups
+    if len(names) != len(pairs):
+        raise AUSteerError(f"groups must name one group per pair: {len(names)} names for {len(pairs)} pairs")
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
+    return [numbers[name] for name in names]
 
 
 TEMPERED = "causal-tempered"  # how causal momentum is called where tau is not 1
@@ -308,7 +314,7 @@ def screen(
     header = model_header(model)  # before the forwards, so that an error here comes early
 
     if kind is TemperedMomentum:
-        total = kind(model, sites, rules, pairs, groups or [pair.prompt for pair in pairs], temperature)
+        total = kind(model, sites, rules, pairs, groups, temperature)
     else:
         total = kind(model, sites, rules)
     share = processes.own_share(encoded)

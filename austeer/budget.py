@@ -16,7 +16,7 @@ the plan's price along its own direction is the budget; with a model, its KL is 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -81,9 +81,26 @@ class Budget:
         """Make the plan for a budget of `kl` nats per token. meter: measures it and corrects its scale."""
         if isinstance(kl, bool) or not 0 < kl < math.inf:
             raise AUSteerError(f"the budget must be a positive number of nats per token, such as 0.01, not {kl}")
-        k = self.best_k(kl) if k is None else self._checked(k)
-        gain = [round(value, 6) for value in self.cross_fitted(kl, k)]
-        return self.plan_along(self.direction(self.effects, k), kl, meter, predicted_gain=gain)
+        if k is None:
+            plan = self.reaching(lambda k: self.direction(self.effects, k), self.best_k(kl), kl, meter)
+        else:
+            plan = self.plan_along(self.direction(self.effects, self._checked(k)), kl, meter)
+        plan.header["predicted_gain"] = [round(value, 6) for value in self.cross_fitted(kl, plan.header["k"])]
+        return plan
+
+    def reaching(
+        self, direction: Callable[[int], Direction], k: int, kl: float, meter: KLMeter | None = None, **found
+    ) -> Plan:
+        """Make the plan of k AUs, or of twice as many until gates within their limit can cost `kl`."""
+        while True:
+            k = min(k, len(self.cost))
+            chosen = direction(k)
+            last = len(chosen.aus) < k or k == len(self.cost)  # there are no more
+            if last or self._priced(chosen, kl)[1] > kl * (1 - CLOSE):
+                plan = self.plan_along(chosen, kl, meter, **found)
+                if last or "reached" not in plan.header:
+                    return plan
+            k *= 2
 
     def plan_along(self, direction: Direction, kl: float, meter: KLMeter | None = None, **found) -> Plan:
         """Make the plan of this direction that costs `kl`; found: more for its header."""

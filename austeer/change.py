@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from austeer.errors import AUSteerError
+from austeer.errors import AUSteerError, Overflow
 from austeer.files import read_tensors, write_tensors
 from austeer.identity import check_made_for
 from austeer.plan import Plan
@@ -117,7 +117,7 @@ class Adapting:
     def check(self) -> None:
         """Raise if a forward ended in inf or nan: its answers must not be scored."""
         if bool(self._not_finite):
-            raise AUSteerError(
+            raise Overflow(
                 f"the adapter overflowed: hidden states became inf or nan in {self._model.dtype}; lower its strength"
             )
 

@@ -27,6 +27,10 @@ class AUSteerError(ValueError):
     """Report a mistake in the input, not in the program. Command lines print it without a traceback."""
 
 
+class Overflow(AUSteerError):
+    """Report hidden states that became inf or nan under a change of the model."""
+
+
 def missing_extra(package: str, extra: str) -> AUSteerError:
     """Return the error for an optional package that is not installed."""
     return AUSteerError(

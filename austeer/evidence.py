@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -13,8 +13,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from austeer.batching import pair_batches
 from austeer.errors import AUSteerError
+from austeer.fisher import Fisher
 from austeer.forward import PairTexts, read_at, stack_layers
 from austeer.identity import model_header, site_header
+from austeer.kl import KLMeter
+from austeer.neutral import NeutralText
 from austeer.pairs import Pair, pairs_hash
 from austeer.ranks import AURanks
 from austeer.tokens import CLEAN, EncodedPair, encode
@@ -30,9 +33,22 @@ def no_ranks(momentum: str, site: str | None = None) -> AURanks:
     raise AssertionError(f"{momentum} ranks were asked of evidence that has none")
 
 
+@dataclass(frozen=True)
+class Costs:
+    """Offer what the cost of steering is told by. Each is made when it is first asked for, and kept."""
+
+    neutral: Callable[[], NeutralText]
+    fisher: Callable[[Sequence[str]], Fisher]  # of these sites
+    meter: Callable[[], KLMeter]  # on the neutral text
+
+
 @dataclass
 class Evidence:
-    """Hold a model, its tokenizer, pairs and a site; `ranks(momentum)` ranks it, `ranks(momentum, site)` another."""
+    """Hold a model, its tokenizer, pairs and a site; `ranks(momentum)` ranks it, `ranks(momentum, site)` another.
+
+    groups: a name per pair; pairs of one group stay in one fold. None: each pair is its own. costs: None where the
+    evidence comes without neutral text.
+    """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -40,6 +56,8 @@ class Evidence:
     site: str
     ranks: Callable[..., AURanks] = no_ranks
     seed: int = 0
+    groups: Sequence[str] | None = None
+    costs: Costs | None = None
 
     def encoded(self) -> list[EncodedPair]:
         """Return the pairs that differ in tokens, in order."""

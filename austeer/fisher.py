@@ -52,6 +52,23 @@ class Fisher:
     def sites(self) -> list[str]:
         return list(self.diagonal)
 
+    def only(self, sites: Sequence[str]) -> Fisher:
+        header = self.header | {"relative_error": {site: self.header["relative_error"][site] for site in sites}}
+        return Fisher(*({s: part[s] for s in sites} for part in (self.diagonal, self.scores)), self.measure, header)
+
+    @classmethod
+    def pooled(cls, parts: Sequence[Fisher]) -> Fisher:
+        """Put the sites of several measurements together. They must be of one model and one text."""
+        first = parts[0]
+        for key in ("fingerprint", "neutral_hash", "seed"):
+            if len({one.header[key] for one in parts}) > 1:
+                raise AUSteerError(f"the files of Fisher information differ in {key}: measure all sites alike")
+        diagonal = {site: values for one in parts for site, values in one.diagonal.items()}
+        scores = {site: values for one in parts for site, values in one.scores.items()}
+        header = {key: value for one in parts for key, value in one.header.items()}
+        header["relative_error"] = {s: e for one in parts for s, e in one.header["relative_error"].items()}
+        return cls(diagonal, scores, first.measure, header)
+
     def price(self, products: Tensor) -> float:
         """Return the KL per token of gates whose products with the scores, (passages x draws,), are these."""
         return float(products.double().square().mean()) / 2 / self.header["positions"]
@@ -72,12 +89,14 @@ class Fisher:
         return cls(**parts, measure=tensors["measure"], header=json.loads(metadata["header"]))
 
 
-def why_unpriced(plan: Plan, fisher: Fisher) -> str | None:
-    """Say why the cost of a plan cannot be predicted; None if it can."""
+def why_unpriced(plan: Plan, fisher: Fisher | None = None) -> str | None:
+    """Say why the cost of a plan cannot be predicted; None if it can, from this or else from any Fisher information."""
     if plan.shifts:
         return "it shifts AUs, and the Fisher information is that of gates"
     if plan.tokens != "all":
         return f"it steers the tokens {plan.tokens!r} only, and the Fisher information is that of all"
+    if fisher is None:
+        return None
     missing = [site for site in plan.sites if site not in fisher.sites]
     if missing:
         return f"the Fisher information was not measured at site {', '.join(missing)}"

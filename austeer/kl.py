@@ -6,7 +6,7 @@ every method alike: some steer only from the end of a prompt on.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -36,25 +36,45 @@ class KLMeter:
 
     def __call__(self, change: Change) -> float:
         """Return the KL under a change. One that changes something and costs exactly nothing is a mistake, and refused."""
+
+        def changed(batch: Tensor) -> Tensor:
+            with applied(self.model, change, prompt_end=batch.shape[1] // 2):
+                return self._log_p(batch)
+
+        kl = self._mean(changed)
+        size = change.numbers if isinstance(change, Adapter) else len(change)
+        if kl == 0 and size:
+            raise AUSteerError(f"{size} numbers were changed and the KL is exactly 0: they did not reach the model")
+        return kl
+
+    def of_front(self, front: Sequence[int], lead: int) -> float:
+        """Return the KL of putting tokens in front of every text, behind its own first `lead` tokens, such as a BOS.
+
+        The same predictions are compared: those of the tokens of the second half of the text as it was.
+        """
+
+        def prefixed(batch: Tensor) -> Tensor:
+            rows = torch.tensor(list(front), dtype=batch.dtype).expand(len(batch), -1)
+            longer = torch.cat([batch[:, :lead], rows, batch[:, lead:]], 1)
+            return self._log_p(longer, batch.shape[1] - batch.shape[1] // 2)
+
+        return self._mean(prefixed)
+
+    def _mean(self, changed: Callable[[Tensor], Tensor]) -> float:
         if self._unsteered is None:
             self._unsteered = [self._log_p(batch) for batch in self.batches]
             self.passes += 1
         total, tokens = 0.0, 0
         self.passes += 1
         for batch, before in zip(self.batches, self._unsteered, strict=True):
-            with applied(self.model, change, prompt_end=batch.shape[1] // 2):
-                after = self._log_p(batch)
-            total += float((before.exp() * (before - after)).sum())
+            total += float((before.exp() * (before - changed(batch))).sum())
             tokens += before.shape[0] * before.shape[1]
-        changed = change.numbers if isinstance(change, Adapter) else len(change)
-        if total == 0 and changed:
-            raise AUSteerError(f"{changed} numbers were changed and the KL is exactly 0: they did not reach the model")
         return total / tokens
 
     @torch.inference_mode()
-    def _log_p(self, ids: Tensor) -> Tensor:
-        """Return the log-probabilities that predict the second half, (texts, tokens, vocabulary) float32."""
-        keep = ids.shape[1] - ids.shape[1] // 2
+    def _log_p(self, ids: Tensor, count: int | None = None) -> Tensor:
+        """Return the log-probabilities that predict the last `count` tokens, by default the second half: (texts, tokens, vocabulary)."""
+        count = ids.shape[1] - ids.shape[1] // 2 if count is None else count
         ids = ids.to(input_device(self.model))
-        logits = self.model(input_ids=ids, use_cache=False, logits_to_keep=keep + 1).logits
-        return logits[:, :-1].float().log_softmax(-1)
+        logits = self.model(input_ids=ids, use_cache=False, logits_to_keep=count + 1).logits
+        return logits[:, -count - 1 : -1].float().log_softmax(-1)

@@ -47,7 +47,7 @@ def neutral_text(
     found = [Path(data_dir) / name for name in WIKITEXT if (Path(data_dir) / name).exists()] if data_dir else []
     path = Path(source) if source else found[0] if found else PROSE
     name = path.name if source else "WikiText-2" if found else "the project's prose"
-    lead = _lead(tokenizer)
+    lead = lead_of(tokenizer)
     ids = tokenizer(read_text(path), add_special_tokens=False, verbose=False)["input_ids"]
     own = LENGTH - len(lead)
     passages = [lead + ids[start : start + own] for start in range(0, len(ids) - own + 1, own)]
@@ -67,7 +67,7 @@ def from_passages(name: str, passages: Iterable[list[int]], length: int) -> Neut
     return NeutralText(name, torch.tensor([whole[index] for index in order.tolist()]))
 
 
-def _lead(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def lead_of(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return what the tokenizer puts before every text: a BOS, or nothing."""
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
     full = tokenizer("a")["input_ids"]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from austeer.errors import AUSteerError
+from austeer.errors import AUSteerError, Overflow
 from austeer.identity import check_made_for
 from austeer.plan import Plan
 from rmodels import decoder_layers, gates, without_head
@@ -71,7 +71,7 @@ class Steering:
     def check(self) -> None:
         """Raise if a forward under this plan ended in inf or nan: its answers must not be scored."""
         if bool(self._not_finite):
-            raise AUSteerError(
+            raise Overflow(
                 f"steering overflowed: hidden states became inf or nan in {self.model.dtype}; "
                 "lower alpha, or load the model in bfloat16 or float32"
             )

@@ -32,6 +32,7 @@ class Bench:
     task_spec: TaskSpec
     store: Store
     learned: dict[tuple, Any] = field(default_factory=dict)  # what methods prepared from the pairs
+    kept: dict[Any, Any] = field(default_factory=dict)  # what tells the cost of steering (experiments/costs.py)
 
     @property
     def grid_kind(self) -> str:

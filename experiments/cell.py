@@ -15,6 +15,7 @@ from austeer.pairs import FIELDS
 EMBEDDED = "embedded"  # also embedded-VARIANT: another model of the same task, such as embedded-seed1
 UNSTEERED = ("vanilla", "prompt-only")
 LIVE = "live"
+AT_KL = "at-kl"
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class TaskSpec:
     test_split: str = "test"
     limit: int | None = None  # at most this many items per split
     data_dir: str | None = None
+    neutral: str | None = None  # file of neutral text; None: WikiText-2 in data_dir, or the project's prose
     protocol: str = "clean"
     toxicity: str = "local"
     chat: bool = False
@@ -76,9 +78,10 @@ class MethodSpec:
 
 @dataclass(frozen=True)
 class SearchSpec:
-    kind: str = "grid"  # a key of experiments.search.SEARCHES
+    kind: str = "grid"  # a key of experiments.search.SEARCHES, or "at-kl": no search, but a stated KL
     ks: tuple[int, ...] = ()  # values to try instead of the method's own; a single k and alpha mean no search
     alphas: tuple[float, ...] = ()
+    level: float | None = None  # that KL, in nats per token; None for what has no strength
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,8 @@ python main.py                                             the embedded models, 
 python main.py --data_name svamp --applied_module ffn      one task, one site
 python main.py --model M --data_name copa                  a task of the paper on a real model
 python main.py --model M --pairs mine.jsonl                your model, your pairs
+python main.py --model M --pairs mine.jsonl --method fisher causal random-at-kl --at-kl 0.01 0.03
+                                                           every method at the same KL, and nothing searched
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import json
 import math
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -21,14 +24,15 @@ from transformers.utils import logging as transformers_logging
 import rmodels
 from austeer import arguments
 from austeer.errors import AUSteerError
-from austeer.methods.base import Method
+from austeer.files import write_text
+from austeer.methods.base import TOGETHER, Method, sites_of
 from austeer.methods.registry import DEFAULT, METHODS, OWN_COMMAND, options_of, with_options
 from austeer.ranks import AURanks
 from austeer.tokens import PROTOCOLS
-from experiments import plots, report
+from experiments import kl_report, plots, report
 from experiments.arguments import check, parents, task_names
 from experiments.bench import has_instruction
-from experiments.cell import EMBEDDED, FIELD_NAMES, LIVE, Cell, TaskSpec, bench_of, cell_of
+from experiments.cell import AT_KL, EMBEDDED, FIELD_NAMES, LIVE, Cell, SearchSpec, TaskSpec, bench_of, cell_of
 from experiments.engines.answering import ENGINES, check_engine
 from experiments.executors.base import run_cells
 from experiments.executors.choose import executor_for
@@ -47,8 +51,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "to resume, repeat the command.", parents=[*parents(), arguments.attn_option()],
     )  # fmt: skip
     add = parser.add_argument
-    add("--applied_module", default="both", choices=["both", *rmodels.SITES],
-        help="site to steer, or both: attention and ffn (default)")  # fmt: skip
+    add("--applied_module", default="both", choices=["both", *rmodels.SITES, *(name for name in TOGETHER if "+" in name)],
+        help="site to steer; both: attention, then ffn (default); attention+neuron: the two at once, by the methods that can")  # fmt: skip
     add("--method", nargs="+", default=list(DEFAULT), choices=[*METHODS, "all"],
         metavar="NAME", help=f"methods to compare, or all (default: {' '.join(DEFAULT)}); --list-methods describes them")  # fmt: skip
     add("--list-methods", action="store_true", help="print all methods: what they edit, where, and what they cost")
@@ -66,6 +70,11 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="how a grid point is chosen: by the whole grid on validation (default for the embedded models), by racing, "
         "which tries coarse points and then those around the leaders on growing samples (default for all others), by the "
         "paper's sample of 100 items, or on the test split itself, as for the paper's main numbers")  # fmt: skip
+    add("--at-kl", type=float, nargs="+", default=[], metavar="NATS",
+        help="compare at equal KL instead of searching: one scalar brings every method to each of these KLs on neutral text, "
+        "in nats per token, such as 0.003 0.01 0.03 0.1")  # fmt: skip
+    add("--neutral", metavar="FILE", help="neutral text to take KL on (default: WikiText-2 if --data-dir has it, else prose "
+        "that comes with the project; for the embedded models documents of their own kind)")  # fmt: skip
     add("--steer", type=_yes_or_no, default=True, metavar="yes|no", help="no: run only vanilla and prompt-only")
     add("--path", default="AU_ranks", help="folder of ranks; those that fit are reused (default: %(default)s)")
     add("--draws", type=int, default=5, help="number of draws of the random control (default: %(default)s)")
@@ -84,6 +93,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--jobs", type=int, help="processes for the embedded models (default: one per core, at most 4)")
     add("--ray", metavar="ADDRESS", help="compute cells on a Ray cluster: HOST:PORT, auto or local (docs/scaling.md)")
     args = parser.parse_args(argv)
+    if args.at_kl and args.search:
+        raise AUSteerError("--at-kl searches nothing: leave out --search")
     args.search = args.search or _default_search(args.model)
     return args
 
@@ -142,7 +153,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     transformers_logging.disable_progress_bar()
     if args.model == EMBEDDED:
         torch.set_num_threads(1)  # in so small a model, threads wait for each other longer than they work
-    sites = ("attention", "ffn") if args.applied_module == "both" else (args.applied_module,)
+    sites = sites_of("both") if args.applied_module == "both" else (args.applied_module,)
     store = Store(args.path, str(Path(args.results) / "records"))
     cells = {task.label: _cells(task, sites, args) for task in _tasks(args)}
     executor = executor_for(args.jobs, args.ray, args.device, args.engine, tiny=args.model == EMBEDDED)
@@ -162,7 +173,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         if task_cells[0] not in failed  # without vanilla there is nothing to compare with
     }
     if rows:
-        _report(rows, store, sites, args)
+        (_report_at_kl if args.at_kl else _report)(rows, store, sites, args)
     return 1 if failed else None
 
 
@@ -183,6 +194,10 @@ def _check(args: argparse.Namespace) -> None:
         raise AUSteerError(f"--k must be whole numbers of at least 1, not {min(args.k)}")
     if not all(map(math.isfinite, args.alpha)):
         raise AUSteerError("--alpha must be finite numbers")
+    if any(not 0 < kl < math.inf for kl in args.at_kl):
+        raise AUSteerError("--at-kl must be positive numbers of nats per token, such as 0.01")
+    if args.neutral and args.model == EMBEDDED:
+        raise AUSteerError("--neutral needs --model: prose is unknown words to the embedded models")
     if args.pairs or args.model == EMBEDDED:
         ignored = [
             f"--{name.replace('_', '-')}"
@@ -224,21 +239,33 @@ def _cells(task: TaskSpec, sites: Sequence[str], args: argparse.Namespace) -> li
     vanilla = cell_of(**_flat(task.name, args), method="vanilla")
     cells = [vanilla]
     if has_instruction(vanilla.model, vanilla.task):
-        cells.append(vanilla.unsteered("prompt-only"))
+        prompted = vanilla.unsteered("prompt-only")
+        cells.append(replace(prompted, search=SearchSpec(AT_KL)) if args.at_kl else prompted)
     names = list(METHODS) if "all" in args.method else list(dict.fromkeys(args.method))
     for name in names if args.steer else ():
         method = METHODS[name]
         if not in_protocol(task.protocol, method):
             continue
         draws = (args.draws if name == "random" else max(1, args.draws * FLIPS // 5)) if method.draws else 1
-        # a method that has none of these sites, such as one of the residual stream, uses its own
-        places = [site for site in sites if site in method.sites] or method.sites[:1]
+        flat = _flat(task.name, args)
+        searches = [{"level": level, "search": AT_KL} for level in _levels(method, args)] if args.at_kl else [{}]
         cells += [
-            cell_of(**_flat(task.name, args), method=name, site=site, draw=draw)
-            for site in places
+            cell_of(**(flat | search), method=name, site=site, draw=draw)
+            for site in _places(method, sites)
             for draw in range(draws)
+            for search in searches
         ]
     return cells
+
+
+def _levels(method: Method, args: argparse.Namespace) -> list[float | None]:
+    return list(dict.fromkeys(args.at_kl)) if method.scalable else [None]
+
+
+def _places(method: Method, sites: Sequence[str]) -> Sequence[str]:
+    """Return the sites that a method acts at: of these, or of their parts, or its own, such as the residual stream."""
+    parts = [part for site in sites for part in sites_of(site)]
+    return [s for s in sites if s in method.sites] or [s for s in parts if s in method.sites] or method.sites[:1]
 
 
 def _report(rows: dict[str, list[dict]], store: Store, sites: Sequence[str], args: argparse.Namespace) -> None:
@@ -248,25 +275,8 @@ def _report(rows: dict[str, list[dict]], store: Store, sites: Sequence[str], arg
         text += [f"- {line}" for line in report.verdict(task_rows, LABELS)] + [""]
         measures = report.other_measures(task_rows, LABELS)
         text += [measures, ""] if measures else []
-        conditions = {
-            "prompts": task_rows[0]["wording"],
-            "pairs": task_rows[-1]["pairs_by"],
-            "protocol": task_rows[0]["protocol"],
-        }
-        conditions["answers"] = task_rows[0]["engine"] if args.engine != LIVE else None
-        conditions["attention kernel"] = args.attn
-        origin = (task_rows[0].get(key) for key in ("weights", "converted_from"))
-        conditions["weights"] = ", ".join(filter(None, origin))
-        text += ["; ".join(f"{name}: {value}" for name, value in conditions.items() if value), ""]
-    folder = Path(args.results)
-    name = f"{Path(args.model).name}-{Path(args.pairs).stem if args.pairs else args.data_name}"
-    name += "-paper-protocol" if args.protocol == "paper" else ""
-    name += "-test2" if args.test_split == "test2" else ""
-    name += f"-{args.search}" if args.search != _default_search(args.model) else ""
-    name += f"-{args.engine}" if args.engine != LIVE else ""
-    name += "-swapped-choices" if args.swapped_choices else ""
-    name += f"-{args.attn}" if args.attn else ""
-    name += f"-{Path(args.weights).name}" if args.weights else ""
+        text += [_conditions(task_rows, args), ""]
+    folder, name = Path(args.results), _file_name(args)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.md").write_text("\n".join(text))
     print("\n" + "\n".join(text))
@@ -275,7 +285,8 @@ def _report(rows: dict[str, list[dict]], store: Store, sites: Sequence[str], arg
         model, momentum = cell_of(**_flat("", args), method=method).model, METHODS[method].momentum
         scores = {
             task.label: {
-                site: AURanks.load(store.ranks_file(model, task, momentum, site)).score.numpy() for site in sites
+                site: AURanks.load(store.ranks_file(model, task, momentum, site)).score.numpy()
+                for site in _places(METHODS[method], sites)
             }
             for task in _tasks(args)
         }
@@ -288,6 +299,42 @@ def _report(rows: dict[str, list[dict]], store: Store, sites: Sequence[str], arg
     print(f"costs: {folder / name}-costs.md")
     if args.model != EMBEDDED and not args.pairs:
         _print_answer_files(store, args.data_name, next(iter(rows.values())))
+
+
+def _report_at_kl(rows: dict[str, list[dict]], store: Store, sites: Sequence[str], args: argparse.Namespace) -> None:
+    text = []
+    for task, task_rows in rows.items():
+        text += [f"## {task}", "", kl_report.table(task_rows, LABELS), "", _conditions(task_rows, args), ""]
+    file = Path(args.results) / f"{_file_name(args)}-at-kl.md"
+    write_text(file, "\n".join(text))
+    print("\n" + "\n".join(text))
+    curves = {task: kl_report.curves(task_rows, LABELS) for task, task_rows in rows.items()}
+    if any(curves.values()):
+        plots.gain_over_kl(curves, file.with_suffix(".png"))
+        print(f"picture: {file.with_suffix('.png')}")
+    print(f"table: {file}   records: {store.records}")
+
+
+def _conditions(rows: Sequence[dict], args: argparse.Namespace) -> str:
+    """Say under which conditions the rows of a task were computed."""
+    conditions = {"prompts": rows[0]["wording"], "pairs": rows[-1]["pairs_by"], "protocol": rows[0]["protocol"]}
+    conditions["answers"] = rows[0]["engine"] if args.engine != LIVE else None
+    conditions["attention kernel"] = args.attn
+    conditions["weights"] = ", ".join(filter(None, (rows[0].get(key) for key in ("weights", "converted_from"))))
+    return "; ".join(f"{name}: {value}" for name, value in conditions.items() if value)
+
+
+def _file_name(args: argparse.Namespace) -> str:
+    """Return the name of the tables and pictures of a command, without their endings."""
+    name = f"{Path(args.model).name}-{Path(args.pairs).stem if args.pairs else args.data_name}"
+    name += "-paper-protocol" if args.protocol == "paper" else ""
+    name += "-test2" if args.test_split == "test2" else ""
+    name += f"-{args.search}" if args.search != _default_search(args.model) else ""
+    name += f"-{args.engine}" if args.engine != LIVE else ""
+    name += "-swapped-choices" if args.swapped_choices else ""
+    name += f"-{args.attn}" if args.attn else ""
+    name += f"-{Path(args.weights).name}" if args.weights else ""
+    return name
 
 
 def _print_answer_files(store: Store, task: str, rows: list[dict]) -> None:

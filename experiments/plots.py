@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 
 import matplotlib
@@ -89,6 +90,32 @@ def curves(panels: Sequence[Panel], x_label: str, title: str, path: Path) -> Non
         axis.legend()
     figure.suptitle(title)
     figure.tight_layout()
+    figure.savefig(path, metadata={"Software": None})
+    plt.close(figure)
+
+
+def gain_over_kl(by_task: dict[str, dict[str, list[tuple[float, tuple[float, float, float]]]]], path: Path) -> None:
+    """Draw the gain over the KL of each method, with its interval: a curve, or a point where there is one level only."""
+    plt.rcParams.update({"font.size": 12, "axes.titlesize": 13, "figure.dpi": 110})
+    figure, axes = plt.subplots(len(by_task), 1, figsize=(11, 6 * len(by_task)), squeeze=False)
+    for axis, (task, by_name) in zip(axes[:, 0], by_task.items(), strict=True):
+        for color, marker, (name, points) in zip(cycle(LINES), cycle("osD^vP*X"), by_name.items(), strict=False):
+            kls, estimates = zip(*sorted(points), strict=True)
+            middle, low, high = zip(*estimates, strict=True)
+            if len(points) > 1:
+                axis.fill_between(kls, low, high, color=color, alpha=0.12, lw=0)
+                axis.plot(kls, middle, marker=marker, color=color, lw=1.8, label=name)
+            else:
+                reach = [[middle[0] - low[0]], [high[0] - middle[0]]]
+                axis.errorbar(kls, middle, reach, fmt=marker, color=color, ms=9, capsize=4, label=name)
+        axis.axhline(0, color=COLORS["vanilla"], lw=1)
+        axis.set_xscale("log")
+        axis.set(xlabel="KL of the unsteered to the steered model, nats per token of neutral text", title=task)
+        axis.set_ylabel("gain over vanilla, points")
+        axis.grid(alpha=0.3)
+        axis.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=10)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Software": None})
     plt.close(figure)
 

@@ -8,8 +8,11 @@ from statistics import median
 from eval.statistics import holm, mcnemar, sign_flip, wilson
 from experiments.records import unpack
 
-SITES = {"attention": "Head", "ffn": "FFN", "layer": "Layer", "neuron": "Neuron", "both": "Head+FFN"}
-CONTROLS = ("random", "flipped")  # repeated with other draws and shown as bands
+SITES = {
+    "attention": "Head", "ffn": "FFN", "layer": "Layer", "neuron": "Neuron", "both": "Head+FFN",
+    "attention+neuron": "Head+Neuron",
+}  # fmt: skip
+CONTROLS = ("random", "flipped", "random-at-kl", "shuffled-pairs")  # repeated with other draws and shown as bands
 
 
 def table(rows: Sequence[dict], labels: dict[str, str]) -> str:
@@ -32,7 +35,7 @@ def table(rows: Sequence[dict], labels: dict[str, str]) -> str:
         site_rows = [row for row in rows if row["site"] == site]
         for method in dict.fromkeys(row["method"] for row in site_rows):
             draws = [row for row in site_rows if row["method"] == method]
-            name = _name(draws[0], labels)
+            name = name_of(draws[0], labels)
             if len(draws) == 1 and method not in CONTROLS:
                 lines.append(_line(draws[0], vanilla, name, adjusted[id(draws[0])]))
             else:
@@ -62,7 +65,7 @@ def other_measures(rows: Sequence[dict], labels: dict[str, str]) -> str:
     ]
     for method, site in dict.fromkeys((row["method"], row["site"]) for row in rows):
         draws = [row for row in rows if (row["method"], row["site"]) == (method, site)]
-        name = _name(draws[0], labels)
+        name = name_of(draws[0], labels)
         name += f", {len(draws)} draws" if len(draws) > 1 else ""
         row = sorted(draws, key=lambda row: row["right"])[len(draws) // 2]
         values = [
@@ -85,7 +88,7 @@ def costs(rows: Sequence[dict], labels: dict[str, str]) -> str:
     ]
     for row in rows:
         if "prepare_s" in row["cost"] and row["draw"] == 0:
-            name = _name(row, labels)
+            name = name_of(row, labels)
             seconds = row["cost"]["prepare_s"]
             preparation = "unknown: shipped ranks" if seconds is None else f"{seconds:.2f}"
             test_time = f"{row['cost']['test_s'] / vanilla:.2f}" if row["settings"] and vanilla else ""
@@ -125,15 +128,25 @@ def gain(row: dict, vanilla: dict) -> float:
     return 100 * (row["right"] / row["n"] - vanilla["right"] / vanilla["n"])
 
 
-def _name(row: dict, labels: dict[str, str]) -> str:
+def name_of(row: dict, labels: dict[str, str]) -> str:
     name = labels.get(row["method"], row["method"]) + (f", {SITES[row['site']]}" if row["site"] else "")
     options = ", ".join(f"{key}={value}" for key, value in (row["options"] or {}).items())
     return f"{name} ({options})" if options else name
 
 
+def cost_of(row: dict) -> str:
+    """Say what the plan of a row was predicted to cost on neutral text, and what it costs; "" where nobody asked."""
+    kl = row.get("kl")
+    if not kl or not row.get("settings"):
+        return ""
+    predicted = "–" if kl["predicted"] is None else f"{kl['predicted']:.3g}"
+    return f"; KL predicted {predicted}, measured {kl['measured']:.3g}"
+
+
 def _line(row: dict, vanilla: dict, name: str, adjusted: float | None) -> str:
     low, high = wilson(row["right"], row["n"])
     point = ", ".join(f"{key}={value:g}" for key, value in (row.get("settings") or {}).items())
+    point += cost_of(row)
     inverted = f", {row['inverted']} turned over" if row.get("inverted") else ""
     changed = f"{row['numbers']} numbers" if "numbers" in row else row.get("touched", "")  # an adapter sets no AU
     cells = [name, point, f"{changed}{inverted}"]

@@ -7,6 +7,7 @@ folders of the store.
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,9 +26,11 @@ from eval.statistics import mcnemar, summary
 from eval.tasks.base import Scores, Task, items_hash
 from experiments import records
 from experiments.bench import BENCHES, Bench, is_paper_task
-from experiments.cell import Cell, MethodSpec
+from experiments.cell import AT_KL, Cell, MethodSpec
+from experiments.costs import cost_of_prompts, costs_of, meter_of, neutral_of, predicted_cost
 from experiments.engines.answering import answering, engine_code, engine_name, one_batch_pays
-from experiments.ranking import ranks_of
+from experiments.equal_kl import TOLERATED, Unreached, base_point, scaled_to
+from experiments.ranking import groups_of, ranks_of
 from experiments.search import SEARCHES, key_of, shuffled
 from experiments.store import Store
 from MFU_screening import MOMENTA, screen
@@ -52,11 +55,16 @@ def run_cell(cell: Cell, bench: Bench) -> dict:
     record = bench.store.find(key)
     if record is not None:
         return record
+    name, at_kl = records.record_id(key), cell.search.kind == AT_KL
+    if not cell.steered and not at_kl:
+        return bench.store.write(key, bench.origin | Run(cell, bench, name).unsteered())
+    base = cell.unsteered("vanilla" if cell.steered else cell.method.name)
+    before = run_cell(base, BENCHES.open(base.model, base.task, bench.store))
     if not cell.steered:
-        return bench.store.write(key, bench.origin | Run(cell, bench, records.record_id(key)).unsteered())
-    base = cell.unsteered()
-    vanilla = run_cell(base, BENCHES.open(base.model, base.task, bench.store))
-    return bench.store.write(key, bench.origin | SteeredRun(cell, bench, records.record_id(key)).steered(vanilla))
+        result = Run(cell, bench, name).with_kl(before)
+    else:
+        result = RunAtKL(cell, bench, name).at_kl(before) if at_kl else SteeredRun(cell, bench, name).steered(before)
+    return bench.store.write(key, bench.origin | result)
 
 
 def cell_key(cell: Cell, bench: Bench) -> dict:
@@ -92,19 +100,30 @@ def cell_key(cell: Cell, bench: Bench) -> dict:
     }
     if cell.method.name == "prompt-only":
         key["items_hash"] = items_hash(task.prompted([*task.validation, *task.test]))
+    if has_costs(cell):
+        key["neutral"] = neutral_of(bench).hash
+    if cell.search.kind == AT_KL:
+        key |= {"search": AT_KL, "level": cell.search.level}
     return key
+
+
+def has_costs(cell: Cell) -> bool:
+    """Say whether a cell's result depends on neutral text."""
+    return cell.search.kind == AT_KL or (cell.steered and METHODS[cell.method.name].budgeted)
 
 
 def cell_code(cell: Cell, task: type[Task], family: type) -> str:
     """Hash the code that makes this cell: what computes it, its task, its family, and its method with what that needs."""
+    cut = REGISTRIES if has_costs(cell) else REGISTRIES | COSTS
     if not cell.steered:
-        return code_hash(Run.unsteered, task, *code_roots(family), *engine_code(cell.model.engine), cut=REGISTRIES)
+        run = Run.with_kl if cell.search.kind == AT_KL else Run.unsteered
+        return code_hash(run, Run.unsteered, task, *code_roots(family), *engine_code(cell.model.engine), cut=cut)
     method = METHODS[cell.method.name]
     screening = [screen, *(MOMENTA[momentum] for momentum in method.momenta)] if method.momenta else []
+    run = [RunAtKL.at_kl] if cell.search.kind == AT_KL else [SteeredRun.steered, SEARCHES[cell.search.kind]]
     return code_hash(
-        SteeredRun.steered, type(method), SEARCHES[cell.search.kind], task, *code_roots(family), *screening,
-        *engine_code(cell.model.engine), cut=REGISTRIES,
-    )  # fmt: skip
+        *run, type(method), task, *code_roots(family), *screening, *engine_code(cell.model.engine), cut=cut
+    )
 
 
 # definitions that list alternatives or choose among them; `cell_code` adds the one that the cell uses
@@ -113,6 +132,8 @@ REGISTRIES = frozenset({
     "experiments.ranking:ranks_of", "experiments.engines.answering:answering", "eval.tasks.registry:PAPER_TASKS",
     "experiments.bench:BENCHES",
 })  # fmt: skip
+# and definitions that only cells use which depend on neutral text
+COSTS = frozenset(f"experiments.costs:{name}" for name in ("costs_of", "predicted_cost", "cost_of_prompts"))
 
 
 def _options_by_content(method: MethodSpec) -> dict[str, str]:
@@ -132,18 +153,25 @@ def grid(cell: Cell) -> list[GridPoint]:
         name = cell.method.name
         says = f"{name} has {len(points)} grid points; the most that a method may have is {MOST_POINTS[kind]}"
         assert ("preset", ORIGINAL) in cell.method.options, says
-        if cell.search.kind != "racing":  # which costs the same, however many points there are
+        if cell.search.kind not in ("racing", AT_KL):  # which costs the same, however many points there are
             raise AUSteerError(
                 f"{says}, and {name}.preset={ORIGINAL} may have more in a race only: add --search racing"
             )
     for key, values in (("k", cell.search.ks), ("alpha", cell.search.alphas)):
         if values:
             points = [{**point, key: value} for value in values for point in points if key in point] or points
+    if cell.search.kind == AT_KL:
+        point = base_point(points)
+        points = [point | {"kl": cell.search.level} if "kl" in point else point]
     return list({key_of(point): point for point in points}.values())
 
 
 def method_of(spec: MethodSpec) -> Method:
     return with_options(spec.name, dict(spec.options))
+
+
+# what every record says of a test: see Run.result
+RESULT = ("cost", "n", "right", "measure", "outcomes", "columns", "measures", "extras")
 
 
 class Run:
@@ -158,6 +186,12 @@ class Run:
         start = time.perf_counter()
         scores, extras, _ = self.test(with_wording(self.task.test), None)
         return {"validation": records.pack(validation), **self.result(scores, extras, start, {})}
+
+    def with_kl(self, before: dict) -> dict:
+        """Return the result of prompts with an instruction, with the KL of the instruction."""
+        plain = self.task.test[:1]
+        kl = cost_of_prompts(self.bench, plain[0].prompt, self.task.prompted(plain)[0].prompt)
+        return {key: before[key] for key in RESULT} | {"kl": kl}
 
     def result(self, scores: Scores, extras: dict, start: float, cost: dict) -> dict:
         return {
@@ -215,15 +249,7 @@ class SteeredRun(Run):
     def steered(self, vanilla: dict) -> dict:
         method, points = method_of(self.cell.method), grid(self.cell)
         learned, seconds = self.learned(method)
-        sites = sites_of(self.cell.method.site)
-        result: dict = {
-            "n_pairs": len(self.task.pairs),
-            "grid_scores": {},
-            "asked": 0,
-            # all AUs of the sites, to tell what share of them is steered
-            "aus": sum(gate.width for site in sites for gate in gates(self.bench.model, site)),
-        }
-        chosen = points[0]
+        result, chosen = self.beginning(), points[0]
         if len(points) > 1:
             chosen, searched = self.search(method, learned, points, vanilla)
             result |= searched
@@ -233,12 +259,36 @@ class SteeredRun(Run):
             scores = Scores(vanilla["measure"], records.unpack_columns(vanilla["columns"]))
             result |= {"touched": 0, "inverted": 0, "gained": 0, "lost": 0, "p": 1.0}
             return result | self.result(scores, vanilla["extras"], start, {"prepare_s": seconds})
-        draw = self.cell.method.draw
-        change = method.plan(learned, chosen, draw)
+        change = method.plan(learned, chosen, self.cell.method.draw)
+        if method.budgeted:
+            result["kl"] = predicted_cost(self.bench, change) | {"measured": change.header["measured_kl"]}
+        return result | self.tested(method, learned, chosen, change, vanilla, seconds)
+
+    def beginning(self) -> dict:
+        sites = sites_of(self.cell.method.site)
+        return {
+            "n_pairs": len(self.task.pairs),
+            "grid_scores": {},
+            "asked": 0,
+            # all AUs of the sites, to tell what share of them is steered
+            "aus": sum(gate.width for site in sites for gate in gates(self.bench.model, site)),
+        }
+
+    def tested(
+        self,
+        method: Method,
+        learned: object,
+        chosen: GridPoint,
+        change: Change | None,
+        vanilla: dict,
+        seconds: float | None,
+    ) -> dict:
+        """Return the result of the test items under a change, compared with vanilla."""
+        start, draw = time.perf_counter(), self.cell.method.draw
         items, shown = method.asked(learned, chosen, self.task.test, draw)
         scores, extras, receipt = self.test(items, change)
         gained, lost, p = mcnemar(records.unpack(vanilla["outcomes"]), scores.outcomes)
-        result |= {"receipt": receipt | shown, "touched": 0, "inverted": 0, "gained": gained, "lost": lost, "p": p}
+        result = {"receipt": receipt | shown, "touched": 0, "inverted": 0, "gained": gained, "lost": lost, "p": p}
         if change is not None:
             # a method may itself choose k = 0
             if chosen.get("alpha") != 0 and change.header.get("k") != 0 and 0 in receipt.values():
@@ -266,7 +316,11 @@ class SteeredRun(Run):
                 return ranks
 
             start = time.perf_counter()
-            learned = method.prepare(Evidence(bench.model, bench.tokenizer, self.task.pairs, site, ranks))
+            evidence = Evidence(
+                bench.model, bench.tokenizer, self.task.pairs, site, ranks,
+                groups=groups_of(self.task), costs=costs_of(bench),
+            )  # fmt: skip
+            learned = method.prepare(evidence)
             total = None if None in seconds else time.perf_counter() - start + sum(seconds)
             bench.learned[key] = learned, total
         return bench.learned[key]
@@ -310,3 +364,41 @@ class SteeredRun(Run):
             answers = self.answers(answerer, [*items] * len(plans), name)
         parts = [answers[start : start + len(items)] for start in range(0, len(answers), len(items))]
         return [self.task.columns(items, part).outcomes for part in parts]
+
+
+class RunAtKL(SteeredRun):
+    """Test a method at a stated KL on neutral text. Nothing is searched: one scalar brings its change to that KL."""
+
+    def at_kl(self, vanilla: dict) -> dict:
+        method, (point,) = method_of(self.cell.method), grid(self.cell)
+        learned, seconds = self.learned(method)
+        result = self.beginning() | {"settings": point, "chosen": key_of(point)}
+        cost = {"asked": self.cell.search.level, "text": neutral_of(self.bench).name}
+        try:
+            change, found = self.at_level(method, learned, point)
+        except Unreached as why:
+            return result | {"kl": cost | {"unreached": str(why)}, "cost": {"prepare_s": seconds}}
+        result["kl"] = cost | found
+        return result | self.tested(method, learned, point, change, vanilla, seconds)
+
+    def at_level(self, method: Method, learned: object, point: GridPoint) -> tuple[Change | None, dict]:
+        """Return the change at the cell's level, and what it costs on three kinds of text."""
+        bench, level, draw = self.bench, self.cell.search.level, self.cell.method.draw
+        meter = meter_of(bench, "neutral")
+        spent = meter.passes
+        change, factor = method.plan(learned, point, draw), None
+        if change is None:  # only the prompts differ
+            (asked, *_), _ = method.asked(learned, point, self.task.test[:1], draw)
+            return None, cost_of_prompts(bench, self.task.test[0].prompt, asked.prompt)
+        if method.budgeted:
+            measured = change.header["measured_kl"]
+            if abs(measured / level - 1) > TOLERATED:
+                raise Unreached(change.header.get("reached", f"the nearest of its tries costs {measured:.3g}"))
+        else:
+            price = predicted_cost(bench, change)["predicted"]
+            scaled = scaled_to(change, level, meter, math.sqrt(level / price) if price else 1.0)
+            change, factor, measured = scaled.change, scaled.factor, scaled.kl
+        passes = meter.passes - spent
+        on_others = {f"on_{text}": meter_of(bench, text)(change) for text in ("prompts", "own")}
+        found = {"measured": measured, "factor": factor, "passes": passes} | on_others
+        return change, predicted_cost(bench, change) | found

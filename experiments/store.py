@@ -29,6 +29,13 @@ class Store:
         folder += f"-{Path(model.weights).name}" if model.weights else ""
         return Path(self.ranks) / Path(model.name).name / task.label / folder / f"{site}.safetensors"
 
+    def costs_file(self, model: ModelSpec, task: TaskSpec, neutral_hash: str, name: str) -> Path:
+        """Return the file of what a model's costs are told by, such as the Fisher information of a site."""
+        folder = Path(self.ranks) / Path(model.name).name
+        folder /= task.label if model.embedded else ""  # an embedded model belongs to its task
+        more = "".join(f"-{part}" for part in (model.attn, model.weights and Path(model.weights).name) if part)
+        return folder / f"fisher-{neutral_hash[:8]}{more}" / f"{name}.safetensors"
+
     def answers_file(self, record: str, part: str = "test") -> Path:
         """Return the file to which a record's answers are written as they come, so that a killed run continues."""
         name = part.replace(" ", "-").replace("=", "")

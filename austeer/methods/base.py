@@ -33,6 +33,8 @@ class Method(ABC):
     trains: ClassVar[bool] = False  # whether by gradient descent on the pairs
     foldable: ClassVar[bool] = True  # its plans can go into the weights: no `layer` site, all positions
     draws: ClassVar[bool] = False  # a random control: repeated with other draws, and shown as a band
+    budgeted: ClassVar[bool] = False  # it plans for a stated KL on neutral text, and needs the evidence's costs
+    scalable: ClassVar[bool] = True  # what it makes can be made stronger and weaker; other prompts cannot
     momenta: ClassVar[tuple[str, ...]] = ()  # the ranks it needs; it ranks by the first
     axes: ClassVar[dict[str, dict[str, Sequence[float]]]] = {}  # of its grid: key -> kind -> values
 
@@ -68,7 +70,7 @@ BUDGET = {"small": 15, "full": 21}
 # the value of the option `preset` that gives a baseline the settings and the sweep of its authors' code
 ORIGINAL = "original"
 # the name of several sites that a method steers at once
-TOGETHER = {"both": ("attention", "ffn")}
+TOGETHER = {"both": ("attention", "ffn"), "attention+neuron": ("attention", "neuron")}
 # the site of methods that change prompts and leave the model as it is
 PROMPT = "prompt"
 

@@ -16,6 +16,7 @@ from embedded import acceptance
 from eval.tasks.embedded import VALIDATION
 from experiments.bench import BENCHES
 from experiments.cell import Cell, ModelSpec, TaskSpec
+from experiments.costs import fisher_of
 from experiments.ranking import make_ranks
 from experiments.run_cell import attempt, grid, stored
 from experiments.store import Store
@@ -121,6 +122,11 @@ def rank(ranking: Ranking, store: Store) -> dict:
                 "k and alpha on: give --k and --alpha (Tables 8 and 9 of the paper have theirs), choose on the test split "
                 "as the paper did (--search test), or use --protocol clean"
             )
+        priced = {
+            site: None for c in ranking.cells if METHODS[c.method.name].budgeted for site in sites_of(c.method.site)
+        }
+        if priced:
+            fisher_of(bench, list(priced))
         sites: dict[str, dict[str, None]] = {}
         for cell in ranking.cells:
             for momentum in METHODS[cell.method.name].momenta:

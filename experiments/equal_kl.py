@@ -1,0 +1,87 @@
+"""Bring a change of a model to a stated KL on neutral text by one scalar, so that methods are compared at the same cost.
+
+KL grows about with the square of the scalar. It is found by secants of log KL over log scalar, within what is known to be
+too little and too much, in at most PASSES passes over the text.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from austeer.change import Change
+from austeer.errors import AUSteerError, Overflow
+from austeer.kl import KLMeter
+from austeer.methods.base import GridPoint
+
+PASSES = 6
+CLOSE = 0.03  # a KL this near to the stated one, as a share of it, is not improved any more
+TOLERATED = 0.1  # and one that is farther off than this is not the stated one
+SQUARE = 2.0  # d log KL / d log scalar of a small change
+TINY = 1e-12
+COUNTS, STRENGTHS = ("k", "heads"), ("alpha", "lambda", "factor")  # keys of grid points
+
+
+class Unreached(AUSteerError):
+    """Say why a change cannot be brought to a KL."""
+
+
+@dataclass(frozen=True)
+class Scaled:
+    change: Change
+    factor: float
+    kl: float
+
+
+def scaled_to(change: Change, kl: float, meter: KLMeter | Callable[[Change], float], start: float = 1.0) -> Scaled:
+    """Return the change times the factor at which it costs `kl`. start: the factor to try first."""
+    tried: list[tuple[float, float]] = []  # (factor, KL)
+    low, high, factor = 0.0, math.inf, start
+    for _ in range(PASSES):
+        cost = _cost(change, factor, meter)
+        if cost == 0:
+            raise Unreached("it changes nothing")
+        if abs(cost / kl - 1) < CLOSE:
+            break
+        low, high = (max(low, factor), high) if cost < kl else (low, min(high, factor))
+        if math.isfinite(cost):
+            tried.append((factor, cost))
+        step = _next(tried, kl) if tried else factor / 10
+        if not low < step < high:  # a secant may leave what is left of the axis: halve that instead
+            step = math.sqrt(low * high) if low and high < math.inf else 10 * low or high / 10
+        factor = step
+    else:
+        factor, cost = min(tried, key=lambda one: abs(math.log(one[1] / kl)), default=(factor, math.inf))
+        if not tried or abs(cost / kl - 1) > TOLERATED:
+            nearest = f"the nearest of {PASSES} tries costs {cost:.3g}" if tried else f"it overflowed in {PASSES} tries"
+            raise Unreached(nearest)
+    return Scaled(change.times(factor), factor, cost)
+
+
+def _cost(change: Change, factor: float, meter: Callable[[Change], float]) -> float:
+    """Return the KL under a change times a factor; inf where it is too strong for the model's numbers."""
+    try:
+        cost = meter(change.times(factor))
+    except Overflow:
+        return math.inf
+    # rounding may leave a tiny cost below 0, and only a change of nothing costs exactly that
+    return math.inf if not math.isfinite(cost) else max(cost, TINY) if cost else 0.0
+
+
+def _next(tried: Sequence[tuple[float, float]], kl: float) -> float:
+    """Return the factor at which the line through the two nearest tries, in logarithms, has the stated KL."""
+    (x0, y0), *others = sorted(((math.log(f), math.log(c / kl)) for f, c in tried), key=lambda p: abs(p[1]))
+    slope = SQUARE
+    if others and others[0][0] != x0:
+        slope = min(max((others[0][1] - y0) / (others[0][0] - x0), SQUARE / 4), SQUARE * 4)
+    return math.exp(x0 - y0 / slope)
+
+
+def base_point(points: Sequence[GridPoint]) -> GridPoint:
+    """Choose the grid point that is brought to a KL: the most AUs, the gentlest strength, and of other choices the middle."""
+    for key in points[0]:
+        values = sorted({point[key] for point in points})
+        value = values[-1] if key in COUNTS else points[0][key] if key in STRENGTHS else values[len(values) // 2]
+        points = [point for point in points if point[key] == value]
+    return points[0]

@@ -1,0 +1,160 @@
+"""Tell what methods gain at the same KL on neutral text: a table by level, and the curves of gain over KL.
+
+A line of the table is a method at a site and a level. It has several rows where pairs were drawn several times, or where a
+control was; draws of pairs are told apart by the pairs themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import mean
+
+from eval.statistics import holm, mcnemar, paired_gain, t_interval
+from experiments.records import unpack
+from experiments.report import gain, name_of
+
+OURS = "fisher"  # the method that all others are compared with
+
+Estimate = tuple[float, float, float]  # value, low, high
+
+
+@dataclass(frozen=True)
+class Line:
+    name: str
+    method: str
+    site: str | None
+    level: float | None  # None: it has no strength, and stands at the KL it has
+    rows: tuple[dict, ...]
+
+    @property
+    def reached(self) -> bool:
+        return all("outcomes" in row for row in self.rows)
+
+    def draws(self) -> list[list[dict]]:
+        """Return the rows of each draw of the pairs."""
+        by_pairs: dict[str, list[dict]] = {}
+        for row in self.rows:
+            by_pairs.setdefault(row["pairs_hash"], []).append(row)
+        return list(by_pairs.values())
+
+    def gains(self, vanilla: dict) -> list[float]:
+        """Return the gain of each draw of the pairs, of a control the mean over its own draws."""
+        return [mean(gain(row, vanilla) for row in rows) for rows in self.draws()]
+
+    def cost(self, name: str) -> float | None:
+        """Return the mean of a KL over all rows; None where a row has none."""
+        values = [row["kl"].get(name) for row in self.rows]
+        return None if None in values else mean(values)
+
+
+def lines_of(rows: Sequence[dict], labels: dict[str, str]) -> list[Line]:
+    """Group the rows that were brought to a KL, those without a level first, then level by level."""
+    groups: dict[tuple, list[dict]] = {}
+    for row in rows:
+        if "kl" in row:
+            level = row["kl"].get("asked")
+            groups.setdefault((level or 0.0, name_of(row, labels)), []).append(row)
+    return [
+        Line(name, same[0]["method"], same[0]["site"], level or None, tuple(same))
+        for (level, name), same in sorted(groups.items(), key=lambda group: group[0][0])
+    ]
+
+
+def estimate(line: Line, vanilla: dict) -> Estimate:
+    """Return the gain with its interval: over draws of pairs by t, of one draw over items; of a control the range of its draws."""
+    if len(line.draws()) > 1:
+        return t_interval(line.gains(vanilla))[:3]
+    values = [gain(row, vanilla) for row in line.rows]
+    if len(values) > 1:
+        return mean(values), min(values), max(values)
+    gained, lost, _ = mcnemar(unpack(vanilla["outcomes"]), unpack(line.rows[0]["outcomes"]))
+    return tuple(100 * value for value in paired_gain(gained, lost, vanilla["n"]))
+
+
+def p_against(ours: Line, other: Line, vanilla: dict) -> float:
+    """Return the paired p of ours against another line: over draws of pairs by t, of one draw over items (McNemar).
+
+    Of a control's draws, the best one is what ours is compared with.
+    """
+    if len(ours.draws()) > 1 and len(ours.draws()) == len(other.draws()):
+        both = zip(ours.gains(vanilla), other.gains(vanilla), strict=True)
+        return t_interval([a - b for a, b in both])[3]
+    best = max(other.rows, key=lambda row: row["right"])
+    return mcnemar(unpack(best["outcomes"]), unpack(ours.rows[0]["outcomes"]))[2]
+
+
+def compared(lines: Sequence[Line], vanilla: dict) -> dict[int, tuple[float, float]]:
+    """Return p and Holm-adjusted p of ours at the same site, or else at any, against each other line of its level, by id."""
+    pairs = []
+    for line in lines:
+        ours = [one for one in lines if one.method == OURS and one.level == line.level and one.reached]
+        ours.sort(key=lambda one: one.site != line.site)
+        if ours and line.method != OURS and line.level is not None and line.reached:
+            pairs.append((line, p_against(ours[0], line, vanilla)))
+    adjusted = holm([p for _, p in pairs])
+    return {id(line): (p, by_holm) for (line, p), by_holm in zip(pairs, adjusted, strict=True)}
+
+
+def table(rows: Sequence[dict], labels: dict[str, str]) -> str:
+    vanilla = next(row for row in rows if row["method"] == "vanilla")
+    lines = lines_of(rows, labels)
+    against = compared(lines, vanilla)
+    texts = {row["kl"]["text"] for line in lines for row in line.rows}
+    out = [
+        f"{vanilla['measure']} on {vanilla['n']} items of {vanilla['test_split']}, vanilla "
+        f"{100 * vanilla['right'] / vanilla['n']:.1f} %; gains in points, [95 % interval] over items, or by t over draws of "
+        "pairs; of a control the mean and the range of its draws. KL: of the unsteered to the steered model, nats per token "
+        f"of the second halves of passages of {', '.join(sorted(texts))}; predicted: before the plan is run; prompts, own: on "
+        "the task's prompts, and on what the model itself writes. p: exact McNemar test, or t over draws, against vanilla; "
+        f"ours: of {labels.get(OURS, OURS)} against this line at the same KL, Holm-adjusted for all of these",
+        "",
+        "| KL | method | predicted | measured | prompts | own | factor | AUs | gain | right / wrong | p | ours: p | Holm |",
+        "|--:|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    out += [_row(line, vanilla, against.get(id(line))) for line in lines]
+    out += ["", *(f"- {reason}" for reason in _reasons(lines))]
+    return "\n".join(out).rstrip()
+
+
+def _row(line: Line, vanilla: dict, against: tuple[float, float] | None) -> str:
+    draws = f", {len(line.rows)} draws" if len(line.rows) > 1 else ""
+    cells = [f"{line.level:g}" if line.level else "", f"{line.name}{draws}"]
+    cells += [_number(line.cost(name)) for name in ("predicted", "measured", "on_prompts", "on_own", "factor")]
+    if not line.reached:
+        return "| " + " | ".join([*cells, *"–" * 6]) + " |"
+    cells.append(f"{mean(row['touched'] for row in line.rows):.0f}" if line.site else "")
+    value, low, high = estimate(line, vanilla)
+    cells.append(f"{value:+.1f} [{low:+.1f}, {high:+.1f}]")
+    if len(line.rows) == 1:
+        gained, lost, p = mcnemar(unpack(vanilla["outcomes"]), unpack(line.rows[0]["outcomes"]))
+        cells += [f"{gained} / {lost}", f"{p:.1g}"]
+    else:
+        cells += ["", f"{t_interval(line.gains(vanilla))[3]:.1g}" if len(line.draws()) > 1 else ""]
+    cells += [f"{p:.1g}" for p in against] if against else ["", ""]
+    return "| " + " | ".join(cells) + " |"
+
+
+def _reasons(lines: Sequence[Line]) -> list[str]:
+    """Say why a level was not reached, and why a cost was not predicted."""
+    reasons = {}
+    for line in lines:
+        for row in line.rows:
+            for key, what in (("unreached", f"is not brought to {line.level}"), ("unpriced", "is not priced")):
+                if row["kl"].get(key):
+                    reasons[f"{line.name} {what}: {row['kl'][key]}"] = None
+    return list(reasons)
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3g}"
+
+
+def curves(rows: Sequence[dict], labels: dict[str, str]) -> dict[str, list[tuple[float, Estimate]]]:
+    """Return for each method and site its points (measured KL, gain with interval)."""
+    vanilla = next(row for row in rows if row["method"] == "vanilla")
+    points: dict[str, list[tuple[float, Estimate]]] = {}
+    for line in lines_of(rows, labels):
+        if line.reached and line.cost("measured"):
+            points.setdefault(line.name, []).append((line.cost("measured"), estimate(line, vanilla)))
+    return points
