@@ -19,6 +19,7 @@ from paper.render.significance_marks import LEVEL, p_better
 from paper.render.values import Value
 
 METHODS = {"causal": "causal momentum", "published": "the published rule"}
+BUDGETED = {"fisher": "causal momentum with a KL budget"}
 CONTROLS = {"random": "random AUs", "flipped": "sign-flipped AUs"}
 N_FINDINGS = 3
 
@@ -46,7 +47,7 @@ def _over_seeds(sections: Sequence[Section]) -> Finding | None:
     gains: dict[str, dict[str, Value]] = {}
     for block in section.blocks:
         rows = {method: row for (method, _), row in by_method(section, block.rows).items()}
-        for method, name in {**METHODS, "random": CONTROLS["random"]}.items():
+        for method, name in {**METHODS, **BUDGETED, "random": CONTROLS["random"]}.items():
             value = rows[method].values[block.columns.index(GAIN)] if method in rows else Value()
             if value.gain:
                 gains.setdefault(name, {})[block.name] = value
