@@ -20,7 +20,7 @@ from austeer.errors import AUSteerError
 from austeer.files import read_text
 
 LENGTH = 64  # tokens of a passage
-TOKENS = {"choose": 6144, "price": 2560, "measure": 4096}  # of each part
+TOKENS = {"choose": 6144, "price": 2560, "measure": 4096}  # of each part, at least
 PROSE = Path(__file__).with_name("prose.txt")
 WIKITEXT = ("wikitext2/wiki.test.raw", "wikitext-2/wiki.test.raw", "wikitext-2-raw-v1/wiki.test.raw")
 
@@ -36,8 +36,8 @@ class NeutralText:
 
     def part(self, name: str) -> Tensor:
         """Return the passages to "choose" by, to "price" by, or to "measure" on."""
-        counts = [tokens // self.passages.shape[1] for tokens in TOKENS.values()]
-        return dict(zip(TOKENS, self.passages[: sum(counts)].split(counts), strict=True))[name]
+        shares = [len(self.passages) * tokens // sum(TOKENS.values()) for tokens in TOKENS.values()]
+        return dict(zip(TOKENS, self.passages[: sum(shares)].split(shares), strict=True))[name]
 
 
 def neutral_text(
@@ -54,10 +54,13 @@ def neutral_text(
     return from_passages(name, passages, LENGTH)
 
 
-def from_passages(name: str, passages: Iterable[list[int]], length: int) -> NeutralText:
-    """Make neutral text of token sequences, each cut to `length`; shorter ones are left out."""
+def from_passages(name: str, passages: Iterable[list[int]], length: int, times: int = 1) -> NeutralText:
+    """Make neutral text of token sequences, each cut to `length`; shorter ones are left out.
+
+    times: take so many times as much as is needed, where text is cheap.
+    """
     whole = [ids[:length] for ids in passages if len(ids) >= length]
-    needed = sum(tokens // length for tokens in TOKENS.values())
+    needed = times * sum(TOKENS.values()) // length
     if len(whole) < needed:
         raise AUSteerError(
             f"the neutral text {name} is too short: it gives {len(whole)} passages of {length} tokens, and {needed} are "

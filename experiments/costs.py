@@ -29,7 +29,8 @@ from eval.answering.answerer import encode_prompts
 from experiments.bench import Bench
 from rmodels import code_roots
 
-DOCUMENTS, SHORT = 3000, 32  # of an embedded model: how many are drawn, and how many tokens of each make a passage
+DOCUMENTS, SHORT = 9000, 32  # of an embedded model: how many are drawn, and how many tokens of each make a passage
+MORE = 4  # times the neutral text of real models, for the embedded ones: it costs seconds
 PROMPTS = 32  # of the task, each its last LENGTH tokens
 CONTINUED = 16  # passages whose first half the model continues
 TEXTS = "austeer-texts-1"
@@ -49,7 +50,7 @@ def _neutral_text(bench: Bench) -> NeutralText:
     if not bench.model_spec.embedded:
         return neutral_text(bench.tokenizer, bench.task_spec.neutral, bench.task_spec.data_dir)
     documents = held_out_documents(bench.task_spec.name, DOCUMENTS)
-    return from_passages("held-out documents", bench.tokenizer(documents)["input_ids"], SHORT)
+    return from_passages("held-out documents", bench.tokenizer(documents)["input_ids"], SHORT, MORE)
 
 
 def fisher_of(bench: Bench, sites: Sequence[str]) -> Fisher:
