@@ -112,5 +112,6 @@ def _task(model: ModelSpec, task: TaskSpec, store: Store) -> Task:
     chat = rmodels.load_tokenizer(model.name, weights=model.weights) if task.chat else None
     return paper_task(
         task.name, toxicity=task.toxicity, cache=store.paid_scores, device=model.device, data_dir=task.data_dir,
-        protocol=task.protocol, chat=chat, limit=task.limit, batch_size=task.batch_size, **pairs,
+        protocol=task.protocol, chat=chat, limit=task.limit, batch_size=task.batch_size,
+        per_token=task.per_token, **pairs,
     )  # fmt: skip

@@ -61,6 +61,7 @@ class TaskSpec:
     toxicity: str = "local"
     chat: bool = False
     batch_size: int | None = None
+    per_token: bool = False  # likelihoods of whole answers are compared per token
     pairs: PairsSpec = field(default_factory=PairsSpec)
 
     @property

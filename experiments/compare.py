@@ -86,6 +86,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--encoder", help="sentence encoder for similar wrong answers, or tfidf (default: all-MiniLM-L6-v2)")
     add("--swapped-choices", action="store_true", help="make a second pair of every item of copa, its choices swapped")
+    add("--per-token", action="store_true", help="compare likelihoods of whole choices per token (copa-choices)")
     add("--batch-size", type=int, help="prompts per batch (default: as many as fit; 1 with --protocol paper)")
     add("--quantization", choices=["4bit", "8bit"], help="load the weights through bitsandbytes")
     add("--engine", default=LIVE, choices=ENGINES, help="what answers: the loaded model (live, default), or vLLM, where "
@@ -183,6 +184,7 @@ def _check(args: argparse.Namespace) -> None:
     check_engine(
         args.engine,
         args.device,
+        task=args.data_name,
         pairs=args.pairs,
         quantization=args.quantization,
         attn=args.attn,
@@ -201,7 +203,7 @@ def _check(args: argparse.Namespace) -> None:
     if args.pairs or args.model == EMBEDDED:
         ignored = [
             f"--{name.replace('_', '-')}"
-            for name in ("chat", "data_dir", "encoder", "swapped_choices", "batch_size")
+            for name in ("chat", "data_dir", "encoder", "swapped_choices", "batch_size", "per_token")
             if getattr(args, name)
         ]
         ignored += ["--protocol paper"] if args.protocol == "paper" else []
@@ -332,6 +334,7 @@ def _file_name(args: argparse.Namespace) -> str:
     name += f"-{args.search}" if args.search != _default_search(args.model) else ""
     name += f"-{args.engine}" if args.engine != LIVE else ""
     name += "-swapped-choices" if args.swapped_choices else ""
+    name += "-per-token" if args.per_token else ""
     name += f"-{args.attn}" if args.attn else ""
     name += f"-{Path(args.weights).name}" if args.weights else ""
     return name

@@ -42,7 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _arguments(argv)
     catalogue, folder = read_catalogue(args.catalogue), Path(args.data_dir)
     if args.catalogue == str(CATALOGUE):
-        catalogue = {name: read.catalogue_entry(task, catalogue) for name, task in PAPER_TASKS.items()}
+        sources = {name: task for name, task in PAPER_TASKS.items() if task.data_of is None}
+        catalogue = {name: read.catalogue_entry(task, catalogue) for name, task in sources.items()}
     named = args.check if args.fetch is None else args.fetch
     if unknown := sorted(set(named) - set(catalogue)):
         raise AUSteerError(f"no task {', '.join(unknown)}; there are {', '.join(catalogue)}")

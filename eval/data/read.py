@@ -24,21 +24,22 @@ def read_catalogue(path: str | Path = CATALOGUE) -> dict[str, dict]:
 
 def catalogue_entry(source: type[RowSource], catalogue: dict[str, dict] | None = None) -> dict:
     """Return the catalogue's entry of a data set, else the entry in its class, else one for plain files."""
+    name = source.data_of or source.name
     plain = {
-        "title": source.name,
+        "title": name,
         "licence": "not stated",
         "folders": [],
-        "by_hand": f"Put train.jsonl and test.jsonl into the folder {source.name} of the data folder.",
+        "by_hand": f"Put train.jsonl and test.jsonl into the folder {name} of the data folder.",
         "splits": {split: {"files": [f"{split}.jsonl"], "rows": None, "paper": None} for split in SPLITS},
     }
-    return (catalogue or read_catalogue()).get(source.name) or source.catalogue or plain
+    return (catalogue or read_catalogue()).get(name) or source.catalogue or plain
 
 
 def read_rows(
     source: type[RowSource], split: str, data_dir: str | Path | None = None, catalogue: dict[str, dict] | None = None
 ) -> list[dict]:
     """Return the rows of one split, with the fields that the source's `read_row` gives them."""
-    name, entry = source.name, catalogue_entry(source, catalogue)
+    name, entry = source.data_of or source.name, catalogue_entry(source, catalogue)
     if data_dir is not None and not Path(data_dir).is_dir():
         raise AUSteerError(f"no such folder of data sets: {data_dir}")
     places = [Path(place) for place in dict.fromkeys((data_dir, DATASETS)) if place is not None]

@@ -20,6 +20,7 @@ class RowSource:
 
     name: str
     keys: tuple[str, ...]  # the fields that make two rows the same question
+    data_of: str | None = None  # the data set whose files these rows are in, if it is another
     columns_of_table: dict[int, str] = {}  # of a CSV without a heading, and of a TSV whatever its heading
     catalogue: dict | None = None  # the entry, as datasets/catalogue.json has it, if it is not there
 

@@ -47,6 +47,7 @@ class Task(ABC):
     wording = "the task's own"  # whose prompts these are
     multi_token = False  # an answer takes many passes: then a small batch costs nearly as much as a large one
     generates_on_validation = True  # False: settings are chosen by likelihoods, and only the test is answered in words
+    answered_in_words = True  # False: by likelihoods of the loaded model alone
     swaps_choices = False  # its pairs can also be made with the choices swapped
     measured: dict = {}  # how answers are made and scored, where that can be chosen
     batch_size: int | None = None

@@ -36,6 +36,7 @@ class DatasetTask(RowSource, Task):
     new_tokens: ClassVar[dict[str, int]]  # by model family, "" for all others; the authors' lengths
     templates: ClassVar[dict | None] = None  # wording like that of datasets/wording.json, for tasks not listed there
     test_split = "test"
+    counts_per_token = False  # whether likelihoods of its answers may be taken per token
 
     def __init__(
         self,
@@ -45,10 +46,14 @@ class DatasetTask(RowSource, Task):
         chat: PreTrainedTokenizerBase | None = None,
         limit: int | None = None,
         batch_size: int | None = None,
+        per_token: bool = False,
         **ranking,
     ):
-        """Read and split the rows. ranking: see `Task`."""
+        """Read and split the rows. per_token: compare likelihoods of answers per token. ranking: see `Task`."""
         super().__init__(**ranking)
+        if per_token and not self.counts_per_token:
+            raise AUSteerError(f"{self.name} does not compare likelihoods of whole answers: leave out --per-token")
+        self.per_token = per_token
         data_dir = Path(data_dir) if data_dir else None
         self.protocol, self.chat = protocol, chat
         if chat is not None and protocol == "paper":

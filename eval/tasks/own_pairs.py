@@ -9,21 +9,20 @@ from collections.abc import Sequence
 import torch
 
 from austeer.errors import AUSteerError
-from austeer.forward import PairTexts, input_device
+from austeer.forward import input_device
 from austeer.pairs import Pair
-from austeer.tokens import CLEAN, encode
 from eval.answering.answer_file import Answer
 from eval.answering.decoding_cache import DecodingCache
 from eval.tasks.base import PairSet, Scores, Task
+from eval.tasks.likelihood import encoded_items, log_probabilities
 from rmodels import context_length
-
-BATCH = 8  # pairs at once
 
 
 class PairTask(Task):
     """Split pairs 50/20/30 by the hash of the prompt, so that a prompt that occurs twice stays on one side."""
 
     test_split = "held-out pairs"
+    answered_in_words = False
 
     def __init__(self, name: str, pairs: Sequence[Pair], *, limit: int | None = None, **ranking):
         """Split the pairs. ranking: see `Task`."""
@@ -49,12 +48,8 @@ class PairTask(Task):
     def answers(self, answerer, items: Sequence[Pair], file=None, progress=None) -> list[Answer]:
         """Return for each pair its log-odds, and its prompt's surprise and number of tokens. Nothing is generated."""
         model, tokenizer = answerer.model, answerer.tokenizer
-        encoded, _ = encode(items, tokenizer, CLEAN, context_length(model))
-        if len(encoded) < len(items):
-            raise AUSteerError("both answers of some pair are the same tokens; no model can prefer one")
-        odds = []
-        for start in range(0, len(encoded), BATCH):
-            odds += PairTexts(model, encoded[start : start + BATCH], logits=True).log_odds().tolist()
+        right, wrong = log_probabilities(model, encoded_items(items, tokenizer, context_length(model))).unbind(1)
+        odds = (right - wrong).tolist()
         prompts = dict.fromkeys(pair.prompt for pair in items)
         surprise = {prompt: _surprise(model, tokenizer, prompt) for prompt in prompts}
         return [Answer("", (value, *surprise[pair.prompt])) for value, pair in zip(odds, items, strict=True)]

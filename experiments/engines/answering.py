@@ -11,6 +11,7 @@ from austeer.plan import Plan
 from eval.answering.answerer import Answerer
 from eval.answering.live import LiveAnswerer
 from eval.tasks.base import Task
+from eval.tasks.registry import PAPER_TASKS
 from experiments.bench import Bench
 from experiments.cell import LIVE
 from experiments.engines.vllm_batches import adapters_code, vllm_answerer
@@ -38,6 +39,7 @@ def check_engine(
     *,
     batch_size: int | None,
     ray: str | None,
+    task: str | None = None,
     pairs: str | None = None,
     quantization: str | None = None,
     attn: str | None = None,
@@ -45,6 +47,8 @@ def check_engine(
     """Refuse options that the engine cannot serve."""
     if engine == LIVE:
         return
+    if task in PAPER_TASKS and not PAPER_TASKS[task].answered_in_words:
+        raise AUSteerError(f"{task} is answered by likelihoods of the loaded model: leave out --engine {engine}")
     installed()
     options = {
         "--pairs": pairs, "--quantization": quantization, "--attn": attn, "--batch-size": batch_size, "--ray": ray,
