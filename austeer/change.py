@@ -51,6 +51,13 @@ class Adapter:
         """List the AUs that are steered: none, since an adapter changes what projections make of them."""
         return []
 
+    def __len__(self) -> int:
+        """Count the projections that are changed."""
+        return len(self.factors) if self.strength else 0
+
+    def __bool__(self) -> bool:
+        return True  # an adapter that does nothing is still an adapter
+
     @property
     def numbers(self) -> int:
         """Count the numbers that were learned or computed."""

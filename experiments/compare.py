@@ -77,7 +77,12 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "that comes with the project; for the embedded models documents of their own kind)")  # fmt: skip
     add("--steer", type=_yes_or_no, default=True, metavar="yes|no", help="no: run only vanilla and prompt-only")
     add("--path", default="AU_ranks", help="folder of ranks; those that fit are reused (default: %(default)s)")
-    add("--draws", type=int, default=5, help="number of draws of the random control (default: %(default)s)")
+    add(
+        "--draws",
+        type=int,
+        default=5,
+        help="number of draws of random controls and of few-shot examples (default: %(default)s)",
+    )
     add(
         "--protocol",
         default="clean",
@@ -248,7 +253,7 @@ def _cells(task: TaskSpec, sites: Sequence[str], args: argparse.Namespace) -> li
         method = METHODS[name]
         if not in_protocol(task.protocol, method):
             continue
-        draws = (args.draws if name == "random" else max(1, args.draws * FLIPS // 5)) if method.draws else 1
+        draws = (max(1, args.draws * FLIPS // 5) if name == "flipped" else args.draws) if method.draws else 1
         flat = _flat(task.name, args)
         searches = [{"level": level, "search": AT_KL} for level in _levels(method, args)] if args.at_kl else [{}]
         cells += [

@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from eval.statistics import wilson
-from experiments.report import CONTROLS, SITES, gain
+from experiments.report import CONTROLS, SITES, gain, row_name
 
 COLORS = {
     "vanilla": "#555555", "prompt-only": "#000000", "random": "#999999", "flipped": "#E69F00",
@@ -127,9 +127,9 @@ def _gains(axis, rows: Sequence[dict], labels: dict[str, str], task: str) -> Non
     for y, (method, site) in enumerate(runs):
         draws = [row for row in rows if (row["method"], row["site"]) == (method, site)]
         gains = [gain(row, vanilla) for row in draws]
-        names.append(labels.get(method, method) + (f", {SITES[site]}" if site else ""))
+        names.append(row_name(method, site, labels))
         color = COLORS.get(method, OTHERS)
-        if method in CONTROLS:
+        if len(draws) > 1 or method in CONTROLS:
             axis.plot([min(gains), max(gains)], [y, y], color=color, lw=7, alpha=0.35, solid_capstyle="butt")
             axis.plot(gains, [y] * len(gains), "|", color=color, ms=13, mew=2)
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from statistics import median
 
@@ -10,7 +11,7 @@ from experiments.records import unpack
 
 SITES = {
     "attention": "Head", "ffn": "FFN", "layer": "Layer", "neuron": "Neuron", "both": "Head+FFN",
-    "attention+neuron": "Head+Neuron",
+    "attention+neuron": "Head+Neuron", "prompt": "",
 }  # fmt: skip
 CONTROLS = ("random", "flipped", "random-at-kl", "shuffled-pairs")  # repeated with other draws and shown as bands
 
@@ -26,7 +27,10 @@ def table(rows: Sequence[dict], labels: dict[str, str]) -> str:
         "| method | grid point | AUs | right | gain | up / down | p | Holm |",
         "|---|---|--:|--:|--:|--:|--:|--:|",
     ]
-    tested = [row for row in rows if row["site"] and row["method"] not in CONTROLS]
+    places = Counter((row["method"], row["site"]) for row in rows)  # of what is drawn several times, no draw is tested
+    tested = [
+        row for row in rows if row["site"] and row["method"] not in CONTROLS and places[row["method"], row["site"]] == 1
+    ]
     adjusted = dict(zip(map(id, tested), holm([row["p"] for row in tested]), strict=True))
     for row in rows:
         if row["method"] in ("vanilla", "prompt-only"):
@@ -128,8 +132,12 @@ def gain(row: dict, vanilla: dict) -> float:
     return 100 * (row["right"] / row["n"] - vanilla["right"] / vanilla["n"])
 
 
+def row_name(method: str, site: str | None, labels: dict[str, str]) -> str:
+    return ", ".join(filter(None, (labels.get(method, method), SITES.get(site))))
+
+
 def name_of(row: dict, labels: dict[str, str]) -> str:
-    name = labels.get(row["method"], row["method"]) + (f", {SITES[row['site']]}" if row["site"] else "")
+    name = row_name(row["method"], row["site"], labels)
     options = ", ".join(f"{key}={value}" for key, value in (row["options"] or {}).items())
     return f"{name} ({options})" if options else name
 

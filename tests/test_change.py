@@ -78,6 +78,7 @@ def test_times_and_zero(llama):
         with applied(llama, change):
             logits.append(llama(IDS).logits)
     assert torch.equal(logits[0], before) and not torch.allclose(logits[1], logits[2])
+    assert (len(adapter), len(adapter.times(0))) == (6, 0) and adapter.times(0)
     assert adapter.times(2).strength == 1.4 and adapter.strength == 0.7
 
 

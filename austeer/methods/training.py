@@ -12,9 +12,9 @@ from austeer.batching import pair_batches
 from austeer.errors import AUSteerError
 from austeer.evidence import Evidence
 from austeer.forward import PairTexts
+from austeer.pairs import Pair
 from austeer.temperature import fit
-from austeer.tokens import CLEAN, EncodedPair, encode
-from rmodels import context_length
+from austeer.tokens import EncodedPair
 
 
 @torch.enable_grad()
@@ -53,17 +53,16 @@ class TemperedLoss:
     """Return the sum over pairs of -log sigmoid((M - offset) / tau), tau and the offsets fitted to the unsteered model."""
 
     def __init__(self, evidence: Evidence):
-        self.model, encoded = evidence.model, evidence.encoded()
-        limit = context_length(self.model)
-        different = [pair for pair in evidence.pairs if encode([pair], evidence.tokenizer, CLEAN, limit)[0]]
-        self._texts = dict(zip(encoded, different, strict=True))
+        self.model, self.pairs = evidence.model, evidence.pairs
         with torch.inference_mode():
             log_odds = evidence.per_pair(lambda batch: self._log_odds(batch).cpu(), "log-odds")
-        self.temperature = fit(log_odds, different)
+        self.temperature = fit(log_odds, self._texts(evidence.encoded()))
 
     def __call__(self, batch: Sequence[EncodedPair]) -> Tensor:
-        texts = [self._texts[pair] for pair in batch]
-        return -self.temperature.objective(self._log_odds(batch), texts).sum()
+        return -self.temperature.objective(self._log_odds(batch), self._texts(batch)).sum()
+
+    def _texts(self, batch: Sequence[EncodedPair]) -> list[Pair]:
+        return [self.pairs[pair.index] for pair in batch]
 
     def _log_odds(self, batch: Sequence[EncodedPair]) -> Tensor:
         return PairTexts(self.model, batch, logits=True).log_odds()
