@@ -35,15 +35,14 @@ class Check:
         return first_order_lies(self.predicted, self.true)
 
     @property
-    def correction(self) -> Tensor:
-        """Return truth over prediction: by how much the slope at 0 misjudges each AU at its gate."""
-        return torch.where(self.predicted == 0, 1.0, self.true / self.predicted)
+    def ratio(self) -> Tensor:
+        """Return truth over prediction, from 0 to FACTOR: how much of the slope at 0 is left at the gate."""
+        return torch.where(self.predicted == 0, 1.0, self.true / self.predicted).clamp(0, FACTOR)
 
-    def summary(self) -> str:
-        return (
-            f"first order lies about {int(self.lies.sum())} of the {len(self.aus)} strongest AUs (another sign, or off by "
-            f"more than a factor of {FACTOR:g}); measured by {self.forwards:.0f} forwards of one text"
-        )
+    @property
+    def excess(self) -> Tensor:
+        """Return truth less prediction: what curvature adds."""
+        return self.true - self.predicted
 
 
 def first_order_lies(predicted: Tensor, true: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from austeer.batching import pair_batches
@@ -39,13 +40,15 @@ class Objective:
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         pairs: Sequence[Pair],
-        temperature: Temperature,
+        temperature: Temperature | None,
+        progress: bool = False,
     ):
+        """Encode the pairs. temperature: None for the mean of M itself."""
         encoded, _ = encode(pairs, tokenizer, CLEAN, context_length(model))
         if not encoded:
             raise AUSteerError("both answers of every pair are the same tokens: there is nothing to measure")
         self.model, self.temperature, self.given = model, temperature, pairs
-        self.encoded = encoded
+        self.encoded, self.progress = encoded, progress
         self.batches = pair_batches(encoded, model.device)
 
     def __len__(self) -> int:
@@ -57,7 +60,10 @@ class Objective:
 
     def of_log_odds(self, log_odds: Tensor) -> Tensor:
         """Return every pair's objective from log-odds, (..., pairs) in the order of `pairs`."""
-        return self.temperature.objective(log_odds, self.pairs)
+        return self._of(log_odds, self.pairs)
+
+    def _of(self, log_odds: Tensor, pairs: Sequence[Pair]) -> Tensor:
+        return log_odds if self.temperature is None else self.temperature.objective(log_odds, pairs)
 
     @torch.inference_mode()
     def log_odds(self, scales: Gates) -> Tensor:
@@ -103,12 +109,12 @@ class Objective:
     def _summed(self, scales: Gates, differentiate: Callable[[Tensor, Leaves], Sequence[Tensor]]) -> Gates:
         """Add up over batches what `differentiate(objective, leaves)` returns for each leaf, as means over pairs."""
         totals: dict[tuple[str, int], Tensor] = defaultdict(float)
-        for batch in self.batches:
+        for batch in tqdm(self.batches, "gradients", disable=not self.progress, leave=False):
             leaves = _leaves(self.model, scales)
             with scaled(self.model, leaves):
                 log_odds = PairTexts(self.model, batch, logits=True).log_odds()
             pairs = [self.given[pair.index] for pair in batch]
-            value = self.temperature.objective(log_odds, pairs).sum()
+            value = self._of(log_odds, pairs).sum()
             for place, found in zip(leaves, differentiate(value, leaves), strict=True):
                 totals[place] += found.double().cpu() / len(self)
         if not all(torch.isfinite(total).all() for total in totals.values()):

@@ -20,6 +20,7 @@ from austeer.tokens import EncodedPair
 from rmodels.gate import AUGate
 
 TOKENS_AT_ONCE = {"cpu": 1024, "cuda": 16384}  # a forward without gradients: rows times their length
+ALIKE = 2  # tokens by which the prompts of a batch may differ
 SAME = 1e-4  # nats by which a run from a layer on may differ from a whole one
 
 
@@ -35,8 +36,8 @@ def log_odds_of_changes(
     before = torch.zeros(len(objective), dtype=torch.float64)
     after = torch.zeros(len(changes), len(objective), dtype=torch.float64)
     room = TOKENS_AT_ONCE.get(model.device.type, TOKENS_AT_ONCE["cuda"])
-    longest = max(pair.length for pair in objective.encoded)
-    batches = grouped(sorted(objective.encoded, key=lambda pair: pair.length), lambda b: 2 * len(b) * longest <= room)
+    by_prompt = sorted(objective.encoded, key=lambda pair: (len(pair.prefix), pair.length))
+    batches = grouped(by_prompt, lambda batch: _fits(batch, room))
     for batch in batches:
         columns = [row[pair.index] for pair in batch]
         with keeping_before(model, layer) as kept:
@@ -49,6 +50,12 @@ def log_odds_of_changes(
     return before, after
 
 
+def _fits(batch: list[EncodedPair], room: int) -> bool:
+    """Say whether pairs run together: prompts of about one length, since logits begin where the shortest one ends."""
+    alike = len(batch[-1].prefix) - len(batch[0].prefix) <= ALIKE
+    return alike and 2 * len(batch) * max(pair.length for pair in batch) <= room
+
+
 def _starts(
     model: PreTrainedModel,
     batch: list[EncodedPair],
@@ -59,7 +66,10 @@ def _starts(
     whole: Tensor,
 ) -> bool:
     """Say whether a run from the layer on equals a whole one: not where later layers read what earlier ones left."""
-    again = _log_odds(model, batch, site, layer, [(0, 0.0)], plan, layer, kept)[0]
+    try:
+        again = _log_odds(model, batch, site, layer, [(0, 0.0)], plan, layer, kept)[0]
+    except (KeyError, IndexError, AttributeError, TypeError):  # what they left is not there at all
+        return False
     return bool((again - whole).abs().max() <= SAME)
 
 

@@ -26,6 +26,8 @@ from MFU_screening import TEMPERED
 from paper import truth
 from paper.studies import picture
 
+HEAD = f"  {'score':<38} AUs  ρ, scored on ranking pairs   on the judged   slope   same way   lies   halves"
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = _arguments(argv)
@@ -49,41 +51,51 @@ def main(argv: Sequence[str] | None = None) -> None:
         runs = {run for selection in chosen if selection.site == site for run in selection.runs}
         aus = len({run[:2] for run in runs})
         print(f"{site}: {len(runs)} changes of {aus} AUs, on {len(study.judged)} held-out pairs", flush=True)
-    truth.run(study, chosen, progress=True)
-    study.record |= {
-        "rows": truth.compare(study, chosen, by_score, on_judged),
-        "correction": truth.correct(study, chosen, by_score, on_judged),
-    }
+    print("\n".join(f"{name} pairs: {note}" for name, note in study.record["notes"].items()), flush=True)
+    own = [selection for selection in chosen if selection.by == truth.PLAN]
+    truth.run(study, own, progress=True)
+    study.record["correction"] = truth.correct(study, own, by_score, on_judged)
+    print(
+        "\n".join([*_table(truth.compare(study, own, by_score, on_judged)), *_corrections(study.record["correction"])]),
+        flush=True,
+    )
+    others = [selection for selection in chosen if selection.by != truth.PLAN]
+    truth.run(study, others, progress=True)
+    study.record["rows"] = truth.compare(study, chosen, by_score, on_judged)
     study.save()
+    print("\n".join(_table([row for row in study.record["rows"] if row["by"] != truth.PLAN])))
     path = folder / f"truth-{Path(args.model).name}-{task.label}.png"
-    _draw(study, chosen, by_score, path)
-    print("\n".join(_lines(study.record)))
+    _draw(study, others, by_score, path)
     print(f"picture: {path}   record: {study.path}")
 
 
-def _lines(record: dict) -> list[str]:
-    """List for each site and dose how well every score tells the changes of its own strongest AUs, and the plan's."""
-    lines = [f"{name} pairs: {note}" for name, note in record["notes"].items()]
-    heads = dict.fromkeys((row["site"], row["dose"], row["by"] == truth.PLAN) for row in record["rows"])
-    for site, dose, of_plan in heads:
-        rows = [r for r in record["rows"] if (r["site"], r["dose"], r["by"] == truth.PLAN) == (site, dose, of_plan)]
+def _table(rows: Sequence[dict]) -> list[str]:
+    """List for each site and dose how well scores tell the changes of the strongest AUs."""
+    lines = []
+    for site, dose, of_plan in dict.fromkeys((row["site"], row["dose"], row["by"] == truth.PLAN) for row in rows):
         whose = "the plan's strongest AUs" if of_plan else "each score's strongest AUs"
-        where = (
-            "within the plan"
-            if dose == truth.WITHIN
-            else f"alone, at {'the plan' + chr(39) + 's dose' if dose == truth.PLAN else 'dose ' + dose}"
+        where = {truth.WITHIN: truth.WITHIN, truth.PLAN: "alone, at the plan's dose"}.get(
+            dose, f"alone, at dose {dose}"
         )
-        lines += ["", f"{site}, {whose}, {where}"]
-        lines += [f"  {'score':<38} AUs  ρ, scored on ranking pairs   on the judged   slope   same way   lies   halves"]
-        lines += [_line(row) for row in rows]
-    found = record["correction"]
-    for row in found["rows"]:
-        lines += ["", f"{row['site']}: first order lies about {row['lies']} of the plan's {row['of']} strongest AUs, checked on "
-                      f"{found['pairs']} ranking pairs by {row['forwards']:.0f} forwards of one text"]  # fmt: skip
-        names = ("corrected", "corrected, by ranking pairs", "truth on ranking pairs")
-        lines += [f"  {name:<38} ρ {_interval(row[name]['rho'])}" for name in names]
-    lines += [f"judged objective: the plan {found['plan']:+.5f}, without the AUs that lie {found['reduced plan']:+.5f}"]
+        lines += ["", f"{site}, {whose}, {where}", HEAD]
+        lines += [
+            _line(row) for row in rows if (row["site"], row["dose"], row["by"] == truth.PLAN) == (site, dose, of_plan)
+        ]
     return lines
+
+
+def _corrections(found: dict) -> list[str]:
+    """Say about which of the plan's AUs first order lies, and how well the corrected predictions tell the judged changes."""
+    lines = []
+    for row in found["rows"]:
+        lines += [
+            "",
+            f"{row['site']}: first order lies about {row['lies']} of the plan's {row['of']} strongest AUs, checked on "
+            f"{found['pairs']} ranking pairs by {row['forwards']:.0f} forwards of one text",
+        ]
+        lines += [f"  {name:<46} ρ {_interval(row[name]['rho'])}" for name in truth.CORRECTED]
+    changes = f"the plan {found['plan']:+.5f}, without the AUs that lie {found['reduced plan']:+.5f}"
+    return [*lines, "", f"change of the objective on the judged pairs: {changes}"]
 
 
 def _line(row: dict) -> str:
@@ -107,14 +119,13 @@ def _interval(rho: Sequence[float]) -> str:
 
 def _draw(study: truth.Study, chosen: Sequence[truth.Selection], by_score: dict, path: Path) -> None:
     """Draw the change against each score's prediction: a column per score, a row per site and dose."""
-    own = [selection for selection in chosen if selection.by != truth.PLAN]
-    rows = list(dict.fromkeys((selection.site, selection.dose) for selection in own))
+    rows = list(dict.fromkeys((selection.site, selection.dose) for selection in chosen))
     columns = list(by_score)
     figure, axes = picture.subplots(len(columns), (3.6 * len(columns), 3.4 * len(rows)), rows=len(rows), squeeze=False)
     agreements = {
         (row["site"], row["dose"], row["by"]): row for row in study.record["rows"] if row["by"] == row["score"]
     }
-    for selection in own:
+    for selection in chosen:
         axis = axes[rows.index((selection.site, selection.dose)), columns.index(selection.by)]
         predicted = [
             float(by_score[selection.by][selection.site][run.layer, run.dim]) * run.dose for run in selection.runs

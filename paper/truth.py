@@ -51,6 +51,12 @@ SCORES = {
     "difference": "mean difference (CNA-like)",
     "random": "random",
 }
+CORRECTED = (  # predictions that know the truth on a few ranking pairs, and none of it on the judged ones
+    "gradient on the judged pairs, times the ratio",
+    "gradient on the judged pairs, plus the excess",
+    "gradient on the ranking pairs, plus the excess",
+    "the truth on the few ranking pairs",
+)
 PLAN, WITHIN = "plan", "within the plan"
 FORMAT = "austeer-truth-scores-1"
 
@@ -100,7 +106,7 @@ class Study:
         ranks = {site: ranks_of(bench, TEMPERED, site) for site in settings.sites}
         temperature = Temperature.of_header(ranks[settings.sites[0]].header)
         ranking, judged = (
-            Objective(bench.model, bench.tokenizer, pairs, temperature)
+            Objective(bench.model, bench.tokenizer, pairs, temperature, progress=True)
             for pairs in (bench.task.pairs, held_out_pairs(bench, settings.n))
         )
         key = {
@@ -277,9 +283,12 @@ def correct(study: Study, chosen: Sequence[Selection], by_score: dict[str, Gates
         plan, true = without_lies(plan, check), true_changes(study, selection).mean(1)
         rows.append({
             "site": selection.site, "lies": int(check.lies.sum()), "of": len(aus), "forwards": check.forwards,
-            "corrected": agreement(check.correction * _predicted(on_judged["gradient"], selection), true),
-            "corrected, by ranking pairs": agreement(check.correction * _predicted(by_score["gradient"], selection), true),
-            "truth on ranking pairs": agreement(check.true, true),
+            **{name: agreement(values, true) for name, values in zip(CORRECTED, (
+                _predicted(on_judged["gradient"], selection) * check.ratio,
+                _predicted(on_judged["gradient"], selection) + check.excess,
+                _predicted(by_score["gradient"], selection) + check.excess,
+                check.true,
+            ), strict=True)},
         })  # fmt: skip
     values = [
         study.judged.value(gates) for gates in ({s: g * 0 for s, g in study.gates.items()}, study.gates, plan.scales)
