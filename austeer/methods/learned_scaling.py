@@ -20,10 +20,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from austeer.evidence import Evidence
-from austeer.forward import PairTexts, input_device, stack_layers, tapped
+from austeer.forward import PairTexts, input_device, stack_layers
 from austeer.methods.base import GridPoint, Method
 from austeer.methods.choice import highest
-from austeer.methods.training import check_finite, descend
+from austeer.methods.training import check_finite, descend, scaled
 from austeer.plan import Plan
 from austeer.tokens import EncodedPair
 from rmodels import gates
@@ -79,11 +79,7 @@ class LearnedScaling(Method):
 
 def loss(evidence: Evidence, batch: Sequence[EncodedPair], scale: dict[int, Tensor]) -> Tensor:
     """Return the sum over pairs of -log sigmoid(log-odds), with activations scaled."""
-
-    def multiply(gate):
-        return lambda x: x + x * gate.align(scale[gate.layer].to(x))
-
-    with tapped(evidence.model, [evidence.site], multiply):
+    with scaled(evidence.model, [evidence.site], {(evidence.site, layer): g for layer, g in scale.items()}):
         return -functional.logsigmoid(PairTexts(evidence.model, batch, logits=True).log_odds()).sum()
 
 

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from austeer.batching import pair_batches
 from austeer.errors import AUSteerError
 from austeer.evidence import Evidence
-from austeer.forward import PairTexts
+from austeer.forward import PairTexts, Tap, tapped
 from austeer.pairs import Pair
 from austeer.temperature import fit
 from austeer.tokens import EncodedPair
+from rmodels import AUGate
 
 
 @torch.enable_grad()
@@ -42,6 +45,17 @@ def descend(
             if penalty is not None:
                 penalty().backward()
             optimizer.step()
+
+
+def scaled(
+    model: PreTrainedModel, sites: Sequence[str], scale: Mapping[tuple[str, int], Tensor]
+) -> AbstractContextManager[None]:
+    """Scale activations, x -> x + x g, inside a `with`: `scale` holds g by (site, layer), and gradients reach it."""
+
+    def multiply(gate: AUGate) -> Tap:
+        return lambda x: x + x * gate.align(scale[gate.site, gate.layer].to(x))
+
+    return tapped(model, sites, multiply)
 
 
 def check_finite(evidence: Evidence, trained: Iterable[Tensor]) -> None:
