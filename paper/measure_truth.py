@@ -1,7 +1,7 @@
 """Ask of your model which scores of single AUs tell the truth: what steering each of them alone really changes.
 
-python main.py truth --model M --pairs mine.jsonl --plan plan.safetensors
-python main.py truth --model M --data_name copa --data-dir D --plan plan.safetensors
+python main.py truth --model M --pairs mine.jsonl                    at the doses of a plan that costs 0.03 nats of KL
+python main.py truth --model M --data_name copa --plan plan.safetensors
 
 The 200 strongest AUs of every score are scaled one by one, at dose 1 and at the plan's dose, and judged on pairs held out
 from ranking. A killed run continues where it was. docs/truth.md explains the table.
@@ -18,14 +18,17 @@ from austeer import arguments
 from austeer.errors import AUSteerError, run_command
 from austeer.plan import Plan
 from eval.tasks.registry import PAPER_TASKS
-from experiments.bench import BENCHES
+from experiments.bench import BENCHES, Bench
 from experiments.cell import bench_of
-from experiments.ranking import make_ranks
+from experiments.costs import fisher_of
+from experiments.ranking import make_ranks, ranks_of
 from experiments.store import Store
 from MFU_screening import TEMPERED
 from paper import truth
 from paper.studies import picture
+from set_MFU import set_MFU
 
+SITES = ("attention", "neuron")
 HEAD = f"  {'score':<38} AUs  ρ, scored on ranking pairs   on the judged   slope   same way   lies   halves"
 
 
@@ -37,12 +40,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     )  # fmt: skip
     folder = Path(args.results)
     bench = BENCHES.open(model, task, Store(ranks=str(folder / "AU_ranks"), records=str(folder / "records")))
-    plan = Plan.load(args.plan)
-    settings = truth.Settings(
-        tuple(args.site or plan.sites), args.top, args.n, (0.1, 1.0) if args.all else (1.0,), seed=args.seed
-    )
+    given = Plan.load(args.plan) if args.plan else None
+    sites = tuple(args.site or (given.sites if given else SITES))
+    settings = truth.Settings(sites, args.top, args.n, (0.1, 1.0) if args.all else (1.0,), seed=args.seed)
     for momentum in (TEMPERED, "activation"):
-        make_ranks(bench, momentum, settings.sites)
+        make_ranks(bench, momentum, sites)
+    plan = given or _plan_of_cost(bench, sites, args.kl)
+    print(plan.summary(), flush=True)
     study = truth.Study.of(bench, plan, settings, folder / "truth")
     on_judged = truth.slopes(study, "judged", study.judged)
     by_score = truth.scores(study, truth.slopes(study, "ranking", study.ranking))
@@ -67,6 +71,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     path = folder / f"truth-{Path(args.model).name}-{task.label}.png"
     _draw(study, others, by_score, path)
     print(f"picture: {path}   record: {study.path}")
+
+
+def _plan_of_cost(bench: Bench, sites: Sequence[str], kl: float) -> Plan:
+    ranks = [ranks_of(bench, TEMPERED, site) for site in sites]
+    return set_MFU(ranks, kl=kl, fisher=fisher_of(bench, sites), model=bench.model)
 
 
 def _table(rows: Sequence[dict]) -> list[str]:
@@ -153,8 +162,13 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--data_name", choices=list(PAPER_TASKS), metavar="TASK",
         help=f"instead of --pairs a task: {', '.join(PAPER_TASKS)}")  # fmt: skip
     add("--data-dir", help="folder of the tasks' datasets (default: datasets/, then the hub)")
-    add("--plan", required=True, metavar="FILE", help="the plan whose dose is meant; it scales AUs and shifts none")
-    add("--site", nargs="+", choices=rmodels.SITES, help="sites of the AUs (default: those of the plan)")
+    add("--plan", metavar="FILE",
+        help="the plan whose dose is meant, which scales AUs and shifts none (default: one that costs --kl)")  # fmt: skip
+    add(
+        "--kl", type=float, default=0.03, help="cost of the plan that is made, in nats per token (default: %(default)s)"
+    )
+    add("--site", nargs="+", choices=rmodels.SITES,
+        help=f"sites of the AUs (default: those of the plan, or {' '.join(SITES)})")  # fmt: skip
     add("--top", type=int, default=200, help="AUs that are the strongest by each score (default: %(default)s)")
     add("--n", type=int, default=32, help="at most this many held-out pairs (default: %(default)s)")
     add("--all", action="store_true", help="also at dose 0.1")

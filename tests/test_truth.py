@@ -338,6 +338,15 @@ def test_the_command_measures_prints_and_goes_on_where_it_was(setup, capsys, mon
     assert len(list((folder / "truth").glob("*.json"))) == 1
 
 
+def test_without_a_plan_one_of_the_stated_cost_is_made(setup, capsys, tmp_path):
+    argv = setup[0]
+    at = argv.index("--plan")
+    main.main([*argv[:at], *argv[at + 2 :], "--results", str(tmp_path), "--top", "2", "--n", "2", "--kl", "0.004", "--site", "neuron"])  # fmt: skip
+    printed = capsys.readouterr().out
+    assert "atomic units, tokens: all" in printed and "neuron, the plan's strongest AUs, alone" in printed
+    assert "attention" not in printed
+
+
 @pytest.mark.parametrize("more, reason", [
     (["--top", "1"], "--top must be at least 2"),
     (["--data_name", "copa"], "either --pairs"),
