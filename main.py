@@ -21,6 +21,10 @@ COMMANDS = {  # name -> module with a main, and what it does
         "steer single AUs of your model, and compare what they change with their scores",
     ),
     "truth": ("paper.measure_truth", "find out which scores of single AUs tell what steering them really changes"),
+    "fisher": (
+        "austeer.commands.fisher",
+        "measure what steering a model costs, for plans of a stated cost (set_MFU.py --kl)",
+    ),
     "data": ("eval.data.command", "fetch and check the paper's datasets"),
     "pairs": ("eval.data.pairs_command", "make, show and save the contrastive pairs of a task or of your data"),
     "import-authors": ("eval.data.import_authors", "read prompts, data and ranks from the authors' checkout"),

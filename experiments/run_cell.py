@@ -249,7 +249,8 @@ class SteeredRun(Run):
     def steered(self, vanilla: dict) -> dict:
         method, points = method_of(self.cell.method), grid(self.cell)
         learned, seconds = self.learned(method)
-        result, chosen = self.beginning(), points[0]
+        result = self.beginning()
+        chosen = points[0]
         if len(points) > 1:
             chosen, searched = self.search(method, learned, points, vanilla)
             result |= searched

@@ -10,7 +10,8 @@ from austeer.errors import AUSteerError, run_command
 
 COMMANDS = {  # name: module with a main, and what it does
     "rank": ("austeer.commands.rank", "contrastive pairs -> ranks of a model's atomic units"),
-    "plan": ("austeer.commands.plan", "ranks, k and alpha -> a steering plan"),
+    "fisher": ("austeer.commands.fisher", "what steering a model's atomic units costs, measured on neutral text"),
+    "plan": ("austeer.commands.plan", "ranks, and k and alpha or a budget of KL -> a steering plan"),
     "steer": ("austeer.commands.steer", "answers without and with a plan, side by side"),
     "export": ("austeer.export.command", "a plan -> a folded checkpoint, a LoRA, IA3 or GGUF adapter; and back"),
     "serve": ("austeer.export.serve", "plans as named models of a vLLM server"),
