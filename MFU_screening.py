@@ -65,6 +65,9 @@ class Momentum(ABC):
             if isinstance(gate, ExpertGate)
         }
 
+    def expect(self, pairs: Sequence[Pair], groups: Sequence[str] | None, temperature: str | float) -> None:  # noqa: B027
+        """Prepare for these pairs. Most momenta need not know them beforehand."""
+
     @abstractmethod
     def add(self, batch: Sequence[EncodedPair]) -> None:
         """Add a batch of pairs. The sums change only once everything has been computed."""
@@ -180,22 +183,14 @@ class TemperedMomentum(Momentum):
     SUMS = CausalMomentum.SUMS
     score = staticmethod(t_statistic)
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        sites: Sequence[str],
-        protocol: Protocol,
-        pairs: Sequence[Pair],
-        groups: Sequence[str] | None,
-        temperature: str | float,
-    ):
-        super().__init__(model, sites, protocol)
+    def expect(self, pairs: Sequence[Pair], groups: Sequence[str] | None, temperature: str | float) -> None:
         temperature_of(temperature, torch.zeros(1), pairs[:1])  # a wrong one shows before the forwards
         self.pairs, self.wanted = pairs, temperature
         self.groups = torch.tensor(group_numbers(pairs, groups))
         self.log_odds = torch.zeros(len(pairs), dtype=torch.float64)
         self.gradients = {
-            site: torch.zeros(len(pairs), *rmodels.site_shape(model, site), dtype=model.dtype) for site in sites
+            site: torch.zeros(len(pairs), *rmodels.site_shape(self.model, site), dtype=self.model.dtype)
+            for site in self.sites
         }
 
     def add(self, batch: Sequence[EncodedPair]) -> None:
@@ -313,10 +308,8 @@ def screen(
     encoded, n_equal = encode(pairs, tokenizer, rules, limit)
     header = model_header(model)  # before the forwards, so that an error here comes early
 
-    if kind is TemperedMomentum:
-        total = kind(model, sites, rules, pairs, groups, temperature)
-    else:
-        total = kind(model, sites, rules)
+    total = kind(model, sites, rules)
+    total.expect(pairs, groups, temperature)
     share = processes.own_share(encoded)
     batches = pair_batches(share, model.device, batch_size if rules.share_prompt else 1)
     silent = None if progress and processes.is_main() else True

@@ -17,6 +17,7 @@ import sys
 import time
 from pathlib import Path
 from statistics import median
+from tempfile import TemporaryDirectory
 
 import torch
 from figures import keep, markdown
@@ -30,8 +31,10 @@ from austeer.methods.registry import METHODS
 from austeer.plan import Plan
 from austeer.steering import apply, clear
 from eval.tasks.embedded import EmbeddedTask
-from experiments.bench import checkpoint
+from experiments.bench import Bench, checkpoint
 from experiments.cell import EMBEDDED, bench_of
+from experiments.costs import costs_of
+from experiments.store import Store
 from MFU_screening import screen
 
 TOKENS = 300
@@ -49,8 +52,10 @@ def measure(method: Method, task: EmbeddedTask) -> dict:
     ranks("causal", sites_of(site)[0], task.pairs[:2])
     Path("/proc/self/clear_refs").write_text("5")  # the peak so far was of loading
     before, start = memory_mb("VmRSS"), time.perf_counter()
-    prepared = method.prepare(Evidence(model, tokenizer, task.pairs, site, ranks))
-    plan = method.plan(prepared, method.grid("small")[-1])  # timed, too, since causal-greedy does its work here
+    with TemporaryDirectory() as files:
+        bench = Bench(model, tokenizer, task, *bench_of(model=EMBEDDED, task=task.name), Store(files, files))
+        prepared = method.prepare(Evidence(model, tokenizer, task.pairs, site, ranks, costs=costs_of(bench)))
+        plan = method.plan(prepared, method.grid("small")[-1])  # timed, too, since causal-greedy does its work here
     seconds, peak = time.perf_counter() - start, memory_mb("VmHWM")
     return {
         "site": site,

@@ -74,7 +74,7 @@ def _next(tried: Sequence[tuple[float, float]], kl: float) -> float:
     (x0, y0), *others = sorted(((math.log(f), math.log(c / kl)) for f, c in tried), key=lambda p: abs(p[1]))
     slope = SQUARE
     if others and others[0][0] != x0:
-        slope = min(max((others[0][1] - y0) / (others[0][0] - x0), SQUARE / 4), SQUARE * 4)
+        slope = min(max((others[0][1] - y0) / (others[0][0] - x0), 0.75 * SQUARE), 4 * SQUARE)
     return math.exp(x0 - y0 / slope)
 
 
