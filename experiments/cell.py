@@ -44,6 +44,7 @@ class PairsSpec:
     """Select the contrastive pairs that methods learn from. Unsteered cells do not depend on them."""
 
     n_pairs: int | None = None  # use only the first n
+    pairs_draw: int | None = None  # seed by which n are drawn instead, in whole groups
     general_pairs: bool = False  # wrong answers by the paper's general recipe
     encoder: str | None = None  # sentence encoder that finds similar wrong answers
     swapped_choices: bool = False  # every item of COPA also with its choices swapped

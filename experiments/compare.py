@@ -16,6 +16,7 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -89,6 +90,13 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         choices=PROTOCOLS,
         help="clean (default), or paper: as the authors' code, quirk by quirk",
     )
+    add(
+        "--n-pairs",
+        type=int,
+        help="use only the first so many contrastive pairs, or with --pairs-draw so many random ones",
+    )
+    add("--pairs-draw", type=int, nargs="+", default=[], metavar="SEED", help="draw --n-pairs pairs at random, once for each "
+        "of these seeds; what belongs together, such as COPA's mirrored items, is drawn together")  # fmt: skip
     add("--encoder", help="sentence encoder for similar wrong answers, or tfidf (default: all-MiniLM-L6-v2)")
     add("--swapped-choices", action="store_true", help="make a second pair of every item of copa, its choices swapped")
     add("--per-token", action="store_true", help="compare likelihoods of whole choices per token (copa-choices)")
@@ -161,10 +169,13 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         torch.set_num_threads(1)  # in so small a model, threads wait for each other longer than they work
     sites = sites_of("both") if args.applied_module == "both" else (args.applied_module,)
     store = Store(args.path, str(Path(args.results) / "records"))
-    cells = {task.label: _cells(task, sites, args) for task in _tasks(args)}
+    cells: dict[str, list[Cell]] = {}
+    for task in _tasks(args):
+        of_task = cells.setdefault(_heading(task, args), [])
+        of_task += [cell for cell in _cells(task, sites, args) if cell not in of_task]  # draws of pairs share vanilla
     executor = executor_for(args.jobs, args.ray, args.device, args.engine, tiny=args.model == EMBEDDED)
     try:
-        records = dict(run_cells([cell for task_cells in cells.values() for cell in task_cells], store, executor))
+        records = dict(run_cells(list(dict.fromkeys(chain(*cells.values()))), store, executor))
     finally:
         executor.close()
     failed = {cell: record["failed"] for cell, record in records.items() if "failed" in record}
@@ -196,7 +207,9 @@ def _check(args: argparse.Namespace) -> None:
         batch_size=args.batch_size,
         ray=args.ray,
     )
-    check(args, "draws", "jobs", "batch_size")
+    check(args, "draws", "jobs", "batch_size", "n_pairs")
+    if args.pairs_draw and not args.n_pairs:
+        raise AUSteerError("--pairs-draw draws a number of pairs: add --n-pairs")
     if any(k < 1 for k in args.k):
         raise AUSteerError(f"--k must be whole numbers of at least 1, not {min(args.k)}")
     if not all(map(math.isfinite, args.alpha)):
@@ -228,13 +241,22 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _tasks(args: argparse.Namespace) -> list[TaskSpec]:
-    return [bench_of(**_flat(name, args))[1] for name in task_names(args)]
+    """Return the requested tasks, each once per draw of its pairs."""
+    draws = dict.fromkeys(args.pairs_draw) or [None]
+    return [bench_of(**_flat(name, draw, args))[1] for name in task_names(args) for draw in draws]
 
 
-def _flat(task: str, args: argparse.Namespace) -> dict:
+def _heading(task: TaskSpec, args: argparse.Namespace) -> str:
+    """Name the section of the report: at equal KL the draws of the pairs share one, as they are averaged there."""
+    draw = task.pairs.pairs_draw
+    return task.label if draw is None or args.at_kl else f"{task.label}, draw {draw} of the pairs"
+
+
+def _flat(task: str, pairs_draw: int | None, args: argparse.Namespace) -> dict:
     """Return the fields that all cells of a task share."""
     flat = {name: value for name, value in vars(args).items() if name in FIELD_NAMES and name != "method"}
-    return flat | {"task": task, "ks": args.k, "alphas": args.alpha, "options": args.option}
+    more = {"task": task, "pairs_draw": pairs_draw, "ks": args.k, "alphas": args.alpha, "options": args.option}
+    return flat | more
 
 
 def in_protocol(protocol: str, method: Method) -> bool:
@@ -243,7 +265,8 @@ def in_protocol(protocol: str, method: Method) -> bool:
 
 
 def _cells(task: TaskSpec, sites: Sequence[str], args: argparse.Namespace) -> list[Cell]:
-    vanilla = cell_of(**_flat(task.name, args), method="vanilla")
+    flat = _flat(task.name, task.pairs.pairs_draw, args)
+    vanilla = cell_of(**flat, method="vanilla")
     cells = [vanilla]
     if has_instruction(vanilla.model, vanilla.task):
         prompted = vanilla.unsteered("prompt-only")
@@ -254,7 +277,6 @@ def _cells(task: TaskSpec, sites: Sequence[str], args: argparse.Namespace) -> li
         if not in_protocol(task.protocol, method):
             continue
         draws = (max(1, args.draws * FLIPS // 5) if name == "flipped" else args.draws) if method.draws else 1
-        flat = _flat(task.name, args)
         searches = [{"level": level, "search": AT_KL} for level in _levels(method, args)] if args.at_kl else [{}]
         cells += [
             cell_of(**(flat | search), method=name, site=site, draw=draw)
@@ -289,9 +311,9 @@ def _report(rows: dict[str, list[dict]], store: Store, sites: Sequence[str], arg
     print("\n" + "\n".join(text))
     method = next((name for name in ("causal", "published") if args.steer and {name, "all"} & {*args.method}), None)
     if method and all(any(row["method"] == method for row in task_rows) for task_rows in rows.values()):
-        model, momentum = cell_of(**_flat("", args), method=method).model, METHODS[method].momentum
+        model, momentum = cell_of(**_flat("", None, args), method=method).model, METHODS[method].momentum
         scores = {
-            task.label: {
+            _heading(task, args): {
                 site: AURanks.load(store.ranks_file(model, task, momentum, site)).score.numpy()
                 for site in _places(METHODS[method], sites)
             }
@@ -340,6 +362,8 @@ def _file_name(args: argparse.Namespace) -> str:
     name += f"-{args.engine}" if args.engine != LIVE else ""
     name += "-swapped-choices" if args.swapped_choices else ""
     name += "-per-token" if args.per_token else ""
+    name += f"-{args.n_pairs}-pairs" if args.n_pairs else ""
+    name += "".join(f"-draw-{draw}" for draw in args.pairs_draw)
     name += f"-{args.attn}" if args.attn else ""
     name += f"-{Path(args.weights).name}" if args.weights else ""
     return name

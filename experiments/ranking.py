@@ -9,7 +9,6 @@ from austeer.code_identity import code_hash
 from austeer.identity import fingerprint
 from austeer.pairs import pairs_hash
 from austeer.ranks import AURanks
-from eval.tasks.base import Task
 from experiments.bench import Bench
 from MFU_screening import MOMENTA, TEMPERED, group_numbers, screen
 from rmodels import code_roots
@@ -44,13 +43,8 @@ def stored_ranks(bench: Bench, momentum: str, site: str) -> AURanks | None:
     }
     fits = all(ranks.header.get(key) == value for key, value in origin.items())
     if fits and momentum == TEMPERED:  # its folds go by groups, which the hash of the pairs does not tell
-        fits = ranks.stats["groups"].tolist() == group_numbers(bench.task.pairs, groups_of(bench.task))
+        fits = ranks.stats["groups"].tolist() == group_numbers(bench.task.pairs, bench.task.groups)
     return ranks if fits else None
-
-
-def groups_of(task: Task) -> list[str] | None:
-    """Return a task's groups of pairs; None: each prompt is a group."""
-    return getattr(task, "groups", None)
 
 
 def screening_code(bench: Bench, momentum: str) -> str:
@@ -65,7 +59,7 @@ def _screen(bench: Bench, momentum: str, sites: list[str]) -> dict[str, AURanks]
     start = time.perf_counter()
     by_site = screen(
         bench.task.pairs, bench.model, bench.tokenizer, sites, momentum=momentum, protocol=bench.task_spec.protocol,
-        groups=groups_of(bench.task), progress=not bench.model_spec.embedded,
+        groups=bench.task.groups, progress=not bench.model_spec.embedded,
     )  # fmt: skip
     seconds = round((time.perf_counter() - start) / len(sites), 2)
     for ranks in by_site.values():

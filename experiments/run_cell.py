@@ -30,7 +30,7 @@ from experiments.cell import AT_KL, Cell, MethodSpec
 from experiments.costs import cost_of_prompts, costs_of, meter_of, neutral_of, predicted_cost
 from experiments.engines.answering import answering, engine_code, engine_name, one_batch_pays
 from experiments.equal_kl import TOLERATED, Unreached, base_point, scaled_to
-from experiments.ranking import groups_of, ranks_of
+from experiments.ranking import ranks_of
 from experiments.search import SEARCHES, key_of, shuffled
 from experiments.store import Store
 from MFU_screening import MOMENTA, screen
@@ -319,7 +319,7 @@ class SteeredRun(Run):
             start = time.perf_counter()
             evidence = Evidence(
                 bench.model, bench.tokenizer, self.task.pairs, site, ranks,
-                groups=groups_of(self.task), costs=costs_of(bench),
+                groups=self.task.groups, costs=costs_of(bench),
             )  # fmt: skip
             learned = method.prepare(evidence)
             total = None if None in seconds else time.perf_counter() - start + sum(seconds)

@@ -23,6 +23,7 @@ class Store:
     def ranks_file(self, model: ModelSpec, task: TaskSpec, momentum: str, site: str) -> Path:
         folder = momentum if task.protocol == "clean" else f"{momentum}-{task.protocol}"
         folder += f"-{task.pairs.n_pairs}-pairs" if task.pairs.n_pairs else ""
+        folder += f"-draw-{task.pairs.pairs_draw}" if task.pairs.pairs_draw is not None else ""
         folder += "-general" if task.pairs.general_pairs else ""
         folder += "-swapped" if task.pairs.swapped_choices else ""
         folder += f"-{model.attn}" if model.attn else ""

@@ -269,7 +269,7 @@ def test_resamples_rank_as_if_pairs_were_repeated(momentum, monkeypatch):
     model, tokenizer, task = BENCH.model, BENCH.tokenizer, BENCH.task
     equal = Pair(task.pairs[0].prompt, "zzz", "qqq")  # unknown words: the same token
     pairs = [*task.pairs[:9], equal]
-    monkeypatch.setattr(task, "_pair_set", PairSet(pairs))
+    monkeypatch.setattr(task, "_pair_set", PairSet(pairs, [pair.prompt for pair in pairs]))
     scores, n = rank_stability.resampled(BENCH, momentum, 3, 1, False)
     assert n == 10
     for draw, counts in enumerate(rank_stability._counts(10, 3, 1).T.int().tolist()):

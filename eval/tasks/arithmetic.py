@@ -47,7 +47,7 @@ class NumberTask(DatasetTask):
         columns = {**right, "a number at all": [number is not None for number in robust]}
         return Scores(next(iter(right)), columns)
 
-    def _pairs(self, rows: Sequence[dict], dropped: Counter[str]) -> tuple[list[Pair], str]:
+    def _pairs(self, rows: Sequence[dict], dropped: Counter[str]) -> tuple[list[Pair | None], str]:
         prompts = [fill(self.words.train["prompt"], _with_number(row)) for row in rows]
         # the ranking rows come first in the pool
         pool = [fill(self.words.train["answer"], _with_number(row)) for row in self._pool()]
@@ -62,7 +62,7 @@ class NumberTask(DatasetTask):
             dropped["no different number in the pool"] += nearest.count(None)
             wrong = [None if j is None else pool[j] for j in nearest]
         three = zip(prompts, pool, wrong, strict=False)
-        pairs = [Pair(prompt, right, other) for prompt, right, other in three if other is not None]
+        pairs = [None if other is None else Pair(prompt, right, other) for prompt, right, other in three]
         return pairs, f"most similar other answer, by {similarity.name}"
 
     def _pool(self) -> Sequence[dict]:

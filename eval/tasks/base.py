@@ -19,6 +19,7 @@ from austeer.pairs import Pair
 from eval.answering.answer_file import Answer, AnswerFile
 from eval.answering.answerer import Answerer, Generation
 from eval.data.similar import general_pairs
+from eval.tasks.splits import drawn
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,10 @@ class Scores:
 
 class PairSet(NamedTuple):
     pairs: list[Pair]
+    groups: list[str]  # a name per pair: pairs of one group give each other away
     by: str = "the task's own wrong answers"  # how the wrong answers were made
     dropped: dict[str, int] = {}  # rows that make no pair, by reason
+    left_over: list[Pair] = []  # of groups that none of `pairs` is of
 
 
 class Task(ABC):
@@ -56,18 +59,22 @@ class Task(ABC):
         self,
         *,
         n_pairs: int | None = None,
+        pairs_draw: int | None = None,
         general_pairs: bool = False,
         encoder: str | None = None,
         swapped_choices: bool = False,
     ):
         """Set how pairs are made.
 
-        n_pairs: use only the first so many. general_pairs: take wrong answers by the paper's general recipe. encoder: finds
+        n_pairs: use only the first so many. pairs_draw: draw them at random instead, whole groups, by this seed. general_pairs: take wrong answers by the paper's general recipe. encoder: finds
         similar answers. swapped_choices: make a second pair of every item, with its choices swapped.
         """
         if swapped_choices and not self.swaps_choices:
             raise AUSteerError("swapped choices are for the pairs of copa only: leave out --swapped-choices")
-        self.n_pairs, self.general_pairs, self.encoder = n_pairs, general_pairs, encoder
+        if pairs_draw is not None and n_pairs is None:
+            raise AUSteerError("a draw needs the number of pairs to draw: add --n-pairs")
+        self.n_pairs, self.pairs_draw = n_pairs, pairs_draw
+        self.general_pairs, self.encoder = general_pairs, encoder
         self.swapped_choices = swapped_choices
 
     @abstractmethod
@@ -76,13 +83,37 @@ class Task(ABC):
 
     @cached_property
     def _pair_set(self) -> PairSet:
-        own = self.own_pairs()
-        pairs, by = general_pairs(own.pairs, self.encoder) if self.general_pairs else (own.pairs, own.by)
-        return PairSet(pairs[: self.n_pairs], by, own.dropped)
+        pairs, groups, by, dropped, _ = self.own_pairs()
+        if self.general_pairs:
+            pairs, by = general_pairs(pairs, self.encoder)
+        chosen = self._chosen(groups)
+        names = {groups[index] for index in chosen}
+        left_over = [pair for pair, group in zip(pairs, groups, strict=True) if group not in names]
+        return PairSet([pairs[i] for i in chosen], [groups[i] for i in chosen], by, dropped, left_over)
+
+    def _chosen(self, groups: list[str]) -> Sequence[int]:
+        """Return the indices of the pairs to use."""
+        if self.pairs_draw is None:
+            return range(len(groups))[: self.n_pairs]
+        if self.n_pairs >= len(groups):
+            raise AUSteerError(
+                f"{self.name} has {len(groups)} pairs, so every draw of {self.n_pairs} is the same: give a smaller --n-pairs"
+            )
+        return drawn(groups, self.n_pairs, self.pairs_draw)
 
     @property
     def pairs(self) -> list[Pair]:
         return self._pair_set.pairs
+
+    @property
+    def groups(self) -> list[str]:
+        """Return the name of each pair's group: folds and draws take groups whole."""
+        return self._pair_set.groups
+
+    @property
+    def left_over(self) -> list[Pair]:
+        """Return the pairs that are not used, nor any of their group: what options of methods may be chosen on."""
+        return self._pair_set.left_over
 
     @property
     def pairs_by(self) -> str:

@@ -74,13 +74,14 @@ class DatasetTask(RowSource, Task):
     def own_pairs(self) -> PairSet:
         """Make pairs from the ranking rows. What cannot be a pair is left out, and counted."""
         dropped = Counter({why: n for why, n in self.split.dropped.items() if n})
-        pairs, by = self._pairs(self.split.ranking, dropped)
-        if self.protocol == "clean":
-            pairs = [pair for pair in pairs if _is_pair(pair, dropped)]
-        if not pairs:
+        rows = self._ranking_rows()
+        made, by = self._pairs(rows, dropped)
+        kept = [(pair, self.group(row)) for pair, row in zip(made, rows, strict=True) if self._keeps(pair, dropped)]
+        if not kept:
             why = ", ".join(f"{n} {reason}" for reason, n in dropped.items())
             raise AUSteerError(f"{self.name}: no pairs could be made of {len(self.split.ranking)} rows ({why})")
-        return PairSet(pairs_in_chat(self.chat, pairs) if self.chat else pairs, by, dropped)
+        pairs, groups = map(list, zip(*kept, strict=True))
+        return PairSet(pairs_in_chat(self.chat, pairs) if self.chat else pairs, groups, by, dropped)
 
     def prompted(self, items: Sequence[Item]) -> list[Item]:
         """Return the same items with an instruction in front that asks for the behaviour: the prompt-only control."""
@@ -101,8 +102,14 @@ class DatasetTask(RowSource, Task):
         """Return the name of the row's group: rows of one group give each other away, and stay on one side."""
         return self.text(row)
 
-    def _pairs(self, rows: Sequence[dict], dropped: Counter[str]) -> tuple[list[Pair], str]:
-        """Return pairs of these rows, and how their wrong answers were made; count in `dropped` what makes none.
+    def _ranking_rows(self) -> list[dict]:
+        return self.split.ranking
+
+    def _keeps(self, pair: Pair | None, dropped: Counter[str]) -> bool:
+        return pair is not None and (self.protocol == "paper" or _is_pair(pair, dropped))
+
+    def _pairs(self, rows: Sequence[dict], dropped: Counter[str]) -> tuple[list[Pair | None], str]:
+        """Return a pair per row, and how wrong answers were made; None where a row makes no pair, counted in `dropped`.
 
         This is for tasks whose rows have both answers.
         """

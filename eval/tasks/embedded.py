@@ -29,7 +29,8 @@ class EmbeddedTask(Task):
         self.test = list(_items(name, test_split, TEST, seed)[:limit])
 
     def own_pairs(self) -> PairSet:
-        return PairSet([Pair(item.prompt, item.right, item.wrong) for item in _items(self.name, "pairs", PAIRS)])
+        pairs = [Pair(item.prompt, item.right, item.wrong) for item in _items(self.name, "pairs", PAIRS)]
+        return PairSet(pairs, [pair.prompt for pair in pairs])
 
     def generation(self, answerer, items: Sequence[Item]) -> Generation:
         return Generation(small_world.REPLY_WORDS if self.name == "tone" else 1)

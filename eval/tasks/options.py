@@ -93,11 +93,12 @@ class COPA(OptionTask):
     def group(self, row):
         return "\n".join(sorted((row["choice1"].strip(), row["choice2"].strip())))  # mirrored items share them
 
+    def _ranking_rows(self):
+        return self._with_swapped(self.split.ranking) if self.swapped_choices else self.split.ranking
+
     def _pairs(self, rows, dropped):
-        if not self.swapped_choices:
-            return super()._pairs(rows, dropped)
-        pairs, by = super()._pairs(self._with_swapped(rows), dropped)
-        return pairs, f"{by}, every item also with its choices swapped"
+        pairs, by = super()._pairs(rows, dropped)
+        return pairs, f"{by}, every item also with its choices swapped" if self.swapped_choices else by
 
     def _with_swapped(self, rows: Sequence[dict]) -> list[dict]:
         """Put before every row the same with its choices swapped, if that is no row yet: so the authors' log begins.

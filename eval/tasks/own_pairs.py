@@ -42,7 +42,7 @@ class PairTask(Task):
         self.validation, self.test = parts["validation"][:limit], parts["test"][:limit]
 
     def own_pairs(self) -> PairSet:
-        return PairSet(self._ranking)
+        return PairSet(self._ranking, [pair.prompt for pair in self._ranking])
 
     @torch.inference_mode()
     def answers(self, answerer, items: Sequence[Pair], file=None, progress=None) -> list[Answer]:

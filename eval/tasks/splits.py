@@ -11,6 +11,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from random import Random
 
 PAIRS, VALIDATION = 1000, 500
 HELD_OUT = 0.2  # the share of a small training file that is held out for validation
@@ -52,3 +53,17 @@ def split(
         "a repeated text": len(apart) - len(once),
     }
     return Split(ranking, ranking, chosen_by, list(test), dropped)
+
+
+def drawn(groups: Sequence[str], n: int, seed: int) -> list[int]:
+    """Draw n pairs at random, given the group of each, and return their indices, in order.
+
+    Groups are drawn whole. One that is larger than the room left is passed over, so the draw may be a few pairs short.
+    """
+    sizes, names, taken = Counter(groups), sorted(set(groups)), set()
+    Random(seed).shuffle(names)
+    for name in names:
+        if sizes[name] <= n:
+            taken.add(name)
+            n -= sizes[name]
+    return [index for index, name in enumerate(groups) if name in taken]
