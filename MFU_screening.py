@@ -32,6 +32,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import rmodels
 from austeer import processes
+from austeer.balance import answer_numbers, balanced
 from austeer.batching import pair_batches, run_halving
 from austeer.errors import AUSteerError, one_of, run_command
 from austeer.forward import PairTexts, float64_device, input_device, log_odds_and_gradients, read_at
@@ -65,7 +66,9 @@ class Momentum(ABC):
             if isinstance(gate, ExpertGate)
         }
 
-    def expect(self, pairs: Sequence[Pair], groups: Sequence[str] | None, temperature: str | float) -> None:  # noqa: B027
+    def expect(  # noqa: B027
+        self, pairs: Sequence[Pair], groups: Sequence[str] | None, temperature: str | float, balance: bool
+    ) -> None:
         """Prepare for these pairs. Most momenta need not know them beforehand."""
 
     @abstractmethod
@@ -118,8 +121,19 @@ def t_statistic(sums: dict[str, Tensor], n: int) -> tuple[Tensor, Tensor]:
     """Return the mean of c over its standard error, and its sign."""
     mean = sums["sum"] / n
     variance = ((sums["sum_squares"] - n * mean.square()) / (n - 1)).clamp(min=0)
+    return _over_error(mean, (variance / n).sqrt())
+
+
+def balanced_t_statistic(stats: dict[str, Tensor], n: int) -> tuple[Tensor, Tensor]:
+    """Do the same with the balanced mean, where there is one (austeer/balance.py)."""
+    if "balanced_mean" not in stats:
+        return t_statistic(stats, n)
+    return _over_error(stats["balanced_mean"], stats["balanced_error"])
+
+
+def _over_error(mean: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
     # an effect that is the same in every pair has no spread: bound its t, do not divide by zero
-    error = torch.maximum((variance / n).sqrt(), 1e-9 * mean.abs())
+    error = torch.maximum(error, 1e-9 * mean.abs())
     score = torch.where(mean == 0, 0.0, mean / error).float()
     return score, score.sign()
 
@@ -181,9 +195,12 @@ class TemperedMomentum(Momentum):
     """
 
     SUMS = CausalMomentum.SUMS
-    score = staticmethod(t_statistic)
+    score = staticmethod(balanced_t_statistic)
 
-    def expect(self, pairs: Sequence[Pair], groups: Sequence[str] | None, temperature: str | float) -> None:
+    def expect(
+        self, pairs: Sequence[Pair], groups: Sequence[str] | None, temperature: str | float, balance: bool
+    ) -> None:
+        self.answers = answer_numbers(pairs) if balance else None
         temperature_of(temperature, torch.zeros(1), pairs[:1])  # a wrong one shows before the forwards
         self.pairs, self.wanted = pairs, temperature
         self.groups = torch.tensor(group_numbers(pairs, groups))
@@ -206,17 +223,27 @@ class TemperedMomentum(Momentum):
         processes.add_over_processes([self.log_odds, *self.gradients.values()])
         self.temperature = temperature_of(self.wanted, self.log_odds, self.pairs)
         slope = self.temperature.slope(self.log_odds, self.pairs).to(self.device)[:, None]
+        self.balanced: dict[str, list[tuple[Tensor, Tensor]]] = {site: [] for site in self.gradients}
         for (site, name), layers in self.sums.items():
             for layer, total in enumerate(layers):
                 effects = self.gradients[site][:, layer, : len(total)].to(self.device).double() * slope
                 total += (effects if name == "sum" else effects.square()).sum(0)
+                if self.answers is not None and name == "sum":
+                    self.balanced[site].append(balanced(effects, self.answers[:, 0]))
 
     def stats(self, site: str) -> dict[str, Tensor]:
         kept = {"log_odds": self.log_odds, "offsets": offsets(self.temperature.answers, self.pairs)}
-        return super().stats(site) | kept | {"groups": self.groups, "gradients": self.gradients[site]}
+        kept |= {"groups": self.groups, "gradients": self.gradients[site]}
+        if self.answers is not None:
+            mean, error = (
+                pad_sequence(rows, batch_first=True).cpu() for rows in zip(*self.balanced[site], strict=True)
+            )
+            kept |= {"answers": self.answers, "balanced_mean": mean, "balanced_error": error}
+        return super().stats(site) | kept
 
     def header(self) -> dict:
-        return self.temperature.header() | {"spread_of_log_odds": round(float(self.log_odds.std()), 3)}
+        balance = {} if self.answers is None else {"balanced": True}
+        return self.temperature.header() | balance | {"spread_of_log_odds": round(float(self.log_odds.std()), 3)}
 
 
 def group_numbers(pairs: Sequence[Pair], groups: Sequence[str] | None) -> list[int]:
@@ -245,6 +272,7 @@ def MFU_screening(
     momentum: str = "activation",
     temperature: str | float = FITTED,
     groups: Sequence[str] | None = None,
+    balance: bool = False,
     batch_size: int | None = None,
     max_length: int | None = None,
     progress: bool = True,
@@ -254,6 +282,7 @@ def MFU_screening(
     protocol: "clean", or "paper" for the authors' code, quirk by quirk (docs/fidelity.md).
     momentum: "activation" (the paper's) or "causal" (ours). temperature: of the causal objective, "fitted" or a number.
     groups: a name per pair; pairs of one group stay in one fold (by default those of one prompt).
+    balance: an AU counts only if it helps whichever answer is right (causal momentum; austeer/balance.py).
     max_length: in tokens, by default the model's context.
     """
     ranks = screen(
@@ -262,9 +291,10 @@ def MFU_screening(
         tokenizer,
         [applied_module],
         protocol=protocol,
-        momentum=momentum_name(momentum, temperature),
+        momentum=momentum_name(momentum, temperature, balance),
         temperature=temperature,
         groups=groups,
+        balance=balance,
         batch_size=batch_size,
         max_length=max_length,
         progress=progress,
@@ -274,9 +304,9 @@ def MFU_screening(
     return ranks
 
 
-def momentum_name(momentum: str, temperature: str | float) -> str:
+def momentum_name(momentum: str, temperature: str | float, balance: bool = False) -> str:
     """Return the name of a momentum in MOMENTA: at temperature 1, causal momentum needs sums only."""
-    return TEMPERED if momentum == "causal" and temperature != 1 else momentum
+    return TEMPERED if momentum == "causal" and (temperature != 1 or balance) else momentum
 
 
 def screen(
@@ -289,11 +319,12 @@ def screen(
     momentum: str = "activation",
     temperature: str | float = FITTED,
     groups: Sequence[str] | None = None,
+    balance: bool = False,
     batch_size: int | None = None,
     max_length: int | None = None,
     progress: bool = True,
 ) -> dict[str, AURanks]:
-    """Rank several sites in one pass over the pairs. momentum: a key of MOMENTA; temperature: for "causal-tempered"."""
+    """Rank several sites in one pass over the pairs. momentum: a key of MOMENTA; temperature, balance: for "causal-tempered"."""
     rules, kind = one_of(PROTOCOLS, protocol, "protocol"), one_of(MOMENTA, momentum, "momentum")
     for site in sites:
         rmodels.site_shape(model, site)
@@ -305,11 +336,13 @@ def screen(
             if protocol == "paper"
             else "causal momentum ranks by a t statistic, which needs at least two pairs"
         )
+    if balance and kind is not TemperedMomentum:
+        raise AUSteerError("only causal momentum can be balanced: add momentum='causal' (--momentum causal)")
     encoded, n_equal = encode(pairs, tokenizer, rules, limit)
     header = model_header(model)  # before the forwards, so that an error here comes early
 
     total = kind(model, sites, rules)
-    total.expect(pairs, groups, temperature)
+    total.expect(pairs, groups, temperature, balance)
     share = processes.own_share(encoded)
     batches = pair_batches(share, model.device, batch_size if rules.share_prompt else 1)
     silent = None if progress and processes.is_main() else True

@@ -9,6 +9,8 @@ discriminant  in Fisher units, x_ij = c_ij / sqrt(F_i) with mean m and covarianc
               where (S + ridge t I) w = m, and t is the trace of S over the number of pairs: directions in which pairs
               disagree count less
 
+Balanced effects (balance.py) take the place of the means, and AUs without one get no gate.
+
 The k AUs with the largest F_i g_i^2 are steered, those of all sites together. Gates are cut off at `limit` and scaled until
 the plan's price along its own direction is the budget; with a model, its KL is measured and corrected.
 """
@@ -247,8 +249,10 @@ def _discriminant(effects: PairEffects, cost: Tensor, options: dict) -> Tensor:
     x -= mean
     gram = (x @ x.T).double()
     shrink = options["ridge"] * float(gram.trace()) / (n - 1) / n
-    inner = torch.linalg.solve(gram + (n - 1) * shrink * torch.eye(n, dtype=torch.float64), (x @ mean).double())
-    return ((mean - inner.float() @ x) / shrink * unit).double()
+    aim = mean if effects.answers is None else (effects.mean_and_error()[0] * unit).float()
+    inner = torch.linalg.solve(gram + (n - 1) * shrink * torch.eye(n, dtype=torch.float64), (x @ aim).double())
+    gates = ((aim - inner.float() @ x) / shrink * unit).double()
+    return gates if effects.answers is None else torch.where(aim == 0, 0.0, gates)
 
 
 ESTIMATES = {"bound": _bound, "discriminant": _discriminant}

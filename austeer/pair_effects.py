@@ -15,6 +15,7 @@ from scipy.stats import t as student
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from austeer.balance import balanced
 from austeer.errors import AUSteerError
 from austeer.ranks import AURanks
 
@@ -29,6 +30,7 @@ class PairEffects:
     z: Tensor
     tau: float
     groups: Tensor  # (pairs,) of int: pairs of one group stay in one fold
+    answers: Tensor | None = None  # (pairs, 2) numbers of right and wrong answers, where effects are to be balanced
 
     @classmethod
     def of(cls, ranks: Sequence[AURanks]) -> PairEffects:
@@ -46,7 +48,7 @@ class PairEffects:
         gradients = [one.stats["gradients"][:, one.exists] for one in ranks]
         z = (first.stats["log_odds"] - first.stats["offsets"]) / first.header["tau"]
         together = gradients[0] if len(gradients) == 1 else torch.cat(gradients, 1)
-        return cls(together, z, first.header["tau"], first.stats["groups"])
+        return cls(together, z, first.header["tau"], first.stats["groups"], first.stats.get("answers"))
 
     def __len__(self) -> int:
         return len(self.z)
@@ -57,24 +59,36 @@ class PairEffects:
         return torch.sigmoid(-self.z) / self.tau
 
     def only(self, pairs: Tensor) -> PairEffects:
-        return replace(self, gradients=self.gradients[pairs], z=self.z[pairs], groups=self.groups[pairs])
+        answers = None if self.answers is None else self.answers[pairs]
+        return replace(
+            self, gradients=self.gradients[pairs], z=self.z[pairs], groups=self.groups[pairs], answers=answers
+        )
 
     def with_answers_swapped(self, seed: int) -> PairEffects:
         """Swap the answers of half of the groups at random: a control that has nothing to learn. tau stays that of the true pairs."""
         coins = torch.rand(int(self.groups.max()) + 1, generator=torch.Generator().manual_seed(seed)) < 0.5
         sign = torch.where(coins[self.groups], -1.0, 1.0)
-        return replace(self, gradients=self.gradients * sign[:, None].to(self.gradients), z=self.z * sign)
+        answers = self.answers
+        if answers is not None:  # what was wrong is right now
+            answers = torch.where(sign[:, None] < 0, answers.flip(1), answers)
+        return replace(
+            self, gradients=self.gradients * sign[:, None].to(self.gradients), z=self.z * sign, answers=answers
+        )
 
     def mean_and_error(self) -> tuple[Tensor, Tensor]:
-        """Return the mean effect of every AU and its standard error, float64."""
+        """Return the mean effect of every AU, balanced where that is wanted, and its standard error, float64."""
         n, slope = len(self), self.slope
         mean = torch.empty(self.gradients.shape[1], dtype=torch.float64)
-        squares = torch.empty_like(mean)
+        errors = torch.empty_like(mean)
         for columns in torch.arange(len(mean)).split(8192):  # in blocks: no float64 copy of everything
             effects = self.gradients[:, columns].double() * slope[:, None]
-            mean[columns], squares[columns] = effects.mean(0), effects.square().mean(0)
-        variance = (squares - mean.square()).clamp(min=0) * n / (n - 1)
-        return mean, (variance / n).sqrt()
+            if self.answers is not None:
+                mean[columns], errors[columns] = balanced(effects, self.answers[:, 0])
+                continue
+            mean[columns], squares = effects.mean(0), effects.square().mean(0)
+            variance = (squares - mean[columns].square()).clamp(min=0) * n / (n - 1)
+            errors[columns] = (variance / n).sqrt()
+        return mean, errors
 
     def folds(self) -> list[Tensor]:
         """Return the pairs of each fold, (pairs,) of bool: groups in random order, dealt out like cards."""

@@ -37,14 +37,14 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
     wanted_header = {
         "fingerprint": fingerprint(model), "kernel": model.config._attn_implementation,
         "pairs_hash": pairs_hash(pairs), "protocol": args.protocol,
-        "momentum": momentum_name(args.momentum, args.temperature), "tokenizer": public_name(tokenizer.name_or_path), "max_length": limit,
+        "momentum": momentum_name(args.momentum, args.temperature, args.balance), "balanced": args.balance, "tokenizer": public_name(tokenizer.name_or_path), "max_length": limit,
     }  # fmt: skip
     is_missing = processes.flags_of_main([args.force or _is_missing(file, wanted_header) for file in files.values()])
     sites = [site for site, missing in zip(files, is_missing, strict=True) if missing]
     started = time.monotonic()
     ranks = screen(
         pairs, model, tokenizer, sites, protocol=args.protocol,
-        momentum=momentum_name(args.momentum, args.temperature), temperature=args.temperature,
+        momentum=momentum_name(args.momentum, args.temperature, args.balance), temperature=args.temperature, balance=args.balance,
         batch_size=args.batch_size, max_length=args.max_length,
     ) if sites else {}  # fmt: skip
     seconds = time.monotonic() - started
@@ -60,7 +60,11 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
 def _is_missing(file: Path, wanted_header: dict) -> bool:
     if not file.exists():
         return True
-    header = {"kernel": wanted_header["kernel"], **AURanks.load(file).header}  # earlier files do not name theirs
+    header = {
+        "kernel": wanted_header["kernel"],
+        "balanced": False,
+        **AURanks.load(file).header,
+    }  # earlier files do not name theirs
     differs = ", ".join(key for key, value in wanted_header.items() if header.get(key) != value)
     if differs:
         raise AUSteerError(f"{file} exists and differs in {differs}; choose another --out, or --force to replace it")
@@ -83,6 +87,8 @@ def _arguments(argv: Sequence[str] | None, prog: str | None) -> argparse.Namespa
         help="the paper's, or ours (default: %(default)s)")  # fmt: skip
     add("--temperature", type=_temperature, default=FITTED, metavar="fitted|TAU",
         help="of the causal objective, in nats of log-odds: fitted to the pairs, or a number (default: %(default)s)")  # fmt: skip
+    add("--balance", action="store_true", help="let an AU count only if it helps whichever answer is right, so that what only "
+        "says yes more often does not (causal momentum, pairs with a few shared answers)")  # fmt: skip
     add("--protocol", default="clean", choices=PROTOCOLS, help="clean, or the authors' code (default: %(default)s)")
     add("--batch-size", type=int, help="pairs at once; halved automatically when memory runs out")
     add("--max-length", type=int, help="longest text in tokens; a longer prompt loses its start")

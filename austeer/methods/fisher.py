@@ -11,12 +11,15 @@ All are made for a stated KL, measured and corrected. Several sites share one bu
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
+from austeer.balance import answer_numbers
 from austeer.budget import ESTIMATES, RIDGE, Budget, Direction, Z
 from austeer.errors import AUSteerError, one_of
 from austeer.evidence import Evidence
 from austeer.kl import KLMeter
 from austeer.methods.base import TOGETHER, GridPoint, Method, every_kind, sites_of
+from austeer.pair_effects import PairEffects
 from austeer.plan import Plan
 from MFU_screening import TEMPERED
 
@@ -47,17 +50,24 @@ class KLBudget(Method):
     axes = {"kl": every_kind(kl=KLS)["kl"]}
     budgeted = True
 
-    def __init__(self, k: int = 0, estimate: str = "discriminant", z: float = Z, ridge: float = RIDGE):
-        """Take options: k = 0 lets the budget choose k; z belongs to estimate "bound", ridge to "discriminant"."""
+    def __init__(
+        self, k: int = 0, estimate: str = "discriminant", z: float = Z, ridge: float = RIDGE, balance: bool = False
+    ):
+        """Take options: k = 0 lets the budget choose k; z belongs to estimate "bound", ridge to "discriminant".
+
+        balance: an AU counts only if it helps whichever answer is right (austeer/balance.py).
+        """
         if k < 0:
             raise AUSteerError(f"k must be at least 1, or 0 to have it chosen, not {k}")
         one_of(ESTIMATES, estimate, "estimate")
-        self.k, self.estimate, self.z, self.ridge = k, estimate, z, ridge
+        self.k, self.estimate, self.z, self.ridge, self.balance = k, estimate, z, ridge, balance
 
     def prepare(self, evidence: Evidence) -> Planner:
         sites = sites_of(evidence.site)
         ranks = [evidence.ranks(self.momentum, site) for site in sites]
         options = {"estimate": self.estimate, "z": self.z, "ridge": self.ridge}
+        if self.balance:
+            options["effects"] = replace(PairEffects.of(ranks), answers=answer_numbers(evidence.pairs))
         return Planner(Budget(ranks, evidence.costs.fisher(sites), **options), evidence.costs.meter(), self.k or None)
 
     def plan(self, prepared: Planner, point: GridPoint, draw: int = 0) -> Plan:
