@@ -81,5 +81,6 @@ def without_lies(plan: Plan, check: Check) -> Plan:
     for (site, layer, dim), lies in zip(check.aus, check.lies.tolist(), strict=True):
         if lies:
             scales[site][layer, dim] = 0.0
-    header = plan.header | {"left_out": int(check.lies.sum()), "checked": len(check.aus)}
+    counts = {"left_out": int(check.lies.sum()), "checked": len(check.aus)}
+    header = plan.header | {name: plan.header.get(name, 0) + count for name, count in counts.items()}
     return replace(plan, scales=scales, header=header)

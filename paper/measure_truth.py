@@ -58,7 +58,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     print("\n".join(f"{name} pairs: {note}" for name, note in study.record["notes"].items()), flush=True)
     own = [selection for selection in chosen if selection.by == truth.PLAN]
     truth.run(study, own, progress=True)
-    study.record["correction"] = truth.correct(study, own, by_score, on_judged)
+    study.record["correction"], reduced = truth.correct(study, plan, own, by_score, on_judged)
+    if args.out:
+        reduced.save(args.out)
     print(
         "\n".join([*_table(truth.compare(study, own, by_score, on_judged)), *_corrections(study.record["correction"])]),
         flush=True,
@@ -172,6 +174,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--top", type=int, default=200, help="AUs that are the strongest by each score (default: %(default)s)")
     add("--n", type=int, default=32, help="at most this many held-out pairs (default: %(default)s)")
     add("--all", action="store_true", help="also at dose 0.1")
+    add("--out", metavar="FILE", help="save the plan here, without the AUs about which first order lies")
     add("--seed", type=int, default=0, help="seed of the random score (default: %(default)s)")
     add("--results", default="results", help="folder for ranks, records and pictures (default: %(default)s)")
     args = parser.parse_args(argv)

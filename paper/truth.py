@@ -99,7 +99,7 @@ class Study:
 
     @classmethod
     def of(cls, bench: Bench, plan: Plan, settings: Settings, folder: Path) -> Study:
-        given = gates_of(plan)
+        given = {site: values for site, values in gates_of(plan).items() if values.any()}
         if missing := sorted(set(settings.sites) - set(given)):
             raise AUSteerError(f"the plan has no gates at {', '.join(missing)}: name its sites with --site")
         gates = {site: given[site] for site in settings.sites}
@@ -268,13 +268,15 @@ def _predicted(score: Gates, selection: Selection) -> Tensor:
     return torch.tensor([float(values[run.layer, run.dim]) * run.dose for run in selection.runs], dtype=torch.float64)
 
 
-def correct(study: Study, chosen: Sequence[Selection], by_score: dict[str, Gates], on_judged: dict[str, Gates]) -> dict:
-    """Check the plan's strongest AUs on a few ranking pairs, and judge the corrected predictions and the reduced plan."""
+def correct(
+    study: Study, plan: Plan, chosen: Sequence[Selection], by_score: dict[str, Gates], on_judged: dict[str, Gates]
+) -> tuple[dict, Plan]:
+    """Check the plan's strongest AUs on a few ranking pairs; judge the corrected predictions, and the plan without lies."""
     task, temperature = study.bench.task, study.judged.temperature
     draw = torch.randperm(len(task.pairs), generator=torch.Generator().manual_seed(study.settings.seed))
     pairs = [task.pairs[number] for number in draw[: study.settings.checked].tolist()]
     objective = Objective(study.bench.model, study.bench.tokenizer, pairs, temperature)
-    rows, plan = [], Plan(study.gates)
+    rows = []
     for selection in chosen:
         if selection.by != PLAN or selection.dose != PLAN:
             continue
@@ -290,10 +292,15 @@ def correct(study: Study, chosen: Sequence[Selection], by_score: dict[str, Gates
                 check.true,
             ), strict=True)},
         })  # fmt: skip
-    values = [
-        study.judged.value(gates) for gates in ({s: g * 0 for s, g in study.gates.items()}, study.gates, plan.scales)
-    ]
-    return {"rows": rows, "pairs": len(pairs), "plan": values[1] - values[0], "reduced plan": values[2] - values[0]}
+    nothing, whole, reduced = (
+        study.judged.value(gates)
+        for gates in (
+            {site: values * 0 for site, values in study.gates.items()},
+            study.gates,
+            {site: plan.scales[site] for site in study.gates},
+        )
+    )
+    return {"rows": rows, "pairs": len(pairs), "plan": whole - nothing, "reduced plan": reduced - nothing}, plan
 
 
 def _digest(gates: Gates) -> str:

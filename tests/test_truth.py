@@ -59,7 +59,7 @@ def gate(model, site, *aus):
 def test_a_run_from_a_layer_on_is_a_whole_run(load, family):
     model = load(family)
     ids = torch.cat([IDS, IDS.flip(1)])
-    whole = model(ids, use_cache=False).logits
+    whole, others = (model(rows, use_cache=False).logits for rows in (ids, ids + 1))
     layers = rmodels.decoder_layers(model)
     for number in range(len(layers)):
         with keeping_before(model, number) as kept:
@@ -77,7 +77,7 @@ def test_a_run_from_a_layer_on_is_a_whole_run(load, family):
         assert torch.equal(again, whole)
         torch.testing.assert_close(twice, whole.repeat(2, 1, 1), rtol=1e-5, atol=1e-5)
         assert layers[number] in runs and not any(layer in runs for layer in layers[:number]), "nothing runs before it"
-    assert torch.equal(model(ids, use_cache=False).logits, whole), "nothing stays behind"
+    assert torch.equal(model(ids + 1, use_cache=False).logits, others), "nothing stays behind"
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, *STRUCTURAL])
@@ -109,6 +109,15 @@ def test_where_later_layers_read_earlier_ones_whole_forwards_are_run(load, token
     except KeyError:
         differs = True
     assert differs, "this family shows nothing"
+
+
+def test_a_run_from_a_layer_on_is_compared_with_a_whole_one_first(load, tokenizer):
+    model = load("llama")
+    batch = Objective(model, tokenizer, SOME[:1], None).encoded
+    with keeping_before(model, 2) as kept:
+        whole = austeer.truth._log_odds(model, batch, "ffn", 2, [(0, 0.0)], {}, 0, None)[0]
+    assert austeer.truth._starts(model, batch, "ffn", 2, kept[0], {}, whole)
+    assert not austeer.truth._starts(model, batch, "ffn", 2, kept[0] * 1.1, {}, whole)
 
 
 def test_many_changes_are_run_in_bounded_batches(load, tokenizer, monkeypatch):
@@ -281,7 +290,7 @@ def setup(checkpoints, tmp_path_factory, tokenizer):
 
 def test_the_command_measures_prints_and_goes_on_where_it_was(setup, capsys, monkeypatch, checkpoints, tokenizer):
     argv, folder = setup
-    main.main([*argv, "--all"])
+    main.main([*argv, "--all", "--out", str(folder / "reduced.safetensors")])
     printed = capsys.readouterr().out
     (file,) = (folder / "truth").glob("*.json")
     record = json.loads(file.read_text())
@@ -322,6 +331,14 @@ def test_the_command_measures_prints_and_goes_on_where_it_was(setup, capsys, mon
     assert row["judged"]["slope"] == pytest.approx(np.dot(predicted, true) / np.dot(predicted, predicted), rel=1e-3)
     assert row["judged"]["same_way"] == pytest.approx(np.mean(np.multiply(predicted, true) > 0))
 
+    lies = sum(row["lies"] for row in record["correction"]["rows"])
+    reduced = Plan.load(folder / "reduced.safetensors")
+    assert len(reduced) == 40 - lies == 40 - reduced.header["left_out"] and reduced.header["checked"] == 12
+    for name, gates in {"plan": plan, "reduced plan": reduced.scales}.items():
+        assert record["correction"][name] == pytest.approx(
+            judged.value(gates) - judged.value(nothing), rel=1e-3, abs=1e-6
+        )
+
     # a killed run: some changes are missing, and only those are measured again
     lost = dict(list(record["changes"]["neuron"].items())[-4:])
     for run in lost:
@@ -351,6 +368,7 @@ def test_without_a_plan_one_of_the_stated_cost_is_made(setup, capsys, tmp_path):
     (["--top", "1"], "--top must be at least 2"),
     (["--data_name", "copa"], "either --pairs"),
     (["--site", "ffn"], "no gates at ffn"),
+    (["--site", "attention", "ffn"], "no gates at ffn"),
 ])  # fmt: skip
 def test_mistakes_are_named(setup, more, reason):
     with pytest.raises(AUSteerError, match=reason):
