@@ -16,7 +16,7 @@ from eval.tasks.base import Task
 from eval.tasks.embedded import EmbeddedTask
 from eval.tasks.own_pairs import PairTask
 from eval.tasks.registry import PAPER_TASKS, paper_task
-from experiments.cell import ModelSpec, TaskSpec
+from experiments.cell import ModelSpec, PairsSpec, TaskSpec
 from experiments.engines import vllm_batches
 from experiments.store import Store
 
@@ -73,13 +73,22 @@ class Benches:
     def __init__(self):
         self._benches: dict[tuple[ModelSpec, TaskSpec, Store], Bench] = {}
         self._models: dict[tuple, tuple[PreTrainedModel, PreTrainedTokenizerBase]] = {}
+        self._kept: dict[tuple, dict] = {}  # by everything but the pairs, so that draws of pairs share it
 
     def open(self, model: ModelSpec, task: TaskSpec, store: Store) -> Bench:
         key = model, task, store
         if key not in self._benches:
             new_task = _task(model, task, store)  # before the model, so that a mistake in the data shows at once
-            self._benches[key] = Bench(*self._load(model, checkpoint(model, task)), new_task, model, task, store)
+            loaded = self._load(model, checkpoint(model, task))
+            kept = self._kept.setdefault((model, replace(task, pairs=PairsSpec()), store), {})
+            self._benches[key] = Bench(*loaded, new_task, model, task, store, kept=kept)
         return self._benches[key]
+
+    def forget_learned(self, bench: Bench) -> None:
+        """Drop what methods learned on other benches of a large model: for many draws of pairs it would fill the memory."""
+        for other in self._benches.values():
+            if other is not bench and other.model is bench.model and bench.model.num_parameters() > TINY:
+                other.learned.clear()
 
     def _load(self, spec: ModelSpec, folder: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         key = folder, spec.weights, spec.dtype, spec.device, spec.quantization, spec.attn
@@ -94,8 +103,8 @@ class Benches:
         return self._models[key]
 
     def close(self) -> None:
-        self._benches.clear()
-        self._models.clear()
+        for held in (self._benches, self._models, self._kept):
+            held.clear()
         vllm_batches.stop()
         gc.collect()
 

@@ -309,6 +309,7 @@ class SteeredRun(Run):
         bench, site = self.bench, self.cell.method.site
         key = self.cell.method.name, self.cell.method.options, site
         if key not in bench.learned:
+            BENCHES.forget_learned(bench)
             seconds = []  # how long the ranks took when they were made
 
             def ranks(momentum: str, at: str = site):

@@ -106,7 +106,7 @@ def test_strength_that_overflows_is_too_much():
 def test_what_cannot_be_brought_to_a_kl_says_why():
     with pytest.raises(Unreached, match="it changes nothing"):
         scaled_to(OnAScale(), 0.1, lambda change: 0.0)
-    with pytest.raises(Unreached, match=r"the nearest of 6 tries costs 0\.02"):
+    with pytest.raises(Unreached, match=r"the nearest of 6 tries costs 0\.0199"):
         scaled_to(OnAScale(), 0.1, lambda change: 0.02 * change.factor / (1 + change.factor))
     with pytest.raises(Unreached, match=r"the nearest of 6 tries costs 0\.000"):
         scaled_to(OnAScale(), 0.1, overflowing)
@@ -200,12 +200,15 @@ def test_shuffled_pairs_by_plain_loops(evidence):
 
 
 def test_controls_take_more_aus_where_few_cannot_cost_as_much(evidence):
-    method = RandomAtKL(k=2)
-    plan = method.plan(method.prepare(evidence), {"kl": 0.02})
+    method, given = RandomAtKL(k=2), KLBudget(k=2)
+    prepared = method.prepare(evidence)
+    budget = prepared.budget
+    two = (budget.random_direction(2, 0), budget.direction(budget.effects, 2))
+    kl = 1.5 * max(budget.plan_along(direction, 50.0).header["predicted_kl"] for direction in two)
+    plan = method.plan(prepared, {"kl": kl})
     assert len(plan) > 2 and len(plan) & (len(plan) - 1) == 0
-    assert plan.header["measured_kl"] == pytest.approx(0.02, rel=0.1) and "reached" not in plan.header
-    given = KLBudget(k=2)
-    short = given.plan(given.prepare(evidence), {"kl": 0.02})
+    assert plan.header["measured_kl"] == pytest.approx(kl, rel=0.1) and "reached" not in plan.header
+    short = given.plan(given.prepare(evidence), {"kl": 10 * kl})
     assert len(short) == 2 and "reached" in short.header, "a k that was asked for is kept"
 
 
@@ -218,7 +221,7 @@ def test_fisher_information_is_measured_once_and_kept(tmp_path, monkeypatch):
     files = sorted(tmp_path.rglob("fisher-*/*.safetensors"))
     assert [file.stem for file in files] == sorted(SITES) and whole.sites == list(SITES)
     BENCHES.close()
-    monkeypatch.setattr(costs, "measure_fisher", None)
+    monkeypatch.setattr("austeer.fisher._scores", None)  # nothing can be measured now
     again = costs.fisher_of(bench_for(tmp_path, **task), SITES[1:])
     assert torch.equal(again.diagonal["neuron"], whole.diagonal["neuron"])
     bench = bench_for(tmp_path, task="svamp", limit=5)  # another task is another model
@@ -230,6 +233,18 @@ def test_fisher_information_is_measured_once_and_kept(tmp_path, monkeypatch):
     BENCHES.close()
     with pytest.raises(TypeError):
         costs.fisher_of(bench_for(tmp_path, **task), SITES[:1])
+
+
+def test_draws_of_pairs_share_what_a_model_costs(tmp_path, monkeypatch):
+    one, other = (bench_for(tmp_path, task="copa", limit=5, n_pairs=40, pairs_draw=draw) for draw in (0, 1))
+    assert one.task.pairs != other.task.pairs and costs.meter_of(one, "neutral") is costs.meter_of(other, "neutral")
+    assert costs.meter_of(bench_for(tmp_path, task="copa", limit=6), "prompts") is not costs.meter_of(one, "prompts")
+    one.learned["x"] = other.learned["x"] = 1
+    BENCHES.forget_learned(one)
+    assert other.learned, "tiny models have room for all"
+    monkeypatch.setattr("experiments.bench.TINY", 1)
+    BENCHES.forget_learned(one)
+    assert one.learned and not other.learned
 
 
 def test_the_text_that_a_model_writes_itself_is_kept(tmp_path, monkeypatch):
@@ -391,7 +406,7 @@ def test_gain_and_interval_of_one_draw_of_several_and_of_a_control():
     assert (value, low, high) == pytest.approx((6, 6 - half, 6 + half), rel=1e-3)
     control = [made_up("random-at-kl", better(gained), draw=draw) for draw, gained in enumerate((0, 3, 9))]
     (band,) = kl_report.lines_of(control, {})
-    assert kl_report.estimate(band, VANILLA) == (4, 0, 9)
+    assert kl_report.estimate(band, VANILLA) == pytest.approx((4, 0, 9))
 
 
 def test_ours_is_compared_with_every_line_of_its_level():
