@@ -12,6 +12,7 @@ from austeer.change import Adapter, applied, projections
 from austeer.errors import AUSteerError
 from austeer.identity import model_header
 from austeer.plan import Plan
+from experiments.engines.answering import vllm_answering
 
 IDS = torch.tensor([[1, 40, 77, 130, 9, 200]])
 
@@ -150,3 +151,8 @@ def test_gates_and_adapters_work_together(llama):
         both = llama(IDS).logits
     with applied(llama, Plan({"attention": scale})):
         assert torch.equal(llama(IDS).logits, both), "silenced AUs leave an adapter nothing to change"
+
+
+def test_vllm_refuses_adapters(llama):
+    with pytest.raises(AUSteerError, match="use --engine live"), vllm_answering(None, [random_adapter(llama)], 1):
+        pass
