@@ -280,7 +280,7 @@ def setup(checkpoints, tmp_path_factory, tokenizer):
     model = rmodels.load(checkpoints["llama"], dtype="float32", device="cpu")
     plan = None
     for site in ("attention", "neuron"):
-        one = set_MFU(screen(pairs, model, tokenizer, [site], momentum="causal", progress=False)[site], 20, 0.5)
+        one = set_MFU(screen(pairs, model, tokenizer, [site], momentum="causal", progress=False)[site], 20, 3.0)
         plan = one if plan is None else plan + one
     plan.save(folder / "plan.safetensors")
     return ["truth", "--model", str(checkpoints["llama"]), "--pairs", str(folder / "mine.jsonl"), "--device", "cpu",
@@ -333,7 +333,7 @@ def test_the_command_measures_prints_and_goes_on_where_it_was(setup, capsys, mon
 
     lies = sum(row["lies"] for row in record["correction"]["rows"])
     reduced = Plan.load(folder / "reduced.safetensors")
-    assert len(reduced) == 40 - lies == 40 - reduced.header["left_out"] and reduced.header["checked"] == 12
+    assert lies and len(reduced) == 40 - lies == 40 - reduced.header["left_out"] and reduced.header["checked"] == 12
     for name, gates in {"plan": plan, "reduced plan": reduced.scales}.items():
         assert record["correction"][name] == pytest.approx(
             judged.value(gates) - judged.value(nothing), rel=1e-3, abs=1e-6
