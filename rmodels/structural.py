@@ -79,9 +79,8 @@ def decoder_layers(model: PreTrainedModel) -> Sequence[nn.Module]:
         return list(dict.fromkeys(block.layer for block in model.au_blocks()))
     count = _size(model, "num_hidden_layers")
     decoder = model.get_decoder()
-    decoder = (
-        decoder if isinstance(decoder, PreTrainedModel) else without_head(model)
-    )  # some heads are called "decoder"
+    if not isinstance(decoder, PreTrainedModel):  # some heads are called "decoder"
+        decoder = without_head(model)
     lists = [
         module
         for name, module in decoder.named_modules()
@@ -154,19 +153,15 @@ def projection_widths(projection: nn.Module) -> tuple[int, int]:
     return projection.in_features, projection.out_features
 
 
-def wide_projections(module: nn.Module | None, width: int) -> list[nn.Module]:
-    """Return the projections in a module that may be its last one, in order of registration."""
+def last_projection(module: nn.Module | None, width: int) -> nn.Module | None:
+    """Return the projection registered last of those that may end a mixer or an MLP; None where there is none."""
     if module is None or (isinstance(module, nn.ModuleList) and not all(map(_is_projection, module))):
-        return []  # LongCat-Flash has two mixers and two MLPs under one name
-    return [
+        return None  # LongCat-Flash has two mixers and two MLPs under one name
+    wide = [
         part
         for name, part in _projections(module)
         if projection_widths(part)[1] == width and not NEVER_LAST.search(name.rpartition(".")[2])
     ]
-
-
-def last_projection(module: nn.Module | None, width: int) -> nn.Module | None:
-    wide = wide_projections(module, width)
     return wide[-1] if wide else None
 
 

@@ -1,4 +1,4 @@
-"""Export a plan as a PEFT LoRA adapter, exactly: W + B A is the scaled W, and B A has one rank per AU of the weight.
+"""Export a plan as a PEFT LoRA adapter. It is exact: W + B A equals the scaled W, with one rank per steered AU.
 
 Inputs S scaled by gamma:   A = the one-hot rows of S, times gamma    B = the columns S of W, as they are
 Outputs T scaled by gamma:  A = the rows T of W, as they are          B = the one-hot columns of T, times gamma
