@@ -26,7 +26,7 @@ from torch import Tensor
 
 from austeer.errors import AUSteerError, one_of
 from austeer.fisher import Fisher
-from austeer.kl import KLMeter
+from austeer.kl import KLMeter, next_try
 from austeer.pair_effects import PairEffects
 from austeer.plan import Plan
 from austeer.ranks import AURanks
@@ -199,7 +199,9 @@ class Budget:
             exhausted = measured < kl and priced < 0.999 * asked  # all gates are at the limit
             if abs(measured / kl - 1) < CLOSE or exhausted:
                 break
-            asked = priced * (kl / measured) ** (1 / _slope(tried))
+            # what a plan costs beyond its prediction grows faster than the prediction does
+            beyond = max(1.0, 3 - 2 * priced / measured)
+            asked = next_try([(x, y) for x, y, _ in tried], kl, beyond)
         _, measured, gates = min(tried, key=lambda one: abs(math.log(one[1] / kl)))
         return gates, first, measured
 
@@ -225,14 +227,6 @@ class Budget:
             count += int((self.cost[here] > MASSIVE * self.cost[start : start + n].median()).sum())
             start += n
         return count
-
-
-def _slope(tried: Sequence[tuple[float, float, Tensor]]) -> float:
-    """Return d log measured / d log predicted from the last two tries: 1 to begin with, and never far from it."""
-    if len(tried) < 2:
-        return 1.0
-    (x0, y0, _), (x1, y1, _) = tried[-2:]
-    return min(max(math.log(y1 / y0) / math.log(x1 / x0), 0.5), 2.0) if x0 != x1 else 1.0
 
 
 def _bound(effects: PairEffects, cost: Tensor, options: dict) -> Tensor:

@@ -6,6 +6,7 @@ every method alike: some steer only from the end of a prompt on.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -78,3 +79,20 @@ class KLMeter:
         ids = ids.to(input_device(self.model))
         logits = self.model(input_ids=ids, use_cache=False, logits_to_keep=count + 1).logits
         return logits[:, -count - 1 : -1].float().log_softmax(-1)
+
+
+def next_try(tried: Sequence[tuple[float, float]], kl: float, slope: float) -> float:
+    """Return the strength to try next to get a cost of `kl`, from the strengths that were tried and what they cost.
+
+    It is where the line through the two nearest tries, in logarithms, has that cost, if that is between what is known to
+    be too weak and too strong; else the middle of these. slope: d log cost / d log strength to begin with.
+    """
+    (x0, y0), *others = sorted(((math.log(x), math.log(y / kl)) for x, y in tried), key=lambda one: abs(one[1]))
+    if others and others[0][0] != x0:
+        slope = min(max((others[0][1] - y0) / (others[0][0] - x0), slope / 4), slope * 8)
+    step = x0 - y0 / slope
+    low = max((math.log(x) for x, y in tried if y < kl), default=-math.inf)
+    high = min((math.log(x) for x, y in tried if y >= kl), default=math.inf)
+    if low < high < math.inf and -math.inf < low and not low < step < high:
+        step = (low + high) / 2
+    return math.exp(step)
