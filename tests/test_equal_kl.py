@@ -102,6 +102,13 @@ def test_strength_that_overflows_is_too_much():
     found = scaled_to(OnAScale(), 1e-4, overflowing)
     assert found.factor == pytest.approx(0.01, rel=0.05)
 
+    def wall(change):
+        if change.factor > 1.5:
+            raise Overflow("too much")
+        return change.factor**6
+
+    assert scaled_to(OnAScale(), 4.0, wall, 0.5).kl == pytest.approx(4, rel=0.1)  # the first secant goes far beyond it
+
 
 def test_what_cannot_be_brought_to_a_kl_says_why():
     with pytest.raises(Unreached, match="it changes nothing"):

@@ -85,6 +85,7 @@ EDITS = {
     "causal momentum": edited("MFU_screening.py", "1e-9 * mean.abs()", "1e-8 * mean.abs()"),
     "reading of numbers": edited("eval/scoring/numbers.py", "TOLERANCE = ", "TOLERANCE = 2 * "),
     "the family": edited("rmodels/modeling_gemma2.py", 'DEFAULT_KERNEL = "eager"', 'DEFAULT_KERNEL = "sdpa"'),
+    "costs": edited("experiments/costs.py", "DOCUMENTS, SHORT = ", "DOCUMENTS, SHORT = 2 * "),
     "all that is steered": edited("experiments/run_cell.py", "chosen = points[0]", "chosen = points[-1]"),
 }  # fmt: skip
 
@@ -130,6 +131,12 @@ def test_a_line_of_screening_renames_all_that_screened(renamed):
     assert renamed["screening"] == screened | ranks | {"gemma2"}
     causal = {name for name, method in METHODS.items() if "causal" in method.momenta}
     assert renamed["causal momentum"] == causal | {"ranks causal"}
+
+
+def test_a_line_of_costs_renames_what_is_planned_by_them(renamed):
+    from austeer.methods.registry import METHODS
+
+    assert renamed["costs"] == {name for name, method in METHODS.items() if method.budgeted}
 
 
 def test_scoring_renames_the_tasks_that_use_it(renamed):
