@@ -25,27 +25,20 @@ class Line:
     method: str
     site: str | None
     level: float | None  # None: it has no strength, and stands at the KL it has
-    rows: tuple[dict, ...]
+    rows: tuple[dict, ...]  # those that were brought to the level
+    others: tuple[dict, ...]  # those that were not
 
-    @property
-    def reached(self) -> bool:
-        return all("outcomes" in row for row in self.rows)
-
-    def draws(self) -> list[list[dict]]:
-        """Return the rows of each draw of the pairs."""
-        by_pairs: dict[str, list[dict]] = {}
+    def gains(self, vanilla: dict) -> dict[str, float]:
+        """Return the gain of each draw of the pairs, by their hash; of a control the mean over its own draws."""
+        by_pairs: dict[str, list[float]] = {}
         for row in self.rows:
-            by_pairs.setdefault(row["pairs_hash"], []).append(row)
-        return list(by_pairs.values())
-
-    def gains(self, vanilla: dict) -> list[float]:
-        """Return the gain of each draw of the pairs, of a control the mean over its own draws."""
-        return [mean(gain(row, vanilla) for row in rows) for rows in self.draws()]
+            by_pairs.setdefault(row["pairs_hash"], []).append(gain(row, vanilla))
+        return {pairs: mean(values) for pairs, values in by_pairs.items()}
 
     def cost(self, name: str) -> float | None:
-        """Return the mean of a KL over all rows; None where a row has none."""
+        """Return the mean of a KL over the rows; None where a row has none."""
         values = [row["kl"].get(name) for row in self.rows]
-        return None if None in values else mean(values)
+        return mean(values) if values and None not in values else None
 
 
 def lines_of(rows: Sequence[dict], labels: dict[str, str]) -> list[Line]:
@@ -55,16 +48,18 @@ def lines_of(rows: Sequence[dict], labels: dict[str, str]) -> list[Line]:
         if "kl" in row:
             level = row["kl"].get("asked")
             groups.setdefault((level or 0.0, name_of(row, labels)), []).append(row)
-    return [
-        Line(name, same[0]["method"], same[0]["site"], level or None, tuple(same))
-        for (level, name), same in sorted(groups.items(), key=lambda group: group[0][0])
-    ]
+    lines = []
+    for (level, name), same in sorted(groups.items(), key=lambda group: group[0][0]):
+        reached, others = (tuple(row for row in same if ("outcomes" in row) == wanted) for wanted in (True, False))
+        lines.append(Line(name, same[0]["method"], same[0]["site"], level or None, reached, others))
+    return lines
 
 
 def estimate(line: Line, vanilla: dict) -> Estimate:
     """Return the gain with its interval: over draws of pairs by t, of one draw over items; of a control the range of its draws."""
-    if len(line.draws()) > 1:
-        return t_interval(line.gains(vanilla))[:3]
+    by_pairs = line.gains(vanilla)
+    if len(by_pairs) > 1:
+        return t_interval([*by_pairs.values()])[:3]
     values = [gain(row, vanilla) for row in line.rows]
     if len(values) > 1:
         return mean(values), min(values), max(values)
@@ -77,9 +72,9 @@ def p_against(ours: Line, other: Line, vanilla: dict) -> float:
 
     Of a control's draws, the best one is what ours is compared with.
     """
-    if len(ours.draws()) > 1 and len(ours.draws()) == len(other.draws()):
-        both = zip(ours.gains(vanilla), other.gains(vanilla), strict=True)
-        return t_interval([a - b for a, b in both])[3]
+    gains, theirs = ours.gains(vanilla), other.gains(vanilla)
+    if len(both := gains.keys() & theirs.keys()) > 1:
+        return t_interval([gains[pairs] - theirs[pairs] for pairs in both])[3]
     best = max(other.rows, key=lambda row: row["right"])
     return mcnemar(unpack(best["outcomes"]), unpack(ours.rows[0]["outcomes"]))[2]
 
@@ -88,9 +83,9 @@ def compared(lines: Sequence[Line], vanilla: dict) -> dict[int, tuple[float, flo
     """Return p and Holm-adjusted p of ours at the same site, or else at any, against each other line of its level, by id."""
     pairs = []
     for line in lines:
-        ours = [one for one in lines if one.method == OURS and one.level == line.level and one.reached]
+        ours = [one for one in lines if one.method == OURS and one.level == line.level and one.rows]
         ours.sort(key=lambda one: one.site != line.site)
-        if ours and line.method != OURS and line.level is not None and line.reached:
+        if ours and line.method != OURS and line.level is not None and line.rows:
             pairs.append((line, p_against(ours[0], line, vanilla)))
     adjusted = holm([p for _, p in pairs])
     return {id(line): (p, by_holm) for (line, p), by_holm in zip(pairs, adjusted, strict=True)}
@@ -100,7 +95,7 @@ def table(rows: Sequence[dict], labels: dict[str, str]) -> str:
     vanilla = next(row for row in rows if row["method"] == "vanilla")
     lines = lines_of(rows, labels)
     against = compared(lines, vanilla)
-    texts = {row["kl"]["text"] for line in lines for row in line.rows}
+    texts = {row["kl"]["text"] for line in lines for row in (*line.rows, *line.others)}
     out = [
         f"{vanilla['measure']} on {vanilla['n']} items of {vanilla['test_split']}, vanilla "
         f"{100 * vanilla['right'] / vanilla['n']:.1f} %; gains in points, [95 % interval] over items, or by t over draws of "
@@ -118,10 +113,11 @@ def table(rows: Sequence[dict], labels: dict[str, str]) -> str:
 
 
 def _row(line: Line, vanilla: dict, against: tuple[float, float] | None) -> str:
-    draws = f", {len(line.rows)} draws" if len(line.rows) > 1 else ""
+    total = len(line.rows) + len(line.others)
+    draws = "" if total == 1 else f", {total} draws" if not line.others else f", {len(line.rows)} of {total} draws"
     cells = [f"{line.level:g}" if line.level else "", f"{line.name}{draws}"]
     cells += [_number(line.cost(name)) for name in ("predicted", "measured", "on_prompts", "on_own", "factor")]
-    if not line.reached:
+    if not line.rows:
         return "| " + " | ".join([*cells, *"–" * 6]) + " |"
     cells.append(f"{mean(row['touched'] for row in line.rows):.0f}" if line.site else "")
     value, low, high = estimate(line, vanilla)
@@ -130,7 +126,8 @@ def _row(line: Line, vanilla: dict, against: tuple[float, float] | None) -> str:
         gained, lost, p = mcnemar(unpack(vanilla["outcomes"]), unpack(line.rows[0]["outcomes"]))
         cells += [f"{gained} / {lost}", f"{p:.1g}"]
     else:
-        cells += ["", f"{t_interval(line.gains(vanilla))[3]:.1g}" if len(line.draws()) > 1 else ""]
+        values = [*line.gains(vanilla).values()]
+        cells += ["", f"{t_interval(values)[3]:.1g}" if len(values) > 1 else ""]
     cells += [f"{p:.1g}" for p in against] if against else ["", ""]
     return "| " + " | ".join(cells) + " |"
 
@@ -139,7 +136,7 @@ def _reasons(lines: Sequence[Line]) -> list[str]:
     """Say why a level was not reached, and why a cost was not predicted."""
     reasons = {}
     for line in lines:
-        for row in line.rows:
+        for row in (*line.rows, *line.others):
             for key, what in (("unreached", f"is not brought to {line.level}"), ("unpriced", "is not priced")):
                 if row["kl"].get(key):
                     reasons[f"{line.name} {what}: {row['kl'][key]}"] = None
@@ -155,6 +152,6 @@ def curves(rows: Sequence[dict], labels: dict[str, str]) -> dict[str, list[tuple
     vanilla = next(row for row in rows if row["method"] == "vanilla")
     points: dict[str, list[tuple[float, Estimate]]] = {}
     for line in lines_of(rows, labels):
-        if line.reached and line.cost("measured"):
+        if line.cost("measured"):
             points.setdefault(line.name, []).append((line.cost("measured"), estimate(line, vanilla)))
     return points

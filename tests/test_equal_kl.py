@@ -449,6 +449,9 @@ def test_a_level_that_is_not_reached_is_a_dash_with_its_reason():
     (line,) = [line for line in table.splitlines() if line.startswith("| 0.1 |")]
     assert line.count("–") >= 7 and "- causal, FFN is not brought to 0.1: it changes nothing" in table
     assert kl_report.curves([VANILLA, lost], {}) == {}
+    some = kl_report.table([VANILLA, lost, made_up("causal", better(9), level=0.1, draw=1)], {})
+    (line,) = [line for line in some.splitlines() if line.startswith("| 0.1 |")]
+    assert "1 of 2 draws" in line and "+9.0" in line and "it changes nothing" in some
 
 
 # --- commands
