@@ -336,7 +336,7 @@ def screen(
             if protocol == "paper"
             else "causal momentum ranks by a t statistic, which needs at least two pairs"
         )
-    if balance and kind is not TemperedMomentum:
+    if balance and momentum != TEMPERED:
         raise AUSteerError("only causal momentum can be balanced: add momentum='causal' (--momentum causal)")
     encoded, n_equal = encode(pairs, tokenizer, rules, limit)
     header = model_header(model)  # before the forwards, so that an error here comes early
