@@ -243,7 +243,10 @@ class TemperedMomentum(Momentum):
 
     def header(self) -> dict:
         balance = {} if self.answers is None else {"balanced": True}
-        return self.temperature.header() | balance | {"spread_of_log_odds": round(float(self.log_odds.std()), 3)}
+        wanted = {"temperature": self.wanted}
+        return (
+            wanted | self.temperature.header() | balance | {"spread_of_log_odds": round(float(self.log_odds.std()), 3)}
+        )
 
 
 def group_numbers(pairs: Sequence[Pair], groups: Sequence[str] | None) -> list[int]:

@@ -121,6 +121,10 @@ def set_MFU(
     if kl is not None or fisher is not None:
         if kl is None or fisher is None or alpha is not None:
             raise AUSteerError("a budget needs kl and fisher, and no alpha: set_MFU(ranks, kl=0.01, fisher=fisher)")
+        if (location, strength, tokens) != ("score", "adaptive", "all"):
+            raise AUSteerError(
+                "a budget itself says which AUs and how strongly: leave out location, strength and tokens"
+            )
         pooled = [ranks] if isinstance(ranks, AURanks) else list(ranks)
         meter = None if model is None else KLMeter(model, fisher.measure)
         return Budget(pooled, fisher, **budget_options).plan(kl, k, meter)

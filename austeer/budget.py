@@ -26,10 +26,11 @@ from torch import Tensor
 
 from austeer.errors import AUSteerError, one_of
 from austeer.fisher import Fisher
-from austeer.kl import KLMeter, next_try
+from austeer.kl import KLMeter
 from austeer.pair_effects import PairEffects
 from austeer.plan import Plan
 from austeer.ranks import AURanks
+from austeer.secant import next_try
 
 DAMPING = 0.01  # of the Fisher information, in means over its site: an AU that costs nothing would get any gate
 Z = 1.0  # standard errors that the bound takes off
@@ -106,9 +107,10 @@ class Budget:
 
     def plan_along(self, direction: Direction, kl: float, meter: KLMeter | None = None, **found) -> Plan:
         """Make the plan of this direction that costs `kl`; found: more for its header."""
-        gates, predicted, measured = self._to_budget(direction, kl, meter)
+        gates, predicted, measured, first = self._to_budget(direction, kl, meter)
         clipped, cost = int((gates.abs() >= self.limit * (1 - 1e-9)).sum()), measured or predicted
         found |= {"kl": kl, "predicted_kl": predicted, "measured_kl": measured, "k": len(gates), "clipped": clipped}
+        found |= {"measured_at_first": first} if meter else {}
         if clipped == len(gates) and cost < kl * (1 - CLOSE):
             found["reached"] = (
                 f"a budget of {kl:g} is more than {clipped} gates of up to {self.limit:g} cost: {cost:.3g}"
@@ -133,8 +135,10 @@ class Budget:
             raise AUSteerError("no effect is larger than its error: these pairs give nothing to steer by")
         ks = [FEWEST * 2**power for power in range(40) if FEWEST * 2**power < most] + [most]
         gains = {k: float(gain.mean()) for k, gain in self._cross_fitted(kl, ks).items()}
-        enough = ENOUGH * max(gains.values())
-        return next((k for k in ks if gains[k] >= enough), ks[-1])
+        best = max(gains.values())
+        return next(
+            k for k in ks if gains[k] >= min(best, ENOUGH * best)
+        )  # of a loss, 98 % would be less than the best
 
     def cross_fitted(self, kl: float, k: int) -> tuple[float, float, float]:
         """Return the gain in nats of the objective that first order predicts on pairs a plan was not made from: mean, 95 % interval."""
@@ -186,24 +190,27 @@ class Budget:
                     break
         return direction.scaled(high, self.limit), price(high)
 
-    def _to_budget(self, direction: Direction, kl: float, meter: KLMeter | None) -> tuple[Tensor, float, float | None]:
-        """Return gates, predicted KL at first shot, and the measured KL after the corrections."""
-        gates, first = self._priced(direction, kl)
+    def _to_budget(
+        self, direction: Direction, kl: float, meter: KLMeter | None
+    ) -> tuple[Tensor, float, float | None, float | None]:
+        """Return gates, their predicted and measured KL, and what was measured before any correction."""
+        gates, priced = self._priced(direction, kl)
         if meter is None:
-            return gates, first, None
-        asked, tried = kl, []
-        for _ in range(1 + CORRECTIONS):
-            gates, priced = self._priced(direction, asked)
-            measured = meter(self._plan(direction.aus, gates, {}))
-            tried.append((priced, measured, gates))
-            exhausted = measured < kl and priced < 0.999 * asked  # all gates are at the limit
-            if abs(measured / kl - 1) < CLOSE or exhausted:
+            return gates, priced, None, None
+        tried = [(priced, meter(self._plan(direction.aus, gates, {})), gates)]
+        for _ in range(CORRECTIONS):
+            priced, measured, _ = tried[-1]
+            if abs(measured / kl - 1) < CLOSE:
                 break
             # what a plan costs beyond its prediction grows faster than the prediction does
             beyond = max(1.0, 3 - 2 * priced / measured)
             asked = next_try([(x, y) for x, y, _ in tried], kl, beyond)
-        _, measured, gates = min(tried, key=lambda one: abs(math.log(one[1] / kl)))
-        return gates, first, measured
+            gates, again = self._priced(direction, asked)
+            if measured < kl and again <= priced:  # all gates are at the limit
+                break
+            tried.append((again, meter(self._plan(direction.aus, gates, {})), gates))
+        priced, measured, gates = min(tried, key=lambda one: abs(math.log(one[1] / kl)))
+        return gates, priced, measured, tried[0][1]
 
     def _plan(self, aus: Tensor, gates: Tensor, found: dict) -> Plan:
         flat = torch.zeros(len(self.cost))
@@ -239,14 +246,16 @@ def _discriminant(effects: PairEffects, cost: Tensor, options: dict) -> Tensor:
     n, unit = len(effects), cost.rsqrt().float()
     x = effects.gradients.float() * unit
     x *= effects.slope.float()[:, None]
+    if effects.answers is not None:
+        balanced_mean = (effects.mean_and_error()[0] * unit).float()
+        x *= balanced_mean != 0
     mean = x.mean(0)
     x -= mean
     gram = (x @ x.T).double()
     shrink = options["ridge"] * float(gram.trace()) / (n - 1) / n
-    aim = mean if effects.answers is None else (effects.mean_and_error()[0] * unit).float()
+    aim = mean if effects.answers is None else balanced_mean
     inner = torch.linalg.solve(gram + (n - 1) * shrink * torch.eye(n, dtype=torch.float64), (x @ aim).double())
-    gates = ((aim - inner.float() @ x) / shrink * unit).double()
-    return gates if effects.answers is None else torch.where(aim == 0, 0.0, gates)
+    return ((aim - inner.float() @ x) / shrink * unit).double()
 
 
 ESTIMATES = {"bound": _bound, "discriminant": _discriminant}

@@ -63,6 +63,12 @@ class Adapter:
         """Count the numbers that were learned or computed."""
         return sum(values.numel() for both in self.factors.values() for values in both)
 
+    @property
+    def nonzero(self) -> int:
+        """Count the numbers that are not zero: without any, the adapter changes nothing."""
+        both = [part for factors in self.factors.values() for part in factors]
+        return sum(int((values != 0).sum()) for values in both) if self.strength else 0
+
     def save(self, path: str | Path) -> None:
         tensors = {
             f"{name}.{part}": values.contiguous()

@@ -46,8 +46,7 @@ class Costs:
 class Evidence:
     """Hold a model, its tokenizer, pairs and a site; `ranks(momentum)` ranks it, `ranks(momentum, site)` another.
 
-    groups: a name per pair; pairs of one group stay in one fold. None: each pair is its own. costs: None where the
-    evidence comes without neutral text.
+    costs: None where the evidence comes without neutral text.
     """
 
     model: PreTrainedModel
@@ -56,7 +55,6 @@ class Evidence:
     site: str
     ranks: Callable[..., AURanks] = no_ranks
     seed: int = 0
-    groups: Sequence[str] | None = None
     costs: Costs | None = None
 
     def encoded(self) -> list[EncodedPair]:

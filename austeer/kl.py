@@ -6,7 +6,6 @@ every method alike: some steer only from the end of a prompt on.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -43,7 +42,7 @@ class KLMeter:
                 return self._log_p(batch)
 
         kl = self._mean(changed)
-        size = change.numbers if isinstance(change, Adapter) else len(change)
+        size = change.nonzero if isinstance(change, Adapter) else len(change)
         if kl == 0 and size:
             raise AUSteerError(f"{size} numbers were changed and the KL is exactly 0: they did not reach the model")
         return kl
@@ -79,20 +78,3 @@ class KLMeter:
         ids = ids.to(input_device(self.model))
         logits = self.model(input_ids=ids, use_cache=False, logits_to_keep=count + 1).logits
         return logits[:, -count - 1 : -1].float().log_softmax(-1)
-
-
-def next_try(tried: Sequence[tuple[float, float]], kl: float, slope: float) -> float:
-    """Return the strength to try next to get a cost of `kl`, from the strengths that were tried and what they cost.
-
-    It is where the line through the two nearest tries, in logarithms, has that cost, if that is between what is known to
-    be too weak and too strong; else the middle of these. slope: d log cost / d log strength to begin with.
-    """
-    (x0, y0), *others = sorted(((math.log(x), math.log(y / kl)) for x, y in tried), key=lambda one: abs(one[1]))
-    if others and others[0][0] != x0:
-        slope = min(max((others[0][1] - y0) / (others[0][0] - x0), slope / 4), slope * 8)
-    step = x0 - y0 / slope
-    low = max((math.log(x) for x, y in tried if y < kl), default=-math.inf)
-    high = min((math.log(x) for x, y in tried if y >= kl), default=math.inf)
-    if low < high < math.inf and -math.inf < low and not low < step < high:
-        step = (low + high) / 2
-    return math.exp(step)

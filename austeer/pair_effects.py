@@ -65,9 +65,10 @@ class PairEffects:
         )
 
     def with_answers_swapped(self, seed: int) -> PairEffects:
-        """Swap the answers of half of the groups at random: a control that has nothing to learn. tau stays that of the true pairs."""
-        coins = torch.rand(int(self.groups.max()) + 1, generator=torch.Generator().manual_seed(seed)) < 0.5
-        sign = torch.where(coins[self.groups], -1.0, 1.0)
+        """Swap the answers of half of the groups: a control that has nothing to learn. tau stays that of the true pairs."""
+        n_groups = int(self.groups.max()) + 1
+        place = torch.randperm(n_groups, generator=torch.Generator().manual_seed(seed))
+        sign = torch.where(place[self.groups] < n_groups // 2, -1.0, 1.0)
         answers = self.answers
         if answers is not None:  # what was wrong is right now
             answers = torch.where(sign[:, None] < 0, answers.flip(1), answers)
@@ -76,8 +77,12 @@ class PairEffects:
         )
 
     def mean_and_error(self) -> tuple[Tensor, Tensor]:
-        """Return the mean effect of every AU, balanced where that is wanted, and its standard error, float64."""
+        """Return the mean effect of every AU, balanced where that is wanted, and its standard error, float64.
+
+        Groups are the units of the error, since pairs of one group are alike.
+        """
         n, slope = len(self), self.slope
+        n_groups, present = int(self.groups.max()) + 1, len(self.groups.unique())
         mean = torch.empty(self.gradients.shape[1], dtype=torch.float64)
         errors = torch.empty_like(mean)
         for columns in torch.arange(len(mean)).split(8192):  # in blocks: no float64 copy of everything
@@ -85,9 +90,10 @@ class PairEffects:
             if self.answers is not None:
                 mean[columns], errors[columns] = balanced(effects, self.answers[:, 0])
                 continue
-            mean[columns], squares = effects.mean(0), effects.square().mean(0)
-            variance = (squares - mean[columns].square()).clamp(min=0) * n / (n - 1)
-            errors[columns] = (variance / n).sqrt()
+            mean[columns] = effects.mean(0)
+            sums = torch.zeros(n_groups, len(columns), dtype=torch.float64)
+            sums.index_add_(0, self.groups, effects - mean[columns])
+            errors[columns] = (sums.square().sum(0) * present / max(1, present - 1)).sqrt() / n
         return mean, errors
 
     def folds(self) -> list[Tensor]:

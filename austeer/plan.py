@@ -10,7 +10,6 @@ At the planned AUs, x -> x * (1 + scale) + shift, at the token positions that `t
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -109,14 +108,12 @@ class Plan:
             )
         return "\n".join(lines)
 
-    def times(self, factor: float, limit: float | None = None) -> Plan:
-        """Return the plan with its scales and shifts times a factor; limit: of the size of a scale."""
-        reach = math.inf if limit is None else limit
-        return replace(
-            self,
-            scales={site: (values * factor).clamp(-reach, reach) for site, values in self.scales.items()},
-            shifts={site: values * factor for site, values in self.shifts.items()},
+    def times(self, factor: float) -> Plan:
+        """Return the plan with its scales and shifts times a factor."""
+        scales, shifts = (
+            {site: factor * values for site, values in part.items()} for part in (self.scales, self.shifts)
         )
+        return replace(self, scales=scales, shifts=shifts)
 
     def conflicts(self, other: Plan) -> list[tuple[str, int, int, tuple[float, float], tuple[float, float]]]:
         """List AUs that both plans steer: (site, layer, dim, (scale, shift) here, (scale, shift) in the other)."""

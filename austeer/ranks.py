@@ -91,13 +91,19 @@ class AURanks:
         return {key: self.header.get(key) for key in keys} | {"site": self.site} | special
 
     def summary(self, seconds: float) -> str:
-        """Say in two lines what was ranked, how fast, and which AUs came out best."""
+        """Say what was ranked, how fast, which AUs came out best, and at which temperature of the objective."""
         (layers, width), pairs = self.score.shape, self.header["pairs"]
         best = ", ".join(f"({layer}, {self.name(layer, dim)}) {score:+.3f}" for layer, dim, score in self.top(5))
-        return (
-            f"{layers} x {width} AUs at site {self.site}, {pairs} pairs, {pairs / seconds:.1f} pairs/s\n"
-            f"  best (layer, dim): {best}; {self.ties(100)} more tie with the 100th"
-        )
+        lines = [
+            f"{layers} x {width} AUs at site {self.site}, {pairs} pairs, {pairs / seconds:.1f} pairs/s",
+            f"  best (layer, dim): {best}; {self.ties(100)} more tie with the 100th",
+        ]
+        if "tau" in self.header:
+            spread = self.header["spread_of_log_odds"]
+            lines.append(
+                f"  temperature {self.header['tau']:g} ({self.header['tau_by']}); log-odds spread by {spread:g}"
+            )
+        return "\n".join(lines)
 
     def save(self, path: str | Path) -> None:
         header = {**self.header, "ties_at_cut": {str(k): self.ties(k) for k in COMMON_CUTS if k <= self.score.numel()}}

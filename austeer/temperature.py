@@ -107,7 +107,8 @@ def _newton(features: Tensor, lowest: float, highest: float) -> Tensor:
     """Return the coefficients of most likelihood, the first of them within its bounds."""
     coefficients = torch.zeros(features.shape[1], dtype=torch.float64)
     coefficients[0] = min(max(1.0, lowest), highest)
-    ridge = 1e-9 * len(features) * torch.eye(features.shape[1], dtype=torch.float64)  # answers that never differ
+    ridge = 1e-9 * len(features) * torch.eye(features.shape[1], dtype=torch.float64)  # for answers that never differ
+    ridge[0, 0] = 1e-200  # of 1 / tau next to nothing: pairs that are all right send it to its bound
 
     def likelihood(at: Tensor) -> float:
         return float(logsigmoid(features @ at).sum() - at @ ridge @ at / 2)
@@ -125,6 +126,8 @@ def _newton(features: Tensor, lowest: float, highest: float) -> Tensor:
                 break
             size /= 2
         if size <= 1e-6 or float((moved - coefficients).abs().max()) < 1e-10:
-            return coefficients
+            break
         coefficients = moved
-    return coefficients
+    # pairs that are all right are likelier the larger 1 / tau is, and Newton's steps towards that bound are small
+    at_bound = coefficients * (highest / coefficients[0])
+    return at_bound if likelihood(at_bound) > likelihood(coefficients) else coefficients

@@ -14,6 +14,7 @@ from austeer.change import Change
 from austeer.errors import AUSteerError, Overflow
 from austeer.kl import KLMeter
 from austeer.methods.base import GridPoint
+from austeer.secant import next_try
 
 PASSES = 6
 CLOSE = 0.03  # a KL this near to the stated one, as a share of it, is not improved any more
@@ -37,25 +38,19 @@ class Scaled:
 def scaled_to(change: Change, kl: float, meter: KLMeter | Callable[[Change], float], start: float = 1.0) -> Scaled:
     """Return the change times the factor at which it costs `kl`. start: the factor to try first."""
     tried: list[tuple[float, float]] = []  # (factor, KL)
-    low, high, factor = 0.0, math.inf, start
+    factor = start
     for _ in range(PASSES):
         cost = _cost(change, factor, meter)
         if cost == 0:
             raise Unreached("it changes nothing")
+        tried.append((factor, cost))
         if abs(cost / kl - 1) < CLOSE:
             break
-        low, high = (max(low, factor), high) if cost < kl else (low, min(high, factor))
-        if math.isfinite(cost):
-            tried.append((factor, cost))
-        step = _next(tried, kl) if tried else factor / 10
-        if not low < step < high:  # a secant may leave what is left of the axis: halve that instead
-            step = math.sqrt(low * high) if low and high < math.inf else 10 * low or high / 10
-        factor = step
-    else:
-        factor, cost = min(tried, key=lambda one: abs(math.log(one[1] / kl)), default=(factor, math.inf))
-        if not tried or abs(cost / kl - 1) > TOLERATED:
-            nearest = f"the nearest of {PASSES} tries costs {cost:.3g}" if tried else f"it overflowed in {PASSES} tries"
-            raise Unreached(nearest)
+        factor = next_try(tried, kl, SQUARE)
+    factor, cost = min(tried, key=lambda one: abs(math.log(one[1] / kl)))
+    if abs(cost / kl - 1) > TOLERATED:
+        nearest = f"the nearest of {PASSES} tries costs {cost:.3g}"
+        raise Unreached(nearest if math.isfinite(cost) else f"it overflowed in {PASSES} tries")
     return Scaled(change.times(factor), factor, cost)
 
 
@@ -67,15 +62,6 @@ def _cost(change: Change, factor: float, meter: Callable[[Change], float]) -> fl
         return math.inf
     # rounding may leave a tiny cost below 0, and only a change of nothing costs exactly that
     return math.inf if not math.isfinite(cost) else max(cost, TINY) if cost else 0.0
-
-
-def _next(tried: Sequence[tuple[float, float]], kl: float) -> float:
-    """Return the factor at which the line through the two nearest tries, in logarithms, has the stated KL."""
-    (x0, y0), *others = sorted(((math.log(f), math.log(c / kl)) for f, c in tried), key=lambda p: abs(p[1]))
-    slope = SQUARE
-    if others and others[0][0] != x0:
-        slope = min(max((others[0][1] - y0) / (others[0][0] - x0), 0.75 * SQUARE), 4 * SQUARE)
-    return math.exp(x0 - y0 / slope)
 
 
 def base_point(points: Sequence[GridPoint]) -> GridPoint:

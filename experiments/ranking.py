@@ -9,6 +9,7 @@ from austeer.code_identity import code_hash
 from austeer.identity import fingerprint
 from austeer.pairs import pairs_hash
 from austeer.ranks import AURanks
+from austeer.temperature import FITTED
 from experiments.bench import Bench
 from MFU_screening import MOMENTA, TEMPERED, group_numbers, screen
 from rmodels import code_roots
@@ -41,6 +42,8 @@ def stored_ranks(bench: Bench, momentum: str, site: str) -> AURanks | None:
         "momentum": momentum,
         "protocol": bench.task_spec.protocol,
     }
+    if momentum == TEMPERED:  # the command that ranks may put others here
+        origin |= {"temperature": FITTED, "balanced": None}
     fits = all(ranks.header.get(key) == value for key, value in origin.items())
     if fits and momentum == TEMPERED:  # its folds go by groups, which the hash of the pairs does not tell
         fits = ranks.stats["groups"].tolist() == group_numbers(bench.task.pairs, bench.task.groups)

@@ -318,10 +318,7 @@ class SteeredRun(Run):
                 return ranks
 
             start = time.perf_counter()
-            evidence = Evidence(
-                bench.model, bench.tokenizer, self.task.pairs, site, ranks,
-                groups=self.task.groups, costs=costs_of(bench),
-            )  # fmt: skip
+            evidence = Evidence(bench.model, bench.tokenizer, self.task.pairs, site, ranks, costs=costs_of(bench))
             learned = method.prepare(evidence)
             total = None if None in seconds else time.perf_counter() - start + sum(seconds)
             bench.learned[key] = learned, total

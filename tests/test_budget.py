@@ -1,6 +1,7 @@
 """Plans of a stated cost: Fisher information, effects and choice against plain loops, and the KL that is measured."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -67,13 +68,20 @@ def test_ranks_of_fitted_temperature_hold_the_derivatives_of_the_objective(llama
         values.append(again["attention"].stats["log_odds"])
     slope = torch.sigmoid(-effects.z) / effects.tau
     expected = (values[0] - values[1]) / (2 * step) * slope
-    torch.testing.assert_close(effects.gradients[:, flat].double() * slope, expected, rtol=2e-2, atol=1e-4)
-    mean, error = effects.mean_and_error()
     c = effects.gradients[:, flat].double() * slope
-    assert float(mean[flat]) == pytest.approx(float(c.mean())) and float(error[flat]) == pytest.approx(
-        float(c.std() / len(c) ** 0.5)
-    )
-    assert float(attention.score.flatten()[flat]) == pytest.approx(float(mean[flat] / error[flat]), rel=1e-4)
+    torch.testing.assert_close(c, expected, rtol=2e-2, atol=1e-4)
+    t = c.mean() / (c.std() / len(c) ** 0.5)
+    assert float(attention.score.flatten()[flat]) == pytest.approx(float(t), rel=1e-4)
+
+
+def test_groups_are_the_units_of_an_error(ranks):
+    effects = PairEffects.of(ranks[:1])
+    mean, error = effects.mean_and_error()
+    c = effects.gradients[:, 70].double() * effects.slope
+    n, groups = len(c), sorted(set(effects.groups.tolist()))
+    sums = [sum(float(c[j] - c.mean()) for j in range(n) if effects.groups[j] == group) for group in groups]
+    expected = math.sqrt(sum(value**2 for value in sums) * len(groups) / (len(groups) - 1)) / n
+    assert float(mean[70]) == pytest.approx(float(c.mean())) and float(error[70]) == pytest.approx(expected)
 
 
 def test_temperature_one_is_what_it_was(llama, tokenizer):
@@ -215,11 +223,15 @@ def test_the_parts_of_neutral_text_share_no_passage(neutral):
 
 
 def plain_bound(effects: PairEffects, cost, z: float) -> list[float]:
-    gates, n = [], len(effects)
+    gates, n, groups = [], len(effects), effects.groups.tolist()
+    number = len(set(groups))
     for au in range(len(cost)):
         c = [float(effects.gradients[j, au]) * float(effects.slope[j]) for j in range(n)]
         mean = sum(c) / n
-        error = math.sqrt(sum((value - mean) ** 2 for value in c) / (n - 1) / n)
+        sums = [0.0] * number
+        for group, value in zip(groups, c, strict=True):
+            sums[group] += value - mean
+        error = math.sqrt(sum(value**2 for value in sums) * number / (number - 1)) / n
         gates.append(math.copysign(max(abs(mean) - z * error, 0.0), mean) / float(cost[au]))
     return gates
 
@@ -310,10 +322,22 @@ def test_swapped_answers_change_sign_by_group_and_keep_tau(ranks):
     effects = PairEffects.of(ranks)
     swapped = effects.with_answers_swapped(3)
     signs = (swapped.z / effects.z).round()
-    assert set(signs.tolist()) == {1.0, -1.0} and swapped.tau == effects.tau
+    assert swapped.tau == effects.tau
+    swapped_groups = {int(group) for group, sign in zip(effects.groups, signs, strict=True) if sign < 0}
+    assert len(swapped_groups) == (int(effects.groups.max()) + 1) // 2
     torch.testing.assert_close(swapped.gradients, effects.gradients * signs[:, None].float())
     for group in range(int(effects.groups.max()) + 1):
         assert len(set(signs[effects.groups == group].tolist())) == 1
+
+
+def test_pairs_that_promise_nothing_are_not_steered_by_everything(ranks, fisher):
+    """Where plans gain nothing on other pairs, the k that loses least is taken, and not the largest."""
+    budget = Budget(ranks, fisher, estimate="bound", z=0.0)
+    noise = torch.randn(budget.effects.gradients.shape, generator=torch.Generator().manual_seed(0))
+    budget.effects = replace(budget.effects, gradients=noise)
+    k = budget.best_k(0.01)
+    gains = {other: float(budget._cross_fitted(0.01, [other])[other].mean()) for other in (k, len(budget.cost))}
+    assert gains[k] == max(gains.values())
 
 
 @pytest.mark.parametrize("kl", [0, -1.0, float("nan"), float("inf"), True])
@@ -325,6 +349,8 @@ def test_a_wrong_budget_is_refused(ranks, fisher, kl):
 def test_mistakes_in_the_call_are_named(llama, ranks, fisher):
     with pytest.raises(AUSteerError, match="a budget needs kl and fisher, and no alpha"):
         set_MFU(ranks, 3, 1.0, kl=0.1, fisher=fisher)
+    with pytest.raises(AUSteerError, match="leave out location, strength and tokens"):
+        set_MFU(ranks, kl=0.1, fisher=fisher, tokens="last")
     with pytest.raises(AUSteerError, match="only a budget has such options"):
         set_MFU(ranks[0], 3, 1.0, estimate="bound")
     with pytest.raises(AUSteerError, match=r"estimate 'best' is unknown|unknown estimate"):

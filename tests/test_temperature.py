@@ -56,7 +56,7 @@ def test_an_answer_that_is_always_right_gets_no_offset():
 
 @pytest.mark.parametrize(("sign", "bound"), [(1.0, 0.1), (-1.0, 100.0)])
 def test_a_reached_bound_is_said(sign, bound):
-    found = fit(sign * (1 + torch.rand(300, generator=torch.Generator().manual_seed(3))), OWN_ANSWERS)
+    found = fit(sign * (30 + torch.rand(300, generator=torch.Generator().manual_seed(3))), OWN_ANSWERS)
     assert found.tau == bound and found.how == f"the bound of {bound:g}"
 
 

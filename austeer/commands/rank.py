@@ -16,7 +16,7 @@ from austeer.pairs import pairs_hash, read_pairs
 from austeer.ranks import AURanks, ranks_file
 from austeer.temperature import FITTED
 from austeer.tokens import PROTOCOLS, longest_text
-from MFU_screening import momentum_name, screen
+from MFU_screening import TEMPERED, momentum_name, screen
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
@@ -33,18 +33,21 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
         weights=args.weights, quick_proof=args.quick_proof,
     )  # fmt: skip
     tokenizer = rmodels.load_tokenizer(args.model, revision=args.revision, weights=args.weights)
+    momentum = momentum_name(args.momentum, args.temperature, args.balance)
     limit = longest_text(rules, rmodels.context_length(model), args.max_length, args.batch_size)
     wanted_header = {
         "fingerprint": fingerprint(model), "kernel": model.config._attn_implementation,
         "pairs_hash": pairs_hash(pairs), "protocol": args.protocol,
-        "momentum": momentum_name(args.momentum, args.temperature, args.balance), "balanced": args.balance, "tokenizer": public_name(tokenizer.name_or_path), "max_length": limit,
+        "momentum": momentum, "balanced": args.balance, "tokenizer": public_name(tokenizer.name_or_path), "max_length": limit,
     }  # fmt: skip
+    if momentum == TEMPERED:
+        wanted_header["temperature"] = args.temperature
     is_missing = processes.flags_of_main([args.force or _is_missing(file, wanted_header) for file in files.values()])
     sites = [site for site, missing in zip(files, is_missing, strict=True) if missing]
     started = time.monotonic()
     ranks = screen(
         pairs, model, tokenizer, sites, protocol=args.protocol,
-        momentum=momentum_name(args.momentum, args.temperature, args.balance), temperature=args.temperature, balance=args.balance,
+        momentum=momentum, temperature=args.temperature, balance=args.balance,
         batch_size=args.batch_size, max_length=args.max_length,
     ) if sites else {}  # fmt: skip
     seconds = time.monotonic() - started
