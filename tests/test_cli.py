@@ -176,7 +176,7 @@ def test_austeer_lists_its_commands(monkeypatch):
         with redirect_stdout(out):
             austeer_command(argv)
         assert all(f"\n  {name} " in out.getvalue() for name in COMMANDS)
-    with pytest.raises(AUSteerError, match="no command 'stear'; the commands are rank, plan, steer"):
+    with pytest.raises(AUSteerError, match="no command 'stear'; the commands are rank, fisher, plan, steer"):
         austeer_command(["stear"])
 
 
