@@ -37,7 +37,8 @@ Z = 1.0  # standard errors that the bound takes off
 RIDGE = 3.0  # of the discriminant
 LIMIT = 1.0  # the largest gate: an AU is at most doubled or silenced
 FEWEST = 16  # AUs of the smallest plan that is tried
-ENOUGH = 0.98  # k is the smallest that gains this share of the most
+ENOUGH = 0.98  # k is the smallest that gains this share of the most ...
+FEW_CUT = 0.1  # ... with at most this share of its gates cut off, if any k has so few: first order ends at the limit
 CORRECTIONS = 3
 CLOSE = 0.03  # a measured KL this near to the budget, as a share of it, needs no correction
 MASSIVE = 1000.0  # an AU that costs this many medians of its site belongs to a massive activation
@@ -129,11 +130,16 @@ class Budget:
         return Direction(aus, signs / self.cost[aus].sqrt())
 
     def best_k(self, kl: float) -> int:
-        """Return the fewest AUs whose cross-fitted gain is nearly the largest."""
-        most = int((ESTIMATES[self.options["estimate"]](self.effects, self.cost, self.options) != 0).sum())
+        """Return the fewest AUs whose cross-fitted gain is nearly the largest, of the ks that cut few gates off."""
+        gates = ESTIMATES[self.options["estimate"]](self.effects, self.cost, self.options)
+        most = int((gates != 0).sum())
         if not most:
             raise AUSteerError("no effect is larger than its error: these pairs give nothing to steer by")
         ks = [FEWEST * 2**power for power in range(40) if FEWEST * 2**power < most] + [most]
+        cut = {
+            k: float((self._priced(self._strongest(gates, k), kl)[0].abs() >= self.limit).double().mean()) for k in ks
+        }
+        ks = [k for k in ks if cut[k] <= max(FEW_CUT, min(cut.values()))]
         gains = {k: float(gain.mean()) for k, gain in self._cross_fitted(kl, ks).items()}
         best = max(gains.values())
         return next(
