@@ -101,6 +101,13 @@ def llama(checkpoints):
 
 
 @pytest.fixture(autouse=True)
+def little_neutral_text(monkeypatch):
+    """Cost is measured on a quarter of the embedded models' text: what it costs is tested, and not how exactly."""
+    monkeypatch.setattr("experiments.costs.MORE", 1)
+    monkeypatch.setattr("experiments.costs.DOCUMENTS", 3000)
+
+
+@pytest.fixture(autouse=True)
 def no_steering_left(request):
     """Shared models must leave every test as they entered it."""
     yield
