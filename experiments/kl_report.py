@@ -6,6 +6,7 @@ control was; draws of pairs are told apart by the pairs themselves.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import mean
@@ -68,27 +69,46 @@ def estimate(line: Line, vanilla: dict) -> Estimate:
 
 
 def p_against(ours: Line, other: Line, vanilla: dict) -> float:
-    """Return the paired p of ours against another line: over draws of pairs by t, of one draw over items (McNemar).
+    """Return the paired p of ours against another line, on the draws of pairs that both have.
 
-    Of a control's draws, the best one is what ours is compared with.
+    One run against one is McNemar's test. Of several runs the outcomes of an item are averaged and tested over items, by t.
+    Draws of pairs are tested, too, and the larger p counts: neither items nor draws alone hold all of the noise.
     """
     gains, theirs = ours.gains(vanilla), other.gains(vanilla)
-    if len(both := gains.keys() & theirs.keys()) > 1:
-        return t_interval([gains[pairs] - theirs[pairs] for pairs in both])[3]
-    best = max(other.rows, key=lambda row: row["right"])
-    return mcnemar(unpack(best["outcomes"]), unpack(ours.rows[0]["outcomes"]))[2]
+    both = gains.keys() & theirs.keys()
+    runs = [[row for row in line.rows if not both or row["pairs_hash"] in both] for line in (ours, other)]
+    one, another = ([unpack(row["outcomes"]) for row in rows] for rows in runs)
+    if len(one) == len(another) == 1:
+        return mcnemar(another[0], one[0])[2]
+    differences = [mean(a) - mean(b) for a, b in zip(zip(*one, strict=True), zip(*another, strict=True), strict=True)]
+    p = t_interval(differences)[3]
+    return max(p, t_interval([gains[pairs] - theirs[pairs] for pairs in both])[3]) if len(both) > 1 else p
 
 
 def compared(lines: Sequence[Line], vanilla: dict) -> dict[int, tuple[float, float]]:
-    """Return p and Holm-adjusted p of ours at the same site, or else at any, against each other line of its level, by id."""
+    """Return p and Holm-adjusted p of ours against each other line, by id.
+
+    Ours is that of the same level, or of the nearest KL where a line has no level; at the same site, or else at any.
+    """
     pairs = []
     for line in lines:
-        ours = [one for one in lines if one.method == OURS and one.level == line.level and one.rows]
-        ours.sort(key=lambda one: one.site != line.site)
-        if ours and line.method != OURS and line.level is not None and line.rows:
-            pairs.append((line, p_against(ours[0], line, vanilla)))
+        if line.method != OURS and line.rows and (ours := _counterpart(lines, line)):
+            pairs.append((line, p_against(ours, line, vanilla)))
     adjusted = holm([p for _, p in pairs])
     return {id(line): (p, by_holm) for (line, p), by_holm in zip(pairs, adjusted, strict=True)}
+
+
+def _counterpart(lines: Sequence[Line], line: Line) -> Line | None:
+    """Return our line that another is compared with."""
+    ours = [one for one in lines if one.method == OURS and one.rows]
+    if line.level is not None:
+        ours = [one for one in ours if one.level == line.level]
+    elif kl := line.cost("measured"):
+        nearest = min((one.level for one in ours), key=lambda level: abs(math.log(level / kl)), default=None)
+        ours = [one for one in ours if one.level == nearest]
+    else:
+        return None
+    return min(ours, key=lambda one: one.site != line.site, default=None)
 
 
 def table(rows: Sequence[dict], labels: dict[str, str]) -> str:
@@ -102,7 +122,8 @@ def table(rows: Sequence[dict], labels: dict[str, str]) -> str:
         "pairs; of a control the mean and the range of its draws. KL: of the unsteered to the steered model, nats per token "
         f"of the second halves of passages of {', '.join(sorted(texts))}; predicted: before the plan is run; prompts, own: on "
         "the task's prompts, and on what the model itself writes. p: exact McNemar test, or t over draws, against vanilla; "
-        f"ours: of {labels.get(OURS, OURS)} against this line at the same KL, Holm-adjusted for all of these",
+        f"ours: of {labels.get(OURS, OURS)} against this line at the same KL, or at the nearest where a row has no strength "
+        "(paired over items; of several draws of pairs the larger of that and of t over draws), Holm-adjusted for all of these",
         "",
         "| KL | method | predicted | measured | prompts | own | factor | AUs | gain | right / wrong | p | ours: p | Holm |",
         "|--:|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
