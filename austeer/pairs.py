@@ -84,8 +84,12 @@ def as_pairs(rows: Sequence[Sequence[str]], first: int | None = None) -> list[Pa
     return pairs[:first]
 
 
-def write_pairs(path: str | Path, pairs: Iterable[Pair]) -> None:
-    write_json_lines(Path(path), (dict(zip(FIELDS, pair, strict=True)) for pair in pairs))
+def write_pairs(path: str | Path, pairs: Sequence[Pair], groups: Sequence[str] | None = None) -> None:
+    """Write a line per pair, with the name of its group if there are groups."""
+    rows = [dict(zip(FIELDS, pair, strict=True)) for pair in pairs]
+    if groups is not None:
+        rows = [row | {"group": name} for row, name in zip(rows, groups, strict=True)]
+    write_json_lines(Path(path), rows)
 
 
 def pairs_hash(pairs: Iterable[Sequence[str]]) -> str:

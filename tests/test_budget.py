@@ -8,12 +8,15 @@ import torch
 from conftest import PAIRS
 
 from austeer.budget import Budget
+from austeer.commands import rank as rank_command
 from austeer.errors import AUSteerError
 from austeer.fisher import Fisher, measure_fisher, predicted_kl, why_unpriced
 from austeer.kl import KLMeter
 from austeer.neutral import NeutralText, from_passages, neutral_text
 from austeer.pair_effects import PairEffects
+from austeer.pairs import Pair, write_pairs
 from austeer.plan import Plan
+from austeer.ranks import AURanks
 from austeer.steering import steer
 from MFU_screening import MFU_screening, screen
 from rmodels import gates, site_shape
@@ -97,7 +100,7 @@ def test_temperature_one_is_what_it_was(llama, tokenizer):
 
 def test_ranks_keep_their_pairs_in_a_file(ranks, tmp_path):
     ranks[1].save(tmp_path / "ranks.safetensors")
-    again = type(ranks[1]).load(tmp_path / "ranks.safetensors")
+    again = AURanks.load(tmp_path / "ranks.safetensors")
     assert torch.equal(PairEffects.of([again]).gradients, PairEffects.of([ranks[1]]).gradients)
 
 
@@ -361,3 +364,14 @@ def test_mistakes_in_the_call_are_named(llama, ranks, fisher):
     with pytest.raises(AUSteerError, match="other weights"):
         set_MFU(ranks, kl=0.1, fisher=other)
     assert all(gate.idle for gate in gates(llama))
+
+
+def test_a_file_of_pairs_may_name_their_groups(checkpoints, tmp_path):
+    write_pairs(tmp_path / "pairs.jsonl", [Pair(*pair) for pair in PAIRS], GROUPS)
+    command = ["--model", str(checkpoints["llama"]), "--pairs", str(tmp_path / "pairs.jsonl"), "--momentum", "causal"]
+    command += ["--site", "neuron", "--out", str(tmp_path / "ranks"), "--quick-proof"]
+    rank_command.main([*command, "--group-field", "group"])
+    ranks = AURanks.load(tmp_path / "ranks" / "neuron.safetensors")
+    assert ranks.stats["groups"].tolist() == [number // 2 for number in range(len(PAIRS))]
+    with pytest.raises(AUSteerError, match="tribe is missing"):
+        rank_command.main([*command, "--group-field", "tribe", "--force"])

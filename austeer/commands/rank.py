@@ -12,7 +12,7 @@ from austeer import arguments, processes
 from austeer.errors import AUSteerError
 from austeer.files import check_writable
 from austeer.identity import fingerprint, public_name
-from austeer.pairs import pairs_hash, read_pairs
+from austeer.pairs import pairs_hash, read_columns, read_pairs
 from austeer.ranks import AURanks, ranks_file
 from austeer.temperature import FITTED
 from austeer.tokens import PROTOCOLS, longest_text
@@ -25,6 +25,9 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
         raise AUSteerError("--out must be a folder when several sites are ranked")
     rules, files = PROTOCOLS[args.protocol], {site: ranks_file(args.out, site) for site in args.site}
     pairs = read_pairs(args.pairs, args.fields, check=rules.first_pairs is None)[: rules.first_pairs]
+    groups = (
+        [name for (name,) in read_columns(args.pairs, [args.group_field])][: len(pairs)] if args.group_field else None
+    )
     for file in files.values():
         check_writable(file)
     model = rmodels.load(
@@ -47,7 +50,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
     started = time.monotonic()
     ranks = screen(
         pairs, model, tokenizer, sites, protocol=args.protocol,
-        momentum=momentum, temperature=args.temperature, balance=args.balance,
+        momentum=momentum, temperature=args.temperature, balance=args.balance, groups=groups,
         batch_size=args.batch_size, max_length=args.max_length,
     ) if sites else {}  # fmt: skip
     seconds = time.monotonic() - started
@@ -92,6 +95,8 @@ def _arguments(argv: Sequence[str] | None, prog: str | None) -> argparse.Namespa
         help="of the causal objective, in nats of log-odds: fitted to the pairs, or a number (default: %(default)s)")  # fmt: skip
     add("--balance", action="store_true", help="let an AU count only if it helps whichever answer is right, so that what only "
         "says yes more often does not (causal momentum, pairs with a few shared answers)")  # fmt: skip
+    add("--group-field", metavar="FIELD", help="field of the pairs that names their group: pairs of one group give each other "
+        "away, and stay in one fold of what a plan's gain is predicted from (default: pairs of one prompt)")  # fmt: skip
     add("--protocol", default="clean", choices=PROTOCOLS, help="clean, or the authors' code (default: %(default)s)")
     add("--batch-size", type=int, help="pairs at once; halved automatically when memory runs out")
     add("--max-length", type=int, help="longest text in tokens; a longer prompt loses its start")

@@ -29,9 +29,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         names = ("data_dir", "protocol", "encoder", "swapped_choices")
         options = {name: getattr(args, name) for name in names}
         task = paper_task(args.source, toxicity="embedded", **options)
-        pairs, dropped = task.pairs, task.dropped
+        pairs, groups, dropped = task.pairs, task.groups, task.dropped
         print(f"{args.source}, {args.protocol} protocol; prompts: {task.wording}")
     else:
+        groups = None
         pairs, dropped, how = own_pairs(
             args.source, args.prompt_field, args.answer_field, args.wrong_field, args.encoder, args.numbers
         )
@@ -40,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print("\n" + "\n".join(f"  {name:<9}{text!r}" for name, text in zip(Pair._fields, pair, strict=True)))
     print(f"\n{len(pairs)} pairs" + "".join(f"\n  dropped {n}: {why}" for why, n in dropped.items() if n))
     if args.out:
-        write_pairs(args.out, pairs)
+        write_pairs(args.out, pairs, groups)
         print(f"written: {args.out}")
 
 
