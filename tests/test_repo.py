@@ -200,14 +200,14 @@ def test_the_readme_shows_the_numbers_of_the_report():
     quoted = readme.split("## What the embedded models show")[1].split("\n## ")[0]
     found = report.split("## Findings")[1].split("\n## ")[0]
     gain = r"([+-][\d.]+)\s+\[([+-][\d.]+), ([+-][\d.]+)\]"
-    by_rule = dict(
-        re.findall(r"(causal momentum|the published rule|random AUs) (Head .+?)[;.] ?(?=the|random|\()", found)
-    )
+    gains = re.search(r"t interval: (.+?)\. \(", found).group(1).split("; ")
+    by_rule = {re.match(r"(.+?) Head ", part).group(1): part for part in gains}
     for name, text in by_rule.items():
+        called = {"causal momentum with a KL budget": "with a KL budget"}.get(name, name)
         of_report = re.findall(gain, text)
-        of_readme = re.findall(gain, re.split(rf"{name}(?: gains)? (?=\+)", quoted.replace("\n ", ""))[1])[:2]
+        of_readme = re.findall(gain, re.split(rf"{called}(?: gains)? (?=\+)", quoted.replace("\n ", ""))[1])[:2]
         assert len(of_report) == 2 and of_readme == of_report, name
-    assert len(by_rule) == 3
+    assert len(by_rule) == 4
     pattern = r"causal momentum in (\d+) of (\d+), the published rule in (\d+) of (\d+)"
     (ours, of, theirs, _), flat = re.search(pattern, found).groups(), " ".join(quoted.split())
     assert f"in {ours} of {of} places (a task at a site), the published rule in {theirs} of {of}" in flat
