@@ -1,6 +1,7 @@
 """Say a budget, and see what it costs: the predicted and the measured KL of plans, before and after the corrections.
 
-    python benchmarks/budget.py --model M --pairs pairs.jsonl [--out FILE.json]
+    python main.py pairs copa-choices --data-dir DIR --n-pairs 400 --pairs-draw 0 --out pairs.jsonl
+    python benchmarks/budget.py --model M --pairs pairs.jsonl --group-field group [--out FILE.json]
 
 For each site, and all sites pooled, each k (0: chosen by the budget) and each budget: the KL that the Fisher information
 predicts along the plan's direction, what its diagonal alone would predict, the KL that is measured at first shot, and the
@@ -24,7 +25,7 @@ from austeer.errors import run_command
 from austeer.fisher import Fisher, measure_fisher
 from austeer.kl import KLMeter
 from austeer.neutral import neutral_text
-from austeer.pairs import read_pairs
+from austeer.pairs import read_columns, read_pairs
 from MFU_screening import TEMPERED, screen
 
 
@@ -34,10 +35,11 @@ def main() -> None:
     model = rmodels.load(args.model, dtype=args.dtype, device=args.device, weights=args.weights, quick_proof=True)
     tokenizer = rmodels.load_tokenizer(args.model, weights=args.weights)
     pairs = read_pairs(args.pairs, args.fields)
+    groups = [name for (name,) in read_columns(args.pairs, [args.group_field])] if args.group_field else None
     start = time.perf_counter()
     fisher = measure_fisher(model, args.site, neutral_text(tokenizer, args.neutral))
     measured = time.perf_counter()
-    ranks = screen(pairs, model, tokenizer, args.site, momentum=TEMPERED)
+    ranks = screen(pairs, model, tokenizer, args.site, momentum=TEMPERED, groups=groups)
     ranked = time.perf_counter()
     figures = {
         "model": fisher.header["model"], "neutral": fisher.header["neutral"], "pairs": len(pairs),
@@ -87,6 +89,7 @@ def _arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--site", nargs="+", default=["attention", "neuron"], choices=rmodels.SITES)
     add("--k", nargs="+", type=int, default=[100, 0], help="numbers of AUs; 0: chosen by the budget (default: 100 0)")
     add("--kl", nargs="+", type=float, default=[0.003, 0.01, 0.03], help="budgets (default: 0.003 0.01 0.03)")
+    add("--group-field", metavar="FIELD", help="field of the pairs that names their group")
     add("--neutral", type=Path, help="file of neutral text (default: the project's prose)")
     add("--out", type=Path, help="also save the figures, as JSON")
     return parser.parse_args(argv)

@@ -7,9 +7,11 @@ from tiny_families import BY_STRUCTURE, save_family
 
 import rmodels
 from austeer.budget import Budget
+from austeer.commands import plan as plan_command
 from austeer.fisher import measure_fisher
 from austeer.kl import KLMeter
 from austeer.neutral import NeutralText, from_passages
+from austeer.plan import Plan
 from MFU_screening import screen
 
 SITES = ("attention", "neuron")
@@ -57,3 +59,26 @@ def test_quantised_weights(checkpoints, monkeypatch, bits):
     check_budget(
         rmodels.load(checkpoints["llama"], dtype="float32", device="cpu", quantization=bits), monkeypatch, kl=0.03
     )
+
+
+def test_the_command_measures_on_quantised_weights(checkpoints, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is in requirements2.txt")
+    model = rmodels.load(checkpoints["llama"], dtype="float32", device="cpu", quantization="4bit")
+    measure_fisher(model, ["neuron"], short_text(monkeypatch), progress=False).save(tmp_path / "fisher.safetensors")
+    ranks = screen(PAIRS, model, byte_tokenizer(), ["neuron"], momentum="causal-tempered", progress=False)["neuron"]
+    ranks.save(tmp_path / "ranks.safetensors")
+    command = ["--ranks", str(tmp_path / "ranks.safetensors"), "--fisher", str(tmp_path / "fisher.safetensors")]
+    command += [
+        "--kl",
+        "0.03",
+        "--k",
+        "40",
+        "--model",
+        str(checkpoints["llama"]),
+        "--dtype",
+        "float32",
+        "--device",
+        "cpu",
+    ]
+    plan_command.main([*command, "--quantization", "4bit", "--out", str(tmp_path / "plan.safetensors")])
+    assert Plan.load(tmp_path / "plan.safetensors").header["measured_kl"] == pytest.approx(0.03, rel=0.1)

@@ -10,6 +10,7 @@ from samples import write_datasets
 import main
 from austeer.errors import AUSteerError
 from austeer.pairs import Pair, pairs_hash
+from eval.data import pairs_command
 from eval.data.similar import TFIDF
 from eval.tasks.embedded import EmbeddedTask
 from eval.tasks.own_pairs import PairTask
@@ -135,3 +136,13 @@ def test_the_command_reports_each_draw_beside_one_vanilla_row(data, checkpoints,
 def test_draws_of_the_real_copa():
     task = task_of("copa-choices", SHARED / "data", n_pairs=400, pairs_draw=0)
     assert (len(task.pairs), len(task.left_over), len(task.validation), len(task.test)) == (400, 399, 200, 500)
+
+
+def test_the_pairs_command_writes_a_draw_with_its_groups(tmp_path, capsys):
+    data = write_datasets(tmp_path / "data")
+    command = ["copa-choices", "--data-dir", str(data), "--n-pairs", "12", "--out", str(tmp_path / "pairs.jsonl")]
+    written = []
+    for draw in ("0", "1"):
+        pairs_command.main([*command, "--pairs-draw", draw])
+        written.append([json.loads(line) for line in (tmp_path / "pairs.jsonl").read_text().splitlines()])
+    assert all(len(rows) == 12 and all(row["group"] for row in rows) for rows in written) and written[0] != written[1]

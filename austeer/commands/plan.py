@@ -24,7 +24,7 @@ def _arguments(argv: Sequence[str] | None, prog: str | None) -> argparse.Namespa
     measured = "with --kl: measure the plan on this model, and correct its strength (hub id, folder, or GGUF file)"
     parser = arguments.parser(
         prog, "Make a steering plan from ranks, print it, and save it: of k AUs at a strength alpha, or of a stated cost.",
-        epilog=epilog, parents=[arguments.model_options(required=False, help=measured)],
+        epilog=epilog, parents=[arguments.model_options(required=False, help=measured), arguments.loading_options()],
     )  # fmt: skip
     add = parser.add_argument
     add("--ranks", nargs="+", required=True, metavar="FILE", help="ranks file, or a folder of ranks files (with --site) or of "
@@ -109,7 +109,10 @@ def _priced(ranks: list[AURanks], args: argparse.Namespace) -> Plan:
     fisher = Fisher.pooled([Fisher.load(file) for file in args.fisher])
     model = None
     if args.model:
-        model = rmodels.load(args.model, dtype=args.dtype, device=args.device, weights=args.weights, quick_proof=args.quick_proof)  # fmt: skip
+        model = rmodels.load(
+            args.model, dtype=args.dtype, device=args.device, device_map=args.device_map, quantization=args.quantization,
+            attn_implementation=args.attn, revision=args.revision, weights=args.weights, quick_proof=args.quick_proof,
+        )  # fmt: skip
     options = {"estimate": args.estimate, "z": args.z, "ridge": args.ridge, "limit": args.limit}
     plan = set_MFU(ranks, args.k, kl=args.kl, fisher=fisher, model=model, **options)
     if "reached" in plan.header:

@@ -26,7 +26,7 @@ from eval.tasks.registry import PAPER_TASKS, paper_task
 def main(argv: Sequence[str] | None = None) -> None:
     args = _arguments(argv)
     if args.source in PAPER_TASKS:
-        names = ("data_dir", "protocol", "encoder", "swapped_choices")
+        names = ("data_dir", "protocol", "encoder", "swapped_choices", "n_pairs", "pairs_draw")
         options = {name: getattr(args, name) for name in names}
         task = paper_task(args.source, toxicity="embedded", **options)
         pairs, groups, dropped = task.pairs, task.groups, task.dropped
@@ -103,6 +103,13 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--answer-field", default="answer", help="field of the right answer in your data (default: %(default)s)")
     add("--wrong-field", help="field of a wrong answer in your data, if it has one")
     add("--numbers", action="store_true", help="compare your answers as numbers: a wrong one must differ in value")
+    add("--n-pairs", type=int, help="of a task only the first so many, or with --pairs-draw so many random ones")
+    add(
+        "--pairs-draw",
+        type=int,
+        metavar="SEED",
+        help="draw them at random by this seed, whole groups of what belongs together",
+    )
     add("--swapped-choices", action="store_true", help="make a second pair of every item of copa, its choices swapped")
     add("--encoder", help="sentence encoder, or tfidf (default: all-MiniLM-L6-v2)")
     add("--show", type=int, default=3, help="print this many (default: %(default)s)")
