@@ -69,20 +69,25 @@ def estimate(line: Line, vanilla: dict) -> Estimate:
 
 
 def p_against(ours: Line, other: Line, vanilla: dict) -> float:
-    """Return the paired p of ours against another line, on the draws of pairs that both have.
+    """Return the paired p of ours against another line, on the draws of pairs that both have."""
+    gains, theirs = ours.gains(vanilla), other.gains(vanilla)
+    both = gains.keys() & theirs.keys()
+    runs = [[row for row in line.rows if not both or row["pairs_hash"] in both] for line in (ours, other)]
+    return paired_p(*runs, [gains[pairs] - theirs[pairs] for pairs in both])
+
+
+def paired_p(one: Sequence[dict], another: Sequence[dict], by_draw: Sequence[float]) -> float:
+    """Return the p of the difference between two rows' runs. by_draw: that difference for each draw of pairs.
 
     One run against one is McNemar's test. Of several runs the outcomes of an item are averaged and tested over items, by t.
     Draws of pairs are tested, too, and the larger p counts: neither items nor draws alone hold all of the noise.
     """
-    gains, theirs = ours.gains(vanilla), other.gains(vanilla)
-    both = gains.keys() & theirs.keys()
-    runs = [[row for row in line.rows if not both or row["pairs_hash"] in both] for line in (ours, other)]
-    one, another = ([unpack(row["outcomes"]) for row in rows] for rows in runs)
-    if len(one) == len(another) == 1:
-        return mcnemar(another[0], one[0])[2]
-    differences = [mean(a) - mean(b) for a, b in zip(zip(*one, strict=True), zip(*another, strict=True), strict=True)]
-    p = t_interval(differences)[3]
-    return max(p, t_interval([gains[pairs] - theirs[pairs] for pairs in both])[3]) if len(both) > 1 else p
+    outcomes, others = ([unpack(row["outcomes"]) for row in rows] for rows in (one, another))
+    if len(outcomes) == len(others) == 1:
+        return mcnemar(others[0], outcomes[0])[2]
+    items = zip(zip(*outcomes, strict=True), zip(*others, strict=True), strict=True)
+    p = t_interval([mean(ours) - mean(theirs) for ours, theirs in items])[3]
+    return max(p, t_interval(by_draw)[3]) if len(by_draw) > 1 else p
 
 
 def compared(lines: Sequence[Line], vanilla: dict) -> dict[int, tuple[float, float]]:
@@ -121,9 +126,10 @@ def table(rows: Sequence[dict], labels: dict[str, str]) -> str:
         f"{100 * vanilla['right'] / vanilla['n']:.1f} %; gains in points, [95 % interval] over items, or by t over draws of "
         "pairs; of a control the mean and the range of its draws. KL: of the unsteered to the steered model, nats per token "
         f"of the second halves of passages of {', '.join(sorted(texts))}; predicted: before the plan is run; prompts, own: on "
-        "the task's prompts, and on what the model itself writes. p: exact McNemar test, or t over draws, against vanilla; "
-        f"ours: of {labels.get(OURS, OURS)} against this line at the same KL, or at the nearest where a row has no strength "
-        "(paired over items; of several draws of pairs the larger of that and of t over draws), Holm-adjusted for all of these",
+        "the task's prompts, and on what the model itself writes. p: against vanilla, by an exact McNemar test; of several runs by t "
+        "over items whose outcomes are averaged, or over draws of pairs, whichever is larger; "
+        f"ours: of {labels.get(OURS, OURS)} against this line at the same KL, or at the nearest where a row has no strength, "
+        "by the same tests, Holm-adjusted for all of these",
         "",
         "| KL | method | predicted | measured | prompts | own | factor | AUs | gain | right / wrong | p | ours: p | Holm |",
         "|--:|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
@@ -143,12 +149,9 @@ def _row(line: Line, vanilla: dict, against: tuple[float, float] | None) -> str:
     cells.append(f"{mean(row['touched'] for row in line.rows):.0f}" if line.site else "")
     value, low, high = estimate(line, vanilla)
     cells.append(f"{value:+.1f} [{low:+.1f}, {high:+.1f}]")
-    if len(line.rows) == 1:
-        gained, lost, p = mcnemar(unpack(vanilla["outcomes"]), unpack(line.rows[0]["outcomes"]))
-        cells += [f"{gained} / {lost}", f"{p:.1g}"]
-    else:
-        values = [*line.gains(vanilla).values()]
-        cells += ["", f"{t_interval(values)[3]:.1g}" if len(values) > 1 else ""]
+    gained, lost, _ = mcnemar(unpack(vanilla["outcomes"]), unpack(line.rows[0]["outcomes"]))
+    cells.append(f"{gained} / {lost}" if len(line.rows) == 1 else "")
+    cells.append(f"{paired_p(line.rows, [vanilla], [*line.gains(vanilla).values()]):.1g}")
     cells += [f"{p:.1g}" for p in against] if against else ["", ""]
     return "| " + " | ".join(cells) + " |"
 

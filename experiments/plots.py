@@ -109,6 +109,10 @@ def gain_over_kl(by_task: dict[str, dict[str, list[tuple[float, tuple[float, flo
                 reach = [[middle[0] - low[0]], [high[0] - middle[0]]]
                 axis.errorbar(kls, middle, reach, fmt=marker, color=color, ms=9, capsize=4, label=name)
         axis.axhline(0, color=COLORS["vanilla"], lw=1)
+        # two draws leave intervals of a hundred points, beside which no curve could be seen
+        values = [0.0, *(estimate[0] for points in by_name.values() for _, estimate in points)]
+        room = max(values) - min(values)
+        axis.set_ylim(max(axis.get_ylim()[0], min(values) - room), min(axis.get_ylim()[1], max(values) + room))
         axis.set_xscale("log")
         axis.set(xlabel="KL of the unsteered to the steered model, nats per token of neutral text", title=task)
         axis.set_ylabel("gain over vanilla, points")

@@ -445,6 +445,16 @@ def two_sided(t: float, freedom: int) -> float:
     return float(2 * student.sf(abs(t), freedom))
 
 
+def test_draws_that_happen_to_gain_alike_prove_nothing():
+    """Two draws with the same gain have no spread between them; their items have."""
+    draws = [made_up("fisher", better(6, 4), pairs=draw) for draw in "ab"]
+    table = kl_report.table([VANILLA, *draws], {})
+    (row,) = [line for line in table.splitlines() if line.startswith("| 0.01 |")]
+    changes = [1] * 6 + [-1] * 4 + [0] * 90
+    p = two_sided(mean(changes) / (stdev(changes) / 10), 99)
+    assert f"| {p:.1g} |" in row and "| 0 |" not in row
+
+
 def test_a_row_without_strength_is_compared_at_the_nearest_kl():
     ours = [made_up("fisher", better(gained), level=level) for gained, level in ((20, 0.01), (30, 0.1))]
     prompts = made_up("few-shot", better(10))
