@@ -43,7 +43,16 @@ def test_families_with_a_file(checkpoints, monkeypatch, family):
     check_budget(rmodels.load(checkpoints[family], dtype="float32", device="cpu"), monkeypatch)
 
 
-@pytest.mark.parametrize("family", sorted(set(BY_STRUCTURE) - set(FAMILIES)))
+QUICK = ("gpt2", "mixtral", "qwen3_next")  # one of each kind
+
+
+@pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow)
+        for name in sorted(set(BY_STRUCTURE) - set(FAMILIES))
+    ],
+)
 def test_families_by_structure(tmp_path, monkeypatch, family):
     check_budget(rmodels.load(save_family(tmp_path, family), dtype="float32", device="cpu"), monkeypatch)
 

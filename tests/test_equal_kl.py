@@ -328,6 +328,7 @@ def test_a_shift_at_a_kl_has_no_prediction(tmp_path):
     assert kl["measured"] == pytest.approx(0.01, rel=0.1) and kl["predicted"] is None and "shifts" in kl["unpriced"]
 
 
+@pytest.mark.slow
 def test_the_old_view_tells_what_ours_costs(tmp_path):
     few = {"task": "copa", "limit": 40, "n_pairs": 60}
     record = computed(tmp_path, **few, method="fisher", site="attention+neuron")

@@ -91,6 +91,7 @@ def test_training_is_that_of_a_plain_loop(llama, checkpoints, tokenizer):
         assert torch.allclose(actual[layer].double(), expected.detach(), atol=2e-3)
 
 
+@pytest.mark.slow
 def test_a_larger_penalty_keeps_fewer_aus(llama, tokenizer):
     evidence = evidence_of(llama, tokenizer)
     loss = TemperedLoss(evidence)

@@ -180,6 +180,7 @@ def test_a_users_own_pairs_from_json_lines_and_csv(checkpoints, tmp_path, capsys
 
 
 @needs_shared
+@pytest.mark.slow
 def test_happy_against_sad_on_a_model_trained_by_others(tmp_path):
     own_pairs(tmp_path / "mood.jsonl", 240)
     command = [

@@ -288,6 +288,7 @@ def setup(checkpoints, tmp_path_factory, tokenizer):
             "--results", str(folder)], folder  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_command_measures_prints_and_goes_on_where_it_was(setup, capsys, monkeypatch, checkpoints, tokenizer):
     argv, folder = setup
     main.main([*argv, "--all", "--out", str(folder / "reduced.safetensors")])
