@@ -20,7 +20,7 @@ COMMANDS = {  # name -> module with a main, and what it does
         "paper.measure_effect",
         "steer single AUs of your model, and compare what they change with their scores",
     ),
-    "truth": ("paper.measure_truth", "find out which scores of single AUs tell what steering them really changes"),
+    "truth": ("paper.measure_truth", "check which scores of single AUs predict the measured effect of steering them"),
     "fisher": (
         "austeer.commands.fisher",
         "measure what steering a model costs, for plans of a stated cost (set_MFU.py --kl)",

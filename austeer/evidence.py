@@ -35,7 +35,7 @@ def no_ranks(momentum: str, site: str | None = None) -> AURanks:
 
 @dataclass(frozen=True)
 class Costs:
-    """Offer what the cost of steering is told by. Each is made when it is first asked for, and kept."""
+    """Provide what is needed to price and measure a change. Each part is made on first use, and kept."""
 
     neutral: Callable[[], NeutralText]
     fisher: Callable[[Sequence[str]], Fisher]  # of these sites

@@ -1,4 +1,4 @@
-"""Where first order lies: AUs of a plan whose true change has another sign than predicted, or differs by more than a factor of 2.
+"""Where first order fails: AUs whose true change has another sign than predicted, or differs from it by more than a factor of 2.
 
 The check spends forwards on a few ranking pairs: each of the plan's strongest AUs is scaled alone by its gate, from its
 layer on. Prediction and truth are of the same pairs, so what differs between them is curvature and not the choice of pairs.
@@ -18,6 +18,18 @@ from austeer.truth import log_odds_of_changes
 
 AU = tuple[str, int, int]  # site, layer, dim
 FACTOR = 2.0
+# what the header of a plan says of its cost and gain: no longer true once AUs are left out
+OF_THE_WHOLE = (
+    "kl",
+    "predicted_kl",
+    "measured_kl",
+    "measured_at_first",
+    "predicted_gain",
+    "k",
+    "clipped",
+    "massive",
+    "reached",
+)
 
 
 @dataclass(frozen=True)
@@ -47,11 +59,11 @@ class Check:
 
 def first_order_lies(predicted: Tensor, true: Tensor) -> Tensor:
     ratio = true / predicted
-    return ~((ratio >= 1 / FACTOR) & (ratio <= FACTOR))  # nan, of nothing predicted, is a lie
+    return ~((ratio >= 1 / FACTOR) & (ratio <= FACTOR))  # nan, where nothing is predicted, counts as a failure
 
 
 def strongest(gates: Gates, gradient: Gates, top: int) -> list[AU]:
-    """Return the AUs whose gates promise the largest changes by first order, strongest first."""
+    """Return the AUs with the largest predicted changes, gate times gradient, largest first."""
     promised = [
         (-abs(float(values[layer, dim] * gradient[site][layer, dim])), site, layer, dim)
         for site, values in gates.items()
@@ -76,11 +88,12 @@ def check_first_order(objective: Objective, gates: Gates, aus: Sequence[AU]) -> 
 
 
 def without_lies(plan: Plan, check: Check) -> Plan:
-    """Return the plan without the AUs about which first order lies."""
+    """Return the plan without the AUs whose first-order prediction fails. Its cost is another, so its header names none."""
     scales = {site: values.clone() for site, values in plan.scales.items()}
     for (site, layer, dim), lies in zip(check.aus, check.lies.tolist(), strict=True):
         if lies:
             scales[site][layer, dim] = 0.0
     counts = {"left_out": int(check.lies.sum()), "checked": len(check.aus)}
-    header = plan.header | {name: plan.header.get(name, 0) + count for name, count in counts.items()}
+    header = {key: value for key, value in plan.header.items() if key not in OF_THE_WHOLE}
+    header |= {name: plan.header.get(name, 0) + count for name, count in counts.items()}
     return replace(plan, scales=scales, header=header)

@@ -41,5 +41,5 @@ def starting_at(model: PreTrainedModel, layer: int, kept: LayerOutput | None) ->
 
 
 def repeated(kept: LayerOutput, times: int) -> LayerOutput:
-    """Repeat the rows of what was kept, for as many changes in one batch."""
+    """Repeat the kept rows once for each change that runs in the same batch."""
     return with_hidden_states(kept, lambda states: states.repeat(times, *[1] * (states.dim() - 1)))

@@ -74,7 +74,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--at-kl", type=float, nargs="+", default=[], metavar="NATS",
         help="compare at equal KL instead of searching: one scalar brings every method to each of these KLs on neutral text, "
         "in nats per token, such as 0.003 0.01 0.03 0.1")  # fmt: skip
-    add("--neutral", metavar="FILE", help="neutral text to take KL on (default: WikiText-2 if --data-dir has it, else prose "
+    add("--neutral", metavar="FILE", help="neutral text on which KL is measured (default: WikiText-2 if --data-dir has it, else prose "
         "that comes with the project; for the embedded models documents of their own kind)")  # fmt: skip
     add("--steer", type=_yes_or_no, default=True, metavar="yes|no", help="no: run only vanilla and prompt-only")
     add("--path", default="AU_ranks", help="folder of ranks; those that fit are reused (default: %(default)s)")

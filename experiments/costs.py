@@ -54,7 +54,7 @@ def _neutral_text(bench: Bench) -> NeutralText:
 
 
 def fisher_of(bench: Bench, sites: Sequence[str]) -> Fisher:
-    """Return the Fisher information at these sites, pooled; measure the sites that have no file in one pass."""
+    """Return the Fisher information of these sites together. Sites without a file are measured in one pass."""
     missing = [site for site in sites if ("fisher", site) not in bench.kept and not _load_fisher(bench, site)]
     if missing:
         measured = measure_fisher(bench.model, missing, neutral_of(bench), progress=not bench.model_spec.embedded)

@@ -1,4 +1,4 @@
-"""Tell what methods gain at the same KL on neutral text: a table by level, and the curves of gain over KL.
+"""Report gains at equal KL on neutral text: a table by level, and the curves of gain over KL.
 
 A line of the table is a method at a site and a level. It has several rows where pairs were drawn several times, or where a
 control was; draws of pairs are told apart by the pairs themselves.
@@ -57,7 +57,11 @@ def lines_of(rows: Sequence[dict], labels: dict[str, str]) -> list[Line]:
 
 
 def estimate(line: Line, vanilla: dict) -> Estimate:
-    """Return the gain with its interval: over draws of pairs by t, of one draw over items; of a control the range of its draws."""
+    """Return the gain and its interval.
+
+    Several draws of pairs give a t interval over draws, and a single run one over items. A control drawn several times on
+    the same pairs gets the range of its draws instead.
+    """
     by_pairs = line.gains(vanilla)
     if len(by_pairs) > 1:
         return t_interval([*by_pairs.values()])[:3]

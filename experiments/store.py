@@ -31,7 +31,7 @@ class Store:
         return Path(self.ranks) / Path(model.name).name / task.label / folder / f"{site}.safetensors"
 
     def costs_file(self, model: ModelSpec, task: TaskSpec, neutral_hash: str, name: str) -> Path:
-        """Return the file of what a model's costs are told by, such as the Fisher information of a site."""
+        """Return the path of a cached cost measurement, such as the Fisher information of a site."""
         folder = Path(self.ranks) / Path(model.name).name
         folder /= task.label if model.embedded else ""  # an embedded model belongs to its task
         more = "".join(f"-{part}" for part in (model.attn, model.weights and Path(model.weights).name) if part)

@@ -81,7 +81,7 @@ def _plan_of_cost(bench: Bench, sites: Sequence[str], kl: float) -> Plan:
 
 
 def _table(rows: Sequence[dict]) -> list[str]:
-    """List for each site and dose how well scores tell the changes of the strongest AUs."""
+    """List for each site and dose how well the scores predict the changes of the strongest AUs."""
     lines = []
     for site, dose, of_plan in dict.fromkeys((row["site"], row["dose"], row["by"] == truth.PLAN) for row in rows):
         whose = "the plan's strongest AUs" if of_plan else "each score's strongest AUs"
@@ -96,7 +96,7 @@ def _table(rows: Sequence[dict]) -> list[str]:
 
 
 def _corrections(found: dict) -> list[str]:
-    """Say about which of the plan's AUs first order lies, and how well the corrected predictions tell the judged changes."""
+    """Report how often first order fails for the plan's AUs, and how well corrected predictions match the judged changes."""
     lines = []
     for row in found["rows"]:
         lines += [
@@ -165,7 +165,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help=f"instead of --pairs a task: {', '.join(PAPER_TASKS)}")  # fmt: skip
     add("--data-dir", help="folder of the tasks' datasets (default: datasets/, then the hub)")
     add("--plan", metavar="FILE",
-        help="the plan whose dose is meant, which scales AUs and shifts none (default: one that costs --kl)")  # fmt: skip
+        help="plan whose gates set the dose; it must scale AUs and shift none (default: a plan that costs --kl)")  # fmt: skip
     add(
         "--kl", type=float, default=0.03, help="cost of the plan that is made, in nats per token (default: %(default)s)"
     )
@@ -174,7 +174,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--top", type=int, default=200, help="AUs that are the strongest by each score (default: %(default)s)")
     add("--n", type=int, default=32, help="at most this many held-out pairs (default: %(default)s)")
     add("--all", action="store_true", help="also at dose 0.1")
-    add("--out", metavar="FILE", help="save the plan here, without the AUs about which first order lies")
+    add("--out", metavar="FILE", help="save the plan here, without the AUs whose first-order prediction fails")
     add("--seed", type=int, default=0, help="seed of the random score (default: %(default)s)")
     add("--results", default="results", help="folder for ranks, records and pictures (default: %(default)s)")
     args = parser.parse_args(argv)

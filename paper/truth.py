@@ -114,7 +114,9 @@ class Study:
             "dtype": str(bench.model.dtype), "kernel": bench.model.config._attn_implementation,
             "pairs_hash": pairs_hash(ranking.pairs), "judged_hash": pairs_hash(judged.pairs),
             "temperature": temperature.header(), "plan": _digest(gates),
-            "code": code_hash(log_odds_of_changes, *code_roots(type(bench.model))),
+            "code": code_hash(
+                log_odds_of_changes, Objective, integrated_gradients, relp_rules, *code_roots(type(bench.model))
+            ),
         }  # fmt: skip
         path = folder / f"{record_id(key)}.json"
         record = read_json(path) if path.exists() else {**key, "changes": {site: {} for site in gates}, "notes": {}}
@@ -271,7 +273,7 @@ def _predicted(score: Gates, selection: Selection) -> Tensor:
 def correct(
     study: Study, plan: Plan, chosen: Sequence[Selection], by_score: dict[str, Gates], on_judged: dict[str, Gates]
 ) -> tuple[dict, Plan]:
-    """Check the plan's strongest AUs on a few ranking pairs; judge the corrected predictions, and the plan without lies."""
+    """Check the plan's strongest AUs on a few ranking pairs. Judge the corrected predictions, and the plan without the AUs that failed."""
     task, temperature = study.bench.task, study.judged.temperature
     draw = torch.randperm(len(task.pairs), generator=torch.Generator().manual_seed(study.settings.seed))
     pairs = [task.pairs[number] for number in draw[: study.settings.checked].tolist()]

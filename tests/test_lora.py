@@ -37,7 +37,7 @@ def test_the_tempered_loss_is_that_of_a_plain_loop(llama, checkpoints, tokenizer
 
 
 def test_a_pair_without_a_difference_does_not_shift_the_others(llama, tokenizer):
-    """Its texts are left out, so that every pair keeps its own answers."""
+    """The pair is dropped together with its texts, so every other pair keeps its own answers."""
     same = ("Is it?", "<s>", "<s>")
     with_one = evidence_of(llama, tokenizer, [*BALANCED[:4], same, *BALANCED[4:]])
     assert TemperedLoss(with_one).temperature == TemperedLoss(evidence_of(llama, tokenizer, BALANCED)).temperature

@@ -1,6 +1,7 @@
 """True changes of single AUs from their layer on, the objective's slopes and curvature, and the command truth."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -257,6 +258,8 @@ def test_a_check_finds_the_aus_that_lie_and_the_plan_loses_them(load, tokenizer)
     for (site, layer, dim), lies in zip(aus, check.lies.tolist(), strict=True):
         assert float(reduced.scales[site][layer, dim]) == (0.0 if lies else float(scales[site][layer, dim]))
     assert len(plan) - len(reduced) == int(check.lies.sum()) == reduced.header["left_out"]
+    priced = replace(plan, header=plan.header | {"kl": 0.03, "measured_kl": 0.03})
+    assert not {"kl", "measured_kl"} & set(without_lies(priced, check).header), "the reduced plan costs something else"
     assert torch.allclose(check.excess + check.predicted, check.true)
     inside = (check.true / check.predicted).clamp(0, 2) == check.true / check.predicted
     assert torch.allclose((check.ratio * check.predicted)[inside], check.true[inside])

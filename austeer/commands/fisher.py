@@ -8,6 +8,7 @@ from pathlib import Path
 
 import rmodels
 from austeer import arguments, processes
+from austeer.commands.loading import load_model
 from austeer.errors import AUSteerError
 from austeer.files import check_writable
 from austeer.fisher import Fisher, measure_fisher
@@ -21,11 +22,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
     if out.suffix != ".safetensors":
         raise AUSteerError(f"--out must be a file that ends in .safetensors, not {out}")
     check_writable(out)
-    model = rmodels.load(
-        args.model, dtype=args.dtype, device=processes.join(args.device, spread=args.device_map is not None),
-        device_map=args.device_map, quantization=args.quantization, attn_implementation=args.attn, revision=args.revision,
-        weights=args.weights, quick_proof=args.quick_proof,
-    )  # fmt: skip
+    model = load_model(args, processes.join(args.device, spread=args.device_map is not None))
     tokenizer = rmodels.load_tokenizer(args.model, revision=args.revision, weights=args.weights)
     neutral = neutral_text(tokenizer, args.neutral)
     header = model_header(model)

@@ -9,8 +9,9 @@ from pathlib import Path
 import rmodels
 from austeer import arguments
 from austeer.budget import ESTIMATES, LIMIT, RIDGE, Z
+from austeer.commands.loading import load_model
 from austeer.errors import AUSteerError
-from austeer.fisher import Fisher, predicted_kl
+from austeer.fisher import Fisher
 from austeer.plan import TOKENS, Plan
 from austeer.ranks import AUTHORS_FILES, AURanks, ranks_file
 from set_MFU import LOCATIONS, STRENGTHS, set_MFU
@@ -109,16 +110,12 @@ def _priced(ranks: list[AURanks], args: argparse.Namespace) -> Plan:
     fisher = Fisher.pooled([Fisher.load(file) for file in args.fisher])
     model = None
     if args.model:
-        model = rmodels.load(
-            args.model, dtype=args.dtype, device=args.device, device_map=args.device_map, quantization=args.quantization,
-            attn_implementation=args.attn, revision=args.revision, weights=args.weights, quick_proof=args.quick_proof,
-        )  # fmt: skip
+        model = load_model(args)
     options = {"estimate": args.estimate, "z": args.z, "ridge": args.ridge, "limit": args.limit}
     plan = set_MFU(ranks, args.k, kl=args.kl, fisher=fisher, model=model, **options)
     if "reached" in plan.header:
         more = "a larger --k, or a larger --limit" if args.k else "or a larger --limit"
         raise AUSteerError(f"{plan.header['reached']} nats per token; give a smaller --kl, {more}")
-    plan.header["predicted_kl"] = predicted_kl(plan, fisher)
     return plan
 
 

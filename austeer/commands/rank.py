@@ -9,6 +9,7 @@ from pathlib import Path
 
 import rmodels
 from austeer import arguments, processes
+from austeer.commands.loading import load_model
 from austeer.errors import AUSteerError
 from austeer.files import check_writable
 from austeer.identity import fingerprint, public_name
@@ -30,11 +31,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
     )
     for file in files.values():
         check_writable(file)
-    model = rmodels.load(
-        args.model, dtype=args.dtype, device=processes.join(args.device, spread=args.device_map is not None),
-        device_map=args.device_map, quantization=args.quantization, attn_implementation=args.attn, revision=args.revision,
-        weights=args.weights, quick_proof=args.quick_proof,
-    )  # fmt: skip
+    model = load_model(args, processes.join(args.device, spread=args.device_map is not None))
     tokenizer = rmodels.load_tokenizer(args.model, revision=args.revision, weights=args.weights)
     momentum = momentum_name(args.momentum, args.temperature, args.balance)
     limit = longest_text(rules, rmodels.context_length(model), args.max_length, args.batch_size)
@@ -93,8 +90,8 @@ def _arguments(argv: Sequence[str] | None, prog: str | None) -> argparse.Namespa
         help="the paper's, or ours (default: %(default)s)")  # fmt: skip
     add("--temperature", type=_temperature, default=FITTED, metavar="fitted|TAU",
         help="of the causal objective, in nats of log-odds: fitted to the pairs, or a number (default: %(default)s)")  # fmt: skip
-    add("--balance", action="store_true", help="let an AU count only if it helps whichever answer is right, so that what only "
-        "says yes more often does not (causal momentum, pairs with a few shared answers)")  # fmt: skip
+    add("--balance", action="store_true", help="keep only AUs that help for every right answer, which excludes those that merely "
+        "favour one answer (causal momentum, pairs with a few shared answers)")  # fmt: skip
     add("--group-field", metavar="FIELD", help="field of the pairs that names their group: pairs of one group give each other "
         "away, and stay in one fold of what a plan's gain is predicted from (default: pairs of one prompt)")  # fmt: skip
     add("--protocol", default="clean", choices=PROTOCOLS, help="clean, or the authors' code (default: %(default)s)")

@@ -19,6 +19,7 @@ from transformers.utils import logging
 
 import rmodels
 from austeer import arguments
+from austeer.commands.loading import load_model
 from austeer.errors import AUSteerError, first_line, missing_extra
 from austeer.export.command import read_plan
 from austeer.files import read_text
@@ -30,11 +31,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
     args = _arguments(argv, prog)
     logging.set_verbosity_error()  # a checkpoint may set sampling options, which greedy decoding leaves unused
     plan = read_plan(args)
-    model = rmodels.load(
-        args.model, dtype=args.dtype, device=args.device, device_map=args.device_map,
-        quantization=args.quantization, attn_implementation=args.attn, revision=args.revision,
-        weights=args.weights, quick_proof=args.quick_proof,
-    )  # fmt: skip
+    model = load_model(args)
     tokenizer = rmodels.load_tokenizer(args.model, revision=args.revision, weights=args.weights)
     if args.chat and not getattr(tokenizer, "chat_template", None):
         raise AUSteerError("this tokenizer has no chat template; leave --chat out, or use an instruction-tuned model")
