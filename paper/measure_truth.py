@@ -149,6 +149,7 @@ def _draw(study: truth.Study, chosen: Sequence[truth.Selection], by_score: dict,
         axis.set_title(f"{truth.SCORES[selection.by]}\nρ {_interval(rho)}", fontsize=11)
         axis.set_xlabel("score times dose", fontsize=10)
         axis.tick_params(labelsize=9)
+        axis.locator_params(axis="x", nbins=4)  # small numbers are wide labels
         axis.grid(alpha=0.25)
     for row, (site, dose) in enumerate(rows):
         dose = "the plan's dose" if dose == truth.PLAN else f"dose {dose}"
