@@ -111,7 +111,7 @@ def set_MFU(
 
     kl: a budget in nats per token in place of alpha, for causal ranks of fitted temperature, those of several sites
     together if `ranks` is a list. It needs the model's Fisher information; k is chosen unless it is given. With `model`
-    the plan is measured and corrected. Further options are those of austeer.budget.Budget.
+    the plan is measured and corrected, and its cost reported on text that corrected nothing. Further options are those of austeer.budget.Budget.
 
     The authors' call, set_MFU(all_scores, all_layer, all_indices, k, alpha, model, applied_module), works too: it
     sets the plan on the model at once and replaces what was set at that site.
@@ -126,8 +126,12 @@ def set_MFU(
                 "a budget itself says which AUs and how strongly: leave out location, strength and tokens"
             )
         pooled = [ranks] if isinstance(ranks, AURanks) else list(ranks)
-        meter = None if model is None else KLMeter(model, fisher.measure)
-        return Budget(pooled, fisher, **budget_options).plan(kl, k, meter)
+        budget = Budget(pooled, fisher, **budget_options)
+        if model is None:
+            return budget.plan(kl, k)
+        plan = budget.plan(kl, k, KLMeter(model, fisher.measure))
+        plan.header["fresh_kl"] = KLMeter(model, fisher.report).with_error(plan)
+        return plan
     if budget_options:
         raise AUSteerError(f"{', '.join(budget_options)}: only a budget has such options: give kl and fisher")
     if not isinstance(ranks, AURanks):

@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -38,7 +39,9 @@ RIDGE = 3.0  # of the discriminant
 LIMIT = 1.0  # the largest gate: an AU is at most doubled or silenced
 FEWEST = 16  # AUs of the smallest plan that is tried
 ENOUGH = 0.98  # k is the smallest that gains this share of the most ...
-FEW_CUT = 0.1  # ... with at most this share of its gates cut off, if any k has so few: first order ends at the limit
+FEW_CUT = (
+    0.1  # ... of those with at most this share of their gates cut off, if there are any: first order ends at the limit
+)
 CORRECTIONS = 3
 CLOSE = 0.03  # a measured KL this near to the budget, as a share of it, needs no correction
 MASSIVE = 1000.0  # an AU that costs this many medians of its site belongs to a massive activation
@@ -81,14 +84,27 @@ class Budget:
         self.cost = torch.cat([diagonal + damping * diagonal.mean() for diagonal in diagonals])
         self.scores = torch.cat([fisher.scores[one.site][:, one.exists] for one in ranks], 1)
 
+    @cached_property
+    def own_gates(self) -> Tensor:
+        """Hold the gates of all AUs, up to a factor, (AUs,)."""
+        return self.gates(self.effects)
+
+    @cached_property
+    def _folds(self) -> list[tuple[Tensor, Tensor]]:
+        """Hold each fold, (pairs,) of bool, and the gates that the pairs of the other folds give."""
+        return [(fold, self.gates(self.effects.only(~fold))) for fold in self.effects.folds()]
+
+    def gates(self, effects: PairEffects) -> Tensor:
+        return ESTIMATES[self.options["estimate"]](effects, self.cost, self.options)
+
     def plan(self, kl: float, k: int | None = None, meter: KLMeter | None = None) -> Plan:
         """Make the plan for a budget of `kl` nats per token. meter: measures it and corrects its scale."""
         if isinstance(kl, bool) or not 0 < kl < math.inf:
             raise AUSteerError(f"the budget must be a positive number of nats per token, such as 0.01, not {kl}")
         if k is None:
-            plan = self.reaching(lambda k: self.direction(self.effects, k), self.best_k(kl), kl, meter)
+            plan = self.reaching(lambda k: self.strongest(self.own_gates, k), self.best_k(kl), kl, meter)
         else:
-            plan = self.plan_along(self.direction(self.effects, self._checked(k)), kl, meter)
+            plan = self.plan_along(self.strongest(self.own_gates, self._checked(k)), kl, meter)
         plan.header["predicted_gain"] = [round(value, 6) for value in self.cross_fitted(kl, plan.header["k"])]
         return plan
 
@@ -108,9 +124,17 @@ class Budget:
 
     def plan_along(self, direction: Direction, kl: float, meter: KLMeter | None = None, **found) -> Plan:
         """Make the plan of this direction that costs `kl`; found: more for its header."""
-        gates, predicted, measured, first = self._to_budget(direction, kl, meter)
+        gates, measured, first = self._to_budget(direction, kl, meter)
+        predicted, error = self.fisher.price_with_error(self.scores[:, direction.aus].double() @ gates)
         clipped, cost = int((gates.abs() >= self.limit * (1 - 1e-9)).sum()), measured or predicted
-        found |= {"kl": kl, "predicted_kl": predicted, "measured_kl": measured, "k": len(gates), "clipped": clipped}
+        found |= {
+            "kl": kl,
+            "predicted_kl": predicted,
+            "predicted_error": error,
+            "measured_kl": measured,
+            "k": len(gates),
+            "clipped": clipped,
+        }
         found |= {"measured_at_first": first} if meter else {}
         if clipped == len(gates) and cost < kl * (1 - CLOSE):
             found["reached"] = (
@@ -118,9 +142,12 @@ class Budget:
             )
         return self._plan(direction.aus, gates, found | {"massive": self._massive(direction.aus)})
 
-    def direction(self, effects: PairEffects, k: int) -> Direction:
-        gates = ESTIMATES[self.options["estimate"]](effects, self.cost, self.options)
-        return self._strongest(gates, k)
+    def strongest(self, gates: Tensor, k: int) -> Direction:
+        """Return the k AUs with the largest F_i g_i^2, with their gates."""
+        worth = gates.square() * self.cost
+        aus = torch.sort(worth, descending=True, stable=True).indices[:k]
+        aus = aus[worth[aus] > 0]
+        return Direction(aus, gates[aus])
 
     def random_direction(self, k: int, seed: int) -> Direction:
         """Return k random AUs with random signs, each at the same cost."""
@@ -131,20 +158,20 @@ class Budget:
 
     def best_k(self, kl: float) -> int:
         """Return the fewest AUs whose cross-fitted gain is nearly the largest, of the ks that cut few gates off."""
-        gates = ESTIMATES[self.options["estimate"]](self.effects, self.cost, self.options)
-        most = int((gates != 0).sum())
+        most = int((self.own_gates != 0).sum())
         if not most:
             raise AUSteerError("no effect is larger than its error: these pairs give nothing to steer by")
         ks = [FEWEST * 2**power for power in range(40) if FEWEST * 2**power < most] + [most]
-        cut = {
-            k: float((self._priced(self._strongest(gates, k), kl)[0].abs() >= self.limit).double().mean()) for k in ks
-        }
-        ks = [k for k in ks if cut[k] <= max(FEW_CUT, min(cut.values()))]
+        ks = [k for k in ks if self._share_cut(k, kl) <= FEW_CUT] or ks
         gains = {k: float(gain.mean()) for k, gain in self._cross_fitted(kl, ks).items()}
         best = max(gains.values())
         return next(
             k for k in ks if gains[k] >= min(best, ENOUGH * best)
         )  # of a loss, 98 % would be less than the best
+
+    def _share_cut(self, k: int, kl: float) -> float:
+        gates, _ = self._priced(self.strongest(self.own_gates, k), kl)
+        return float((gates.abs() >= self.limit).double().mean())
 
     def cross_fitted(self, kl: float, k: int) -> tuple[float, float, float]:
         """Return the gain in nats of the objective that first order predicts on pairs a plan was not made from: mean, 95 % interval."""
@@ -153,20 +180,13 @@ class Budget:
     def _cross_fitted(self, kl: float, ks: Sequence[int]) -> dict[int, Tensor]:
         """Return for each k every pair's gain under a plan from the pairs of the other folds, (pairs,)."""
         gains = {k: torch.zeros(len(self.effects), dtype=torch.float64) for k in ks}
-        for fold in self.effects.folds():
-            rest, held = self.effects.only(~fold), self.effects.only(fold)
-            gates = ESTIMATES[self.options["estimate"]](rest, self.cost, self.options)
+        for fold, gates in self._folds:
+            held = self.effects.only(fold)
             for k in ks:
-                direction = self._strongest(gates, k)
+                direction = self.strongest(gates, k)
                 at_budget, _ = self._priced(direction, kl)
                 gains[k][fold] = held.gains(direction.aus, at_budget)
         return gains
-
-    def _strongest(self, gates: Tensor, k: int) -> Direction:
-        worth = gates.square() * self.cost
-        aus = torch.sort(worth, descending=True, stable=True).indices[:k]
-        aus = aus[worth[aus] > 0]
-        return Direction(aus, gates[aus])
 
     def _checked(self, k: int) -> int:
         if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= len(self.cost):
@@ -198,11 +218,11 @@ class Budget:
 
     def _to_budget(
         self, direction: Direction, kl: float, meter: KLMeter | None
-    ) -> tuple[Tensor, float, float | None, float | None]:
-        """Return gates, their predicted and measured KL, and what was measured before any correction."""
+    ) -> tuple[Tensor, float | None, float | None]:
+        """Return gates, their measured KL, and what was measured before any correction."""
         gates, priced = self._priced(direction, kl)
         if meter is None:
-            return gates, priced, None, None
+            return gates, None, None
         tried = [(priced, meter(self._plan(direction.aus, gates, {})), gates)]
         for _ in range(CORRECTIONS):
             priced, measured, _ = tried[-1]
@@ -215,8 +235,8 @@ class Budget:
             if measured < kl and again <= priced:  # all gates are at the limit
                 break
             tried.append((again, meter(self._plan(direction.aus, gates, {})), gates))
-        priced, measured, gates = min(tried, key=lambda one: abs(math.log(one[1] / kl)))
-        return gates, priced, measured, tried[0][1]
+        _, measured, gates = min(tried, key=lambda one: abs(math.log(one[1] / kl)))
+        return gates, measured, tried[0][1]
 
     def _plan(self, aus: Tensor, gates: Tensor, found: dict) -> Plan:
         flat = torch.zeros(len(self.cost))

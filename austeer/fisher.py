@@ -32,20 +32,22 @@ from austeer.neutral import NeutralText
 from austeer.plan import Plan
 from rmodels import site_shape
 
-FORMAT = "austeer-fisher-1"
-DRAWS = 4  # of y, on the passages to price by
+FORMAT = "austeer-fisher-2"
+DRAWS = 2  # of y, on the passages to price by: more passages make a price more exact than more draws do
 
 
 @dataclass
 class Fisher:
     """Hold the diagonal of each site, (layers, width), and the scores, (passages x draws, layers, width).
 
-    measure: the passages to measure plans on, so that whoever has this file measures on the same text.
+    measure, report: the passages to measure and correct plans on, and those to report their cost on, so that whoever has
+    this file does so on the same text.
     """
 
     diagonal: dict[str, Tensor]
     scores: dict[str, Tensor]
     measure: Tensor
+    report: Tensor
     header: dict = field(default_factory=dict)
 
     @property
@@ -54,7 +56,9 @@ class Fisher:
 
     def only(self, sites: Sequence[str]) -> Fisher:
         header = self.header | {"relative_error": {site: self.header["relative_error"][site] for site in sites}}
-        return Fisher(*({s: part[s] for s in sites} for part in (self.diagonal, self.scores)), self.measure, header)
+        return Fisher(
+            *({s: part[s] for s in sites} for part in (self.diagonal, self.scores)), self.measure, self.report, header
+        )
 
     @classmethod
     def pooled(cls, parts: Sequence[Fisher]) -> Fisher:
@@ -67,17 +71,22 @@ class Fisher:
         scores = {site: values for one in parts for site, values in one.scores.items()}
         header = {key: value for one in parts for key, value in one.header.items()}
         header["relative_error"] = {s: e for one in parts for s, e in one.header["relative_error"].items()}
-        return cls(diagonal, scores, first.measure, header)
+        return cls(diagonal, scores, first.measure, first.report, header)
 
     def price(self, products: Tensor) -> float:
         """Return the KL per token of gates whose products with the scores, (passages x draws,), are these."""
-        return float(products.double().square().mean()) / 2 / self.header["positions"]
+        return self.price_with_error(products)[0]
+
+    def price_with_error(self, products: Tensor) -> tuple[float, float]:
+        """Return that KL, and its standard error over the passages."""
+        by_passage = products.double().square().view(-1, DRAWS).mean(1) / 2 / self.header["positions"]
+        return float(by_passage.mean()), float(by_passage.std() / len(by_passage) ** 0.5)
 
     def save(self, path: str | Path) -> None:
         tensors = {f"diagonal.{site}": values for site, values in self.diagonal.items()}
         tensors |= {f"scores.{site}": values for site, values in self.scores.items()}
         metadata = {"format": FORMAT, "header": json.dumps(self.header, sort_keys=True)}
-        write_tensors(Path(path), {**tensors, "measure": self.measure}, metadata)
+        write_tensors(Path(path), {**tensors, "measure": self.measure, "report": self.report}, metadata)
 
     @classmethod
     def load(cls, path: str | Path) -> Fisher:
@@ -86,7 +95,7 @@ class Fisher:
             part: {name.partition(".")[2]: t for name, t in tensors.items() if name.startswith(f"{part}.")}
             for part in ("diagonal", "scores")
         }
-        return cls(**parts, measure=tensors["measure"], header=json.loads(metadata["header"]))
+        return cls(**parts, measure=tensors["measure"], report=tensors["report"], header=json.loads(metadata["header"]))
 
 
 def why_unpriced(plan: Plan, fisher: Fisher | None = None) -> str | None:
@@ -122,7 +131,7 @@ def measure_fisher(
     model: PreTrainedModel, sites: Sequence[str], neutral: NeutralText, *, seed: int = 0, progress: bool = True
 ) -> Fisher:
     """Measure the Fisher information of the gates at these sites. y is drawn from `seed`, passage by passage."""
-    choose, price, measure = map(neutral.part, ("choose", "price", "measure"))
+    choose, price, measure, report = map(neutral.part, ("choose", "price", "measure", "report"))
     positions, device = neutral.passages.shape[1] // 2, input_device(model)
     shapes = {site: site_shape(model, site) for site in sites}
     diagonal = {site: torch.zeros(shape) for site, shape in shapes.items()}
@@ -163,7 +172,7 @@ def measure_fisher(
         "neutral": neutral.name, "neutral_hash": neutral.hash, "tokens": tokens, "positions": positions,
         "pricing_tokens": len(price) * positions, "draws": DRAWS, "seed": seed, "relative_error": spread,
     }  # fmt: skip
-    return Fisher(diagonal, scores, measure, header)
+    return Fisher(diagonal, scores, measure, report, header)
 
 
 def _scores(

@@ -6,6 +6,7 @@ every method alike: some steer only from the end of a prompt on.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -35,17 +36,23 @@ class KLMeter:
         self.passes = 0  # over all texts, the unsteered one included
 
     def __call__(self, change: Change) -> float:
-        """Return the KL under a change. One that changes something and costs exactly nothing is a mistake, and refused."""
+        return self.with_error(change)[0]
+
+    def with_error(self, change: Change) -> tuple[float, float]:
+        """Return the KL under a change, and its standard error over the texts.
+
+        A change of something that costs exactly nothing is a mistake, and refused.
+        """
 
         def changed(batch: Tensor) -> Tensor:
             with applied(self.model, change, prompt_end=batch.shape[1] // 2):
                 return self._log_p(batch)
 
-        kl = self._mean(changed)
+        kl, error = self._mean(changed)
         size = change.nonzero if isinstance(change, Adapter) else len(change)
         if kl == 0 and size:
             raise AUSteerError(f"{size} numbers were changed and the KL is exactly 0: they did not reach the model")
-        return kl
+        return kl, error
 
     def of_front(self, front: Sequence[int], lead: int) -> float:
         """Return the KL of putting tokens in front of every text, behind its own first `lead` tokens, such as a BOS.
@@ -58,18 +65,20 @@ class KLMeter:
             longer = torch.cat([batch[:, :lead], rows, batch[:, lead:]], 1)
             return self._log_p(longer, batch.shape[1] - batch.shape[1] // 2)
 
-        return self._mean(prefixed)
+        return self._mean(prefixed)[0]
 
-    def _mean(self, changed: Callable[[Tensor], Tensor]) -> float:
+    def _mean(self, changed: Callable[[Tensor], Tensor]) -> tuple[float, float]:
         if self._unsteered is None:
             self._unsteered = [self._log_p(batch) for batch in self.batches]
             self.passes += 1
-        total, tokens = 0.0, 0
+        totals, tokens = [], []
         self.passes += 1
         for batch, before in zip(self.batches, self._unsteered, strict=True):
-            total += float((before.exp() * (before - changed(batch))).sum())
-            tokens += before.shape[0] * before.shape[1]
-        return total / tokens
+            totals += (before.exp() * (before - changed(batch))).sum((1, 2)).tolist()
+            tokens += [before.shape[1]] * before.shape[0]
+        mean = sum(totals) / sum(tokens)
+        n, off = len(totals), sum((total - mean * count) ** 2 for total, count in zip(totals, tokens, strict=True))
+        return mean, math.sqrt(off * n / max(1, n - 1)) / sum(tokens)
 
     @torch.inference_mode()
     def _log_p(self, ids: Tensor, count: int | None = None) -> Tensor:

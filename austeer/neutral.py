@@ -2,7 +2,8 @@
 
 All passages have one length. The first half of a passage counts as its prompt, and costs are means over the second half:
 some methods steer only from the end of a prompt on, and all are measured alike. One part of the passages serves to choose
-AUs by, another to price plans, and a third to measure what they cost: none sees the passages of another.
+AUs by, another to price plans, a third to measure and correct them, and a fourth to report what they cost on text that
+nothing was fitted to.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from austeer.errors import AUSteerError
 from austeer.files import read_text
 
 LENGTH = 64  # tokens of a passage
-TOKENS = {"choose": 6144, "price": 2560, "measure": 4096}  # of each part, at least
+TOKENS = {"choose": 6144, "price": 7680, "measure": 4096, "report": 4096}  # of each part, at least
 PROSE = Path(__file__).with_name("prose.txt")
 # not the test part, on which `python main.py restore` measures perplexity
 WIKITEXT = tuple(f"{folder}/wiki.valid.raw" for folder in ("wikitext2", "wikitext-2", "wikitext-2-raw-v1"))
@@ -36,7 +37,7 @@ class NeutralText:
         return hashlib.sha256(self.passages.to(torch.int32).numpy().tobytes()).hexdigest()
 
     def part(self, name: str) -> Tensor:
-        """Return the passages to "choose" by, to "price" by, or to "measure" on."""
+        """Return the passages to "choose" by, to "price" by, to "measure" on, or to "report" on."""
         shares = [len(self.passages) * tokens // sum(TOKENS.values()) for tokens in TOKENS.values()]
         return dict(zip(TOKENS, self.passages[: sum(shares)].split(shares), strict=True))[name]
 

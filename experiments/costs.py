@@ -3,7 +3,8 @@
 neutral text          of real models a file, WikiText-2 or the project's prose (austeer/neutral.py); of embedded models
                       documents of their own generator that they have not read, since prose is <unk> to them
 Fisher information    a file per site beside the model's ranks, used again where weights, text and code are the same
-meters                of KL on the neutral text, on prompts of the task, and on the model's own continuations
+meters                of KL on the part of the neutral text that corrects strengths, on the part that reports what they
+                      cost, on prompts of the task, and on the model's own continuations
 """
 
 from __future__ import annotations
@@ -30,14 +31,14 @@ from experiments.bench import Bench
 from rmodels import code_roots
 
 DOCUMENTS, SHORT = 9000, 32  # of an embedded model: how many are drawn, and how many tokens of each make a passage
-MORE = 4  # times the neutral text of real models, for the embedded ones: it costs seconds
+MORE = 2  # times the neutral text of real models, for the embedded ones: it costs seconds
 PROMPTS = 32  # of the task, each its last LENGTH tokens
 CONTINUED = 16  # passages whose first half the model continues
 TEXTS = "austeer-texts-1"
 
 
 def costs_of(bench: Bench) -> Costs:
-    return Costs(partial(neutral_of, bench), partial(fisher_of, bench), partial(meter_of, bench, "neutral"))
+    return Costs(partial(neutral_of, bench), partial(fisher_of, bench), partial(meter_of, bench, "measure"))
 
 
 def neutral_of(bench: Bench) -> NeutralText:
@@ -107,19 +108,19 @@ def cost_of_prompts(bench: Bench, plain: str, changed: str) -> dict:
     if not changed.endswith(plain):
         return found | {"unpriced": "what was added does not stand in front of the prompt"}
     front = bench.tokenizer(changed.removesuffix(plain), add_special_tokens=False)["input_ids"]
-    return found | {"measured": meter_of(bench, "neutral").of_front(front, len(lead_of(bench.tokenizer)))}
+    return found | {"measured": meter_of(bench, "measure").of_front(front, len(lead_of(bench.tokenizer)))}
 
 
 def meter_of(bench: Bench, text: str) -> KLMeter:
-    """Return the meter on the "neutral" text, on the task's "prompts", or on the model's "own" continuations."""
+    """Return the meter on neutral text to "measure" and correct by or to "report", on the task's "prompts", or on the model's "own" continuations."""
     if ("meter", text) not in bench.kept:
         bench.kept["meter", text] = KLMeter(bench.model, _texts(bench, text))
     return bench.kept["meter", text]
 
 
 def _texts(bench: Bench, text: str) -> Sequence[Tensor]:
-    if text == "neutral":
-        return list(neutral_of(bench).part("measure"))
+    if text in ("measure", "report"):
+        return list(neutral_of(bench).part(text))
     if text == "own":
         return list(_own_continuations(bench))
     prompts = [item.prompt for item in bench.task.test[:PROMPTS]]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 from austeer.change import Change
 from austeer.errors import AUSteerError, Overflow
@@ -21,7 +22,9 @@ CLOSE = 0.03  # a KL this near to the stated one, as a share of it, is not impro
 TOLERATED = 0.1  # and one that is farther off than this is not the stated one
 SQUARE = 2.0  # d log KL / d log scalar of a small change
 TINY = 1e-12
-COUNTS, STRENGTHS = ("k", "heads"), ("alpha", "lambda", "factor")  # keys of grid points
+# keys of grid points: how many AUs, how strongly, and a multiplier that makes larger or smaller
+COUNTS, STRENGTHS, MULTIPLIER = ("k", "heads", "neurons"), ("alpha", "lambda", "factor", "strength", "kl"), "m"
+MOST_CANDIDATES = 6  # each is brought to the KL and asked on validation
 
 
 class Unreached(AUSteerError):
@@ -64,10 +67,19 @@ def _cost(change: Change, factor: float, meter: Callable[[Change], float]) -> fl
     return math.inf if not math.isfinite(cost) else max(cost, TINY) if cost else 0.0
 
 
-def base_point(points: Sequence[GridPoint]) -> GridPoint:
-    """Choose the grid point that is brought to a KL: the most AUs, the gentlest strength, and of other choices the middle."""
-    for key in points[0]:
-        values = sorted({point[key] for point in points})
-        value = values[-1] if key in COUNTS else points[0][key] if key in STRENGTHS else values[len(values) // 2]
-        points = [point for point in points if point[key] == value]
-    return points[0]
+def candidates(points: Sequence[GridPoint]) -> list[GridPoint]:
+    """Return the grid points that are brought to a KL: with the most AUs, at the gentlest strength, and every other choice.
+
+    Where the other axes have too many settings together, each keeps two: those at a quarter and at three quarters of it.
+    """
+    axes = {key: list(dict.fromkeys(point[key] for point in points)) for key in points[0]}
+    for key, values in axes.items():
+        if key in COUNTS:
+            axes[key] = [max(values)]
+        elif key in STRENGTHS:
+            axes[key] = values[:1]
+        elif key == MULTIPLIER:
+            axes[key] = [next(value for value in values if value < 1), next(value for value in values if value > 1)]
+    if math.prod(map(len, axes.values())) > MOST_CANDIDATES:
+        axes = {key: v if len(v) < 3 else [v[len(v) // 4], v[-1 - len(v) // 4]] for key, v in axes.items()}
+    return [dict(zip(axes, values, strict=True)) for values in product(*axes.values())]

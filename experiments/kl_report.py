@@ -129,14 +129,15 @@ def table(rows: Sequence[dict], labels: dict[str, str]) -> str:
         f"{vanilla['measure']} on {vanilla['n']} items of {vanilla['test_split']}, vanilla "
         f"{100 * vanilla['right'] / vanilla['n']:.1f} %; gains in points, [95 % interval] over items, or by t over draws of "
         "pairs; of a control the mean and the range of its draws. KL: of the unsteered to the steered model, nats per token "
-        f"of the second halves of passages of {', '.join(sorted(texts))}; predicted: before the plan is run; prompts, own: on "
-        "the task's prompts, and on what the model itself writes. p: against vanilla, by an exact McNemar test; of several runs by t "
+        f"of the second halves of passages of {', '.join(sorted(texts))}; predicted: before the plan is run; measured: on the "
+        "passages by which strengths are corrected; fresh: on others; prompts, own: on the task's prompts, and on what the "
+        "model itself writes. Choices beside the strength, such as CAA's layer, are made on validation at that KL. p: against vanilla, by an exact McNemar test; of several runs by t "
         "over items whose outcomes are averaged, or over draws of pairs, whichever is larger; "
         f"ours: of {labels.get(OURS, OURS)} against this line at the same KL, or at the nearest where a row has no strength, "
         "by the same tests, Holm-adjusted for all of these",
         "",
-        "| KL | method | predicted | measured | prompts | own | factor | AUs | gain | right / wrong | p | ours: p | Holm |",
-        "|--:|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
+        "| KL | method | predicted | measured | fresh | prompts | own | factor | AUs | gain | right / wrong | p | ours: p | Holm |",
+        "|--:|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     out += [_row(line, vanilla, against.get(id(line))) for line in lines]
     out += ["", *(f"- {reason}" for reason in _reasons(lines))]
@@ -147,7 +148,7 @@ def _row(line: Line, vanilla: dict, against: tuple[float, float] | None) -> str:
     total = len(line.rows) + len(line.others)
     draws = "" if total == 1 else f", {total} draws" if not line.others else f", {len(line.rows)} of {total} draws"
     cells = [f"{line.level:g}" if line.level else "", f"{line.name}{draws}"]
-    cells += [_number(line.cost(name)) for name in ("predicted", "measured", "on_prompts", "on_own", "factor")]
+    cells += [_number(line.cost(name)) for name in ("predicted", "measured", "fresh", "on_prompts", "on_own", "factor")]
     if not line.rows:
         return "| " + " | ".join([*cells, *"–" * 6]) + " |"
     cells.append(f"{mean(row['touched'] for row in line.rows):.0f}" if line.site else "")

@@ -29,7 +29,7 @@ from experiments.bench import BENCHES, Bench, is_paper_task
 from experiments.cell import AT_KL, Cell, MethodSpec
 from experiments.costs import cost_of_prompts, costs_of, meter_of, neutral_of, predicted_cost
 from experiments.engines.answering import answering, engine_code, engine_name, one_batch_pays
-from experiments.equal_kl import TOLERATED, Unreached, base_point, scaled_to
+from experiments.equal_kl import TOLERATED, Unreached, candidates, scaled_to
 from experiments.ranking import ranks_of
 from experiments.search import SEARCHES, key_of, shuffled
 from experiments.store import Store
@@ -161,8 +161,7 @@ def grid(cell: Cell) -> list[GridPoint]:
         if values:
             points = [{**point, key: value} for value in values for point in points if key in point] or points
     if cell.search.kind == AT_KL:
-        point = base_point(points)
-        points = [point | {"kl": cell.search.level} if "kl" in point else point]
+        points = [point | {"kl": cell.search.level} if "kl" in point else point for point in candidates(points)]
     return list({key_of(point): point for point in points}.values())
 
 
@@ -307,7 +306,7 @@ class SteeredRun(Run):
         The seconds are None where they are unknown, as for shipped ranks.
         """
         bench, site = self.bench, self.cell.method.site
-        key = self.cell.method.name, self.cell.method.options, site
+        key = method.learns_as or method.name, self.cell.method.options, site
         if key not in bench.learned:
             BENCHES.forget_learned(bench)
             seconds = []  # how long the ranks took when they were made
@@ -366,24 +365,35 @@ class SteeredRun(Run):
 
 
 class RunAtKL(SteeredRun):
-    """Test a method at a stated KL on neutral text. Nothing is searched: one scalar brings its change to that KL."""
+    """Test a method at a stated KL on neutral text: one scalar brings its change to that KL, and no strength is searched.
+
+    Methods with other choices than a strength, such as a layer, make them on validation, all candidates at that KL.
+    """
 
     def at_kl(self, vanilla: dict) -> dict:
-        method, (point,) = method_of(self.cell.method), grid(self.cell)
+        method, points = method_of(self.cell.method), grid(self.cell)
         learned, seconds = self.learned(method)
-        result = self.beginning() | {"settings": point, "chosen": key_of(point)}
-        cost = {"asked": self.cell.search.level, "text": neutral_of(self.bench).name}
-        try:
-            change, found = self.at_level(method, learned, point)
-        except Unreached as why:
-            return result | {"kl": cost | {"unreached": str(why)}, "cost": {"prepare_s": seconds}}
-        result["kl"] = cost | found
+        result, cost = self.beginning(), {"asked": self.cell.search.level, "text": neutral_of(self.bench).name}
+        brought, refused = {}, None
+        for point in points:
+            try:
+                brought[key_of(point)] = point, *self.at_level(method, learned, point)
+            except Unreached as why:
+                refused = str(why)
+        if not brought:
+            point = {"settings": points[0], "chosen": key_of(points[0])}
+            return result | point | {"kl": cost | {"unreached": refused}, "cost": {"prepare_s": seconds}}
+        chosen, searched = self.best_of(method, learned, brought)
+        point, change, found = brought[chosen]
+        result |= searched | {"settings": point, "chosen": chosen, "kl": cost | found}
+        if change is not None:
+            result["kl"] |= predicted_cost(self.bench, change) | self.cost_on_other_text(change)
         return result | self.tested(method, learned, point, change, vanilla, seconds)
 
     def at_level(self, method: Method, learned: object, point: GridPoint) -> tuple[Change | None, dict]:
-        """Return the change at the cell's level, and what it costs on three kinds of text."""
+        """Return the change of a grid point at the cell's level, and how it got there."""
         bench, level, draw = self.bench, self.cell.search.level, self.cell.method.draw
-        meter = meter_of(bench, "neutral")
+        meter = meter_of(bench, "measure")
         spent = meter.passes
         change, factor = method.plan(learned, point, draw), None
         if change is None:  # only the prompts differ
@@ -397,7 +407,22 @@ class RunAtKL(SteeredRun):
             price = predicted_cost(bench, change)["predicted"]
             scaled = scaled_to(change, level, meter, math.sqrt(level / price) if price else 1.0)
             change, factor, measured = scaled.change, scaled.factor, scaled.kl
-        passes = meter.passes - spent
-        on_others = {f"on_{text}": meter_of(bench, text)(change) for text in ("prompts", "own")}
-        found = {"measured": measured, "factor": factor, "passes": passes} | on_others
-        return change, predicted_cost(bench, change) | found
+        return change, {"measured": measured, "factor": factor, "passes": meter.passes - spent}
+
+    def best_of(self, method: Method, learned: object, brought: dict[str, tuple]) -> tuple[str, dict]:
+        """Return the key of the candidate with the most right answers on validation; the first of equals."""
+        items, right = self.task.validation, {}
+        if len(brought) == 1 or not items:
+            return [*brought][len(brought) // 2], {}
+        for key, (point, change, _) in brought.items():
+            asked, _ = method.asked(learned, point, items, self.cell.method.draw)
+            right[key] = sum(self.ask(asked, f"validation {key} at KL", change))
+        scores = {key: count / len(items) for key, count in right.items()}
+        searched = {"grid_scores": scores, "asked": len(items) * len(right), "chosen_on": "validation"}
+        return max(right, key=right.get), searched
+
+    def cost_on_other_text(self, change: Change) -> dict:
+        """Return the KL on neutral text that corrected nothing, with its error, on prompts, and on the model's own text."""
+        fresh, error = meter_of(self.bench, "report").with_error(change)
+        on_others = {f"on_{text}": meter_of(self.bench, text)(change) for text in ("prompts", "own")}
+        return {"fresh": fresh, "fresh_error": error} | on_others

@@ -21,7 +21,7 @@ MIXTURES = ("gpt_oss", "mixtral", "qwen2_moe", "qwen3_moe", "qwen3_next")
 
 
 def short_text(monkeypatch) -> NeutralText:
-    monkeypatch.setattr("austeer.neutral.TOKENS", {"choose": 320, "price": 320, "measure": 320})
+    monkeypatch.setattr("austeer.neutral.TOKENS", dict.fromkeys(("choose", "price", "measure", "report"), 320))
     rows = torch.randint(3, 259, (120, 16), generator=torch.Generator().manual_seed(0))
     return from_passages("bytes", rows.tolist(), 16)
 

@@ -20,6 +20,7 @@ from austeer.evidence import Costs, Evidence
 from austeer.fisher import Fisher, measure_fisher, predicted_kl
 from austeer.kl import KLMeter
 from austeer.methods.fisher import KLBudget, RandomAtKL, ShuffledPairs
+from austeer.methods.registry import METHODS
 from austeer.neutral import NeutralText, from_passages
 from austeer.pairs import Pair
 from austeer.plan import Plan
@@ -27,8 +28,8 @@ from eval.statistics import mcnemar
 from experiments import costs, kl_report, records
 from experiments.bench import BENCHES
 from experiments.cell import AT_KL
-from experiments.equal_kl import PASSES, Unreached, base_point, scaled_to
-from experiments.run_cell import cell_key, run_cell
+from experiments.equal_kl import PASSES, Unreached, candidates, scaled_to
+from experiments.run_cell import RunAtKL, cell_key, run_cell
 from MFU_screening import screen
 from set_MFU import set_MFU
 
@@ -46,7 +47,7 @@ def fresh_cells():
 @pytest.fixture(scope="module")
 def neutral() -> NeutralText:
     rng = random.Random(0)
-    return from_passages("bytes", [[1, *rng.choices(range(3, 259), k=15)] for _ in range(900)], 16)
+    return from_passages("bytes", [[1, *rng.choices(range(3, 259), k=15)] for _ in range(1400)], 16)
 
 
 @pytest.fixture(scope="module")
@@ -127,12 +128,16 @@ def test_what_cannot_be_brought_to_a_kl_says_why():
         scaled_to(OnAScale(), 0.1, never)
 
 
-def test_the_grid_point_that_is_scaled():
+def test_the_grid_points_that_are_brought_to_a_kl():
     points = [{"k": k, "alpha": alpha} for k in (4, 16, 100) for alpha in (0.5, 2.0)]
-    assert base_point(points) == {"k": 100, "alpha": 0.5}
+    assert candidates(points) == [{"k": 100, "alpha": 0.5}]
     layers = [{"depth": depth, "alpha": alpha} for alpha in (0.5, 1.0) for depth in (0.25, 0.5, 0.75)]
-    assert base_point(layers) == {"depth": 0.5, "alpha": 0.5}
-    assert base_point([{"q": 0.05}]) == {"q": 0.05}
+    assert candidates(layers) == [{"depth": depth, "alpha": 0.5} for depth in (0.25, 0.5, 0.75)]
+    multipliers = [{"share": share, "m": m} for share in (0.1, 0.2) for m in (0.75, 1.25, 0.5, 4.0)]
+    assert candidates(multipliers) == [{"share": share, "m": m} for share in (0.1, 0.2) for m in (0.75, 1.25)]
+    many = [{"rho": rho, "sparsity": sparsity} for rho in range(10) for sparsity in range(6)]
+    assert candidates(many) == [{"rho": rho, "sparsity": sparsity} for rho in (2, 7) for sparsity in (1, 4)]
+    assert candidates([{"q": 0.05}]) == [{"q": 0.05}]
 
 
 def test_the_kl_of_text_in_front_is_over_the_same_tokens(llama, neutral):
@@ -212,7 +217,7 @@ def test_controls_take_more_aus_where_few_cannot_cost_as_much(evidence):
     method, given = RandomAtKL(k=2), KLBudget(k=2)
     prepared = method.prepare(evidence)
     budget = prepared.budget
-    two = (budget.random_direction(2, 0), budget.direction(budget.effects, 2))
+    two = (budget.random_direction(2, 0), budget.strongest(budget.own_gates, 2))
     kl = 1.5 * max(budget.plan_along(direction, 50.0).header["predicted_kl"] for direction in two)
     plan = method.plan(prepared, {"kl": kl})
     assert len(plan) > 2 and len(plan) & (len(plan) - 1) == 0
@@ -246,7 +251,7 @@ def test_fisher_information_is_measured_once_and_kept(tmp_path, monkeypatch):
 
 def test_draws_of_pairs_share_what_a_model_costs(tmp_path, monkeypatch):
     one, other = (bench_for(tmp_path, task="copa", limit=5, n_pairs=40, pairs_draw=draw) for draw in (0, 1))
-    assert one.task.pairs != other.task.pairs and costs.meter_of(one, "neutral") is costs.meter_of(other, "neutral")
+    assert one.task.pairs != other.task.pairs and costs.meter_of(one, "measure") is costs.meter_of(other, "measure")
     assert costs.meter_of(bench_for(tmp_path, task="copa", limit=6), "prompts") is not costs.meter_of(one, "prompts")
     one.learned["x"] = other.learned["x"] = 1
     BENCHES.forget_learned(one)
@@ -311,9 +316,10 @@ def test_a_method_at_a_kl(tmp_path):
     plan = set_MFU(ranks, 32, 0.5).times(kl["factor"])
     fisher = costs.fisher_of(bench, ["attention"])
     assert kl["predicted"] == pytest.approx(predicted_kl(plan, fisher), rel=1e-4)
-    for text in ("neutral", "prompts", "own"):
-        name = "measured" if text == "neutral" else f"on_{text}"
+    names = {"measure": "measured", "report": "fresh", "prompts": "on_prompts", "own": "on_own"}
+    for text, name in names.items():
         assert kl[name] == pytest.approx(costs.meter_of(bench, text)(plan), rel=1e-4)
+    assert kl["fresh"] != kl["measured"] and abs(kl["fresh"] - 0.01) < 5 * kl["fresh_error"]
 
 
 def costs_free_ranks(bench):
@@ -326,6 +332,21 @@ def test_a_shift_at_a_kl_has_no_prediction(tmp_path):
     cell = at_kl(0.01, "caa", "layer")
     kl = run_cell(cell, BENCHES.open(cell.model, cell.task, store_in(tmp_path)))["kl"]
     assert kl["measured"] == pytest.approx(0.01, rel=0.1) and kl["predicted"] is None and "shifts" in kl["unpriced"]
+
+
+def test_a_layer_is_chosen_on_validation_at_the_same_kl(tmp_path):
+    cell = at_kl(0.01, "caa", "layer")
+    record = run_cell(cell, bench := BENCHES.open(cell.model, cell.task, store_in(tmp_path)))
+    depths = {key: point["depth"] for key, point in zip(record["grid_scores"], record["grid"], strict=True)}
+    assert sorted(depths.values()) == [0.25, 0.5, 0.75] and record["asked"] == 3 * 40
+    assert record["grid_scores"][record["chosen"]] == max(record["grid_scores"].values())
+    run, method = RunAtKL(cell, bench, "x"), METHODS["caa"]
+    learned, _ = run.learned(method)
+    for key, point in zip(record["grid_scores"], record["grid"], strict=True):
+        change, found = run.at_level(method, learned, point)
+        assert found["measured"] == pytest.approx(0.01, rel=0.1)
+        right = sum(run.ask(bench.task.validation, "validation", change))
+        assert record["grid_scores"][key] == right / 40
 
 
 @pytest.mark.slow
@@ -533,7 +554,12 @@ def test_the_plan_command_with_a_budget(files, capsys):
     plan_command.main([*both, *budget, *model, "--out", str(out)])
     text, plan = capsys.readouterr().out, Plan.load(out)
     assert plan.sites == list(SITES) and plan.header["measured_kl"] == pytest.approx(0.003, rel=0.1)
-    assert "0.003 allowed, predicted 0.00" in text and "measured 0.00" in text and "predicted for pairs" in text
+    assert (
+        "0.003 allowed, predicted 0.00" in text
+        and "measured 0.00" in text
+        and "on other text 0.00" in text
+        and "predicted for pairs" in text
+    )
     plan_command.main(["--ranks", str(folder / "ranks"), "--site", *SITES, *budget, "--k", "20"])
     text = capsys.readouterr().out
     assert "20 atomic units" in text and "not measured: give --model" in text

@@ -122,12 +122,14 @@ def _priced(ranks: list[AURanks], args: argparse.Namespace) -> Plan:
 def _cost(plan: Plan, args: argparse.Namespace) -> str:
     """Say what the plan was predicted to cost and to gain, and what it costs."""
     header = plan.header
-    measured = (
-        "not measured: give --model" if header["measured_kl"] is None else f"measured {header['measured_kl']:.4g}"
-    )
+    measured = "not measured: give --model"
+    if header["measured_kl"] is not None:
+        fresh, error = header["fresh_kl"]
+        measured = f"measured {header['measured_kl']:.4g}, on other text {fresh:.4g} +- {error:.2g}"
     gain, low, high = header["predicted_gain"]
     return (
-        f"KL per token of neutral text: {args.kl:g} allowed, predicted {header['predicted_kl']:.4g}, {measured}\n"
+        f"KL per token of neutral text: {args.kl:g} allowed, predicted {header['predicted_kl']:.4g} +- "
+        f"{header['predicted_error']:.2g}, {measured}\n"
         f"gain of the objective, predicted for pairs that a plan was not made from: {gain:+.4f} [{low:+.4f}, {high:+.4f}] nats\n"
         f"{header['k']} AUs: {header['clipped']} at the limit of {args.limit:g}, {header['massive']} of massive activations"
     )

@@ -13,6 +13,7 @@ from austeer.evidence import Evidence
 from austeer.methods.base import GridPoint, Method
 from austeer.plan import Plan
 from austeer.ranks import AURanks
+from MFU_screening import TEMPERED
 from set_MFU import set_MFU
 
 # The paper sweeps k and alpha from 1 to 100: the full grid has all settings of its Tables 8 and 9. Causal momentum also
@@ -60,7 +61,7 @@ class CausalFitted(Causal):
 
     name, label = "causal-fitted", "causal AUSteer, fitted temperature"
     paper = "ours: docs/budget.md"
-    momenta = ("causal-tempered",)
+    momenta = (TEMPERED,)
 
 
 class RandomAUs(AUSteer):

@@ -27,12 +27,12 @@ KLS = (0.003, 0.01, 0.03, 0.1)  # nats per token
 
 
 class Planner:
-    """Hold what plans for any budget are made from, and the plans that were made: a search asks for them twice."""
+    """Hold what plans for any budget are made from, ours and the controls', and those that were made: a search asks twice."""
 
     def __init__(self, budget: Budget, meter: KLMeter, k: int | None):
         self.budget, self.meter, self.k = budget, meter, k
         self._ks: dict[float, int] = {}
-        self.plans: dict[tuple[float, int], Plan] = {}
+        self.plans: dict[tuple[str, float, int], Plan] = {}  # by method, budget and draw
 
     def control(self, direction: Callable[[int], Direction], kl: float, seed: int) -> Plan:
         """Return a plan of as many AUs as ours has, or of more where so few cannot cost as much."""
@@ -43,7 +43,7 @@ class Planner:
 
 class KLBudget(Method):
     name, label = "fisher", "causal, KL budget"
-    paper = "ours: docs/methods.md"
+    paper = "ours: docs/budget.md"
     edits = "k AUs, scaled"
     sites = ("attention", "ffn", "layer", "neuron", *TOGETHER)
     momenta = (TEMPERED,)
@@ -71,10 +71,10 @@ class KLBudget(Method):
         return Planner(Budget(ranks, evidence.costs.fisher(sites), **options), evidence.costs.meter(), self.k or None)
 
     def plan(self, prepared: Planner, point: GridPoint, draw: int = 0) -> Plan:
-        made = prepared.plans
-        if (point["kl"], draw) not in made:
-            made[point["kl"], draw] = self.within_budget(prepared, point["kl"], draw)
-        return made[point["kl"], draw]
+        made, which = prepared.plans, (self.name, point["kl"], draw)
+        if which not in made:
+            made[which] = self.within_budget(prepared, point["kl"], draw)
+        return made[which]
 
     def within_budget(self, prepared: Planner, kl: float, draw: int) -> Plan:
         return prepared.budget.plan(kl, prepared.k, prepared.meter)
@@ -82,7 +82,7 @@ class KLBudget(Method):
 
 class RandomAtKL(KLBudget):
     name, label, draws = "random-at-kl", "random AUs, KL budget", True
-    paper = "control"
+    paper, learns_as = "control", KLBudget.name
 
     def within_budget(self, prepared: Planner, kl: float, draw: int) -> Plan:
         return prepared.control(lambda k: prepared.budget.random_direction(k, draw), kl, draw)
@@ -90,11 +90,12 @@ class RandomAtKL(KLBudget):
 
 class ShuffledPairs(KLBudget):
     name, label, draws = "shuffled-pairs", "answers swapped at random, KL budget", True
-    paper = "control"
+    paper, learns_as = "control", KLBudget.name
 
     def within_budget(self, prepared: Planner, kl: float, draw: int) -> Plan:
-        swapped = prepared.budget.effects.with_answers_swapped(draw)
-        return prepared.control(lambda k: prepared.budget.direction(swapped, k), kl, draw)
+        budget = prepared.budget
+        gates = budget.gates(budget.effects.with_answers_swapped(draw))
+        return prepared.control(lambda k: budget.strongest(gates, k), kl, draw)
 
 
 METHODS = (KLBudget(), RandomAtKL(), ShuffledPairs())
