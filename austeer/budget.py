@@ -81,6 +81,7 @@ class Budget:
         self.options |= {"z": z} if estimate == "bound" else {"ridge": ridge}
         self.effects = PairEffects.of(ranks) if effects is None else effects
         diagonals = [fisher.diagonal[one.site][one.exists].double() for one in ranks]
+        self.usable = torch.cat([~one.lies[one.exists] for one in ranks])
         self.cost = torch.cat([diagonal + damping * diagonal.mean() for diagonal in diagonals])
         self.scores = torch.cat([fisher.scores[one.site][:, one.exists] for one in ranks], 1)
 
@@ -95,7 +96,8 @@ class Budget:
         return [(fold, self.gates(self.effects.only(~fold))) for fold in self.effects.folds()]
 
     def gates(self, effects: PairEffects) -> Tensor:
-        return ESTIMATES[self.options["estimate"]](effects, self.cost, self.options)
+        """Return gates up to a factor from these effects, (AUs,): none for an AU whose first order is known to fail."""
+        return ESTIMATES[self.options["estimate"]](effects, self.cost, self.options) * self.usable
 
     def plan(self, kl: float, k: int | None = None, meter: KLMeter | None = None) -> Plan:
         """Make the plan for a budget of `kl` nats per token. meter: measures it and corrects its scale."""
@@ -136,6 +138,7 @@ class Budget:
             "clipped": clipped,
         }
         found |= {"measured_at_first": first} if meter else {}
+        found |= {"left_out": left_out} if (left_out := int((~self.usable).sum())) else {}
         if clipped == len(gates) and cost < kl * (1 - CLOSE):
             found["reached"] = (
                 f"a budget of {kl:g} is more than {clipped} gates of up to {self.limit:g} cost: {cost:.3g}"

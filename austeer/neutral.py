@@ -22,6 +22,7 @@ from austeer.files import read_text
 
 LENGTH = 64  # tokens of a passage
 TOKENS = {"choose": 6144, "price": 7680, "measure": 4096, "report": 4096}  # of each part, at least
+MOST_UNKNOWN = 0.1  # of a text's tokens: beyond, its costs would be those of <unk>
 PROSE = Path(__file__).with_name("prose.txt")
 # not the test part, on which `python main.py restore` measures perplexity
 WIKITEXT = tuple(f"{folder}/wiki.valid.raw" for folder in ("wikitext2", "wikitext-2", "wikitext-2-raw-v1"))
@@ -51,6 +52,11 @@ def neutral_text(
     name = path.name if source else "WikiText-2" if found else "the project's prose"
     lead = lead_of(tokenizer)
     ids = tokenizer(read_text(path), add_special_tokens=False, verbose=False)["input_ids"]
+    if ids.count(tokenizer.unk_token_id) > MOST_UNKNOWN * len(ids):
+        raise AUSteerError(
+            f"{ids.count(tokenizer.unk_token_id)} of {len(ids)} tokens of {name} are unknown to this model's tokenizer: "
+            "name a text that it can read by --neutral"
+        )
     own = LENGTH - len(lead)
     passages = [lead + ids[start : start + own] for start in range(0, len(ids) - own + 1, own)]
     return from_passages(name, passages, LENGTH)

@@ -52,6 +52,11 @@ class AURanks:
         layers, width = self.score.shape
         return torch.arange(width) < torch.tensor(self.header.get(f"widths.{self.site}", [width] * layers))[:, None]
 
+    @property
+    def lies(self) -> Tensor:
+        """Return the AUs whose true effect is not what first order says, (layers, width): those that a check has flagged."""
+        return self.stats.get("lies", torch.zeros_like(self.score, dtype=torch.bool))
+
     @cached_property
     def order(self) -> Tensor:
         """Return flat AU numbers (layer * width + dim), best first; ties go to the lower layer, then dimension."""

@@ -22,7 +22,7 @@ import rmodels
 from austeer import arguments
 from austeer.budget import Budget
 from austeer.errors import run_command
-from austeer.fisher import Fisher, measure_fisher
+from austeer.fisher import measure_fisher
 from austeer.kl import KLMeter
 from austeer.neutral import neutral_text
 from austeer.pairs import read_columns, read_pairs
@@ -49,11 +49,12 @@ def main() -> None:
     print("{:<18} {:>6} {:>7}  {:>10} {:>10}  {:>9} {:>9}  {:>10} {:>9}".format(
         "sites", "k", "budget", "predicted", "diagonal", "measured", "ratio", "corrected", "forwards"
     ), flush=True)  # fmt: skip
+    meter = KLMeter(model, fisher.measure)
     for sites in [[site] for site in args.site] + ([args.site] if len(args.site) > 1 else []):
         budget = Budget([ranks[site] for site in sites], fisher)
         for k in args.k:
             for kl in args.kl:
-                row = _row(budget, KLMeter(model, fisher.measure), fisher, kl, k or None)
+                row = _row(budget, meter, kl, k or None)
                 figures["plans"].append({"sites": "+".join(sites), "default k": not k, **row})
                 print("{:<18} {:>6} {:>7g}  {:>10.5f} {:>10.5f}  {:>9.5f} {:>9.2f}  {:>10.5f} {:>9}".format(
                     "+".join(sites), row["k"], kl, row["predicted"], row["diagonal"], row["measured"], row["ratio"],
@@ -67,16 +68,16 @@ def main() -> None:
     keep(figures, args.out)
 
 
-def _row(budget: Budget, meter: KLMeter, fisher: Fisher, kl: float, k: int | None) -> dict:
-    plan = budget.plan(kl, k)
-    measured = meter(plan)
-    passes = meter.passes
-    corrected = budget.plan(kl, plan.header["k"], meter)
-    diagonal = sum(float((fisher.diagonal[site] * scale.square()).sum()) / 2 for site, scale in plan.scales.items())
+def _row(budget: Budget, meter: KLMeter, kl: float, k: int | None) -> dict:
+    plan, passes = budget.plan(kl, k), meter.passes
+    corrected = budget.plan(kl, plan.header["k"], meter).header
+    diagonals = budget.fisher.diagonal
+    diagonal = sum(float((diagonals[site] * scale.square()).sum()) / 2 for site, scale in plan.scales.items())
+    predicted, measured = plan.header["predicted_kl"], corrected["measured_at_first"]
     return {
-        "k": plan.header["k"], "budget": kl, "predicted": plan.header["predicted_kl"], "diagonal": diagonal,
-        "measured": measured, "ratio": measured / plan.header["predicted_kl"], "clipped": plan.header["clipped"],
-        "corrected": corrected.header["measured_kl"], "forwards": meter.passes - passes + 1,
+        "k": plan.header["k"], "budget": kl, "predicted": predicted, "error": plan.header["predicted_error"],
+        "diagonal": diagonal, "measured": measured, "ratio": measured / predicted, "clipped": plan.header["clipped"],
+        "corrected": corrected["measured_kl"], "forwards": meter.passes - passes,
     }  # fmt: skip
 
 

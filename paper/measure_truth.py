@@ -11,12 +11,15 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import rmodels
 from austeer import arguments
 from austeer.errors import AUSteerError, run_command
+from austeer.identity import fingerprint
 from austeer.plan import Plan
+from austeer.ranks import AURanks
 from eval.tasks.registry import PAPER_TASKS
 from experiments.bench import BENCHES, Bench
 from experiments.cell import bench_of
@@ -42,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     bench = BENCHES.open(model, task, Store(ranks=str(folder / "AU_ranks"), records=str(folder / "records")))
     given = Plan.load(args.plan) if args.plan else None
     sites = tuple(args.site or (given.sites if given else SITES))
+    to_flag = _to_flag(args.flag, bench, sites)
     settings = truth.Settings(sites, args.top, args.n, (0.1, 1.0) if args.all else (1.0,), seed=args.seed)
     for momentum in (TEMPERED, "activation"):
         make_ranks(bench, momentum, sites)
@@ -58,9 +62,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     print("\n".join(f"{name} pairs: {note}" for name, note in study.record["notes"].items()), flush=True)
     own = [selection for selection in chosen if selection.by == truth.PLAN]
     truth.run(study, own, progress=True)
-    study.record["correction"], reduced = truth.correct(study, plan, own, by_score, on_judged)
-    if args.out:
-        reduced.save(args.out)
+    study.record["correction"] = truth.correct(study, plan, own, by_score, on_judged)
+    for file, ranks in to_flag.items():
+        flag(ranks, study.record["correction"]["rows"]).save(file)
     print(
         "\n".join([*_table(truth.compare(study, own, by_score, on_judged)), *_corrections(study.record["correction"])]),
         flush=True,
@@ -78,6 +82,27 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _plan_of_cost(bench: Bench, sites: Sequence[str], kl: float) -> Plan:
     ranks = [ranks_of(bench, TEMPERED, site) for site in sites]
     return set_MFU(ranks, kl=kl, fisher=fisher_of(bench, sites), model=bench.model)
+
+
+def _to_flag(files: Sequence[str], bench: Bench, sites: Sequence[str]) -> dict[str, AURanks]:
+    """Read the ranks that are to be flagged; refuse those of other weights, or of a site that is not checked."""
+    found = {file: AURanks.load(file) for file in files}
+    for file, ranks in found.items():
+        if ranks.header.get("fingerprint") != fingerprint(bench.model):
+            raise AUSteerError(f"{file} has the ranks of other weights than {bench.model_spec.name}: rank this model")
+        if ranks.site not in sites:
+            raise AUSteerError(f"{file} has the ranks of site {ranks.site}, which is not checked: name it with --site")
+    return found
+
+
+def flag(ranks: AURanks, rows: Sequence[dict]) -> AURanks:
+    """Return the ranks with the AUs of their site flagged that a check has found to lie."""
+    lies = ranks.lies.clone()
+    for row in rows:
+        if row["site"] == ranks.site:
+            for layer, dim in row["lies"]:
+                lies[layer, dim] = True
+    return replace(ranks, stats=ranks.stats | {"lies": lies})
 
 
 def _table(rows: Sequence[dict]) -> list[str]:
@@ -101,7 +126,7 @@ def _corrections(found: dict) -> list[str]:
     for row in found["rows"]:
         lines += [
             "",
-            f"{row['site']}: first order lies about {row['lies']} of the plan's {row['of']} strongest AUs, checked on "
+            f"{row['site']}: first order lies about {len(row['lies'])} of the plan's {row['of']} strongest AUs, checked on "
             f"{found['pairs']} ranking pairs by {row['forwards']:.0f} forwards of one text",
         ]
         lines += [f"  {name:<46} ρ {_interval(row[name]['rho'])}" for name in truth.CORRECTED]
@@ -175,7 +200,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--top", type=int, default=200, help="AUs that are the strongest by each score (default: %(default)s)")
     add("--n", type=int, default=32, help="at most this many held-out pairs (default: %(default)s)")
     add("--all", action="store_true", help="also at dose 0.1")
-    add("--out", metavar="FILE", help="save the plan here, without the AUs whose first-order prediction fails")
+    add("--flag", nargs="+", default=[], metavar="RANKS", help="files of causal ranks: flag the AUs whose first-order prediction "
+        "fails here, so that plans of a stated cost leave them out")  # fmt: skip
     add("--seed", type=int, default=0, help="seed of the random score (default: %(default)s)")
     add("--results", default="results", help="folder for ranks, records and pictures (default: %(default)s)")
     args = parser.parse_args(argv)

@@ -272,7 +272,7 @@ def _predicted(score: Gates, selection: Selection) -> Tensor:
 
 def correct(
     study: Study, plan: Plan, chosen: Sequence[Selection], by_score: dict[str, Gates], on_judged: dict[str, Gates]
-) -> tuple[dict, Plan]:
+) -> dict:
     """Check the plan's strongest AUs on a few ranking pairs. Judge the corrected predictions, and the plan without the AUs that failed."""
     task, temperature = study.bench.task, study.judged.temperature
     draw = torch.randperm(len(task.pairs), generator=torch.Generator().manual_seed(study.settings.seed))
@@ -286,7 +286,8 @@ def correct(
         check = check_first_order(objective, study.gates, aus)
         plan, true = without_lies(plan, check), true_changes(study, selection).mean(1)
         rows.append({
-            "site": selection.site, "lies": int(check.lies.sum()), "of": len(aus), "forwards": check.forwards,
+            "site": selection.site, "of": len(aus), "forwards": check.forwards,
+            "lies": [[layer, dim] for (_, layer, dim), lies in zip(aus, check.lies.tolist(), strict=True) if lies],
             **{name: agreement(values, true) for name, values in zip(CORRECTED, (
                 _predicted(on_judged["gradient"], selection) * check.ratio,
                 _predicted(on_judged["gradient"], selection) + check.excess,
@@ -302,7 +303,7 @@ def correct(
             {site: plan.scales[site] for site in study.gates},
         )
     )
-    return {"rows": rows, "pairs": len(pairs), "plan": whole - nothing, "reduced plan": reduced - nothing}, plan
+    return {"rows": rows, "pairs": len(pairs), "plan": whole - nothing, "reduced plan": reduced - nothing}
 
 
 def _digest(gates: Gates) -> str:

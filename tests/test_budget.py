@@ -18,8 +18,9 @@ from austeer.pairs import Pair, write_pairs
 from austeer.plan import Plan
 from austeer.ranks import AURanks
 from austeer.steering import steer
+from embedded import acceptance
 from MFU_screening import MFU_screening, screen
-from rmodels import gates, site_shape
+from rmodels import gates, load_tokenizer, site_shape
 from set_MFU import set_MFU
 
 SITES = ("attention", "neuron")
@@ -218,6 +219,14 @@ def test_neutral_text_must_be_long_enough(tokenizer, tmp_path):
         neutral_text(tokenizer, tmp_path / "short.txt")
 
 
+def test_text_that_a_tokenizer_cannot_read_is_refused():
+    tokenizer = load_tokenizer(acceptance.WEIGHTS / "copa")
+    with pytest.raises(
+        AUSteerError, match=r"\d+ of \d+ tokens of the project's prose are unknown to this model's tokenizer"
+    ):
+        neutral_text(tokenizer)
+
+
 def test_the_parts_of_neutral_text_share_no_passage(neutral):
     parts = [{tuple(row) for row in neutral.part(name).tolist()} for name in TOKENS]
     assert len(parts) == 4 and len(set.union(*parts)) == sum(map(len, parts))
@@ -342,6 +351,16 @@ def test_pairs_that_promise_nothing_are_not_steered_by_everything(ranks, fisher)
     k = budget.best_k(0.01)
     gains = {other: float(budget._cross_fitted(0.01, [other])[other].mean()) for other in (k, len(budget.cost))}
     assert gains[k] == max(gains.values())
+
+
+def test_flagged_aus_get_no_gate(ranks, fisher):
+    plan = set_MFU(ranks, 40, kl=0.01, fisher=fisher)
+    worst = plan.scales["neuron"].abs() == plan.scales["neuron"].abs().max()
+    flagged = [ranks[0], replace(ranks[1], stats=ranks[1].stats | {"lies": worst})]
+    without = set_MFU(flagged, 40, kl=0.01, fisher=fisher)
+    assert not without.scales["neuron"][worst].any() and without.header["left_out"] == int(worst.sum()) > 0
+    assert len(without) == 40 and predicted_kl(without, fisher) == pytest.approx(0.01, rel=1e-3)
+    assert "left_out" not in plan.header
 
 
 @pytest.mark.parametrize("kl", [0, -1.0, float("nan"), float("inf"), True])

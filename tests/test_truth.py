@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend
 import austeer.objective
 import main
 import rmodels
+from austeer.commands import rank as rank_command
 from austeer.errors import AUSteerError
 from austeer.first_order import Check, check_first_order, first_order_lies, strongest, without_lies
 from austeer.from_layer import keeping_before, repeated, starting_at
@@ -21,6 +22,7 @@ from austeer.integrated import integrated_gradients
 from austeer.objective import Objective, gates_of, no_gates
 from austeer.pairs import Pair, write_pairs
 from austeer.plan import Plan
+from austeer.ranks import AURanks
 from austeer.temperature import Temperature
 from austeer.truth import log_odds_of_changes
 from MFU_screening import screen
@@ -291,10 +293,18 @@ def setup(checkpoints, tmp_path_factory, tokenizer):
             "--results", str(folder)], folder  # fmt: skip
 
 
+def ranks_in(folder, checkpoints):
+    """Rank the neurons of the command's pairs, and return the file."""
+    command = ["--model", str(checkpoints["llama"]), "--pairs", str(folder / "mine.jsonl"), "--momentum", "causal"]
+    rank_command.main([*command, "--site", "neuron", "--dtype", "float32", "--device", "cpu", "--out", str(folder / "ranks"), "--force"])  # fmt: skip
+    return folder / "ranks" / "neuron.safetensors"
+
+
 @pytest.mark.slow
 def test_the_command_measures_prints_and_goes_on_where_it_was(setup, capsys, monkeypatch, checkpoints, tokenizer):
     argv, folder = setup
-    main.main([*argv, "--all", "--out", str(folder / "reduced.safetensors")])
+    ranked = ranks_in(folder, checkpoints)
+    main.main([*argv, "--all", "--flag", str(ranked)])
     printed = capsys.readouterr().out
     (file,) = (folder / "truth").glob("*.json")
     record = json.loads(file.read_text())
@@ -335,10 +345,13 @@ def test_the_command_measures_prints_and_goes_on_where_it_was(setup, capsys, mon
     assert row["judged"]["slope"] == pytest.approx(np.dot(predicted, true) / np.dot(predicted, predicted), rel=1e-3)
     assert row["judged"]["same_way"] == pytest.approx(np.mean(np.multiply(predicted, true) > 0))
 
-    lies = sum(row["lies"] for row in record["correction"]["rows"])
-    reduced = Plan.load(folder / "reduced.safetensors")
-    assert lies and len(reduced) == 40 - lies == 40 - reduced.header["left_out"] and reduced.header["checked"] == 12
-    for name, gates in {"plan": plan, "reduced plan": reduced.scales}.items():
+    lies = {row["site"]: row["lies"] for row in record["correction"]["rows"]}
+    assert AURanks.load(ranked).lies.nonzero().tolist() == sorted(lies["neuron"]) and lies["neuron"]
+    reduced = {site: values.clone() for site, values in plan.items()}
+    for site, aus in lies.items():
+        for layer, dim in aus:
+            reduced[site][layer, dim] = 0.0
+    for name, gates in {"plan": plan, "reduced plan": reduced}.items():
         assert record["correction"][name] == pytest.approx(
             judged.value(gates) - judged.value(nothing), rel=1e-3, abs=1e-6
         )
@@ -374,7 +387,11 @@ def test_without_a_plan_one_of_the_stated_cost_is_made(setup, capsys, tmp_path):
     (["--data_name", "copa"], "either --pairs"),
     (["--site", "ffn"], "no gates at ffn"),
     (["--site", "attention", "ffn"], "no gates at ffn"),
+    (["--site", "attention", "--flag", "RANKS"], "the ranks of site neuron, which is not checked"),
 ])  # fmt: skip
-def test_mistakes_are_named(setup, more, reason):
+def test_mistakes_are_named(setup, more, reason, checkpoints):
+    argv, folder = setup
+    if "RANKS" in more:
+        more = [*more[:-1], str(ranks_in(folder, checkpoints))]
     with pytest.raises(AUSteerError, match=reason):
-        main.main([*setup[0], *more])
+        main.main([*argv, *more])
