@@ -7,29 +7,16 @@ layer on. Prediction and truth are of the same pairs, so what differs between th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from austeer.objective import Gates, Objective
-from austeer.plan import Plan
 from austeer.truth import log_odds_of_changes
 
 AU = tuple[str, int, int]  # site, layer, dim
 FACTOR = 2.0
-# what the header of a plan says of its cost and gain: no longer true once AUs are left out
-OF_THE_WHOLE = (
-    "kl",
-    "predicted_kl",
-    "measured_kl",
-    "measured_at_first",
-    "predicted_gain",
-    "k",
-    "clipped",
-    "massive",
-    "reached",
-)
 
 
 @dataclass(frozen=True)
@@ -87,13 +74,10 @@ def check_first_order(objective: Objective, gates: Gates, aus: Sequence[AU]) -> 
     return Check(list(aus), torch.tensor(doses).double() * torch.tensor(slopes).double(), true, forwards)
 
 
-def without_lies(plan: Plan, check: Check) -> Plan:
-    """Return the plan without the AUs whose first-order prediction fails. Its cost is another, so its header names none."""
-    scales = {site: values.clone() for site, values in plan.scales.items()}
+def without_lies(gates: Gates, check: Check) -> Gates:
+    """Return the gates without those of AUs whose first-order prediction fails."""
+    reduced = {site: values.clone() for site, values in gates.items()}
     for (site, layer, dim), lies in zip(check.aus, check.lies.tolist(), strict=True):
         if lies:
-            scales[site][layer, dim] = 0.0
-    counts = {"left_out": int(check.lies.sum()), "checked": len(check.aus)}
-    header = {key: value for key, value in plan.header.items() if key not in OF_THE_WHOLE}
-    header |= {name: plan.header.get(name, 0) + count for name, count in counts.items()}
-    return replace(plan, scales=scales, header=header)
+            reduced[site][layer, dim] = 0.0
+    return reduced

@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print("\n".join(f"{name} pairs: {note}" for name, note in study.record["notes"].items()), flush=True)
     own = [selection for selection in chosen if selection.by == truth.PLAN]
     truth.run(study, own, progress=True)
-    study.record["correction"] = truth.correct(study, plan, own, by_score, on_judged)
+    study.record["correction"] = truth.correct(study, own, by_score, on_judged)
     for file, ranks in to_flag.items():
         flag(ranks, study.record["correction"]["rows"]).save(file)
     print(

@@ -270,21 +270,19 @@ def _predicted(score: Gates, selection: Selection) -> Tensor:
     return torch.tensor([float(values[run.layer, run.dim]) * run.dose for run in selection.runs], dtype=torch.float64)
 
 
-def correct(
-    study: Study, plan: Plan, chosen: Sequence[Selection], by_score: dict[str, Gates], on_judged: dict[str, Gates]
-) -> dict:
+def correct(study: Study, chosen: Sequence[Selection], by_score: dict[str, Gates], on_judged: dict[str, Gates]) -> dict:
     """Check the plan's strongest AUs on a few ranking pairs. Judge the corrected predictions, and the plan without the AUs that failed."""
     task, temperature = study.bench.task, study.judged.temperature
     draw = torch.randperm(len(task.pairs), generator=torch.Generator().manual_seed(study.settings.seed))
     pairs = [task.pairs[number] for number in draw[: study.settings.checked].tolist()]
     objective = Objective(study.bench.model, study.bench.tokenizer, pairs, temperature)
-    rows = []
+    rows, reduced = [], study.gates
     for selection in chosen:
         if selection.by != PLAN or selection.dose != PLAN:
             continue
         aus = [(selection.site, run.layer, run.dim) for run in selection.runs]
         check = check_first_order(objective, study.gates, aus)
-        plan, true = without_lies(plan, check), true_changes(study, selection).mean(1)
+        reduced, true = without_lies(reduced, check), true_changes(study, selection).mean(1)
         rows.append({
             "site": selection.site, "of": len(aus), "forwards": check.forwards,
             "lies": [[layer, dim] for (_, layer, dim), lies in zip(aus, check.lies.tolist(), strict=True) if lies],
@@ -295,15 +293,9 @@ def correct(
                 check.true,
             ), strict=True)},
         })  # fmt: skip
-    nothing, whole, reduced = (
-        study.judged.value(gates)
-        for gates in (
-            {site: values * 0 for site, values in study.gates.items()},
-            study.gates,
-            {site: plan.scales[site] for site in study.gates},
-        )
-    )
-    return {"rows": rows, "pairs": len(pairs), "plan": whole - nothing, "reduced plan": reduced - nothing}
+    of_nothing = {site: values * 0 for site, values in study.gates.items()}
+    nothing, whole, rest = map(study.judged.value, (of_nothing, study.gates, reduced))
+    return {"rows": rows, "pairs": len(pairs), "plan": whole - nothing, "reduced plan": rest - nothing}
 
 
 def _digest(gates: Gates) -> str:
