@@ -3,7 +3,7 @@
     python main.py pairs copa-choices --data-dir DIR --n-pairs 400 --pairs-draw 0 --out pairs.jsonl
     python benchmarks/budget.py --model M --pairs pairs.jsonl --group-field group [--out FILE.json]
 
-For each site, and all sites pooled, each k (0: chosen by the budget) and each budget: the KL that the Fisher information
+For each site, or sites that share a budget (--site attention neuron attention+neuron), each k (0: chosen by the budget) and each budget: the KL that the Fisher information
 predicts along the plan's direction, what its diagonal alone would predict, the KL that is measured at first shot, and the
 KL after the corrections, with the forwards they took.
 """
@@ -24,6 +24,7 @@ from austeer.budget import Budget
 from austeer.errors import run_command
 from austeer.fisher import measure_fisher
 from austeer.kl import KLMeter
+from austeer.methods.base import TOGETHER, sites_of
 from austeer.neutral import neutral_text
 from austeer.pairs import read_columns, read_pairs
 from MFU_screening import TEMPERED, screen
@@ -37,27 +38,28 @@ def main() -> None:
     pairs = read_pairs(args.pairs, args.fields)
     groups = [name for (name,) in read_columns(args.pairs, [args.group_field])] if args.group_field else None
     start = time.perf_counter()
-    fisher = measure_fisher(model, args.site, neutral_text(tokenizer, args.neutral))
+    sites = list(dict.fromkeys(site for sites in args.site for site in sites_of(sites)))
+    fisher = measure_fisher(model, sites, neutral_text(tokenizer, args.neutral))
     measured = time.perf_counter()
-    ranks = screen(pairs, model, tokenizer, args.site, momentum=TEMPERED, groups=groups)
+    ranks = screen(pairs, model, tokenizer, sites, momentum=TEMPERED, groups=groups)
     ranked = time.perf_counter()
     figures = {
         "model": fisher.header["model"], "neutral": fisher.header["neutral"], "pairs": len(pairs),
-        "tau": ranks[args.site[0]].header["tau"], "seconds of Fisher information": round(measured - start, 1),
+        "tau": ranks[sites[0]].header["tau"], "seconds of Fisher information": round(measured - start, 1),
         "seconds of ranking": round(ranked - measured, 1), "plans": [],
     }  # fmt: skip
     print("{:<18} {:>6} {:>7}  {:>10} {:>10}  {:>9} {:>9}  {:>10} {:>9}".format(
         "sites", "k", "budget", "predicted", "diagonal", "measured", "ratio", "corrected", "forwards"
     ), flush=True)  # fmt: skip
     meter = KLMeter(model, fisher.measure)
-    for sites in [[site] for site in args.site] + ([args.site] if len(args.site) > 1 else []):
-        budget = Budget([ranks[site] for site in sites], fisher)
+    for together in args.site:
+        budget = Budget([ranks[site] for site in sites_of(together)], fisher)
         for k in args.k:
             for kl in args.kl:
                 row = _row(budget, meter, kl, k or None)
-                figures["plans"].append({"sites": "+".join(sites), "default k": not k, **row})
+                figures["plans"].append({"sites": together, "default k": not k, **row})
                 print("{:<18} {:>6} {:>7g}  {:>10.5f} {:>10.5f}  {:>9.5f} {:>9.2f}  {:>10.5f} {:>9}".format(
-                    "+".join(sites), row["k"], kl, row["predicted"], row["diagonal"], row["measured"], row["ratio"],
+                    together, row["k"], kl, row["predicted"], row["diagonal"], row["measured"], row["ratio"],
                     row["corrected"], row["forwards"],
                 ), flush=True)  # fmt: skip
     within = sum(1 / 1.5 <= row["ratio"] <= 1.5 for row in figures["plans"])
@@ -87,7 +89,7 @@ def _arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parents=[arguments.model_options(), arguments.pairs_options()],
     )  # fmt: skip
     add = parser.add_argument
-    add("--site", nargs="+", default=["attention", "neuron"], choices=rmodels.SITES)
+    add("--site", nargs="+", default=["attention", "neuron"], choices=[*rmodels.SITES, *TOGETHER])
     add("--k", nargs="+", type=int, default=[100, 0], help="numbers of AUs; 0: chosen by the budget (default: 100 0)")
     add("--kl", nargs="+", type=float, default=[0.003, 0.01, 0.03], help="budgets (default: 0.003 0.01 0.03)")
     add("--group-field", metavar="FIELD", help="field of the pairs that names their group")

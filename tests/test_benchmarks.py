@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -9,8 +10,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import PAIRS
 
+import rmodels
+from austeer.fisher import measure_fisher
+from austeer.neutral import neutral_text
+from austeer.objective import Objective
+from austeer.pairs import Pair, write_pairs
 from eval.statistics import wilson
+from MFU_screening import screen
+from set_MFU import set_MFU
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -277,3 +286,52 @@ def test_gates_by_structure_and_of_a_file_are_timed_on_equal_models(benchmark, l
         assert torch.equal(logits[f"{kind}, idle"], logits["upstream"])
         assert torch.equal(logits[f"{kind}, live"], logits["family file, live"])
     assert not torch.equal(logits["family file, live"], logits["upstream"])
+
+
+def test_predicted_and_measured_cost_of_plans(benchmark, checkpoints, tmp_path, monkeypatch, capsys):
+    write_pairs(tmp_path / "pairs.jsonl", [Pair(*pair) for pair in PAIRS])
+    command = ["--model", str(checkpoints["llama"]), "--pairs", str(tmp_path / "pairs.jsonl"), "--device", "cpu"]
+    command += ["--site", "neuron", "--k", "20", "0", "--kl", "0.003", "--out", str(tmp_path / "out.json")]
+    monkeypatch.setattr(sys, "argv", ["budget.py", *command])
+    benchmark("budget").main()
+    figures = json.loads((tmp_path / "out.json").read_text())
+    given, chosen = figures["plans"]
+    assert (given["k"], given["default k"], chosen["default k"]) == (20, False, True)
+    for row in figures["plans"]:
+        assert row["ratio"] == row["measured"] / row["predicted"] and 0.3 < row["ratio"] < 3
+        assert row["corrected"] == pytest.approx(0.003, rel=0.1) and row["forwards"] <= 5
+    assert "2 within 10 % after correction" in capsys.readouterr().out
+
+
+def test_estimates_are_judged_on_pairs_that_are_left_over(benchmark, checkpoints, tmp_path, monkeypatch, capsys):
+    estimates, drawn = benchmark("estimates"), []
+
+    def task(name, n_pairs, pairs_draw, **_):
+        drawn.append((name, n_pairs, pairs_draw))
+        pairs = [Pair(*pair) for pair in PAIRS]
+        used, left_over = pairs[: len(pairs) // 2], pairs[len(pairs) // 2 :]
+        return SimpleNamespace(pairs=used, groups=[pair.prompt for pair in used], left_over=left_over)
+
+    monkeypatch.setattr(estimates, "paper_task", task)
+    command = ["--model", str(checkpoints["llama"]), "--data_name", "copa-choices", "--device", "cpu", "--n-pairs", "9"]
+    command += ["--site", "neuron", "--draws", "3", "4", "--kl", "0.003", "--out", str(tmp_path / "out.json")]
+    monkeypatch.setattr(sys, "argv", ["estimates.py", *command])
+    estimates.main()
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert drawn == [("copa-choices", 9, 3), ("copa-choices", 9, 4)] and len(rows) == 2 * len(estimates.ESTIMATES)
+    model, tokenizer = rmodels.load(checkpoints["llama"], device="cpu"), rmodels.load_tokenizer(checkpoints["llama"])
+    ours = task("", 9, 3)
+    ranks = screen(ours.pairs, model, tokenizer, ["neuron"], momentum="causal-tempered", progress=False)["neuron"]
+    fisher = measure_fisher(model, ["neuron"], neutral_text(tokenizer), progress=False)
+    plan = set_MFU(ranks, kl=0.003, fisher=fisher, model=model, estimate="bound", z=0.0)
+    tau = ranks.header["tau"]
+    before, after = (Objective(model, tokenizer, ours.left_over, None).log_odds(gates) for gates in ({}, plan.scales))
+    gain = sum(
+        math.log1p(math.exp(-a / tau)) - math.log1p(math.exp(-b / tau)) for a, b in zip(before, after, strict=True)
+    )
+    points = 100 * sum(int(b > 0) - int(a > 0) for a, b in zip(before, after, strict=True)) / len(before)
+    row = next(row for row in rows if row["estimate"] == "bound, z 0")
+    assert row["objective"] == pytest.approx(gain / len(before), rel=1e-3) and row["pairs left over"] == len(before)
+    assert row["accuracy"] == pytest.approx(points)
+    table = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith(tuple(f"| {name} |" for name in estimates.ESTIMATES)) for line in table) == 5
