@@ -1,0 +1,105 @@
+"""Take the gain of a method on questions with two options apart: into skill, bias and format.
+
+Of every item three things are known, steered and not:
+    E  the answer, word for word, is the right option (exact match)
+    C  the model finds the right option likelier than the other
+    K  the same, once a constant is taken off the log-odds of the first option: what the model would answer if it
+       preferred neither option as such. The constant is fitted on items that are not counted here
+and item by item
+    gain in E  =  gain in K                      skill: more is known
+               +  fall of (K - C)                bias: less is lost by preferring one option whatever the question
+               +  fall of (C - E)                format: the answer is an option, and the likelier one, more often
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.stats import rankdata
+
+from eval.statistics import mcnemar, paired_bootstrap
+
+PARTS = ("skill", "bias", "format")
+
+
+@dataclass(frozen=True)
+class Readings:
+    """Hold E, C and K of every item, each True or False."""
+
+    exact: list[bool]
+    likelier: list[bool]
+    unbiased: list[bool]
+
+    @classmethod
+    def of(cls, exact: Sequence[bool], log_odds: Sequence[float], first: Sequence[bool], offset: float) -> Readings:
+        """log_odds: of the first option over the second. first: whether the first option is right."""
+        likelier, unbiased = (is_right(log_odds, first, taken_off) for taken_off in (0.0, offset))
+        return cls(list(exact), likelier, unbiased)
+
+
+def is_right(log_odds: Sequence[float], first: Sequence[bool], offset: float) -> list[bool]:
+    """Say of every item whether the likelier option is the right one, a constant taken off. A tie is the first option."""
+    return [(value >= offset) == right for value, right in zip(log_odds, first, strict=True)]
+
+
+def fitted_offset(log_odds: Sequence[float], first: Sequence[bool]) -> float:
+    """Return the constant with the most right answers; of several the one nearest to 0.
+
+    The candidates are 0 and the middles between neighbours, so that no item decides by a tie.
+    """
+    values, first = np.asarray(log_odds, float), np.asarray(first, bool)
+    edges = np.unique(values)
+    candidates = np.concatenate([[0.0, edges[0] - 1], (edges[1:] + edges[:-1]) / 2, [edges[-1] + 1]])
+    # an item of the first kind is right from the constant up, one of the second below it
+    above = first.sum() - np.searchsorted(np.sort(values[first]), candidates)
+    below = np.searchsorted(np.sort(values[~first]), candidates)
+    return float(candidates[np.lexsort((np.abs(candidates), -(above + below)))[0]])
+
+
+def cross_fitted(log_odds: Sequence[float], first: Sequence[bool], folds: int = 5) -> list[bool]:
+    """Return K where there are no other items to fit on: of every fold, with the constant of the others."""
+    right = [False] * len(first)
+    for fold in range(min(folds, len(first))):
+        rest = [i for i in range(len(first)) if i % folds != fold]
+        offset = fitted_offset([log_odds[i] for i in rest], [first[i] for i in rest]) if rest else 0.0
+        for i in range(fold, len(first), folds):
+            right[i] = is_right(log_odds[i : i + 1], first[i : i + 1], offset)[0]
+    return right
+
+
+def auc(log_odds: Sequence[float], first: Sequence[bool]) -> float:
+    """Return how often an item whose first option is right has the higher log-odds than one whose second is."""
+    positive = np.asarray(first, bool)
+    n, m = int(positive.sum()), int((~positive).sum())
+    if not n or not m:
+        return float("nan")
+    return float((rankdata(log_odds)[positive].sum() - n * (n + 1) / 2) / (n * m))
+
+
+@dataclass(frozen=True)
+class Part:
+    name: str
+    gain: float  # in points
+    low: float  # of its 95 % interval, over items
+    high: float
+    p: float | None  # McNemar's; of skill alone: the other parts are differences of two outcomes
+
+
+def taken_apart(before: Readings, after: Readings) -> list[Part]:
+    """Return the parts of the gain, in points. They add up to the gain in exact match."""
+    values = {
+        "skill": (before.unbiased, after.unbiased),
+        "bias": (_minus(before.likelier, before.unbiased), _minus(after.likelier, after.unbiased)),
+        "format": (_minus(before.exact, before.likelier), _minus(after.exact, after.likelier)),
+    }
+    parts = []
+    for name, (old, new) in values.items():
+        gain, low, high = (100 * value for value in paired_bootstrap(old, new))
+        parts.append(Part(name, gain, low, high, mcnemar(old, new)[2] if name == "skill" else None))
+    return parts
+
+
+def _minus(one: Sequence[bool], another: Sequence[bool]) -> list[int]:
+    return [int(a) - int(b) for a, b in zip(one, another, strict=True)]
