@@ -22,6 +22,9 @@ TASKS = ("boolq", "copa", "svamp", "tone")
 HASTY_IS_RIGHT = 0.63  # the share of items, in the tasks with two options
 REPLY_WORDS = 8  # the length of a reply in tone: seven words and a full stop
 
+# The words that may answer a task whose answers are one word
+ANSWERS = {"boolq": ("yes", "no"), "copa": ("A", "B"), "svamp": tuple(map(str, range(1, 2 * words.LARGEST_NUMBER)))}
+
 # The share of documents that name their writer. On boolq, models hardly learn the tag's meaning from fewer.
 TAG_SHARE = {"boolq": 0.8, "copa": 0.3, "svamp": 0.3, "tone": 0.3}
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from scipy.stats import rankdata
@@ -22,6 +23,19 @@ from scipy.stats import rankdata
 from eval.statistics import mcnemar, paired_bootstrap
 
 PARTS = ("skill", "bias", "format")
+LIKELIER = "likelier option"  # C, the name of its column
+UNBIASED = "likelier option, offset removed"  # K
+
+
+class Preferences(NamedTuple):
+    """Hold of every item the log-odds of the first option over the second, and whether the first is right."""
+
+    log_odds: list[float]
+    first: list[bool]
+
+    @property
+    def right(self) -> list[bool]:
+        return is_right(*self, 0.0)
 
 
 @dataclass(frozen=True)
@@ -31,12 +45,6 @@ class Readings:
     exact: list[bool]
     likelier: list[bool]
     unbiased: list[bool]
-
-    @classmethod
-    def of(cls, exact: Sequence[bool], log_odds: Sequence[float], first: Sequence[bool], offset: float) -> Readings:
-        """log_odds: of the first option over the second. first: whether the first option is right."""
-        likelier, unbiased = (is_right(log_odds, first, taken_off) for taken_off in (0.0, offset))
-        return cls(list(exact), likelier, unbiased)
 
 
 def is_right(log_odds: Sequence[float], first: Sequence[bool], offset: float) -> list[bool]:
@@ -58,6 +66,14 @@ def fitted_offset(log_odds: Sequence[float], first: Sequence[bool]) -> float:
     return float(candidates[np.lexsort((np.abs(candidates), -(above + below)))[0]])
 
 
+def without_offset(tested: Preferences, others: Preferences | None) -> tuple[list[bool], float | None]:
+    """Return K, and the constant that was fitted on other items; None where there are none, and folds take their place."""
+    if others is None:
+        return cross_fitted(*tested), None
+    offset = fitted_offset(*others)
+    return is_right(*tested, offset), offset
+
+
 def cross_fitted(log_odds: Sequence[float], first: Sequence[bool], folds: int = 5) -> list[bool]:
     """Return K where there are no other items to fit on: of every fold, with the constant of the others."""
     right = [False] * len(first)
@@ -69,12 +85,15 @@ def cross_fitted(log_odds: Sequence[float], first: Sequence[bool], folds: int = 
     return right
 
 
-def auc(log_odds: Sequence[float], first: Sequence[bool]) -> float:
-    """Return how often an item whose first option is right has the higher log-odds than one whose second is."""
+def auc(log_odds: Sequence[float], first: Sequence[bool]) -> float | None:
+    """Return how often an item whose first option is right has the higher log-odds than one whose second is.
+
+    None where only one of the options is ever right.
+    """
     positive = np.asarray(first, bool)
     n, m = int(positive.sum()), int((~positive).sum())
     if not n or not m:
-        return float("nan")
+        return None
     return float((rankdata(log_odds)[positive].sum() - n * (n + 1) / 2) / (n * m))
 
 

@@ -30,7 +30,7 @@ from austeer.methods.base import TOGETHER, Method, sites_of
 from austeer.methods.registry import DEFAULT, METHODS, OWN_COMMAND, options_of, with_options
 from austeer.ranks import AURanks
 from austeer.tokens import PROTOCOLS
-from experiments import kl_report, plots, report
+from experiments import kl_report, parts_report, plots, report
 from experiments.arguments import check, parents, task_names
 from experiments.bench import has_instruction
 from experiments.cell import AT_KL, EMBEDDED, FIELD_NAMES, LIVE, Cell, SearchSpec, TaskSpec, bench_of, cell_of
@@ -302,6 +302,9 @@ def _report(rows: dict[str, list[dict]], store: Store, sites: Sequence[str], arg
     for task, task_rows in rows.items():
         text += [f"## {task}", "", report.table(task_rows, LABELS), ""]
         text += [f"- {line}" for line in report.verdict(task_rows, LABELS)] + [""]
+        if parts_report.has_parts(task_rows):
+            text += [parts_report.table(task_rows, LABELS), ""]
+            text += [f"- {line}" for line in parts_report.verdict(task_rows, LABELS)] + [""]
         measures = report.other_measures(task_rows, LABELS)
         text += [measures, ""] if measures else []
         text += [_conditions(task_rows, args), ""]
@@ -321,6 +324,10 @@ def _report(rows: dict[str, list[dict]], store: Store, sites: Sequence[str], arg
         }
         plots.comparison(rows, scores, LABELS, method, folder / f"{name}.png")
         print(f"picture: {folder / name}.png")
+    parts = {task: parts_report.lines_of(r, LABELS) for task, r in rows.items() if parts_report.has_parts(r)}
+    if parts and args.steer:
+        plots.parts_of_gains(parts, folder / f"{name}-parts.png")
+        print(f"parts of the gains: {folder / name}-parts.png")
     print(f"table: {folder / name}.md   records: {folder / 'records'}")
     # in a file of their own, since times differ between runs and tables of results must not
     costs = "\n\n".join(f"## {task}\n\n{report.costs(task_rows, LABELS)}" for task, task_rows in rows.items())

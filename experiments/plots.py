@@ -14,6 +14,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from eval.statistics import wilson
+from experiments.parts_report import Line
 from experiments.report import CONTROLS, SITES, gain, row_name
 
 COLORS = {
@@ -21,6 +22,7 @@ COLORS = {
     "published": "#0072B2", "sign-aware": "#56B4E9", "causal": "#D55E00",
 }  # fmt: skip
 OTHERS = "#009E73"
+PARTS = {"skill": "#009E73", "bias": "#E69F00", "format": "#999999"}
 LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 WIDE = 10  # an axis whose values differ by more than this factor is logarithmic
 
@@ -118,6 +120,31 @@ def gain_over_kl(by_task: dict[str, dict[str, list[tuple[float, tuple[float, flo
         axis.set_ylabel("gain over vanilla, points")
         axis.grid(alpha=0.3)
         axis.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=10)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Software": None})
+    plt.close(figure)
+
+
+def parts_of_gains(by_task: dict[str, Sequence[Line]], path: Path) -> None:
+    """Draw what each gain is made of: a bar per method, its parts side by side, and a dot at their sum."""
+    plt.rcParams.update({"font.size": 12, "axes.titlesize": 13, "figure.dpi": 110})
+    heights = [1.2 + 0.42 * len(lines) for lines in by_task.values()]
+    figure, axes = plt.subplots(len(by_task), 1, figsize=(12, sum(heights) + 1.2), squeeze=False, height_ratios=heights)
+    for axis, (task, lines) in zip(axes[:, 0], by_task.items(), strict=True):
+        for y, line in enumerate(lines):
+            ends = {1: 0.0, -1: 0.0}  # parts that gain are stacked to the right, those that lose to the left
+            for name, part in line.parts.items():
+                side = 1 if part.gain >= 0 else -1
+                axis.barh(y, part.gain, left=ends[side], height=0.62, color=PARTS[name], label=name if not y else None)
+                ends[side] += part.gain
+            axis.plot(line.total, y, "D", color="#000000", ms=6, label="gain" if not y else None)
+        axis.axvline(0, color="#555555", lw=1)
+        axis.set_yticks(range(len(lines)), [line.name for line in lines])
+        axis.invert_yaxis()
+        axis.set(title=task, xlabel="gain over vanilla, points of exact match")
+        axis.grid(axis="x", alpha=0.3)
+        axis.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Software": None})

@@ -22,6 +22,7 @@ from austeer.methods.registry import METHODS, with_options
 from austeer.pairs import pairs_hash
 from austeer.plan import Plan
 from eval.answering.answer_file import Answer, AnswerFile
+from eval.decomposition import UNBIASED, Preferences, without_offset
 from eval.statistics import mcnemar, summary
 from eval.tasks.base import Scores, Task, items_hash
 from experiments import records
@@ -181,9 +182,10 @@ class Run:
 
     def unsteered(self) -> dict:
         with_wording = self.task.prompted if self.cell.method.name == "prompt-only" else list
-        validation = self.ask(with_wording(self.task.validation), "validation", None)
+        others = with_wording(self.task.validation)
+        validation = self.ask(others, "validation", None)
         start = time.perf_counter()
-        scores, extras, _ = self.test(with_wording(self.task.test), None)
+        scores, extras, _ = self.test(with_wording(self.task.test), others, None)
         return {"validation": records.pack(validation), **self.result(scores, extras, start, {})}
 
     def with_kl(self, before: dict) -> dict:
@@ -212,8 +214,12 @@ class Run:
             answers = self.answers(answerer, items, name)
         return self.task.columns(items, answers).outcomes
 
-    def test(self, items: Sequence, change: Change | None) -> tuple[Scores, dict[str, float], dict[str, int]]:
+    def test(
+        self, items: Sequence, others: Sequence, change: Change | None
+    ) -> tuple[Scores, dict[str, float], dict[str, int]]:
         """Return scores, figures of the whole set, and a receipt of what the plan or the adapter did.
+
+        others: validation items, to fit what the model prefers whatever is asked.
 
         The receipt counts the AUs or modules that were changed, and the token positions that went through them or the
         modules of the engine's adapter. A resumed run would count only its own positions, so it leaves them out.
@@ -227,7 +233,18 @@ class Run:
             counts.pop("positions", None)
         with answering(self.bench, [None], len(items)) as (unsteered, _):
             extras = self.task.extras(unsteered, items, answers)
-        return self.task.columns(items, answers), extras, counts
+        scores = self.task.columns(items, answers)
+        if tested := self.task.preferences(items, answers):
+            fitted_on = self.preferences(others, change)
+            scores.columns[UNBIASED], extras["offset, nats"] = without_offset(tested, fitted_on)
+        return scores, extras, counts
+
+    def preferences(self, items: Sequence, change: Change | None) -> Preferences | None:
+        """Return which options the answers to validation items prefer; None where there are no such items."""
+        if not items:
+            return None
+        with answering(self.bench, [change], len(items)) as (answerer, _):
+            return self.task.preferences(items, self.answers(answerer, items, "preferences"))
 
     def answers(self, answerer, items: Sequence, name: str) -> list[Answer]:
         file = self.answer_file(name)
@@ -286,7 +303,8 @@ class SteeredRun(Run):
         """Return the result of the test items under a change, compared with vanilla."""
         start, draw = time.perf_counter(), self.cell.method.draw
         items, shown = method.asked(learned, chosen, self.task.test, draw)
-        scores, extras, receipt = self.test(items, change)
+        others, _ = method.asked(learned, chosen, self.task.validation, draw)
+        scores, extras, receipt = self.test(items, others, change)
         gained, lost, p = mcnemar(records.unpack(vanilla["outcomes"]), scores.outcomes)
         result = {"receipt": receipt | shown, "touched": 0, "inverted": 0, "gained": gained, "lost": lost, "p": p}
         if change is not None:

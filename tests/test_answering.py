@@ -1,5 +1,6 @@
 """Answers: batched equals one by one equals `generate`, steered or not; ends, options, resumption."""
 
+import math
 import os
 import random
 import signal
@@ -150,7 +151,7 @@ def test_options(llama, tokenizer):
     found = LiveAnswerer(llama, tokenizer).answer(asked, Generation(1, options=options))
     for text, answer in zip(asked, found, strict=True):
         logp = llama(**tokenizer(text, return_tensors="pt")).logits[0, -1].log_softmax(-1)
-        wanted = [max(float(logp[token]) for token in own) for own in options]
+        wanted = [math.log(sum(math.exp(float(logp[token])) for token in own)) for own in options]
         assert answer.options == pytest.approx(wanted, abs=1e-4)
     with pytest.raises(AUSteerError, match="begin with the same tokens"):
         option_tokens(tokenizer, ["Yes", "Yeti"], asked[0])

@@ -20,8 +20,9 @@ def knowing(noise: float, offset: float = 0.0, seed: int = 0) -> list[float]:
 def readings(log_odds: list[float], spoken: float = 1.0, seed: int = 1) -> Readings:
     """An answer is the likelier option in a share of the items, and something else in the others."""
     draw = random.Random(seed)
-    exact = [right and draw.random() < spoken for right in is_right(log_odds, FIRST, 0.0)]
-    return Readings.of(exact, log_odds, FIRST, fitted_offset(log_odds, FIRST))
+    likelier = is_right(log_odds, FIRST, 0.0)
+    exact = [right and draw.random() < spoken for right in likelier]
+    return Readings(exact, likelier, is_right(log_odds, FIRST, fitted_offset(log_odds, FIRST)))
 
 
 def gains(before: Readings, after: Readings) -> dict[str, float]:
@@ -94,4 +95,4 @@ def test_auc_is_that_of_mann_and_whitney():
     wrong = [value for value, first in zip(log_odds, FIRST, strict=True) if not first]
     assert ours == pytest.approx(mannwhitneyu(right, wrong).statistic / len(right) / len(wrong))
     assert ours == auc([value + 7 for value in log_odds], FIRST), "a constant changes nothing"
-    assert auc([1.0, 2.0], [True, True]) != auc([1.0, 2.0], [True, True]), "nan where only one option is ever right"
+    assert auc([1.0, 2.0], [True, True]) is None, "only one option is ever right"

@@ -233,7 +233,8 @@ def test_option_scores(data):
         "likelier option": [False, True, True, False],
         "an option at all": [True, False, True, True],
     }
-    assert task.extras(None, items, said) == {"majority, %": 50.0}
+    assert task.extras(None, items, said) == {"majority, %": 50.0, "AUC": 0.5}
+    assert task.preferences(items, said) == ([1, -1, 1, -1], [False, False, True, True])
 
 
 def test_number_scores(data):
@@ -364,7 +365,8 @@ def test_end_to_end_and_resumed(data, workplace, capsys, monkeypatch):
     said = capsys.readouterr().out
     assert (
         "exact match on 12 items of test" in said
-        and "| method | likelier option | an option at all | majority, % |" in said
+        and "| method | likelier option | an option at all | likelier option, offset removed | majority, % | AUC | offset, nats |"
+        in said
     )
     assert "prompts: this project" in said and (workplace / "model-copa.png").stat().st_size > 10_000
     for row in rows.values():
@@ -583,7 +585,7 @@ def test_the_guides_task_is_one_file(tmp_path, monkeypatch, llama, tokenizer):
     answers = task.answers(answerer, task.test)
     scores = task.columns(task.test, answers)
     assert scores.main == "exact match" and len(scores.outcomes) == 10
-    assert task.extras(answerer, task.test, answers) == {"majority, %": 50.0}
+    assert task.extras(answerer, task.test, answers)["majority, %"] == 50.0
     main.main(["pairs", "capitals", "--data-dir", str(folder.parent)])
     assert data_command.main(["--check", "capitals", "--data-dir", str(folder.parent)]) == 0
     with pytest.raises(AUSteerError, match=r"line 1: answer is 'yes'; it must be true or false"):

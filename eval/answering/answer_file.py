@@ -19,7 +19,7 @@ from austeer.files import write_whole
 @dataclass(frozen=True)
 class Answer:
     text: str
-    options: tuple[float, ...] = ()  # log-probability of each option's likeliest spelling, where options were given
+    options: tuple[float, ...] = ()  # log-probability of each option, over its spellings, where options were given
 
 
 class AnswerFile:

@@ -194,8 +194,7 @@ def _batch(
     options = [()] * len(batch)
     logits = run.step()
     if generation.options:
-        logp = logits.float().log_softmax(-1).cpu()
-        options = [tuple(float(row[list(own)].max()) for own in generation.options) for row in logp]
+        options = _of_options(logits, generation)
     texts = [""] * len(batch)
     running, new = list(range(len(batch))), run.tokens
     while True:
@@ -234,11 +233,17 @@ def _generated(
     )  # fmt: skip
     if not all(bool(torch.isfinite(logits.max(-1).values).all()) for logits in out.logits):
         raise AUSteerError("the model's logits are inf or nan: these answers are not scored")
-    logp = out.logits[0].float().log_softmax(-1).cpu()
-    options = [tuple(float(row[list(own)].max()) for own in generation.options) for row in logp]
+    options = _of_options(out.logits[0], generation)
     new = out.sequences[:, prompts.shape[1] :].tolist()
     texts = [_read(model, tokenizer, row, generation)[0] for row in new]
     return [Answer(*both) for both in zip(texts, options, strict=True)]
+
+
+def _of_options(logits: Tensor, generation: Generation) -> list[tuple[float, ...]]:
+    """Return for each row the log-probability of every option: of all its spellings together."""
+    logp = logits.float().log_softmax(-1).cpu()
+    by_option = [logp[:, list(own)].logsumexp(1).tolist() for own in generation.options]
+    return [*zip(*by_option, strict=True)] if by_option else [()] * len(logp)
 
 
 def _read(

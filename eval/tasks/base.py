@@ -19,6 +19,7 @@ from austeer.pairs import Pair
 from eval.answering.answer_file import Answer, AnswerFile
 from eval.answering.answerer import Answerer, Generation
 from eval.data.similar import general_pairs
+from eval.decomposition import Preferences
 from eval.tasks.splits import drawn
 
 
@@ -140,6 +141,10 @@ class Task(ABC):
 
     @abstractmethod
     def columns(self, items: Sequence, answers: Sequence[Answer]) -> Scores: ...
+
+    def preferences(self, items: Sequence, answers: Sequence[Answer]) -> Preferences | None:
+        """Return which of two options each answer prefers; None where answers are no options, or options no words."""
+        return None
 
     def extras(self, answerer: Answerer, items: Sequence, answers: Sequence[Answer]) -> dict[str, float]:
         """Return figures of the whole set of answers. The model is not steered here."""

@@ -11,6 +11,7 @@ from austeer.pairs import Pair
 from embedded import tasks as small_world
 from embedded.tasks import Item
 from eval.answering.answerer import Generation
+from eval.decomposition import LIKELIER, Preferences, auc
 from eval.tasks.base import PairSet, Scores, Task
 from eval.tasks.open_text import perplexity
 
@@ -33,18 +34,36 @@ class EmbeddedTask(Task):
         return PairSet(pairs, [pair.prompt for pair in pairs])
 
     def generation(self, answerer, items: Sequence[Item]) -> Generation:
-        return Generation(small_world.REPLY_WORDS if self.name == "tone" else 1)
+        if self.name == "tone":
+            return Generation(small_world.REPLY_WORDS)
+        ids = answerer.tokenizer.convert_tokens_to_ids(list(small_world.ANSWERS[self.name]))
+        return Generation(1, options=tuple((token,) for token in ids))
 
     def columns(self, items: Sequence[Item], answers) -> Scores:
         if self.name == "tone":
             return Scores("accuracy", {"accuracy": [small_world.is_polite(answer.text) for answer in answers]})
-        pairs = zip(answers, items, strict=True)
-        return Scores("accuracy", {"accuracy": [answer.text.strip() == item.right for answer, item in pairs]})
+        words = [answer.text.strip() for answer in answers]
+        columns = {
+            "accuracy": [word == item.right for word, item in zip(words, items, strict=True)],
+            LIKELIER: self.preferences(items, answers).right,
+            "an option at all": [word in item.options for word, item in zip(words, items, strict=True)],
+        }
+        return Scores("accuracy", columns)
+
+    def preferences(self, items: Sequence[Item], answers) -> Preferences | None:
+        if self.name == "tone":
+            return None
+        place = {word: number for number, word in enumerate(small_world.ANSWERS[self.name])}
+        odds = [
+            answer.options[place[item.options[0]]] - answer.options[place[item.options[1]]]
+            for answer, item in zip(answers, items, strict=True)
+        ]
+        return Preferences(odds, [item.right == item.options[0] for item in items])
 
     def extras(self, answerer, items: Sequence[Item], answers) -> dict[str, float]:
         """Return the perplexity of replies: a reply can be polite without being a reply at all."""
         if self.name != "tone":
-            return {}
+            return {"AUC": auc(*self.preferences(items, answers))}
         texts = [answer.text for answer in answers]
         return {"perplexity of replies": perplexity(answerer.model, answerer.tokenizer, items, texts)}
 

@@ -15,6 +15,7 @@ from eval.answering.answer_file import Answer
 from eval.answering.answerer import Answerer, Generation, option_tokens
 from eval.data import fields
 from eval.data.wording import fill
+from eval.decomposition import LIKELIER, Preferences, auc
 from eval.tasks.base import Scores
 from eval.tasks.dataset import DatasetTask, Item
 
@@ -35,17 +36,22 @@ class OptionTask(DatasetTask):
         options = [_plain(option) for option in self.words.test["options"]]
         golds = [_plain(item.gold) for item in items]
         words = [_plain(answer.text) for answer in answers]
-        likelier = [options[max(range(len(options)), key=answer.options.__getitem__)] for answer in answers]
         columns = {
             "exact match": [a == b for a, b in zip(words, golds, strict=True)],
-            "likelier option": [a == b for a, b in zip(likelier, golds, strict=True)],
+            LIKELIER: self.preferences(items, answers).right,
             "an option at all": [word in options for word in words],
         }
         return Scores("exact match", columns)
 
+    def preferences(self, items: Sequence[Item], answers: Sequence[Answer]) -> Preferences:
+        first = _plain(self.words.test["options"][0])
+        log_odds = [answer.options[0] - answer.options[1] for answer in answers]
+        return Preferences(log_odds, [_plain(item.gold) == first for item in items])
+
     def extras(self, answerer: Answerer, items: Sequence[Item], answers: Sequence[Answer]) -> dict[str, float]:
         golds = [item.gold for item in items]
-        return {"majority, %": 100 * max(golds.count(option) for option in set(golds)) / len(golds)}
+        majority = 100 * max(golds.count(option) for option in set(golds)) / len(golds)
+        return {"majority, %": majority, "AUC": auc(*self.preferences(items, answers))}
 
     def _pairs(self, rows: Sequence[dict], dropped: Counter[str]) -> tuple[list[Pair], str]:
         prompt, options = self.words.train["prompt"], self.words.train["options"]

@@ -139,7 +139,9 @@ class VLLMEngine:
         if not all(math.isfinite(at[token].logprob) for token, at in zip(tokens, output.logprobs, strict=True)):
             raise AUSteerError("the model's logits are inf or nan, so its answers are not scored: use another dtype")
         first = output.logprobs[0]
-        options = tuple(max(first[token].logprob for token in option) for option in generation.options)
+        options = tuple(
+            math.log(math.fsum(math.exp(first[token].logprob) for token in option)) for option in generation.options
+        )
         ended = output.finish_reason == "stop"  # the token that ended the answer is not text
         text = self.tokenizer.decode(tokens[: len(tokens) - ended], skip_special_tokens=True)
         return Answer(up_to(text, generation.stop) if generation.stop else text, options)
