@@ -340,7 +340,11 @@ def _report(rows: dict[str, list[dict]], store: Store, sites: Sequence[str], arg
 def _report_at_kl(rows: dict[str, list[dict]], store: Store, sites: Sequence[str], args: argparse.Namespace) -> None:
     text = []
     for task, task_rows in rows.items():
-        text += [f"## {task}", "", kl_report.table(task_rows, LABELS), "", _conditions(task_rows, args), ""]
+        text += [f"## {task}", "", kl_report.table(task_rows, LABELS), ""]
+        if parts_report.has_parts(task_rows):
+            task_rows = rows[task] = parts_report.as_skill(task_rows)
+            text += ["Skill alone:", "", kl_report.table(task_rows, LABELS), ""]
+        text += [_conditions(task_rows, args), ""]
     file = Path(args.results) / f"{_file_name(args)}-at-kl.md"
     write_text(file, "\n".join(text))
     print("\n" + "\n".join(text))

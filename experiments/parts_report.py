@@ -38,22 +38,32 @@ def readings_of(row: dict) -> Readings:
     return Readings(*(unpack(row["columns"][name]) for name in (row["measure"], LIKELIER, UNBIASED)))
 
 
+def as_skill(rows: Sequence[dict]) -> list[dict]:
+    """Return the rows with K as their measure, so that their gain is skill; rows that were not tested stay as they are."""
+    return [
+        row | {"measure": UNBIASED, "outcomes": packed, "right": sum(unpack(packed))}
+        if (packed := row.get("columns", {}).get(UNBIASED))
+        else row
+        for row in rows
+    ]
+
+
 def lines_of(rows: Sequence[dict], labels: dict[str, str]) -> list[Line]:
     """Return the lines of what steers nothing, then one per method and site."""
     vanilla = next(row for row in rows if row["method"] == "vanilla")
     before = readings_of(vanilla)
-    lines = [_line(name, before, [_answered_by(vanilla, column)]) for name, column in UNSTEERED.items()]
+    lines = [line_of(name, before, [answered_by(vanilla, column)]) for name, column in UNSTEERED.items()]
     groups: dict[tuple, list[dict]] = {}
     for row in rows:
         if row is not vanilla:
             groups.setdefault((row["method"], row["site"], name_of(row, labels)), []).append(row)
     for (method, _, name), draws in groups.items():
         shown = f"{name}, {len(draws)} draws" if len(draws) > 1 else name
-        lines.append(_line(shown, before, draws, tested=method not in CONTROLS))
+        lines.append(line_of(shown, before, draws, tested=method not in CONTROLS))
     return lines
 
 
-def _answered_by(vanilla: dict, column: str) -> dict:
+def answered_by(vanilla: dict, column: str) -> dict:
     """Return the record of the unsteered model whose answers are those of another column."""
     columns = vanilla["columns"] | {vanilla["measure"]: vanilla["columns"][column]}
     if column == UNBIASED:
@@ -61,7 +71,7 @@ def _answered_by(vanilla: dict, column: str) -> dict:
     return vanilla | {"columns": columns, "right": sum(unpack(columns[vanilla["measure"]]))}
 
 
-def _line(name: str, before: Readings, draws: Sequence[dict], tested: bool = False) -> Line:
+def line_of(name: str, before: Readings, draws: Sequence[dict], tested: bool = False) -> Line:
     by_draw = [taken_apart(before, readings_of(row)) for row in draws]
     if len(draws) == 1:
         (parts,) = by_draw
@@ -74,42 +84,27 @@ def _line(name: str, before: Readings, draws: Sequence[dict], tested: bool = Fal
 
 
 def table(rows: Sequence[dict], labels: dict[str, str]) -> str:
-    vanilla, lines = next(row for row in rows if row["method"] == "vanilla"), lines_of(rows, labels)
+    lines = lines_of(rows, labels)
     adjusted = _adjusted(lines)
     out = [
         "What the gains are made of, in points: skill, the likelier option is right more often once a constant preference for "
         "one of the two options is taken off, which is fitted on validation; bias, less is lost by such a preference; format, "
         "the answer is an option, and the likelier one. They add up to the gain. [95 % interval over items; of several draws "
-        "the smallest and the largest]; p: McNemar's, of skill; Holm: adjusted for all lines of this table. AUC: of the "
-        "log-odds of the options",
+        "the smallest and the largest]; p: McNemar's, of skill; Holm: adjusted for all lines of this table",
         "",
-        "| method | gain | skill | p | Holm | bias | format | an option at all, % | right without bias, % | AUC |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
-        _row("vanilla", None, None, [vanilla]),
+        "| method | gain | skill | p | Holm | bias | format |",
+        "|---|--:|--:|--:|--:|--:|--:|",
     ]
-    out += [_row(line.name, line, adjusted.get(id(line)), line.rows) for line in lines]
+    for line in lines:
+        parts = [f"{part.gain:+.1f} [{part.low:+.1f}, {part.high:+.1f}]" for part in line.parts.values()]
+        p = ["", ""] if line.p is None else [f"{line.p:.1g}", f"{adjusted[id(line)]:.1g}"]
+        out.append("| " + " | ".join([line.name, f"{line.total:+.1f}", parts[0], *p, *parts[1:]]) + " |")
     return "\n".join(out)
 
 
 def _adjusted(lines: Sequence[Line]) -> dict[int, float]:
     tested = [line for line in lines if line.p is not None]
     return dict(zip(map(id, tested), holm([line.p for line in tested]), strict=True))
-
-
-def _row(name: str, line: Line | None, adjusted: float | None, rows: Sequence[dict]) -> str:
-    cells = [name, *[""] * 6]
-    if line is not None:
-        skill, bias, form = (f"{part.gain:+.1f} [{part.low:+.1f}, {part.high:+.1f}]" for part in line.parts.values())
-        p = ["", ""] if line.p is None else [f"{line.p:.1g}", f"{adjusted:.1g}"]
-        cells = [name, f"{line.total:+.1f}", skill, *p, bias, form]
-    cells += [_mean_share(rows, column) for column in ("an option at all", UNBIASED)]
-    areas = [row["extras"].get("AUC") for row in rows]
-    cells.append("–" if None in areas else f"{mean(areas):.3f}")
-    return "| " + " | ".join(cells) + " |"
-
-
-def _mean_share(rows: Sequence[dict], column: str) -> str:
-    return f"{100 * mean(sum(unpack(row['columns'][column])) / row['n'] for row in rows):.1f}"
 
 
 def verdict(rows: Sequence[dict], labels: dict[str, str]) -> list[str]:

@@ -92,6 +92,7 @@ class Spec:
             "settings": lambda: {row for rows in self.show["rows"].values() for row in rows},
             "counts": lambda: {row for _, row in self.show["counts"].values()},
             "noise": lambda: set(self.rows),
+            "parts": lambda: set(self.rows) - set(self.show["unsteered"]),
             "prediction": lambda: {*self.rows, *self.show["searched"].values()},
         }
         return by_kind[self.kind]() if self.kind in by_kind else set()

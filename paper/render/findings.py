@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from statistics import median
 
 from eval.statistics import holm, mcnemar
-from paper.render.places import by_method, main_table, places
+from paper.render.places import SITES, by_method, main_table, places
 from paper.render.searches import span
 from paper.render.sections import Section
 from paper.render.seeds import GAIN
@@ -34,8 +34,8 @@ class Finding:
 def findings(sections: Sequence[Section]) -> list[Finding]:
     """Return the first three findings that the records allow, the most important first."""
     main = main_table(sections)
-    candidates = [_over_seeds(sections) or _over_vanilla(main), _over_controls(main), _without_search(main), _over_prompt(main),
-            _cheaper_search(sections)]  # fmt: skip
+    candidates = [_over_seeds(sections) or _over_vanilla(main), _skill(sections), _over_controls(main), _without_search(main),
+            _over_prompt(main), _cheaper_search(sections)]  # fmt: skip
     return [finding for finding in candidates if finding][:N_FINDINGS]
 
 
@@ -69,6 +69,38 @@ def _over_seeds(sections: Sequence[Section]) -> Finding | None:
 def _significant_sites(values: dict[str, Value]) -> str:
     significant = [site for site, value in values.items() if value.significant and value.gain[0] > 0]
     return f"at {' and '.join(significant)}" if significant else "nowhere"
+
+
+def _skill(sections: Sequence[Section]) -> Finding | None:
+    """Say in how many places a gain is skill, and on which tasks none is."""
+    section = next((s for s in sections if s.blocks and s.spec.kind == "parts"), None)
+    if section is None:
+        return None
+    counts: dict[str, list[bool]] = {}
+    without = []
+    for block in section.blocks:
+        rows = by_method(section, block.rows)
+        for place, column in enumerate(block.columns):
+            shown = {key: row.values[place] for key, row in rows.items()}
+            skilled = []
+            for method, name in METHODS.items():
+                for site in SITES:
+                    if (value := shown.get((method, site))) and value.number is not None:
+                        skilled.append(value.significant and value.number > 0)
+                        counts.setdefault(name, []).append(skilled[-1])
+            if skilled and not any(skilled):
+                without.append(f"{column} ({shown['vanilla', None].text})")
+    if not counts:
+        return None
+    numbers = (
+        "Where no method shows skill, how often the unsteered model itself is right once a constant preference for one option "
+        f"is taken off: {', '.join(without)}."
+        if without
+        else ""
+    )
+    return Finding(
+        f"Gains that are skill, and neither bias nor format: {_counts_text(counts)} places.", numbers, section
+    )
 
 
 def _over_vanilla(main: Section | None) -> Finding | None:

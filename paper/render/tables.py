@@ -15,6 +15,7 @@ from paper.manifest import Manifest
 from paper.render.changed_aus import AUS, PRINTED, changed, not_sparse
 from paper.render.conditions import conditions, unlike, without_difference
 from paper.render.derived_tables import counts, human, noise, overhead, prediction, settings
+from paper.render.parts import parts as parts_of_gains
 from paper.render.searches import searches
 from paper.render.seeds import over_seeds
 from paper.render.selection import chosen_text, nothing_beat_vanilla, selected_records
@@ -27,7 +28,7 @@ DAGGER = "† The paper did not run this itself: it took the number from Wang et
 
 def blocks(spec: Spec, manifest: Manifest) -> list[Block]:
     make = {"accuracy": accuracy, "lines": accuracy, "settings": settings, "counts": counts, "noise": noise,
-            "prediction": prediction, "human": human, "overhead": overhead}[spec.kind]  # fmt: skip
+            "parts": parts_of_gains, "prediction": prediction, "human": human, "overhead": overhead}[spec.kind]  # fmt: skip
     result = []
     for block in spec.blocks or dict.fromkeys(panel.block for panel in spec.panels):
         result.append(make(spec, manifest, block))

@@ -1,0 +1,56 @@
+"""Take the gains of another table apart: skill, bias and format (eval/decomposition.py)."""
+
+from __future__ import annotations
+
+from eval.decomposition import UNBIASED
+from eval.statistics import holm
+from experiments.parts_report import answered_by, has_parts, line_of, readings_of
+from experiments.records import unpack
+from paper.manifest import Manifest
+from paper.render.selection import better_site
+from paper.render.significance_marks import LEVEL
+from paper.render.values import Block, Row, Value
+from paper.specs import Spec
+
+
+def parts(spec: Spec, manifest: Manifest, block: str) -> Block:
+    rows = [
+        Row(
+            row,
+            fields["label"],
+            fields.get("ours", False),
+            [_value(spec, manifest, block, row, c) for c in spec.columns],
+        )
+        for row, fields in spec.rows.items()
+    ]
+    tested = [value for row in rows for value in row.values if value.p is not None]
+    for value, p in zip(tested, holm([value.p for value in tested]), strict=True):
+        value.p, value.significant = p, p < LEVEL
+        value.facts.append(f"p of skill {p:.2g}")
+    return Block(block, list(spec.columns), list(spec.columns), rows)
+
+
+def _value(spec: Spec, manifest: Manifest, block: str, row: str, column: str) -> Value:
+    vanilla = manifest.records(spec.source, block, "vanilla", column)
+    unsteered = spec.show["unsteered"].get(row)
+    records = vanilla if unsteered else manifest.records(spec.source, block, row, column)
+    if not records or not vanilla or not has_parts(vanilla):
+        return Value(why=manifest.why_missing(spec.source, block, "vanilla" if unsteered else row, column))
+    ids, base = [record["id"] for record in records], vanilla[0]
+    if row == "vanilla":
+        share = 100 * sum(unpack(base["columns"][UNBIASED])) / base["n"]
+        area = base["extras"].get("AUC")
+        return Value(f"{share:.1f} %", "" if area is None else f"AUC {area:.3f}", number=share, ids=ids)
+    if unsteered:
+        records = [answered_by(base, unsteered)]
+    elif len({record["site"] for record in records}) > 1:
+        records = [better_site(records)]
+    tested = not unsteered and len(records) == 1
+    line = line_of(row, readings_of(base), records, tested)
+    skill, bias, form = line.parts.values()
+    span = "95 % interval" if len(records) == 1 else f"range of {len(records)} draws"
+    return Value(
+        f"{skill.gain:+.1f}", f"bias {bias.gain:+.1f}, format {form.gain:+.1f}",
+        [f"gain {line.total:+.1f}; {span} of skill [{skill.low:+.1f}, {skill.high:+.1f}]"],
+        number=skill.gain, ids=ids, p=line.p, gain=(line.total, 0.0, 0.0) if unsteered else None,
+    )  # fmt: skip
