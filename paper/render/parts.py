@@ -14,43 +14,39 @@ from paper.specs import Spec
 
 
 def parts(spec: Spec, manifest: Manifest, block: str) -> Block:
-    rows = [
-        Row(
-            row,
-            fields["label"],
-            fields.get("ours", False),
-            [_value(spec, manifest, block, row, c) for c in spec.columns],
-        )
-        for row, fields in spec.rows.items()
-    ]
-    tested = [value for row in rows for value in row.values if value.p is not None]
-    for value, p in zip(tested, holm([value.p for value in tested]), strict=True):
-        value.p, value.significant = p, p < LEVEL
+    rows, tested = [], []
+    for row, fields in spec.rows.items():
+        both = [_value(spec, manifest, block, row, column) for column in spec.columns]
+        rows.append(Row(row, fields["label"], fields.get("ours", False), [value for value, _ in both]))
+        tested += [(value, p) for value, p in both if p is not None]
+    for (value, _), p in zip(tested, holm([p for _, p in tested]), strict=True):
+        value.significant = p < LEVEL
         value.facts.append(f"p of skill {p:.2g}")
     return Block(block, list(spec.columns), list(spec.columns), rows)
 
 
-def _value(spec: Spec, manifest: Manifest, block: str, row: str, column: str) -> Value:
+def _value(spec: Spec, manifest: Manifest, block: str, row: str, column: str) -> tuple[Value, float | None]:
+    """Return what is shown, and the p of the skill of a single run."""
     vanilla = manifest.records(spec.source, block, "vanilla", column)
     unsteered = spec.show["unsteered"].get(row)
     records = vanilla if unsteered else manifest.records(spec.source, block, row, column)
     if not records or not vanilla or not has_parts(vanilla):
-        return Value(why=manifest.why_missing(spec.source, block, "vanilla" if unsteered else row, column))
+        return Value(why=manifest.why_missing(spec.source, block, "vanilla" if unsteered else row, column)), None
     ids, base = [record["id"] for record in records], vanilla[0]
     if row == "vanilla":
         share = 100 * sum(unpack(base["columns"][UNBIASED])) / base["n"]
         area = base["extras"].get("AUC")
-        return Value(f"{share:.1f} %", "" if area is None else f"AUC {area:.3f}", number=share, ids=ids)
+        return Value(f"{share:.1f} %", "" if area is None else f"AUC {area:.3f}", number=share, ids=ids), None
     if unsteered:
         records = [answered_by(base, unsteered)]
     elif len({record["site"] for record in records}) > 1:
         records = [better_site(records)]
-    tested = not unsteered and len(records) == 1
-    line = line_of(row, readings_of(base), records, tested)
+    line = line_of(row, readings_of(base), records, tested=not unsteered)
     skill, bias, form = line.parts.values()
     span = "95 % interval" if len(records) == 1 else f"range of {len(records)} draws"
-    return Value(
+    shown = Value(
         f"{skill.gain:+.1f}", f"bias {bias.gain:+.1f}, format {form.gain:+.1f}",
         [f"gain {line.total:+.1f}; {span} of skill [{skill.low:+.1f}, {skill.high:+.1f}]"],
-        number=skill.gain, ids=ids, p=line.p, gain=(line.total, 0.0, 0.0) if unsteered else None,
+        number=skill.gain, ids=ids,
     )  # fmt: skip
+    return shown, line.p

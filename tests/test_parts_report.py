@@ -1,0 +1,98 @@
+"""The tables of what gains are made of: from made-up records whose parts are known."""
+
+import pytest
+
+from eval.decomposition import LIKELIER, UNBIASED
+from experiments import parts_report, records
+from paper.manifest import Manifest
+from paper.render.parts import parts
+from paper.specs import Spec
+
+N = 200
+
+
+def row(method: str, exact: int, likelier: int, unbiased: int, site: str | None = "ffn", draw: int = 0) -> dict:
+    """A record in which the first so many items are right, by each reading."""
+    columns = {
+        "exact match": [item < exact for item in range(N)],
+        LIKELIER: [item < likelier for item in range(N)],
+        UNBIASED: [item < unbiased for item in range(N)],
+        "an option at all": [item < exact for item in range(N)],
+    }
+    return {
+        "id": f"{method}-{draw}", "method": method, "site": site, "draw": draw, "options": {}, "n": N, "right": exact,
+        "measure": "exact match", "test_split": "test", "columns": records.pack_columns(columns),
+        "outcomes": records.pack(columns["exact match"]), "extras": {"AUC": 0.75}, "gained": 0, "lost": 0, "p": 1.0,
+    }  # fmt: skip
+
+
+VANILLA = row("vanilla", 80, 100, 120, site=None)
+BIASED = row("published", 120, 120, 120)  # it answers as the unsteered model does without its preference
+SKILLED = row("causal", 160, 160, 170)
+CONTROLS = [row("random", 80 + 20 * draw, 100, 120, draw=draw) for draw in (0, 1, 2)]
+ROWS = [VANILLA, *CONTROLS, BIASED, SKILLED]
+
+
+def test_a_line_per_row_and_two_that_steer_nothing():
+    lines = {line.name: line for line in parts_report.lines_of(ROWS, {})}
+    gains = {name: {part.name: part.gain for part in line.parts.values()} for name, line in lines.items()}
+    assert gains["forced choice, nothing steered"] == {"skill": 0, "bias": 0, "format": 10}
+    assert gains["fitted offset, nothing steered"] == {"skill": 0, "bias": 10, "format": 10}
+    assert gains["published, FFN"] == {"skill": 0, "bias": 10, "format": 10}
+    assert gains["causal, FFN"] == {"skill": 25, "bias": 5, "format": 10}
+    assert lines["causal, FFN"].total == 40 and lines["causal, FFN"].p < 1e-9 and lines["published, FFN"].p == 1
+    control = lines["random, FFN, 3 draws"]
+    assert control.p is None and control.total == 10
+    assert (control.parts["format"].low, control.parts["format"].gain, control.parts["format"].high) == (0, 10, 20)
+
+
+def test_better_is_said_of_skill_alone():
+    published, causal = parts_report.verdict(ROWS, {})
+    assert "published, FFN: +20.0 points; no skill is shown" in published
+    assert "+10.0 points are" in published and "does not beat fitted offset" in published
+    assert "the model is better: +25.0 points are skill" in causal and "does not beat" not in causal
+    table = parts_report.table(ROWS, {})
+    assert "| causal, FFN | +40.0 | +25.0 [" in table and table.count("\n|") == 2 + 2 + 3
+
+
+def test_rows_as_skill_gain_what_is_skill():
+    vanilla, *_, causal = parts_report.as_skill(ROWS)
+    assert (vanilla["right"], causal["right"], causal["measure"]) == (120, 170, UNBIASED)
+    assert vanilla["outcomes"] == VANILLA["columns"][UNBIASED]
+    unreached = {"method": "caa", "kl": {"unreached": "it changes nothing"}}
+    assert parts_report.as_skill([unreached]) == [unreached]
+
+
+class Kept(Manifest):
+    """A manifest that holds these records, by row."""
+
+    def __init__(self, by_row: dict[str, list[dict]]):
+        self.by_row = by_row
+
+    def records(self, spec, block, row, column):
+        return self.by_row.get(row, [])
+
+    def why_missing(self, spec, block, row, column):
+        return "not run"
+
+
+@pytest.fixture
+def spec() -> Spec:
+    names = ("vanilla", "offset", "published", "causal", "random", "caa")
+    return Spec(
+        "parts", "embedded", "title", "parts", "says", {"m": {}}, {name: {"label": name} for name in names}, {"copa": {}},
+        source="table1", show={"unsteered": {"offset": UNBIASED}},
+    )  # fmt: skip
+
+
+def test_the_table_of_the_report(spec):
+    kept = Kept({"vanilla": [VANILLA], "published": [BIASED], "causal": [SKILLED], "random": CONTROLS})
+    shown = {one.key: one.values[0] for one in parts(spec, kept, "m").rows}
+    assert (shown["vanilla"].text, shown["vanilla"].small) == ("60.0 %", "AUC 0.750")
+    assert (shown["offset"].text, shown["offset"].small) == ("+0.0", "bias +10.0, format +10.0")
+    assert (shown["causal"].text, shown["causal"].marks) == ("+25.0", "*")
+    assert (shown["published"].text, shown["published"].marks) == ("+0.0", "")
+    assert "gain +10.0; range of 3 draws of skill [+0.0, +0.0]" in shown["random"].facts
+    assert shown["caa"].why == "not run" and spec.reads == {"vanilla", "published", "causal", "random", "caa"}
+    old = VANILLA | {"columns": {"exact match": VANILLA["outcomes"]}}
+    assert parts(spec, Kept({"vanilla": [old], "causal": [SKILLED]}), "m").rows[3].values[0].text == "–"
