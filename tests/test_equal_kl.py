@@ -365,7 +365,10 @@ def test_the_comparison_at_equal_kl(tmp_path, capsys, monkeypatch):
     main.main(command)
     output = capsys.readouterr().out
     table = [line for line in output.splitlines() if line.startswith("|")]
-    assert sum("| 0.01 |" in line for line in table) == 4, "published runs at each of the sites"
+    assert sum("| 0.01 |" in line for line in table) == 2 * 4, (
+        "published runs at each of the sites; skill is a table of its own"
+    )
+    assert "Skill alone:" in output
     assert any("prompt only" in line for line in table) and "is not brought to 9.0" in output
     (picture,) = tmp_path.glob("*-at-kl.png")
     assert (
