@@ -21,6 +21,10 @@ COMMANDS = {  # name -> module with a main, and what it does
         "steer single AUs of your model, and compare what they change with their scores",
     ),
     "truth": ("paper.measure_truth", "check which scores of single AUs predict the measured effect of steering them"),
+    "readouts": (
+        "experiments.readouts",
+        "show where a model has skill to steer: what it gets right unsteered, by task and read-out",
+    ),
     "fisher": (
         "austeer.commands.fisher",
         "measure what steering a model costs, for plans of a stated cost (set_MFU.py --kl)",

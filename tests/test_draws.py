@@ -33,7 +33,7 @@ def task_of(name, data, **settings):
 @pytest.mark.parametrize("name", PAPER_TASKS)
 @pytest.mark.parametrize("more", [{}, {"general_pairs": True}, {"protocol": "paper"}, {"swapped_choices": True}])
 def test_every_pair_has_the_group_of_its_row(name, more, data):
-    if (name == "copa-choices" and "protocol" in more) or (name != "copa" and "swapped_choices" in more):
+    if (name.endswith("-choices") and "protocol" in more) or (name != "copa" and "swapped_choices" in more):
         return
     task = task_of(name, data, **more)
     assert len(task.groups) == len(task.pairs) > 0

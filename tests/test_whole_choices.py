@@ -1,4 +1,4 @@
-"""COPA by whole choices: the texts, the likelihoods by a plain loop, what is refused, and the command."""
+"""Tasks by whole choices: the texts, the likelihoods by a plain loop, what is refused, and the command."""
 
 import json
 
@@ -13,8 +13,9 @@ from austeer.pairs import Pair
 from eval.answering.answer_file import Answer
 from eval.answering.live import LiveAnswerer
 from eval.data.similar import TFIDF
+from eval.data.wording import OWN
 from eval.tasks.likelihood import with_whole_answers
-from eval.tasks.registry import paper_task
+from eval.tasks.registry import PAPER_TASKS, paper_task
 from experiments.bench import BENCHES
 
 
@@ -60,10 +61,34 @@ def test_texts_are_the_event_its_link_and_the_choices(tmp_path):
     assert task.words.instruction == paper_task("copa", data_dir=tmp_path).words.instruction
 
 
-def test_rows_and_splits_are_those_of_copa(data):
-    ours, letters = task_of(data), paper_task("copa", data_dir=data)
+def test_winogrande_and_storycloze_go_on_with_either_choice():
+    winogrande, storycloze = PAPER_TASKS["winogrande-choices"], PAPER_TASKS["storycloze-choices"]
+    words = json.loads(OWN.read_text())
+    row = {"sentence": " Sarah operated better than Maria so _ got the easier cases.", "option1": "Sarah", "option2": "Maria",
+           "answer": "2"}  # fmt: skip
+    filled = winogrande._filled(None, words["winogrande-choices"]["test"], row)
+    assert filled == (
+        "Sarah operated better than Maria so",
+        " Maria got the easier cases.",
+        " Sarah got the easier cases.",
+    )
+    story = {
+        **{f"sent{n}": f"Sentence {n}. " for n in (1, 2, 3, 4)},
+        "ending1": "The end.",
+        "ending2": " No end. ",
+        "label": 1,
+    }
+    filled = storycloze._filled(storycloze, words["storycloze-choices"]["test"], story)
+    assert filled == ("Sentence 1. Sentence 2. Sentence 3. Sentence 4.", " The end.", " No end.")
+
+
+@pytest.mark.parametrize("name", ["copa", "winogrande", "storycloze"])
+def test_rows_and_splits_are_those_of_the_task_by_letters(data, name):
+    ours, letters = (paper_task(task, data_dir=data) for task in (f"{name}-choices", name))
     assert ours.split == letters.split
     assert len(ours.pairs) == len(letters.pairs) and len(ours.test) == len(letters.test)
+    for item, pair in zip(ours.test, ours.pairs, strict=False):
+        assert item.gold != item.wrong and pair.positive != pair.negative
 
 
 def by_a_plain_loop(model, tokenizer, prompt, *answers):

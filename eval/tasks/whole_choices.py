@@ -1,10 +1,11 @@
-"""COPA by whole choices: the event goes on with "because" or "so", and the likelier of the two choices is the answer.
+"""COPA, WinoGrande and StoryCloze by whole choices: a text goes on with either choice, and the likelier one is the answer.
 
 Small models can tell which sentence follows, though not which letter names it: asked for a letter, they guess.
 """
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections import Counter
 from collections.abc import Sequence
 
@@ -15,16 +16,15 @@ from eval.data.wording import fill
 from eval.tasks.base import Scores
 from eval.tasks.dataset import DatasetTask, Item
 from eval.tasks.likelihood import log_probabilities, with_whole_answers
-from eval.tasks.options import COPA
+from eval.tasks.options import COPA, StoryCloze, WinoGrande
 from rmodels import context_length
 
 
-class COPAChoices(DatasetTask):
-    name, data_of = "copa-choices", COPA.name
+class WholeChoices(DatasetTask):
+    """Score the two choices of a row as continuations. Subclasses say which task's rows they read, and how a row goes on."""
+
     answered_in_words = generates_on_validation = False
     counts_per_token = True
-    keys, columns_of_table = COPA.keys, COPA.columns_of_table
-    read_row, group = COPA.read_row, COPA.group
 
     def __init__(self, *, protocol: str = "clean", chat=None, **settings):
         if chat is not None:
@@ -58,8 +58,18 @@ class COPAChoices(DatasetTask):
     def _item(self, row: dict) -> Item:
         return Item(*self._filled(self.words.test, row))
 
+    @abstractmethod
     def _filled(self, words: dict, row: dict) -> tuple[str, str, str]:
-        """Return the event with its link, then the right choice and the wrong one."""
+        """Return what both choices follow, then the right choice and the wrong one."""
+
+
+class COPAChoices(WholeChoices):
+    name, data_of = "copa-choices", COPA.name
+    keys, columns_of_table = COPA.keys, COPA.columns_of_table
+    read_row, group = COPA.read_row, COPA.group
+
+    def _filled(self, words: dict, row: dict) -> tuple[str, str, str]:
+        """Return the event with its link, "because" or "so", and the choices."""
         event = row["premise"].strip().rstrip(".")
         choices = (row["choice1"].strip(), row["choice2"].strip())
         first, second = (fill(words["choice"], {"choice": text[0].lower() + text[1:]}) for text in choices)
@@ -67,4 +77,30 @@ class COPAChoices(DatasetTask):
         return fill(words[row["question"]], {"event": event}), *ordered
 
 
-TASKS = (COPAChoices,)
+class WinoGrandeChoices(WholeChoices):
+    name, data_of = "winogrande-choices", WinoGrande.name
+    keys, read_row, group = WinoGrande.keys, WinoGrande.read_row, WinoGrande.group
+
+    def _filled(self, words: dict, row: dict) -> tuple[str, str, str]:
+        """Return the sentence up to its blank, and the options with the rest of the sentence."""
+        before, _, after = row["sentence"].strip().partition("_")
+        choices = [
+            fill(words["choice"], {"option": row[name].strip(), "after": after}) for name in ("option1", "option2")
+        ]
+        ordered = choices if row["answer"] == WinoGrande.first else choices[::-1]
+        return fill(words["prompt"], {"before": before.rstrip()}), *ordered
+
+
+class StoryClozeChoices(WholeChoices):
+    name, data_of = "storycloze-choices", StoryCloze.name
+    keys, columns_of_table, read_row = StoryCloze.keys, StoryCloze.columns_of_table, StoryCloze.read_row
+
+    def _filled(self, words: dict, row: dict) -> tuple[str, str, str]:
+        """Return the story, and its two endings."""
+        clean = {name: row[name].strip() for name in self.keys}
+        choices = [fill(words["choice"], {"ending": clean[name]}) for name in ("ending1", "ending2")]
+        ordered = choices if row["label"] == StoryCloze.first else choices[::-1]
+        return fill(words["prompt"], clean), *ordered
+
+
+TASKS = (COPAChoices, WinoGrandeChoices, StoryClozeChoices)

@@ -30,7 +30,9 @@ def _value(spec: Spec, manifest: Manifest, block: str, row: str, column: str) ->
     vanilla = manifest.records(spec.source, block, "vanilla", column)
     unsteered = spec.show["unsteered"].get(row)
     records = vanilla if unsteered else manifest.records(spec.source, block, row, column)
-    if not records or not vanilla or not has_parts(vanilla):
+    if records and vanilla and not has_parts([*vanilla, *records]):
+        return Value(why="computed before gains were taken apart"), None
+    if not records or not vanilla:
         return Value(why=manifest.why_missing(spec.source, block, "vanilla" if unsteered else row, column)), None
     ids, base = [record["id"] for record in records], vanilla[0]
     if row == "vanilla":
