@@ -5,7 +5,8 @@
 
 For each site, or sites that share a budget (--site attention neuron attention+neuron), each k (0: chosen by the budget) and each budget: the KL that the Fisher information
 predicts along the plan's direction, what its diagonal alone would predict, the KL that is measured at first shot, and the
-KL after the corrections, with the forwards they took.
+KL after the corrections, with the forwards they took. Then what a plan takes from pairs that are ranked, in seconds, beside
+what a search over strengths takes on 200 validation items, at the time of these pairs' answers.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import torch
 from figures import keep
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import rmodels
 from austeer import arguments
@@ -24,10 +26,15 @@ from austeer.budget import Budget
 from austeer.errors import run_command
 from austeer.fisher import measure_fisher
 from austeer.kl import KLMeter
-from austeer.methods.base import TOGETHER, sites_of
+from austeer.methods.base import BUDGET, MOST_POINTS, TOGETHER, sites_of
 from austeer.neutral import neutral_text
-from austeer.pairs import read_columns, read_pairs
+from austeer.pairs import Pair, read_columns, read_pairs
+from eval.tasks.likelihood import encoded_items, log_probabilities
 from MFU_screening import TEMPERED, screen
+
+GRID, VALIDATION = MOST_POINTS["full"], 200  # points of a grid, and items that each is asked on
+SEARCHED = BUDGET["full"]  # a race costs at most a quarter of so many points (docs/methods.md)
+TIMED = 64  # pairs
 
 
 def main() -> None:
@@ -64,15 +71,34 @@ def main() -> None:
                 ), flush=True)  # fmt: skip
     within = sum(1 / 1.5 <= row["ratio"] <= 1.5 for row in figures["plans"])
     close = sum(abs(row["corrected"] / row["budget"] - 1) <= 0.1 for row in figures["plans"])
+    figures |= _searches(model, tokenizer, pairs)
+    seconds = [row["seconds"] for row in figures["plans"]]
+    print(
+        f"seconds: {figures['seconds of Fisher information']:.0f} for the Fisher information, once per model; "
+        f"{min(seconds):.0f} to {max(seconds):.0f} for a plan, measured and corrected; "
+        f"{figures['seconds of a grid']:.0f} for a grid of {GRID} points, {figures['seconds of a race']:.0f} at most for a race"
+    )
     print(
         f"{within} of {len(figures['plans'])} within 1/1.5 to 1.5 at first shot, {close} within 10 % after correction"
     )
     keep(figures, args.out)
 
 
+def _searches(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Pair]) -> dict[str, float]:
+    """Return the seconds that searches take: every item-run asks which answer of a pair is the likelier one."""
+    encoded = encoded_items(pairs[:TIMED], tokenizer, rmodels.context_length(model))
+    log_probabilities(model, encoded[:8])  # the first call is slower
+    start = time.perf_counter()
+    log_probabilities(model, encoded)
+    item = (time.perf_counter() - start) / len(encoded)
+    whole = GRID * VALIDATION * item
+    return {"seconds of a grid": round(whole, 1), "seconds of a race": round(SEARCHED * VALIDATION * item / 4, 1)}
+
+
 def _row(budget: Budget, meter: KLMeter, kl: float, k: int | None) -> dict:
-    plan, passes = budget.plan(kl, k), meter.passes
+    plan, passes, start = budget.plan(kl, k), meter.passes, time.perf_counter()
     corrected = budget.plan(kl, plan.header["k"], meter).header
+    seconds = time.perf_counter() - start
     diagonals = budget.fisher.diagonal
     diagonal = sum(float((diagonals[site] * scale.square()).sum()) / 2 for site, scale in plan.scales.items())
     predicted, measured = plan.header["predicted_kl"], corrected["measured_at_first"]
@@ -80,6 +106,7 @@ def _row(budget: Budget, meter: KLMeter, kl: float, k: int | None) -> dict:
         "k": plan.header["k"], "budget": kl, "predicted": predicted, "error": plan.header["predicted_error"],
         "diagonal": diagonal, "measured": measured, "ratio": measured / predicted, "clipped": plan.header["clipped"],
         "corrected": corrected["measured_kl"], "forwards": meter.passes - passes,
+        "seconds": round(seconds, 1),
     }  # fmt: skip
 
 
