@@ -9,6 +9,10 @@ and item by item
     gain in E  =  gain in K                      skill: more is known
                +  fall of (K - C)                bias: less is lost by preferring one option whatever the question
                +  fall of (C - E)                format: the answer is an option, and the likelier one, more often
+
+Of answers that are compared by likelihood, the gain in mean log sigmoid(M), M the log-odds of the right answer, has two parts:
+    skill        the gain at the best temperatures, those that maximise the mean of log sigmoid(M / tau), before and after
+    calibration  the rest: log-odds that fit the model's certainty better, without a single answer becoming right
 """
 
 from __future__ import annotations
@@ -18,9 +22,12 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from scipy.stats import rankdata
 
-from eval.statistics import mcnemar, paired_bootstrap
+from austeer.pairs import Pair
+from austeer.temperature import fit
+from eval.statistics import mcnemar, paired_bootstrap, sign_flip
 
 PARTS = ("skill", "bias", "format")
 LIKELIER = "likelier option"  # C, the name of its column
@@ -100,7 +107,7 @@ def auc(log_odds: Sequence[float], first: Sequence[bool]) -> float | None:
 @dataclass(frozen=True)
 class Part:
     name: str
-    gain: float  # in points
+    gain: float  # in points, of likelihoods in nats
     low: float  # of its 95 % interval, over items
     high: float
     p: float | None  # McNemar's; of skill alone: the other parts are differences of two outcomes
@@ -118,6 +125,32 @@ def taken_apart(before: Readings, after: Readings) -> list[Part]:
         gain, low, high = (100 * value for value in paired_bootstrap(old, new))
         parts.append(Part(name, gain, low, high, mcnemar(old, new)[2] if name == "skill" else None))
     return parts
+
+
+def likelihood_taken_apart(before: Sequence[float], runs: Sequence[Sequence[float]]) -> list[Part]:
+    """Return the parts of the gain of a likelihood from log-odds of the right answers, in nats. They add up to it.
+
+    runs: log-odds of the same items, one list for each draw; the gains of an item are averaged over draws.
+    """
+    of_runs = [
+        [_likelihood(of, tau) - _likelihood(before, base) for tau, base in ((1.0, 1.0), (_temperature(of), _temperature(before)))]
+        for of in runs
+    ]  # fmt: skip
+    raw, skill = np.mean(of_runs, axis=0)
+    zero = np.zeros(len(skill))
+    return [
+        Part(name, *paired_bootstrap(zero, gains), p=sign_flip(gains) if name == "skill" else None)
+        for name, gains in (("skill", skill), ("calibration", raw - skill))
+    ]
+
+
+def _likelihood(log_odds: Sequence[float], tau: float) -> np.ndarray:
+    return -np.logaddexp(0.0, -np.asarray(log_odds, float) / tau)
+
+
+def _temperature(log_odds: Sequence[float]) -> float:
+    alike = [Pair("", "right", "wrong")] * len(log_odds)  # no answer is shared, so no offsets are fitted
+    return fit(torch.tensor(log_odds, dtype=torch.float64), alike).tau
 
 
 def _minus(one: Sequence[bool], another: Sequence[bool]) -> list[int]:

@@ -305,6 +305,8 @@ def _report(rows: dict[str, list[dict]], store: Store, sites: Sequence[str], arg
         if parts_report.has_parts(task_rows):
             text += [parts_report.table(task_rows, LABELS), ""]
             text += [f"- {line}" for line in parts_report.verdict(task_rows, LABELS)] + [""]
+        if likelihoods := parts_report.likelihood_table(task_rows, LABELS):
+            text += [likelihoods, ""]
         measures = report.other_measures(task_rows, LABELS)
         text += [measures, ""] if measures else []
         text += [_conditions(task_rows, args), ""]
@@ -344,6 +346,8 @@ def _report_at_kl(rows: dict[str, list[dict]], store: Store, sites: Sequence[str
         if parts_report.has_parts(task_rows):
             task_rows = rows[task] = parts_report.as_skill(task_rows)
             text += ["Skill alone:", "", kl_report.table(task_rows, LABELS), ""]
+        if likelihoods := parts_report.likelihood_table(task_rows, LABELS):
+            text += [likelihoods, ""]
         text += [_conditions(task_rows, args), ""]
     file = Path(args.results) / f"{_file_name(args)}-at-kl.md"
     write_text(file, "\n".join(text))

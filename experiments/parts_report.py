@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import mean
 
-from eval.decomposition import LIKELIER, UNBIASED, Part, Readings, taken_apart
+from eval.decomposition import LIKELIER, UNBIASED, Part, Readings, likelihood_taken_apart, taken_apart
 from eval.statistics import holm, mcnemar
 from experiments.records import unpack
 from experiments.report import CONTROLS, gain, name_of, row_name
 
 LEVEL = 0.05
+LOG_ODDS = "log-odds"  # the column of tasks that compare answers by likelihood
 # what the unsteered model's own preferences would answer: a method has to beat these, too
 UNSTEERED = {"forced choice, nothing steered": LIKELIER, "fitted offset, nothing steered": UNBIASED}
 
@@ -106,6 +107,32 @@ def table(rows: Sequence[dict], labels: dict[str, str]) -> str:
 def _adjusted(lines: Sequence[Line]) -> dict[int, float]:
     tested = [line for line in lines if line.p is not None]
     return dict(zip(map(id, tested), holm([line.p for line in tested]), strict=True))
+
+
+def likelihood_table(rows: Sequence[dict], labels: dict[str, str]) -> str:
+    """Return a table of the gains of likelihoods, for tasks that compare answers by them; "" for others."""
+    vanilla = next(row for row in rows if row["method"] == "vanilla")
+    if LOG_ODDS not in vanilla["columns"]:
+        return ""
+    out = [
+        "What the gains in likelihood are made of, mean log sigmoid of the log-odds of the right answer, in nats: skill, the gain at "
+        "the best temperatures before and after; calibration, the rest. Gains of an item are averaged over draws; [95 % interval over "
+        "items]; p: of skill, by random signs",
+        "",
+        "| method | gain | skill | p | calibration |",
+        "|---|--:|--:|--:|--:|",
+    ]
+    groups: dict[str, list[dict]] = {}
+    for row in rows:
+        if row is not vanilla and "columns" in row:
+            level = f" at {row['kl']['asked']:g}" if "asked" in row.get("kl", {}) else ""
+            groups.setdefault(name_of(row, labels) + level, []).append(row)
+    for name, draws in groups.items():
+        skill, rest = likelihood_taken_apart(vanilla["columns"][LOG_ODDS], [row["columns"][LOG_ODDS] for row in draws])
+        spans = [f"{part.gain:+.4f} [{part.low:+.4f}, {part.high:+.4f}]" for part in (skill, rest)]
+        shown = f"{name}, {len(draws)} draws" if len(draws) > 1 else name
+        out.append(f"| {shown} | {skill.gain + rest.gain:+.4f} | {spans[0]} | {skill.p:.1g} | {spans[1]} |")
+    return "\n".join(out)
 
 
 def verdict(rows: Sequence[dict], labels: dict[str, str]) -> list[str]:

@@ -1,11 +1,21 @@
 """Gains taken apart into skill, bias and format: on made-up answers whose parts are known."""
 
+import math
 import random
 
 import pytest
 from scipy.stats import mannwhitneyu
 
-from eval.decomposition import PARTS, Readings, auc, cross_fitted, fitted_offset, is_right, taken_apart
+from eval.decomposition import (
+    PARTS,
+    Readings,
+    auc,
+    cross_fitted,
+    fitted_offset,
+    is_right,
+    likelihood_taken_apart,
+    taken_apart,
+)
 
 N = 400
 FIRST = [number % 3 > 0 for number in range(N)]  # the first option is right in two of three items
@@ -96,3 +106,22 @@ def test_auc_is_that_of_mann_and_whitney():
     assert ours == pytest.approx(mannwhitneyu(right, wrong).statistic / len(right) / len(wrong))
     assert ours == auc([value + 7 for value in log_odds], FIRST), "a constant changes nothing"
     assert auc([1.0, 2.0], [True, True]) is None, "only one option is ever right"
+
+
+def test_a_likelihood_gains_by_skill_or_by_calibration():
+    """Halving all log-odds is calibration alone; knowing more is skill, at any scale."""
+    draw = random.Random(0)
+    before = [6 * (1 + draw.gauss(0, 2)) for _ in range(N)]
+    skill, calibration = likelihood_taken_apart(before, [[value / 4 for value in before]])
+    assert abs(skill.gain) < 1e-4 and calibration.gain > 0.5 and calibration.low > 0
+
+    def likelihood(values, tau=1.0):
+        return sum(-math.log1p(math.exp(-value / tau)) for value in values) / N
+
+    more = [value + 4 for value in before]
+    skill, calibration = likelihood_taken_apart(before, [more])
+    best = [max(likelihood(values, step / 10) for step in range(5, 400)) for values in (before, more)]
+    assert skill.gain == pytest.approx(best[1] - best[0], abs=1e-3) and skill.low > 0 and skill.p < 0.01
+    assert skill.gain + calibration.gain == pytest.approx(likelihood(more) - likelihood(before))
+    both, _ = likelihood_taken_apart(before, [more, before])
+    assert both.gain == pytest.approx(skill.gain / 2), "the mean of two draws"

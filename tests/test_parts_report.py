@@ -98,3 +98,21 @@ def test_the_table_of_the_report(spec):
     for mixed in ({"vanilla": [old], "causal": [SKILLED]}, {"vanilla": [VANILLA], "causal": [old]}):
         value = parts(spec, Kept(mixed), "m").rows[3].values[0]
         assert (value.text, value.why) == ("–", "computed before gains were taken apart")
+
+
+def test_likelihoods_average_draws():
+    def record(method, shift, draw=0, **more):
+        columns = {
+            "likelier choice": records.pack([True] * N),
+            "log-odds": [shift + item / 20 - 4 for item in range(N)],
+        }
+        return {"method": method, "site": None, "options": {}, "draw": draw, "columns": columns, **more}
+
+    vanilla = record("vanilla", 0.0)
+    draws = [record("causal", 1.0, draw, kl={"asked": 0.03}) for draw in (0, 1)]
+    untested = {"method": "caa", "kl": {"unreached": "it changes nothing"}}
+    table = parts_report.likelihood_table([vanilla, *draws, untested], {}).splitlines()
+    (line,) = [line for line in table if line.startswith("| causal")]
+    single = parts_report.likelihood_table([vanilla, draws[0]], {}).splitlines()[-1]
+    assert line.startswith("| causal at 0.03, 2 draws | +") and line.split(" | ")[1:] == single.split(" | ")[1:]
+    assert parts_report.likelihood_table(ROWS, {}) == "", "these answers are not compared by likelihood"
