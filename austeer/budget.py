@@ -39,9 +39,8 @@ RIDGE = 3.0  # of the discriminant
 LIMIT = 1.0  # the largest gate: an AU is at most doubled or silenced
 FEWEST = 16  # AUs of the smallest plan that is tried
 ENOUGH = 0.98  # k is the smallest that gains this share of the most ...
-FEW_CUT = (
-    0.1  # ... of those with at most this share of their gates cut off, if there are any: first order ends at the limit
-)
+# ... of those with at most this share of their gates cut off, if there are any: first order ends at the limit
+FEW_CUT = 0.1
 CORRECTIONS = 3
 CLOSE = 0.03  # a measured KL this near to the budget, as a share of it, needs no correction
 MASSIVE = 1000.0  # an AU that costs this many medians of its site belongs to a massive activation
@@ -138,7 +137,8 @@ class Budget:
             "clipped": clipped,
         }
         found |= {"measured_at_first": first} if meter else {}
-        found |= {"left_out": left_out} if (left_out := int((~self.usable).sum())) else {}
+        if left_out := int((~self.usable).sum()):
+            found["left_out"] = left_out
         if clipped == len(gates) and cost < kl * (1 - CLOSE):
             found["reached"] = (
                 f"a budget of {kl:g} is more than {clipped} gates of up to {self.limit:g} cost: {cost:.3g}"
@@ -155,7 +155,8 @@ class Budget:
     def random_direction(self, k: int, seed: int) -> Direction:
         """Return k random AUs with random signs, each at the same cost."""
         generator = torch.Generator().manual_seed(seed)
-        aus = torch.randperm(len(self.cost), generator=generator)[: self._checked(k)]
+        usable = self.usable.nonzero().flatten()
+        aus = usable[torch.randperm(len(usable), generator=generator)[: self._checked(k)]]
         signs = torch.randint(0, 2, (len(aus),), generator=generator).double() * 2 - 1
         return Direction(aus, signs / self.cost[aus].sqrt())
 

@@ -79,7 +79,7 @@ class Fisher:
 
     def price_with_error(self, products: Tensor) -> tuple[float, float]:
         """Return that KL, and its standard error over the passages."""
-        by_passage = products.double().square().view(-1, DRAWS).mean(1) / 2 / self.header["positions"]
+        by_passage = products.double().square().view(-1, self.header["draws"]).mean(1) / 2 / self.header["positions"]
         return float(by_passage.mean()), float(by_passage.std() / len(by_passage) ** 0.5)
 
     def save(self, path: str | Path) -> None:

@@ -52,9 +52,10 @@ def neutral_text(
     name = path.name if source else "WikiText-2" if found else "the project's prose"
     lead = lead_of(tokenizer)
     ids = tokenizer(read_text(path), add_special_tokens=False, verbose=False)["input_ids"]
-    if ids.count(tokenizer.unk_token_id) > MOST_UNKNOWN * len(ids):
+    unknown = ids.count(tokenizer.unk_token_id)
+    if unknown > MOST_UNKNOWN * len(ids):
         raise AUSteerError(
-            f"{ids.count(tokenizer.unk_token_id)} of {len(ids)} tokens of {name} are unknown to this model's tokenizer: "
+            f"{unknown} of {len(ids)} tokens of {name} are unknown to this model's tokenizer: "
             "name a text that it can read by --neutral"
         )
     own = LENGTH - len(lead)

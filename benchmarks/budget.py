@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from figures import keep
+from figures import keep, markdown
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import rmodels
@@ -82,6 +82,27 @@ def main() -> None:
         f"{within} of {len(figures['plans'])} within 1/1.5 to 1.5 at first shot, {close} within 10 % after correction"
     )
     keep(figures, args.out)
+
+
+def ratios(figures: Sequence[dict]) -> str:
+    """Return a table of several models: measured over predicted KL at first shot, and what was reached over what was asked."""
+    rows = []
+    for one in figures:
+        for sites, chosen in dict.fromkeys((plan["sites"], plan["default k"]) for plan in one["plans"]):
+            plans = [plan for plan in one["plans"] if (plan["sites"], plan["default k"]) == (sites, chosen)]
+            ks = list(dict.fromkeys(str(plan["k"]) for plan in plans))
+            cells = [
+                [f"{value:.2f}" for value in values]
+                for values in (
+                    [plan["ratio"] for plan in plans],
+                    [plan["corrected"] / plan["budget"] for plan in plans],
+                    [plan["measured"] / plan["diagonal"] for plan in plans],
+                )
+            ]
+            rows.append([one["model"], sites, ", ".join(ks), *map(", ".join, cells)])
+    budgets = ", ".join(f"{kl:g}" for kl in dict.fromkeys(plan["budget"] for plan in figures[0]["plans"]))
+    head = ["model", "sites", "AUs", f"measured / predicted at {budgets}", "corrected / asked", "measured / diagonal"]
+    return markdown(head, rows, words=3)
 
 
 def _searches(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Pair]) -> dict[str, float]:

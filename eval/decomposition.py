@@ -6,13 +6,13 @@ Of every item three things are known, steered and not:
     K  the same, once a constant is taken off the log-odds of the first option: what the model would answer if it
        preferred neither option as such. The constant is fitted on items that are not counted here
 and item by item
-    gain in E  =  gain in K                      skill: more is known
-               +  fall of (K - C)                bias: less is lost by preferring one option whatever the question
+    gain in E  =  gain in K                      skill: the model knows more
+               +  fall of (K - C)                bias: a constant preference costs fewer answers
                +  fall of (C - E)                format: the answer is an option, and the likelier one, more often
 
 Of answers that are compared by likelihood, the gain in mean log sigmoid(M), M the log-odds of the right answer, has two parts:
     skill        the gain at the best temperatures, those that maximise the mean of log sigmoid(M / tau), before and after
-    calibration  the rest: log-odds that fit the model's certainty better, without a single answer becoming right
+    calibration  the rest: log-odds whose size fits better how often they are right
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from scipy.stats import rankdata
 
 from austeer.pairs import Pair
 from austeer.temperature import fit
-from eval.statistics import mcnemar, paired_bootstrap, sign_flip
+from eval.statistics import bootstrap, mcnemar, sign_flip
 
 PARTS = ("skill", "bias", "format")
 LIKELIER = "likelier option"  # C, the name of its column
@@ -60,7 +60,7 @@ def is_right(log_odds: Sequence[float], first: Sequence[bool], offset: float) ->
 
 
 def fitted_offset(log_odds: Sequence[float], first: Sequence[bool]) -> float:
-    """Return the constant with the most right answers; of several the one nearest to 0.
+    """Return the constant that makes the most answers right; among equals, the one nearest to 0.
 
     The candidates are 0 and the middles between neighbours, so that no item decides by a tie.
     """
@@ -113,18 +113,26 @@ class Part:
     p: float | None  # McNemar's; of skill alone: the other parts are differences of two outcomes
 
 
+def changes(before: Readings, after: Readings) -> dict[str, np.ndarray]:
+    """Return the parts of the gain of every item. They add up to its gain in exact match."""
+    (e, c, k), (e_after, c_after, k_after) = (
+        (np.asarray(values, int) for values in (one.exact, one.likelier, one.unbiased)) for one in (before, after)
+    )
+    return {"skill": k_after - k, "bias": (k - c) - (k_after - c_after), "format": (c - e) - (c_after - e_after)}
+
+
 def taken_apart(before: Readings, after: Readings) -> list[Part]:
-    """Return the parts of the gain, in points. They add up to the gain in exact match."""
-    values = {
-        "skill": (before.unbiased, after.unbiased),
-        "bias": (_minus(before.likelier, before.unbiased), _minus(after.likelier, after.unbiased)),
-        "format": (_minus(before.exact, before.likelier), _minus(after.exact, after.likelier)),
-    }
-    parts = []
-    for name, (old, new) in values.items():
-        gain, low, high = (100 * value for value in paired_bootstrap(old, new))
-        parts.append(Part(name, gain, low, high, mcnemar(old, new)[2] if name == "skill" else None))
-    return parts
+    """Return the parts of the gain, in points, with intervals over items. They add up to the gain in exact match."""
+    p = mcnemar(before.unbiased, after.unbiased)[2]
+    return [
+        Part(
+            name,
+            100 * float(values.mean()),
+            *(100 * edge for edge in bootstrap(values)),
+            p if name == "skill" else None,
+        )
+        for name, values in changes(before, after).items()
+    ]
 
 
 def likelihood_taken_apart(before: Sequence[float], runs: Sequence[Sequence[float]]) -> list[Part]:
@@ -137,9 +145,8 @@ def likelihood_taken_apart(before: Sequence[float], runs: Sequence[Sequence[floa
         for of in runs
     ]  # fmt: skip
     raw, skill = np.mean(of_runs, axis=0)
-    zero = np.zeros(len(skill))
     return [
-        Part(name, *paired_bootstrap(zero, gains), p=sign_flip(gains) if name == "skill" else None)
+        Part(name, float(gains.mean()), *bootstrap(gains), sign_flip(gains) if name == "skill" else None)
         for name, gains in (("skill", skill), ("calibration", raw - skill))
     ]
 
@@ -151,7 +158,3 @@ def _likelihood(log_odds: Sequence[float], tau: float) -> np.ndarray:
 def _temperature(log_odds: Sequence[float]) -> float:
     alike = [Pair("", "right", "wrong")] * len(log_odds)  # no answer is shared, so no offsets are fitted
     return fit(torch.tensor(log_odds, dtype=torch.float64), alike).tau
-
-
-def _minus(one: Sequence[bool], another: Sequence[bool]) -> list[int]:
-    return [int(a) - int(b) for a, b in zip(one, another, strict=True)]

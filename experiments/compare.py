@@ -5,7 +5,7 @@ python main.py --data_name svamp --applied_module ffn      one task, one site
 python main.py --model M --data_name copa                  a task of the paper on a real model
 python main.py --model M --pairs mine.jsonl                your model, your pairs
 python main.py --model M --pairs mine.jsonl --method fisher causal random-at-kl --at-kl 0.01 0.03
-                                                           every method at the same KL, and nothing searched
+                                                           every method at the same KL, no strength searched
 """
 
 from __future__ import annotations
@@ -298,13 +298,14 @@ def _places(method: Method, sites: Sequence[str]) -> Sequence[str]:
 
 
 def _report(rows: dict[str, list[dict]], store: Store, sites: Sequence[str], args: argparse.Namespace) -> None:
-    text = []
+    text, parts = [], {}
     for task, task_rows in rows.items():
         text += [f"## {task}", "", report.table(task_rows, LABELS), ""]
         text += [f"- {line}" for line in report.verdict(task_rows, LABELS)] + [""]
         if parts_report.has_parts(task_rows):
-            text += [parts_report.table(task_rows, LABELS), ""]
-            text += [f"- {line}" for line in parts_report.verdict(task_rows, LABELS)] + [""]
+            lines = parts[task] = parts_report.lines_of(task_rows, LABELS)
+            text += [parts_report.table(lines), ""]
+            text += [f"- {line}" for line in parts_report.verdict(lines, task_rows[0])] + [""]
         if likelihoods := parts_report.likelihood_table(task_rows, LABELS):
             text += [likelihoods, ""]
         measures = report.other_measures(task_rows, LABELS)
@@ -326,7 +327,6 @@ def _report(rows: dict[str, list[dict]], store: Store, sites: Sequence[str], arg
         }
         plots.comparison(rows, scores, LABELS, method, folder / f"{name}.png")
         print(f"picture: {folder / name}.png")
-    parts = {task: parts_report.lines_of(r, LABELS) for task, r in rows.items() if parts_report.has_parts(r)}
     if parts and args.steer:
         plots.parts_of_gains(parts, folder / f"{name}-parts.png")
         print(f"parts of the gains: {folder / name}-parts.png")
@@ -340,19 +340,21 @@ def _report(rows: dict[str, list[dict]], store: Store, sites: Sequence[str], arg
 
 
 def _report_at_kl(rows: dict[str, list[dict]], store: Store, sites: Sequence[str], args: argparse.Namespace) -> None:
-    text = []
+    text, curves = [], {}
     for task, task_rows in rows.items():
-        text += [f"## {task}", "", kl_report.table(task_rows, LABELS), ""]
+        text += [f"## {task}", "", kl_report.heading(task_rows, LABELS), ""]
+        shown = {task: task_rows}
         if parts_report.has_parts(task_rows):
-            task_rows = rows[task] = parts_report.as_skill(task_rows)
-            text += ["Skill alone:", "", kl_report.table(task_rows, LABELS), ""]
+            shown[f"{task}: skill"] = parts_report.as_skill(task_rows)
+        for name, same_rows in shown.items():
+            text += [f"{kl_report.measure(same_rows)}:", "", kl_report.table(same_rows, LABELS), ""]
+            curves[name] = kl_report.curves(same_rows, LABELS)
         if likelihoods := parts_report.likelihood_table(task_rows, LABELS):
             text += [likelihoods, ""]
         text += [_conditions(task_rows, args), ""]
     file = Path(args.results) / f"{_file_name(args)}-at-kl.md"
     write_text(file, "\n".join(text))
     print("\n" + "\n".join(text))
-    curves = {task: kl_report.curves(task_rows, LABELS) for task, task_rows in rows.items()}
     if any(curves.values()):
         plots.gain_over_kl(curves, file.with_suffix(".png"))
         print(f"picture: {file.with_suffix('.png')}")

@@ -70,7 +70,7 @@ def _cost(change: Change, factor: float, meter: Callable[[Change], float]) -> fl
 def candidates(points: Sequence[GridPoint]) -> list[GridPoint]:
     """Return the grid points that are brought to a KL: with the most AUs, at the gentlest strength, and every other choice.
 
-    Where the other axes have too many settings together, each keeps two: those at a quarter and at three quarters of it.
+    Where the other choices are more than MOST_CANDIDATES together, each axis keeps some of its values, evenly spaced.
     """
     axes = {key: list(dict.fromkeys(point[key] for point in points)) for key in points[0]}
     for key, values in axes.items():
@@ -79,7 +79,13 @@ def candidates(points: Sequence[GridPoint]) -> list[GridPoint]:
         elif key in STRENGTHS:
             axes[key] = values[:1]
         elif key == MULTIPLIER:
-            axes[key] = [next(value for value in values if value < 1), next(value for value in values if value > 1)]
+            axes[key] = [*[v for v in values if v < 1][:1], *[v for v in values if v > 1][:1]]
     if math.prod(map(len, axes.values())) > MOST_CANDIDATES:
-        axes = {key: v if len(v) < 3 else [v[len(v) // 4], v[-1 - len(v) // 4]] for key, v in axes.items()}
+        kept = int(MOST_CANDIDATES ** (1 / sum(len(values) > 1 for values in axes.values())))
+        axes = {key: _spread(values, kept) for key, values in axes.items()}
     return [dict(zip(axes, values, strict=True)) for values in product(*axes.values())]
+
+
+def _spread(values: Sequence[float], kept: int) -> list[float]:
+    """Return so many of the values, each in the middle of its part of the list; all if they are fewer."""
+    return [values[int((part + 0.5) * len(values) / kept)] for part in range(kept)] if len(values) > kept else [*values]

@@ -120,22 +120,33 @@ def _counterpart(lines: Sequence[Line], line: Line) -> Line | None:
     return min(ours, key=lambda one: one.site != line.site, default=None)
 
 
+def heading(rows: Sequence[dict], labels: dict[str, str]) -> str:
+    """Explain the columns of the tables at equal KL."""
+    texts = {row["kl"]["text"] for row in rows if "kl" in row}
+    return (
+        "Gains in points, [95 % interval] over items, or by t over draws of pairs; of a control the mean and the range of its "
+        "draws. KL: of the unsteered to the steered model, nats per token of the second halves of passages of "
+        f"{', '.join(sorted(texts))}; predicted: before the plan is run; measured: on the passages by which strengths are "
+        "corrected; fresh: on passages that corrected nothing; prompts, own: on the task's prompts, and on what the model itself "
+        "writes. Choices beside the strength, such as CAA's layer, are made on validation at that KL. p: against vanilla, by an "
+        "exact McNemar test; of several runs by t over items whose outcomes are averaged, or over draws of pairs, whichever is "
+        f"larger; ours: of {labels.get(OURS, OURS)} against this line at the same KL, or at the nearest where a row has no "
+        "strength, by the same tests, Holm-adjusted for all of these"
+    )
+
+
+def measure(rows: Sequence[dict]) -> str:
+    """Say what the rows are measured by, on which items, and what vanilla has."""
+    vanilla = next(row for row in rows if row["method"] == "vanilla")
+    share = 100 * vanilla["right"] / vanilla["n"]
+    return f"{vanilla['measure']} on {vanilla['n']} items of {vanilla['test_split']}, vanilla {share:.1f} %"
+
+
 def table(rows: Sequence[dict], labels: dict[str, str]) -> str:
     vanilla = next(row for row in rows if row["method"] == "vanilla")
     lines = lines_of(rows, labels)
     against = compared(lines, vanilla)
-    texts = {row["kl"]["text"] for line in lines for row in (*line.rows, *line.others)}
     out = [
-        f"{vanilla['measure']} on {vanilla['n']} items of {vanilla['test_split']}, vanilla "
-        f"{100 * vanilla['right'] / vanilla['n']:.1f} %; gains in points, [95 % interval] over items, or by t over draws of "
-        "pairs; of a control the mean and the range of its draws. KL: of the unsteered to the steered model, nats per token "
-        f"of the second halves of passages of {', '.join(sorted(texts))}; predicted: before the plan is run; measured: on the "
-        "passages by which strengths are corrected; fresh: on others; prompts, own: on the task's prompts, and on what the "
-        "model itself writes. Choices beside the strength, such as CAA's layer, are made on validation at that KL. p: against vanilla, by an exact McNemar test; of several runs by t "
-        "over items whose outcomes are averaged, or over draws of pairs, whichever is larger; "
-        f"ours: of {labels.get(OURS, OURS)} against this line at the same KL, or at the nearest where a row has no strength, "
-        "by the same tests, Holm-adjusted for all of these",
-        "",
         "| KL | method | predicted | measured | fresh | prompts | own | factor | AUs | gain | right / wrong | p | ours: p | Holm |",
         "|--:|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
@@ -169,6 +180,9 @@ def _reasons(lines: Sequence[Line]) -> list[str]:
             for key, what in (("unreached", f"is not brought to {line.level}"), ("unpriced", "is not priced")):
                 if row["kl"].get(key):
                     reasons[f"{line.name} {what}: {row['kl'][key]}"] = None
+            if line.rows and row["kl"].get("refused"):
+                lost = "; ".join(f"{point}: {why}" for point, why in row["kl"]["refused"].items())
+                reasons[f"{line.name} at {line.level}: not all candidates were brought to it: {lost}"] = None
     return list(reasons)
 
 

@@ -127,7 +127,7 @@ def gain_over_kl(by_task: dict[str, dict[str, list[tuple[float, tuple[float, flo
 
 
 def parts_of_gains(by_task: dict[str, Sequence[Line]], path: Path) -> None:
-    """Draw what each gain is made of: a bar per method, its parts side by side, and a dot at their sum."""
+    """Draw what each gain is made of: a bar per method, its parts side by side, and a diamond at their sum."""
     plt.rcParams.update({"font.size": 12, "axes.titlesize": 13, "figure.dpi": 110})
     heights = [1.2 + 0.42 * len(lines) for lines in by_task.values()]
     figure, axes = plt.subplots(len(by_task), 1, figsize=(12, sum(heights) + 1.2), squeeze=False, height_ratios=heights)

@@ -183,9 +183,11 @@ class Run:
     def unsteered(self) -> dict:
         with_wording = self.task.prompted if self.cell.method.name == "prompt-only" else list
         others = with_wording(self.task.validation)
-        validation = self.ask(others, "validation", None)
+        answers = self.said(others, "validation", None)
+        validation = self.task.columns(others, answers).outcomes if others else []
+        fitted_on = self.task.preferences(others, answers) if others else None
         start = time.perf_counter()
-        scores, extras, _ = self.test(with_wording(self.task.test), others, None)
+        scores, extras, _ = self.test(with_wording(self.task.test), fitted_on, None)
         return {"validation": records.pack(validation), **self.result(scores, extras, start, {})}
 
     def with_kl(self, before: dict) -> dict:
@@ -208,18 +210,21 @@ class Run:
 
     def ask(self, items: Sequence, name: str, change: Change | None) -> list[bool]:
         """Return the outcomes of the measure that grid points are chosen by."""
+        return self.task.columns(items, self.said(items, name, change)).outcomes if items else []
+
+    def said(self, items: Sequence, name: str, change: Change | None) -> list[Answer]:
+        """Return the answers under a change."""
         if not items:
             return []
         with answering(self.bench, [change], len(items)) as (answerer, _):
-            answers = self.answers(answerer, items, name)
-        return self.task.columns(items, answers).outcomes
+            return self.answers(answerer, items, name)
 
     def test(
-        self, items: Sequence, others: Sequence, change: Change | None
+        self, items: Sequence, fitted_on: Preferences | None, change: Change | None
     ) -> tuple[Scores, dict[str, float], dict[str, int]]:
         """Return scores, figures of the whole set, and a receipt of what the plan or the adapter did.
 
-        others: validation items, to fit what the model prefers whatever is asked.
+        fitted_on: what the answers to validation items prefer, to fit the constant that is taken off.
 
         The receipt counts the AUs or modules that were changed, and the token positions that went through them or the
         modules of the engine's adapter. A resumed run would count only its own positions, so it leaves them out.
@@ -235,16 +240,8 @@ class Run:
             extras = self.task.extras(unsteered, items, answers)
         scores = self.task.columns(items, answers)
         if tested := self.task.preferences(items, answers):
-            fitted_on = self.preferences(others, change)
             scores.columns[UNBIASED], extras["offset, nats"] = without_offset(tested, fitted_on)
         return scores, extras, counts
-
-    def preferences(self, items: Sequence, change: Change | None) -> Preferences | None:
-        """Return which options the answers to validation items prefer; None where there are no such items."""
-        if not items:
-            return None
-        with answering(self.bench, [change], len(items)) as (answerer, _):
-            return self.task.preferences(items, self.answers(answerer, items, "preferences"))
 
     def answers(self, answerer, items: Sequence, name: str) -> list[Answer]:
         file = self.answer_file(name)
@@ -301,10 +298,10 @@ class SteeredRun(Run):
         seconds: float | None,
     ) -> dict:
         """Return the result of the test items under a change, compared with vanilla."""
-        start, draw = time.perf_counter(), self.cell.method.draw
+        fitted_on, draw = self.preferences(method, learned, chosen, change), self.cell.method.draw
+        start = time.perf_counter()
         items, shown = method.asked(learned, chosen, self.task.test, draw)
-        others, _ = method.asked(learned, chosen, self.task.validation, draw)
-        scores, extras, receipt = self.test(items, others, change)
+        scores, extras, receipt = self.test(items, fitted_on, change)
         gained, lost, p = mcnemar(records.unpack(vanilla["outcomes"]), scores.outcomes)
         result = {"receipt": receipt | shown, "touched": 0, "inverted": 0, "gained": gained, "lost": lost, "p": p}
         if change is not None:
@@ -317,6 +314,15 @@ class SteeredRun(Run):
         if isinstance(change, Adapter):
             result["numbers"] = change.numbers
         return result | self.result(scores, extras, start, {"prepare_s": seconds})
+
+    def preferences(
+        self, method: Method, learned: object, chosen: GridPoint, change: Change | None
+    ) -> Preferences | None:
+        """Return which options the answers to validation items prefer; None without such items, or without two options."""
+        if not self.task.validation or self.task.preferences([], []) is None:
+            return None
+        items, _ = method.asked(learned, chosen, self.task.validation, self.cell.method.draw)
+        return self.task.preferences(items, self.said(items, "preferences", change))
 
     def learned(self, method: Method) -> tuple[object, float | None]:
         """Return what the method learned from the pairs, and the seconds that took, ranks included.
@@ -392,15 +398,17 @@ class RunAtKL(SteeredRun):
         method, points = method_of(self.cell.method), grid(self.cell)
         learned, seconds = self.learned(method)
         result, cost = self.beginning(), {"asked": self.cell.search.level, "text": neutral_of(self.bench).name}
-        brought, refused = {}, None
+        brought, refused = {}, {}
         for point in points:
             try:
                 brought[key_of(point)] = point, *self.at_level(method, learned, point)
             except Unreached as why:
-                refused = str(why)
+                refused[key_of(point)] = str(why)
+        cost |= {"refused": refused} if refused else {}
         if not brought:
             point = {"settings": points[0], "chosen": key_of(points[0])}
-            return result | point | {"kl": cost | {"unreached": refused}, "cost": {"prepare_s": seconds}}
+            why = next(iter(refused.values()))
+            return result | point | {"kl": cost | {"unreached": why}, "cost": {"prepare_s": seconds}}
         chosen, searched = self.best_of(method, learned, brought)
         point, change, found = brought[chosen]
         result |= searched | {"settings": point, "chosen": chosen, "kl": cost | found}
@@ -428,10 +436,14 @@ class RunAtKL(SteeredRun):
         return change, {"measured": measured, "factor": factor, "passes": meter.passes - spent}
 
     def best_of(self, method: Method, learned: object, brought: dict[str, tuple]) -> tuple[str, dict]:
-        """Return the key of the candidate with the most right answers on validation; the first of equals."""
+        """Return the key of the candidate with the most right answers on validation; the first of equals.
+
+        Where nothing is left to choose on, it is the middle one.
+        """
         items, right = self.task.validation, {}
         if len(brought) == 1 or not items:
-            return [*brought][len(brought) // 2], {}
+            chosen_on = {"chosen_on": "nothing: the middle candidate"} if len(brought) > 1 else {}
+            return [*brought][len(brought) // 2], chosen_on
         for key, (point, change, _) in brought.items():
             asked, _ = method.asked(learned, point, items, self.cell.method.draw)
             right[key] = sum(self.ask(asked, f"validation {key} at KL", change))

@@ -15,7 +15,7 @@ from austeer.code_identity import code_hash
 from eval.data.read import catalogue_entry
 from eval.tasks.registry import PAPER_TASKS
 from experiments.bench import task_class
-from experiments.cell import Cell, ModelSpec
+from experiments.cell import AT_KL, Cell, ModelSpec
 from experiments.run_cell import cell_code, grid
 from experiments.search import SAMPLE, race_budget
 from paper.manifest import Manifest
@@ -157,6 +157,7 @@ def _searched(cell: Cell, test: int) -> int:
         "sample": n_points * min(SAMPLE, validation),
         "grid": n_points * validation,
         "test": n_points * test,
+        AT_KL: n_points * validation,
     }[cell.search.kind]
 
 

@@ -192,6 +192,31 @@ def test_small_plans_cost_what_is_predicted(llama, neutral, fisher):
         assert 1 / 1.5 < meter(plan) / 0.001 < 1.5
 
 
+def test_a_price_and_its_error_by_plain_loops(llama, neutral, fisher):
+    plan = one_gate(llama, "neuron", 1, 3, 0.5) + one_gate(llama, "attention", 0, 2, -0.4)
+    by_passage, draws = [], fisher.header["draws"]
+    for passage in range(len(neutral.part("price"))):
+        squares = 0.0
+        for draw in range(draws):
+            scores = {site: fisher.scores[site][passage * draws + draw] for site in SITES}
+            along = 0.5 * float(scores["neuron"][1, 3]) - 0.4 * float(scores["attention"][0, 2])
+            squares += along**2 / draws
+        by_passage.append(squares / 2 / 8)
+    n, mean = len(by_passage), sum(by_passage) / len(by_passage)
+    error = math.sqrt(sum((value - mean) ** 2 for value in by_passage) / (n - 1) / n)
+    products = sum(fisher.scores[s].flatten(1).double() @ plan.scales[s].flatten().double() for s in SITES)
+    assert fisher.price_with_error(products) == pytest.approx((mean, error), rel=1e-4)
+    assert predicted_kl(plan, fisher) == pytest.approx(mean, rel=1e-4)
+
+
+def test_the_error_of_a_measured_kl_is_that_over_texts(llama, neutral):
+    plan, texts = one_gate(llama, "neuron", 1, 3, 0.7), neutral.part("report")[:9]
+    each = [KLMeter(llama, [text])(plan) for text in texts]
+    mean = sum(each) / 9
+    error = math.sqrt(sum((value - mean) ** 2 for value in each) / 8 / 9)
+    assert KLMeter(llama, texts).with_error(plan) == pytest.approx((mean, error), rel=1e-3)
+
+
 def test_what_cannot_be_priced_says_why(llama, fisher):
     gate = one_gate(llama, "neuron", 0, 0, 1.0)
     assert why_unpriced(gate, fisher) is None
@@ -359,6 +384,8 @@ def test_flagged_aus_get_no_gate(ranks, fisher):
     flagged = [ranks[0], replace(ranks[1], stats=ranks[1].stats | {"lies": worst})]
     without = set_MFU(flagged, 40, kl=0.01, fisher=fisher)
     assert not without.scales["neuron"][worst].any() and without.header["left_out"] == int(worst.sum()) > 0
+    drawn = Budget(flagged, fisher).random_direction(len(without) * 3, 0).aus
+    assert not (~Budget(flagged, fisher).usable)[drawn].any()
     assert len(without) == 40 and predicted_kl(without, fisher) == pytest.approx(0.01, rel=1e-3)
     assert "left_out" not in plan.header
 

@@ -24,11 +24,13 @@ from austeer.methods.registry import METHODS
 from austeer.neutral import NeutralText, from_passages
 from austeer.pairs import Pair
 from austeer.plan import Plan
+from eval.decomposition import UNBIASED, fitted_offset, is_right
 from eval.statistics import mcnemar
 from experiments import costs, kl_report, records
 from experiments.bench import BENCHES
 from experiments.cell import AT_KL
 from experiments.equal_kl import PASSES, Unreached, candidates, scaled_to
+from experiments.ranking import ranks_of
 from experiments.run_cell import RunAtKL, cell_key, run_cell
 from MFU_screening import screen
 from set_MFU import set_MFU
@@ -312,7 +314,7 @@ def test_a_method_at_a_kl(tmp_path):
     kl = record["kl"]
     assert kl["measured"] == pytest.approx(0.01, rel=0.1) and kl["asked"] == 0.01 and kl["passes"] <= PASSES + 1
     assert record["settings"] == {"k": 32, "alpha": 0.5} and record["touched"] == 32 and record["asked"] == 0
-    ranks = costs_free_ranks(bench)
+    ranks = ranks_of(bench, "causal", "attention")
     plan = set_MFU(ranks, 32, 0.5).times(kl["factor"])
     fisher = costs.fisher_of(bench, ["attention"])
     assert kl["predicted"] == pytest.approx(predicted_kl(plan, fisher), rel=1e-4)
@@ -320,12 +322,6 @@ def test_a_method_at_a_kl(tmp_path):
     for text, name in names.items():
         assert kl[name] == pytest.approx(costs.meter_of(bench, text)(plan), rel=1e-4)
     assert kl["fresh"] != kl["measured"] and abs(kl["fresh"] - 0.01) < 5 * kl["fresh_error"]
-
-
-def costs_free_ranks(bench):
-    from experiments.ranking import ranks_of
-
-    return ranks_of(bench, "causal", "attention")
 
 
 def test_a_shift_at_a_kl_has_no_prediction(tmp_path):
@@ -347,6 +343,43 @@ def test_a_layer_is_chosen_on_validation_at_the_same_kl(tmp_path):
         assert found["measured"] == pytest.approx(0.01, rel=0.1)
         right = sum(run.ask(bench.task.validation, "validation", change))
         assert record["grid_scores"][key] == right / 40
+    chosen = zip(record["grid_scores"], record["grid"], strict=True)
+    change, _ = run.at_level(method, learned, next(point for key, point in chosen if key == record["chosen"]))
+    tested = run.task.columns(bench.task.test, run.said(bench.task.test, "test", change))
+    assert record["outcomes"] == records.pack(tested.outcomes), "what is tested is what was chosen"
+    offset = fitted_offset(*run.task.preferences(bench.task.validation, run.said(bench.task.validation, "x", change)))
+    unbiased = is_right(*run.task.preferences(bench.task.test, run.said(bench.task.test, "y", change)), offset)
+    assert record["columns"][UNBIASED] == records.pack(unbiased), "the constant is fitted under the same plan"
+
+
+def test_where_nothing_is_left_to_choose_on_the_middle_candidate_is_tested(tmp_path):
+    cell = at_kl(0.01, "caa", "layer")
+    bench = BENCHES.open(cell.model, cell.task, store_in(tmp_path))
+    bench.task.validation = []
+    run = RunAtKL(cell, bench, "x")
+    assert run.best_of(METHODS["caa"], None, {"a": (), "b": (), "c": ()}) == (
+        "b",
+        {"chosen_on": "nothing: the middle candidate"},
+    )
+    assert run.best_of(METHODS["caa"], None, {"a": ()}) == ("a", {})
+
+
+def test_the_controls_share_what_ours_learned_and_not_its_plans(tmp_path):
+    store, plans = store_in(tmp_path), {}
+    for name in ("fisher", "random-at-kl", "shuffled-pairs"):
+        cell = at_kl(0.01, name)
+        bench = BENCHES.open(cell.model, cell.task, store)
+        run, method = RunAtKL(cell, bench, "x"), METHODS[name]
+        learned, _ = run.learned(method)
+        plans[name] = method.plan(learned, {"kl": 0.01})
+        assert learned is bench.learned["fisher", (), "attention"][0]
+        fresh = method.plan(method.prepare(Evidence(
+            bench.model, bench.tokenizer, bench.task.pairs, "attention", lambda m, site, bench=bench: ranks_of(bench, m, site), 0,
+            costs.costs_of(bench),
+        )), {"kl": 0.01})  # fmt: skip
+        assert torch.equal(plans[name].scales["attention"], fresh.scales["attention"])
+    flat = [plan.scales["attention"] for plan in plans.values()]
+    assert not any(torch.equal(a, b) for a, b in ((flat[0], flat[1]), (flat[0], flat[2]), (flat[1], flat[2])))
 
 
 @pytest.mark.slow
@@ -368,7 +401,7 @@ def test_the_comparison_at_equal_kl(tmp_path, capsys, monkeypatch):
     assert sum("| 0.01 |" in line for line in table) == 2 * 4, (
         "published runs at each of the sites; skill is a table of its own"
     )
-    assert "Skill alone:" in output
+    assert "accuracy on 60 items of test" in output and "likelier option, offset removed on 60 items of test" in output
     assert any("prompt only" in line for line in table) and "is not brought to 9.0" in output
     (picture,) = tmp_path.glob("*-at-kl.png")
     assert (
@@ -497,6 +530,10 @@ def test_a_level_that_is_not_reached_is_a_dash_with_its_reason():
     (line,) = [line for line in table.splitlines() if line.startswith("| 0.1 |")]
     assert line.count("–") >= 7 and "- causal, FFN is not brought to 0.1: it changes nothing" in table
     assert kl_report.curves([VANILLA, lost], {}) == {}
+    tested = made_up("caa", better(9), level=0.1, refused={"0.25,0.5": "it overflowed in 6 tries"})
+    assert "caa, FFN at 0.1: not all candidates were brought to it: 0.25,0.5: it overflowed" in kl_report.table(
+        [VANILLA, tested], {}
+    )
     some = kl_report.table([VANILLA, lost, made_up("causal", better(9), level=0.1, draw=1)], {})
     (line,) = [line for line in some.splitlines() if line.startswith("| 0.1 |")]
     assert "1 of 2 draws" in line and "+9.0" in line and "it changes nothing" in some

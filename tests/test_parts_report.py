@@ -1,11 +1,15 @@
 """The tables of what gains are made of: from made-up records whose parts are known."""
 
+from dataclasses import replace
+
 import pytest
 
 from eval.decomposition import LIKELIER, UNBIASED
 from experiments import parts_report, records
 from paper.manifest import Manifest
+from paper.render.findings import _skill
 from paper.render.parts import parts
+from paper.render.sections import Section
 from paper.specs import Spec
 
 N = 200
@@ -47,12 +51,19 @@ def test_a_line_per_row_and_two_that_steer_nothing():
 
 
 def test_better_is_said_of_skill_alone():
-    published, causal = parts_report.verdict(ROWS, {})
-    assert "published, FFN: +20.0 points; no skill is shown" in published
-    assert "+10.0 points are" in published and "does not beat fitted offset" in published
-    assert "the model is better: +25.0 points are skill" in causal and "does not beat" not in causal
-    table = parts_report.table(ROWS, {})
-    assert "| causal, FFN | +40.0 | +25.0 [" in table and table.count("\n|") == 2 + 2 + 3
+    lost = row("caa", 140, 120, 90, site="layer")
+    lines = parts_report.lines_of([*ROWS, row("sta", 130, 140, 160), lost], {})
+    published, causal, sta, caa = parts_report.verdict(lines, VANILLA)
+    assert (
+        "published, FFN: +20.0 points; no skill is shown (+0.0 points of skill, Holm-adjusted p = 1); +10.0 of bias"
+        in published
+    )
+    assert "+10.0 of format" in published and "it does not beat fitted offset" in published
+    assert "the answers are better: +25.0 points of skill" in causal and "does not beat" not in causal
+    assert "the answers are better" in sta and "of format" not in sta
+    assert "skill is lost (-15.0 points of skill" in caa
+    table = parts_report.table(lines)
+    assert "| causal, FFN | +40.0 | +25.0 [" in table and table.count("\n|") == 2 + 2 + 5
 
 
 def test_rows_as_skill_gain_what_is_skill():
@@ -95,6 +106,8 @@ def test_the_table_of_the_report(spec):
     assert "gain +10.0; range of 3 draws of skill [+0.0, +0.0]" in shown["random"].facts
     assert shown["caa"].why == "not run" and spec.reads == {"vanilla", "published", "causal", "random", "caa"}
     old = VANILLA | {"columns": {"exact match": VANILLA["outcomes"]}}
+    alone = parts(spec, Kept({"vanilla": [VANILLA], "random": [row("random", 90, 110, 160)]}), "m").rows[4].values[0]
+    assert (alone.text, alone.marks) == ("+20.0", ""), "a control is not tested, even if only one draw is there"
     for mixed in ({"vanilla": [old], "causal": [SKILLED]}, {"vanilla": [VANILLA], "causal": [old]}):
         value = parts(spec, Kept(mixed), "m").rows[3].values[0]
         assert (value.text, value.why) == ("–", "computed before gains were taken apart")
@@ -106,13 +119,46 @@ def test_likelihoods_average_draws():
             "likelier choice": records.pack([True] * N),
             "log-odds": [shift + item / 20 - 4 for item in range(N)],
         }
-        return {"method": method, "site": None, "options": {}, "draw": draw, "columns": columns, **more}
+        measured = {"likelihood": "whole choice"}
+        return {
+            "method": method,
+            "site": None,
+            "options": {},
+            "draw": draw,
+            "columns": columns,
+            "measured": measured,
+            **more,
+        }
 
     vanilla = record("vanilla", 0.0)
     draws = [record("causal", 1.0, draw, kl={"asked": 0.03}) for draw in (0, 1)]
+    prompts = record("few-shot", 0.5, kl={"asked": None, "measured": 0.1})  # prompts have no level
     untested = {"method": "caa", "kl": {"unreached": "it changes nothing"}}
-    table = parts_report.likelihood_table([vanilla, *draws, untested], {}).splitlines()
+    table = parts_report.likelihood_table([vanilla, *draws, prompts, untested], {}).splitlines()
+    assert table[-1].startswith("| few-shot | +")
     (line,) = [line for line in table if line.startswith("| causal")]
     single = parts_report.likelihood_table([vanilla, draws[0]], {}).splitlines()[-1]
     assert line.startswith("| causal at 0.03, 2 draws | +") and line.split(" | ")[1:] == single.split(" | ")[1:]
     assert parts_report.likelihood_table(ROWS, {}) == "", "these answers are not compared by likelihood"
+
+
+def test_a_finding_counts_places_with_skill(spec):
+    fields = {"vanilla": ("vanilla", None), "offset": ("offset", None), "published": ("published", "ffn"),
+              "causal": ("causal", "ffn"), "random": ("random", "ffn"), "caa": ("caa", "layer")}  # fmt: skip
+    rows = {
+        key: {"label": key, "method": method} | ({"site": site} if site else {})
+        for key, (method, site) in fields.items()
+    }
+    spec = replace(spec, rows=rows, columns={"copa": {}, "boolq": {}}, blocks={"m": {}, "n": {}})
+
+    class ByTask(Kept):
+        def records(self, spec, block, row_name, column):
+            method = SKILLED if column == "copa" else row("causal", 120, 120, 120)
+            return {"vanilla": [VANILLA], "published": [BIASED], "causal": [method]}.get(row_name, [])
+
+    kept = ByTask({})
+    section = Section(spec, [parts(spec, kept, name) for name in ("m", "n")])
+    found = _skill([section])
+    assert "causal momentum in 2 of 4, the published rule in 0 of 4 places" in found.verdict
+    assert "boolq of m (60.0 %), boolq of n (60.0 %)" in found.numbers and "copa" not in found.numbers
+    assert _skill([]) is None and _skill([Section(spec, [parts(spec, Kept({}), "m")])]) is None

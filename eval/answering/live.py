@@ -191,10 +191,8 @@ def _batch(
     """Run the prompts together, then token by token; a row whose answer has ended leaves the batch."""
     steer_rows(batch)
     run = _Decoding(model, [ids[index] for index in batch], generation.new_tokens, beginning)
-    options = [()] * len(batch)
     logits = run.step()
-    if generation.options:
-        options = _of_options(logits, generation)
+    options = _of_options(logits, generation)
     texts = [""] * len(batch)
     running, new = list(range(len(batch))), run.tokens
     while True:
@@ -241,9 +239,10 @@ def _generated(
 
 def _of_options(logits: Tensor, generation: Generation) -> list[tuple[float, ...]]:
     """Return for each row the log-probability of every option: of all its spellings together."""
+    if not generation.options:
+        return [()] * len(logits)
     logp = logits.float().log_softmax(-1).cpu()
-    by_option = [logp[:, list(own)].logsumexp(1).tolist() for own in generation.options]
-    return [*zip(*by_option, strict=True)] if by_option else [()] * len(logp)
+    return [*zip(*(logp[:, list(own)].logsumexp(1).tolist() for own in generation.options), strict=True)]
 
 
 def _read(

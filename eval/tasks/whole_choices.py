@@ -73,8 +73,7 @@ class COPAChoices(WholeChoices):
         event = row["premise"].strip().rstrip(".")
         choices = (row["choice1"].strip(), row["choice2"].strip())
         first, second = (fill(words["choice"], {"choice": text[0].lower() + text[1:]}) for text in choices)
-        ordered = (second, first) if row["label"] else (first, second)
-        return fill(words[row["question"]], {"event": event}), *ordered
+        return fill(words[row["question"]], {"event": event}), *right_first(first, second, row["label"] == COPA.first)
 
 
 class WinoGrandeChoices(WholeChoices):
@@ -87,7 +86,7 @@ class WinoGrandeChoices(WholeChoices):
         choices = [
             fill(words["choice"], {"option": row[name].strip(), "after": after}) for name in ("option1", "option2")
         ]
-        ordered = choices if row["answer"] == WinoGrande.first else choices[::-1]
+        ordered = right_first(*choices, row["answer"] == WinoGrande.first)
         return fill(words["prompt"], {"before": before.rstrip()}), *ordered
 
 
@@ -99,8 +98,11 @@ class StoryClozeChoices(WholeChoices):
         """Return the story, and its two endings."""
         clean = {name: row[name].strip() for name in self.keys}
         choices = [fill(words["choice"], {"ending": clean[name]}) for name in ("ending1", "ending2")]
-        ordered = choices if row["label"] == StoryCloze.first else choices[::-1]
-        return fill(words["prompt"], clean), *ordered
+        return fill(words["prompt"], clean), *right_first(*choices, row["label"] == StoryCloze.first)
+
+
+def right_first(first: str, second: str, is_first_right: bool) -> tuple[str, str]:
+    return (first, second) if is_first_right else (second, first)
 
 
 TASKS = (COPAChoices, WinoGrandeChoices, StoryClozeChoices)

@@ -15,6 +15,8 @@ from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import numpy as np
+
 from austeer.errors import AUSteerError
 from eval.answering.answer_file import Answer
 from eval.answering.answerer import Generation, encode_prompts, up_to
@@ -140,7 +142,7 @@ class VLLMEngine:
             raise AUSteerError("the model's logits are inf or nan, so its answers are not scored: use another dtype")
         first = output.logprobs[0]
         options = tuple(
-            math.log(math.fsum(math.exp(first[token].logprob) for token in option)) for option in generation.options
+            float(np.logaddexp.reduce([first[token].logprob for token in option])) for option in generation.options
         )
         ended = output.finish_reason == "stop"  # the token that ended the answer is not text
         text = self.tokenizer.decode(tokens[: len(tokens) - ended], skip_special_tokens=True)

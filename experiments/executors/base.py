@@ -15,7 +15,7 @@ from austeer.methods.registry import METHODS
 from embedded import acceptance
 from eval.tasks.embedded import VALIDATION
 from experiments.bench import BENCHES
-from experiments.cell import Cell, ModelSpec, TaskSpec
+from experiments.cell import AT_KL, Cell, ModelSpec, TaskSpec
 from experiments.costs import fisher_of
 from experiments.ranking import make_ranks
 from experiments.run_cell import attempt, grid, stored
@@ -116,7 +116,9 @@ def rank(ranking: Ranking, store: Store) -> dict:
         bench = BENCHES.open(ranking.model, ranking.task, store)
         if ranking.model.embedded:
             acceptance.latent_skill(bench.model, bench.tokenizer, ranking.task.name, n=VALIDATION)
-        if not bench.task.validation and any(c.search.kind != "test" and len(grid(c)) > 1 for c in ranking.cells):
+        if not bench.task.validation and any(
+            c.search.kind not in ("test", AT_KL) and len(grid(c)) > 1 for c in ranking.cells
+        ):
             raise AUSteerError(
                 f"the {ranking.task.protocol} protocol ranks on all rows of {ranking.task.label} and leaves none to choose "
                 "k and alpha on: give --k and --alpha (Tables 8 and 9 of the paper have theirs), choose on the test split "

@@ -82,25 +82,25 @@ def _skill(sections: Sequence[Section]) -> Finding | None:
         rows = by_method(section, block.rows)
         for place, column in enumerate(block.columns):
             shown = {key: row.values[place] for key, row in rows.items()}
-            skilled = []
+            skilled = {
+                key: value.significant and value.number > 0
+                for key, value in shown.items()
+                if key[0] not in ("vanilla", *section.spec.show["unsteered"]) and value.number is not None
+            }
             for method, name in METHODS.items():
-                for site in SITES:
-                    if (value := shown.get((method, site))) and value.number is not None:
-                        skilled.append(value.significant and value.number > 0)
-                        counts.setdefault(name, []).append(skilled[-1])
-            if skilled and not any(skilled):
-                without.append(f"{column} ({shown['vanilla', None].text})")
-    if not counts:
+                counts.setdefault(name, []).extend(skilled[method, site] for site in SITES if (method, site) in skilled)
+            if skilled and not any(skilled.values()):
+                suffix = f" of {block.name}" if len(section.blocks) > 1 else ""
+                without.append(f"{column}{suffix} ({shown['vanilla', None].text})")
+    if not any(counts.values()):
         return None
     numbers = (
-        "Where no method shows skill, how often the unsteered model itself is right once a constant preference for one option "
+        "Where no row of the table shows skill, how often the unsteered model itself is right once a constant preference for one option "
         f"is taken off: {', '.join(without)}."
         if without
         else ""
     )
-    return Finding(
-        f"Gains that are skill, and neither bias nor format: {_counts_text(counts)} places.", numbers, section
-    )
+    return Finding(f"Significantly more skill than vanilla: {_counts_text(counts)} places.", numbers, section)
 
 
 def _over_vanilla(main: Section | None) -> Finding | None:
