@@ -47,6 +47,7 @@ def stored_ranks(bench: Bench, momentum: str, site: str) -> AURanks | None:
     fits = all(ranks.header.get(key) == value for key, value in origin.items())
     if fits and momentum == TEMPERED:  # its folds go by groups, which the hash of the pairs does not tell
         fits = ranks.stats["groups"].tolist() == group_numbers(bench.task.pairs, bench.task.groups)
+        fits &= not ranks.lies.any()  # nor do records name the AUs that somebody flagged
     return ranks if fits else None
 
 

@@ -40,12 +40,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     store = Store(records=str(Path(args.results) / "records"))
     lines = ["| task | read-out | right, % | n | AUC | majority, % |", "|---|---|--:|--:|--:|--:|"]
     print("\n".join(lines), flush=True)
-    for task in args.task:
-        for line in _open(task, args, store) if task in OPEN else _options(task, args, store):
-            lines.append(line)
-            print(line, flush=True)
     file = Path(args.results) / f"readouts-{Path(args.model).name}.md"
-    write_text(file, "\n".join(lines) + "\n")
+    for task in args.task:
+        new = _open(task, args, store) if task in OPEN else _options(task, args, store)
+        lines += new
+        print("\n".join(new), flush=True)
+        write_text(file, "\n".join(lines) + "\n")  # as it grows: a later task may lack its data
     print(f"table: {file}   records: {store.records}")
 
 
@@ -62,12 +62,16 @@ def _options(task: str, args: argparse.Namespace, store: Store) -> list[str]:
 
 
 def _open(task: str, args: argparse.Namespace, store: Store) -> list[str]:
-    """Return a line of how often the model finds the wanted answer of a pair likelier than the other."""
+    """Return a line of how often the model finds the wanted answer of a pair likelier than the other, per token."""
     cell = cell_of(**_fields(args), task=task, method="vanilla")
     bench = BENCHES.open(cell.model, cell.task, store)
     encoded = encoded_items(bench.task.pairs[: args.limit], bench.tokenizer, context_length(bench.model))
-    right, wrong = log_probabilities(bench.model, encoded, progress=task).unbind(1)
-    return [_line(task, "wanted answer of a ranking pair", (right > wrong).tolist(), {})]
+    found = log_probabilities(bench.model, encoded, progress=task).tolist()
+    wanted = [
+        right / len(pair.positive) > wrong / len(pair.negative)  # whole answers would favour the shorter one
+        for pair, (right, wrong) in zip(encoded, found, strict=True)
+    ]
+    return [_line(task, "wanted answer of a ranking pair, per token", wanted, {})]
 
 
 def _line(task: str, name: str, right: Sequence[bool], extras: dict) -> str:
@@ -87,7 +91,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = arguments.parser("main.py readouts", __doc__, parents=[arguments.model_options()])
     add = parser.add_argument
     known = [name for name, task in PAPER_TASKS.items() if issubclass(task, OptionTask | WholeChoices) or name in OPEN]
-    add("--task", nargs="+", default=list(TASKS), choices=known, help=f"(default: {' '.join(TASKS)})")
+    add("--task", nargs="+", choices=known, help=f"(default: {' '.join(TASKS)}; with --chat those answered in words)")
     add("--data-dir", help="folder of the tasks' datasets (default: datasets/, then the hub)")
     add("--limit", type=int, help="use at most this many items of each task")
     add("--chat", action="store_true", help="put prompts into the model's chat format")
@@ -97,6 +101,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     for name in ("limit", "batch_size"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise AUSteerError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
-    if args.chat and (whole := [task for task in args.task if issubclass(PAPER_TASKS[task], WholeChoices)]):
-        raise AUSteerError(f"{', '.join(whole)} continues a sentence, which has no chat form: leave out --chat")
+    whole = [task for task in args.task or () if issubclass(PAPER_TASKS[task], WholeChoices)]
+    if args.chat and whole:
+        raise AUSteerError(f"tasks by whole choices have no chat form: leave out {', '.join(whole)}, or --chat")
+    args.task = args.task or [t for t in TASKS if not (args.chat and issubclass(PAPER_TASKS[t], WholeChoices))]
     return args

@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     truth.run(study, own, progress=True)
     study.record["correction"] = truth.correct(study, own, by_score, on_judged)
     for file, ranks in to_flag.items():
-        flag(ranks, study.record["correction"]["rows"]).save(file)
+        flag(ranks, study.record["correction"]["rows"]).save(Path(args.out) / Path(file).name)
     print(
         "\n".join([*_table(truth.compare(study, own, by_score, on_judged)), *_corrections(study.record["correction"])]),
         flush=True,
@@ -85,11 +85,15 @@ def _plan_of_cost(bench: Bench, sites: Sequence[str], kl: float) -> Plan:
 
 
 def _to_flag(files: Sequence[str], bench: Bench, sites: Sequence[str]) -> dict[str, AURanks]:
-    """Read the ranks that are to be flagged; refuse those of other weights, or of a site that is not checked."""
+    """Read the ranks that are to be flagged; refuse those of other weights or sites, and those that no budget is made from."""
     found = {file: AURanks.load(file) for file in files}
     for file, ranks in found.items():
         if ranks.header.get("fingerprint") != fingerprint(bench.model):
             raise AUSteerError(f"{file} has the ranks of other weights than {bench.model_spec.name}: rank this model")
+        if "gradients" not in ranks.stats:
+            raise AUSteerError(
+                f"{file} keeps no gradients, so no plan of a stated cost is made from it: flags have no use there"
+            )
         if ranks.site not in sites:
             raise AUSteerError(f"{file} has the ranks of site {ranks.site}, which is not checked: name it with --site")
     return found
@@ -200,13 +204,18 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--top", type=int, default=200, help="AUs that are the strongest by each score (default: %(default)s)")
     add("--n", type=int, default=32, help="at most this many held-out pairs (default: %(default)s)")
     add("--all", action="store_true", help="also at dose 0.1")
-    add("--flag", nargs="+", default=[], metavar="RANKS", help="files of causal ranks: flag the AUs whose first-order prediction "
-        "fails here, so that plans of a stated cost leave them out")  # fmt: skip
+    add("--flag", nargs="+", default=[], metavar="RANKS", help="files of causal ranks: save them to the folder --out with "
+        "those AUs flagged whose first-order prediction fails, so that plans of a stated cost leave them out")  # fmt: skip
+    add("--out", metavar="FOLDER", help="where flagged ranks go")
     add("--seed", type=int, default=0, help="seed of the random score (default: %(default)s)")
     add("--results", default="results", help="folder for ranks, records and pictures (default: %(default)s)")
     args = parser.parse_args(argv)
     if bool(args.pairs) == bool(args.data_name):
         raise AUSteerError("give either --pairs, a file of contrastive pairs, or --data_name, a task")
+    if bool(args.flag) != bool(args.out):
+        raise AUSteerError(
+            "--flag and --out belong together: the ranks to flag, and the folder for their flagged copies"
+        )
     for name in ("top", "n"):
         if getattr(args, name) < 2:
             raise AUSteerError(f"--{name} must be at least 2, not {getattr(args, name)}")

@@ -29,7 +29,7 @@ def test_every_reading_has_a_line(data, checkpoints, tmp_path, capsys):
     assert [tuple(line[:2]) for line in lines] == [
         ("copa", "word for word"), ("copa", "likelier option"), ("copa", "likelier option, offset removed"),
         ("winogrande-choices", "whole choice"), ("winogrande-choices", "whole choice, per token"),
-        ("bpo", "wanted answer of a ranking pair"),
+        ("bpo", "wanted answer of a ranking pair, per token"),
     ]  # fmt: skip
     records = [json.loads(file.read_text()) for file in (tmp_path / "records").glob("*.json")]
     assert {record["task"] for record in records} == set(tasks[:2])
@@ -38,14 +38,18 @@ def test_every_reading_has_a_line(data, checkpoints, tmp_path, capsys):
     assert lines[1][4] == f"{copa['extras']['AUC']:.3f}" and lines[1][5] == f"{copa['extras']['majority, %']:.1f}"
     model, tokenizer = rmodels.load(checkpoints["llama"], device="cpu"), rmodels.load_tokenizer(checkpoints["llama"])
     encoded = encoded_items(paper_task("bpo", data_dir=data).pairs[:6], tokenizer, rmodels.context_length(model))
-    right = sum(bool(a > b) for a, b in log_probabilities(model, encoded))
+    found = zip(encoded, log_probabilities(model, encoded).tolist(), strict=True)
+    right = sum(a / len(pair.positive) > b / len(pair.negative) for pair, (a, b) in found)
     assert lines[5][2].startswith(f"{100 * right / len(encoded):.1f} [") and int(lines[5][3]) == len(encoded)
     assert "| task | read-out |" in (tmp_path / "readouts-llama.md").read_text()
 
 
 @pytest.mark.parametrize(
     "options, message",
-    [(["--limit", "0"], "--limit must be at least 1"), (["--chat"], "copa-choices.* leave out --chat")],
+    [
+        (["--limit", "0"], "--limit must be at least 1"),
+        (["--chat", "--task", "copa-choices"], "no chat form: leave out copa-choices, or --chat"),
+    ],
 )
 def test_mistakes_are_named(options, message):
     with pytest.raises(AUSteerError, match=message):

@@ -1,6 +1,7 @@
 """True changes of single AUs from their layer on, the objective's slopes and curvature, and the command truth."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -301,7 +302,7 @@ def ranks_in(folder, checkpoints):
 def test_the_command_measures_prints_and_goes_on_where_it_was(setup, capsys, monkeypatch, checkpoints, tokenizer):
     argv, folder = setup
     ranked = ranks_in(folder, checkpoints)
-    main.main([*argv, "--all", "--flag", str(ranked)])
+    main.main([*argv, "--all", "--flag", str(ranked), "--out", str(folder / "flagged")])
     printed = capsys.readouterr().out
     (file,) = (folder / "truth").glob("*.json")
     record = json.loads(file.read_text())
@@ -343,7 +344,11 @@ def test_the_command_measures_prints_and_goes_on_where_it_was(setup, capsys, mon
     assert row["judged"]["same_way"] == pytest.approx(np.mean(np.multiply(predicted, true) > 0))
 
     lies = {row["site"]: row["lies"] for row in record["correction"]["rows"]}
-    assert AURanks.load(ranked).lies.nonzero().tolist() == sorted(lies["neuron"]) and lies["neuron"]
+    assert not AURanks.load(ranked).lies.any(), "the ranks themselves stay as they are"
+    assert (
+        AURanks.load(folder / "flagged" / ranked.name).lies.nonzero().tolist() == sorted(lies["neuron"])
+        and lies["neuron"]
+    )
     reduced = {site: values.clone() for site, values in plan.items()}
     for site, aus in lies.items():
         for layer, dim in aus:
@@ -384,11 +389,19 @@ def test_without_a_plan_one_of_the_stated_cost_is_made(setup, capsys, tmp_path):
     (["--data_name", "copa"], "either --pairs"),
     (["--site", "ffn"], "no gates at ffn"),
     (["--site", "attention", "ffn"], "no gates at ffn"),
-    (["--site", "attention", "--flag", "RANKS"], "the ranks of site neuron, which is not checked"),
+    (["--site", "attention", "--flag", "RANKS", "--out", "x"], "the ranks of site neuron, which is not checked"),
+    (["--flag", "OTHER", "--out", "x"], "the ranks of other weights"),
+    (["--flag", "PLAIN", "--out", "x"], "keeps no gradients"),
+    (["--flag", "RANKS"], "--flag and --out belong together"),
 ])  # fmt: skip
 def test_mistakes_are_named(setup, more, reason, checkpoints):
     argv, folder = setup
-    if "RANKS" in more:
-        more = [*more[:-1], str(ranks_in(folder, checkpoints))]
+    if {"RANKS", "OTHER", "PLAIN"} & set(more):
+        good = AURanks.load(ranks_in(folder, checkpoints))
+        replace(good, header=good.header | {"fingerprint": "another"}).save(folder / "other.safetensors")
+        replace(good, stats={}).save(folder / "plain.safetensors")
+        files = {"RANKS": folder / "ranks" / "neuron.safetensors", "OTHER": folder / "other.safetensors",
+                 "PLAIN": folder / "plain.safetensors"}  # fmt: skip
+        more = [str(files.get(word, word)) for word in more]
     with pytest.raises(AUSteerError, match=reason):
         main.main([*argv, *more])
