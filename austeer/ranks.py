@@ -54,7 +54,7 @@ class AURanks:
 
     @property
     def lies(self) -> Tensor:
-        """Return the AUs whose true effect is not what first order says, (layers, width): those that a check has flagged."""
+        """Return which AUs a check has flagged because first order mispredicts them, (layers, width)."""
         return self.stats.get("lies", torch.zeros_like(self.score, dtype=torch.bool))
 
     @cached_property

@@ -72,7 +72,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "which tries coarse points and then those around the leaders on growing samples (default for all others), by the "
         "paper's sample of 100 items, or on the test split itself, as for the paper's main numbers")  # fmt: skip
     add("--at-kl", type=float, nargs="+", default=[], metavar="NATS",
-        help="compare at equal KL instead of searching: one scalar brings every method to each of these KLs on neutral text, "
+        help="compare at equal KL instead of searching a strength: one scalar brings every method to each of these KLs on neutral text, "
         "in nats per token, such as 0.003 0.01 0.03 0.1")  # fmt: skip
     add("--neutral", metavar="FILE", help="neutral text on which KL is measured (default: WikiText-2 if --data-dir has it, else prose "
         "that comes with the project; for the embedded models documents of their own kind)")  # fmt: skip
@@ -99,7 +99,11 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "of these seeds; what belongs together, such as COPA's mirrored items, is drawn together")  # fmt: skip
     add("--encoder", help="sentence encoder for similar wrong answers, or tfidf (default: all-MiniLM-L6-v2)")
     add("--swapped-choices", action="store_true", help="make a second pair of every item of copa, its choices swapped")
-    add("--per-token", action="store_true", help="compare likelihoods of whole choices per token (copa-choices)")
+    add(
+        "--per-token",
+        action="store_true",
+        help="compare likelihoods of whole choices per token (the tasks that end in -choices)",
+    )
     add("--batch-size", type=int, help="prompts per batch (default: as many as fit; 1 with --protocol paper)")
     add("--quantization", choices=["4bit", "8bit"], help="load the weights through bitsandbytes")
     add("--engine", default=LIVE, choices=ENGINES, help="what answers: the loaded model (live, default), or vLLM, where "
@@ -108,7 +112,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--ray", metavar="ADDRESS", help="compute cells on a Ray cluster: HOST:PORT, auto or local (docs/scaling.md)")
     args = parser.parse_args(argv)
     if args.at_kl and args.search:
-        raise AUSteerError("--at-kl searches nothing: leave out --search")
+        raise AUSteerError("--at-kl searches no strength: leave out --search")
     args.search = args.search or _default_search(args.model)
     return args
 

@@ -112,7 +112,7 @@ def cost_of_prompts(bench: Bench, plain: str, changed: str) -> dict:
 
 
 def meter_of(bench: Bench, text: str) -> KLMeter:
-    """Return the meter on neutral text to "measure" and correct by or to "report", on the task's "prompts", or on the model's "own" continuations."""
+    """Return the meter on a text: "measure" (corrects strengths), "report" (reports costs), "prompts" or "own"."""
     if ("meter", text) not in bench.kept:
         bench.kept["meter", text] = KLMeter(bench.model, _texts(bench, text))
     return bench.kept["meter", text]

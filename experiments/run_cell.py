@@ -224,7 +224,7 @@ class Run:
     ) -> tuple[Scores, dict[str, float], dict[str, int]]:
         """Return scores, figures of the whole set, and a receipt of what the plan or the adapter did.
 
-        fitted_on: what the answers to validation items prefer, to fit the constant that is taken off.
+        fitted_on: the preferences of the validation answers, on which the constant preference is fitted.
 
         The receipt counts the AUs or modules that were changed, and the token positions that went through them or the
         modules of the engine's adapter. A resumed run would count only its own positions, so it leaves them out.

@@ -425,7 +425,7 @@ def test_the_comparison_at_equal_kl(tmp_path, capsys, monkeypatch):
     [
         (["--at-kl", "0"], "positive numbers of nats"),
         (["--at-kl", "nan"], "positive numbers of nats"),
-        (["--at-kl", "0.1", "--search", "grid"], "searches nothing"),
+        (["--at-kl", "0.1", "--search", "grid"], "searches no strength"),
         (["--neutral", "prose.txt"], "prose is unknown words to the embedded models"),
     ],
 )

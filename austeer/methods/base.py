@@ -33,7 +33,7 @@ class Method(ABC):
     trains: ClassVar[bool] = False  # whether by gradient descent on the pairs
     foldable: ClassVar[bool] = True  # its plans can go into the weights: no `layer` site, all positions
     draws: ClassVar[bool] = False  # a random control: repeated with other draws, and shown as a band
-    learns_as: ClassVar[str | None] = None  # another method that learns the same from the evidence: once for both
+    learns_as: ClassVar[str | None] = None  # the method whose `prepare` this one shares
     budgeted: ClassVar[bool] = False  # it plans for a stated KL on neutral text, and needs the evidence's costs
     scalable: ClassVar[bool] = True  # what it makes can be made stronger and weaker; other prompts cannot
     momenta: ClassVar[tuple[str, ...]] = ()  # the ranks it needs; it ranks by the first

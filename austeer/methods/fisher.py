@@ -27,7 +27,7 @@ KLS = (0.003, 0.01, 0.03, 0.1)  # nats per token
 
 
 class Planner:
-    """Hold what plans for any budget are made from, ours and the controls', and those that were made: a search asks twice."""
+    """Hold what plans of any budget are made from, for our method and its controls, and the plans made so far."""
 
     def __init__(self, budget: Budget, meter: KLMeter, k: int | None):
         self.budget, self.meter, self.k = budget, meter, k

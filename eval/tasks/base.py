@@ -143,7 +143,7 @@ class Task(ABC):
     def columns(self, items: Sequence, answers: Sequence[Answer]) -> Scores: ...
 
     def preferences(self, items: Sequence, answers: Sequence[Answer]) -> Preferences | None:
-        """Return which of two options each answer prefers; None where answers are no options, or options no words."""
+        """Return which of the two options each answer prefers; None for tasks whose answers are not one of two words."""
         return None
 
     def extras(self, answerer: Answerer, items: Sequence, answers: Sequence[Answer]) -> dict[str, float]:
