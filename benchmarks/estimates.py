@@ -32,10 +32,9 @@ from MFU_screening import TEMPERED, screen
 
 ESTIMATES = {  # in the table -> options of a budget
     "bound, z 1": {"estimate": "bound", "z": 1.0},
-    "bound, z 0": {"estimate": "bound", "z": 0.0},
+    "discriminant, ridge 0.3": {"estimate": "discriminant", "ridge": 0.3},
     "discriminant, ridge 1": {"estimate": "discriminant", "ridge": 1.0},
     "discriminant, ridge 3": {"estimate": "discriminant", "ridge": 3.0},
-    "discriminant, ridge 10": {"estimate": "discriminant", "ridge": 10.0},
 }
 
 
