@@ -30,17 +30,17 @@ from austeer.methods.base import TOGETHER, Method, sites_of
 from austeer.methods.registry import DEFAULT, METHODS, OWN_COMMAND, options_of, with_options
 from austeer.ranks import AURanks
 from austeer.tokens import PROTOCOLS
-from experiments import kl_report, parts_report, plots, report
+from experiments import kl_report, kl_tables, parts_report, plots, report
 from experiments.arguments import check, parents, task_names
 from experiments.bench import has_instruction
 from experiments.cell import AT_KL, EMBEDDED, FIELD_NAMES, LIVE, Cell, SearchSpec, TaskSpec, bench_of, cell_of
 from experiments.engines.answering import ENGINES, check_engine
 from experiments.executors.base import run_cells
 from experiments.executors.choose import executor_for
+from experiments.kl_tables import LABELS
 from experiments.search import SEARCHES
 from experiments.store import Store
 
-LABELS = {"vanilla": "vanilla", "prompt-only": "prompt only", **{name: m.label for name, m in METHODS.items()}}
 COSTS = Path(__file__).parents[1] / "benchmarks" / "results" / "methods-cpu.json"
 FLIPS = 2  # draws of sign flips for every five of random AUs
 
@@ -346,16 +346,9 @@ def _report(rows: dict[str, list[dict]], store: Store, sites: Sequence[str], arg
 def _report_at_kl(rows: dict[str, list[dict]], store: Store, sites: Sequence[str], args: argparse.Namespace) -> None:
     text, curves = [], {}
     for task, task_rows in rows.items():
-        text += [f"## {task}", "", kl_report.heading(task_rows, LABELS), ""]
-        shown = {task: task_rows}
-        if parts_report.has_parts(task_rows):
-            shown[f"{task}: skill"] = parts_report.as_skill(task_rows)
-        for name, same_rows in shown.items():
-            text += [f"{kl_report.measure(same_rows)}:", "", kl_report.table(same_rows, LABELS), ""]
+        text += [f"## {task}", "", *kl_tables.tables(task_rows), _conditions(task_rows, args), ""]
+        for name, same_rows in zip((task, f"{task}: skill"), kl_tables.measures(task_rows), strict=False):
             curves[name] = kl_report.curves(same_rows, LABELS)
-        if likelihoods := parts_report.likelihood_table(task_rows, LABELS):
-            text += [likelihoods, ""]
-        text += [_conditions(task_rows, args), ""]
     file = Path(args.results) / f"{_file_name(args)}-at-kl.md"
     write_text(file, "\n".join(text))
     print("\n" + "\n".join(text))
