@@ -1,0 +1,51 @@
+"""What documents say of real models is what the committed figures and records say."""
+
+import importlib
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from experiments import kl_report, kl_tables, parts_report
+
+ROOT = Path(__file__).parents[1]
+REAL = ROOT / "docs" / "real"
+
+
+def test_tables_at_equal_kl_are_those_of_the_records(capsys):
+    kl_tables.main([str(REAL / "records.jsonl")])
+    assert (REAL / "at-kl.md").read_text().endswith(capsys.readouterr().out)
+
+
+def test_the_table_of_predicted_costs_is_that_of_the_figures(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    files = sorted((ROOT / "benchmarks" / "results").glob("budget-*.json"))
+    figures = [json.loads(file.read_text()) for file in files]
+    text = (ROOT / "docs" / "budget.md").read_text()
+    assert importlib.import_module("budget").ratios(figures) in text
+    plans = [plan for one in figures for plan in one["plans"]]
+    assert all(1 / 1.5 <= plan["ratio"] <= 1.5 for plan in plans) and "between 1/1.5 and 1.5 in all rows" in text
+    far = [plan for plan in plans if abs(plan["corrected"] / plan["budget"] - 1) > 0.1]
+    assert all(plan["clipped"] == plan["k"] == 100 and plan["corrected"] < plan["budget"] for plan in far)
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/budget.md"])
+def test_gains_that_are_quoted_are_those_of_the_records(document):
+    """The rows of docs/budget.md, and the sentence of the README."""
+    text = " ".join((ROOT / document).read_text().split())
+    (rows,) = kl_tables.kept(REAL / "records.jsonl").values()
+    vanilla = rows[0]
+    lines = {line.method: line for line in kl_report.lines_of(rows, {})}
+    gain, low, high = kl_report.estimate(lines["fisher"], vanilla)
+    swapped = kl_report.estimate(lines["shuffled-pairs"], vanilla)
+    lora = kl_report.estimate(lines["lora-r1"], vanilla)
+    skill = {}
+    for line in parts_report.likelihood_table(rows, kl_tables.LABELS).splitlines()[4:]:
+        name, _, value = line.strip("| ").split(" | ")[:3]
+        skill[name.partition(",")[0]] = float(re.match(r"[+-][\d.]+", value)[0])
+    assert f"{gain:+.1f} [{low:+.1f}, {high:+.1f}]" in text or f"{gain:+.1f} points [{low:+.1f}, {high:+.1f}]" in text
+    assert f"{abs(swapped[0]):.1f}" in text and f"{lora[0]:+.1f}" in text
+    assert f"{skill['causal']:.3f}" in text and f"{skill['LoRA']:.3f}" in text
+    assert f"{100 * vanilla['right'] / vanilla['n']:.1f} %" in text
+    assert len(lines["fisher"].rows) == 5 and len(lines["lora-r1"].rows) == 1
