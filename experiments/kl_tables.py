@@ -10,7 +10,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from austeer.errors import run_command
+from austeer.errors import AUSteerError, run_command
+from austeer.files import read_text
 from austeer.methods.registry import METHODS
 from experiments import kl_report, parts_report
 
@@ -35,9 +36,14 @@ def measures(rows: Sequence[dict]) -> list[Sequence[dict]]:
 def kept(file: Path) -> dict[str, list[dict]]:
     """Read kept records by model and task, vanilla first, as they stand in the file."""
     by_title: dict[str, list[dict]] = {}
-    for line in file.read_text().splitlines():
-        row = json.loads(line)
-        by_title.setdefault(f"{row['model']}, {row['task']}", []).append(row)
+    for number, line in enumerate(read_text(file).splitlines(), 1):
+        try:
+            row = json.loads(line)
+            by_title.setdefault(f"{row['model']}, {row['task']}", []).append(row)
+        except (ValueError, TypeError, KeyError):
+            raise AUSteerError(
+                f"{file}, line {number} is no record: give a file of records, one JSON object a line"
+            ) from None
     return {title: sorted(rows, key=lambda row: row["method"] != "vanilla") for title, rows in by_title.items()}
 
 

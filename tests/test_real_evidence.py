@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from austeer.errors import AUSteerError
 from experiments import kl_report, kl_tables, parts_report
 
 ROOT = Path(__file__).parents[1]
@@ -16,6 +17,15 @@ REAL = ROOT / "docs" / "real"
 def test_tables_at_equal_kl_are_those_of_the_records(capsys):
     kl_tables.main([str(REAL / "records.jsonl")])
     assert (REAL / "at-kl.md").read_text().endswith(capsys.readouterr().out)
+
+
+def test_what_is_no_file_of_records_is_refused(tmp_path):
+    with pytest.raises(AUSteerError, match=r"nothing\.jsonl"):
+        kl_tables.main([str(tmp_path / "nothing.jsonl")])
+    for text in ("{", "[1]", '{"model": "m"}'):
+        (tmp_path / "bad.jsonl").write_text(text)
+        with pytest.raises(AUSteerError, match=r"bad\.jsonl, line 1 is no record"):
+            kl_tables.main([str(tmp_path / "bad.jsonl")])
 
 
 def test_the_table_of_predicted_costs_is_that_of_the_figures(monkeypatch):
