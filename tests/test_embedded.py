@@ -146,7 +146,14 @@ def test_outcomes_are_strict():
     task = EmbeddedTask("svamp", limit=5)
     replies = [item.right for item in task.test]
     replies[1] = replies[1] + "0"
-    assert task.columns(task.test, list(map(Answer, replies))).outcomes == [True, False, True, True, True]
+    likelihoods = tuple(
+        float(number) for number in range(23)
+    )  # of the numbers from 1 to 23: the larger is the likelier
+    scores = task.columns(task.test, [Answer(reply, likelihoods) for reply in replies])
+    assert scores.outcomes == [True, False, True, True, True]
+    larger = [int(item.right) == max(map(int, item.options)) for item in task.test]
+    assert scores.columns["likelier option"] == larger and 0 < sum(larger) < 5
+    assert scores.columns["an option at all"] == scores.outcomes
 
 
 @pytest.mark.slow

@@ -208,7 +208,7 @@ def test_the_readme_shows_the_numbers_of_the_report():
         of_readme = re.findall(gain, re.split(rf"{called}(?: gains)? (?=\+)", quoted.replace("\n ", ""))[1])[:2]
         assert len(of_report) == 2 and of_readme == of_report, name
     assert len(by_rule) == 4
-    pattern = r"causal momentum in (\d+) of (\d+), the published rule in (\d+) of (\d+)"
+    pattern = r"of its controls: causal momentum in (\d+) of (\d+), the published rule in (\d+) of (\d+)"
     (ours, of, theirs, _), flat = re.search(pattern, found).groups(), " ".join(quoted.split())
     assert f"in {ours} of {of} places (a task at a site), the published rule in {theirs} of {of}" in flat
     assert "boolq (100.0 %)" in found and "On boolq all are bias: the unsteered model is right in 100 %" in flat
