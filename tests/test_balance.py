@@ -69,8 +69,9 @@ def test_a_plan_of_a_stated_cost_leaves_out_what_only_says_yes(estimate):
     fisher = Fisher(
         {"ffn": torch.ones(1, 4)},
         {"ffn": torch.randn(50, 1, 4)},
-        torch.zeros(1, 4),
-        {"fingerprint": "f", "positions": 1},
+        measure=torch.zeros(1, 4),
+        report=torch.zeros(1, 4),
+        header={"fingerprint": "f", "positions": 1, "draws": 2},
     )
     gates = {}
     for balance in (False, True):

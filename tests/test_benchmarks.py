@@ -303,6 +303,7 @@ def test_predicted_and_measured_cost_of_plans(benchmark, checkpoints, tmp_path, 
     assert "2 within 10 % after correction" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_estimates_are_judged_on_pairs_that_are_left_over(benchmark, checkpoints, tmp_path, monkeypatch, capsys):
     estimates, drawn = benchmark("estimates"), []
 

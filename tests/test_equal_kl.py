@@ -364,6 +364,7 @@ def test_where_nothing_is_left_to_choose_on_the_middle_candidate_is_tested(tmp_p
     assert run.best_of(METHODS["caa"], None, {"a": ()}) == ("a", {})
 
 
+@pytest.mark.slow
 def test_the_controls_share_what_ours_learned_and_not_its_plans(tmp_path):
     store, plans = store_in(tmp_path), {}
     for name in ("fisher", "random-at-kl", "shuffled-pairs"):

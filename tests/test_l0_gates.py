@@ -92,6 +92,7 @@ def test_training_is_that_of_a_plain_loop(llama, checkpoints, tokenizer):
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_a_larger_penalty_keeps_fewer_aus(llama, tokenizer):
     evidence = evidence_of(llama, tokenizer)
     loss = TemperedLoss(evidence)

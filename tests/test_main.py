@@ -54,8 +54,9 @@ def test_the_comparison_and_its_resumption(tmp_path, capsys, monkeypatch):
         "beat",
     ):
         assert text in output
-    (picture,), rows = list(tmp_path.glob("*.png")), rows_of(tmp_path)
-    assert picture.stat().st_size > 20_000 and len(rows) == 8
+    (parts, picture), rows = sorted(tmp_path.glob("*.png")), rows_of(tmp_path)
+    assert picture.stat().st_size > 20_000 and parts.stat().st_size > 10_000 and len(rows) == 8
+    assert parts.name == "embedded-svamp-parts.png" and "fitted offset, nothing steered" in output
     by_method = {row["method"]: row for row in rows}
     assert all(row["n"] == 60 == len(records.unpack(row["outcomes"])) for row in rows)
     assert all(sum(records.unpack(row["outcomes"])) == row["right"] for row in rows)

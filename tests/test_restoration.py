@@ -300,6 +300,7 @@ def small_grid(monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_the_command_on_an_embedded_task(tmp_path, capsys, monkeypatch, small_grid):
     command = ["--data_name", "svamp", "--sparsity", "2:4", "--limit", "100", "--draws", "1", "--device", "cpu"]
     command += ["--results", str(tmp_path), "--out", str(tmp_path / "restored")]

@@ -104,6 +104,7 @@ def test_a_race_reaches_all_settings_that_the_paper_prints(n):
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_on_an_embedded_model_a_race_over_a_fine_grid_chooses_as_well_as_the_whole_grid(tmp_path, capsys):
     """Print the validation scores of both choices. benchmarks/search.py does so at more places, and tests the choices."""
     flat = {"task": "svamp", "method": "published", "site": "attention", "limit": 100}
