@@ -35,7 +35,8 @@ def test_the_table_of_predicted_costs_is_that_of_the_figures(monkeypatch):
     text = (ROOT / "docs" / "budget.md").read_text()
     assert importlib.import_module("budget").ratios(figures) in text
     plans = [plan for one in figures for plan in one["plans"]]
-    assert all(1 / 1.5 <= plan["ratio"] <= 1.5 for plan in plans) and "between 1/1.5 and 1.5 in all rows" in text
+    near = [plan for plan in plans if 1 / 1.5 <= plan["ratio"] <= 1.5]
+    assert f"between 1/1.5 and 1.5 for {len(near)} of {len(plans)} plans" in text and len(plans) == len(near) + 1
     far = [plan for plan in plans if abs(plan["corrected"] / plan["budget"] - 1) > 0.1]
     assert all(plan["clipped"] == plan["k"] == 100 and plan["corrected"] < plan["budget"] for plan in far)
 
