@@ -3,6 +3,7 @@
 import gc
 import os
 from collections import defaultdict
+from functools import cache
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before the hub's library is imported: no test asks the network
@@ -13,6 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 import rmodels
+from experiments import costs
 from rmodels import sources
 
 SHARED = Path(__file__).parents[2] / "shared"
@@ -47,6 +49,12 @@ PAIRS = [
                                 ("ten", "four and a half"), ("ice", "steam"), ("a drum", "a bell"), ("night", "noon")])
     for w, right, wrong in [("heavier", " yes", " no"), ("more quiet" + " still" * (i % 3), " no, never", " yes")]
 ]  # fmt: skip
+
+
+@pytest.fixture(scope="session", autouse=True)
+def documents_once():
+    """Draw the neutral text of the embedded models once in a process, and not once for every bench."""
+    costs.held_out_documents = cache(costs.held_out_documents)
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

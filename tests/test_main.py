@@ -320,6 +320,7 @@ def test_workers_end_when_their_parent_is_killed(tmp_path):
     pytest.fail(f"workers outlived their parent: {alive}")
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_goes_on(tmp_path):
     command = [sys.executable, "main.py", "--data_name", "svamp", "--limit", "40", "--method", "random", "--draws", "3", "--jobs", "1", "--device", "cpu",
                "--results", str(tmp_path)]  # fmt: skip

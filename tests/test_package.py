@@ -88,6 +88,7 @@ main(["methods"])
 """
 
 
+@pytest.mark.slow
 def test_the_wheel_works_outside_the_checkout(wheel, workplace, checkpoints, tmp_path):
     """Beside the libraries of this environment, so that only the wheel is new; all in one process, for time."""
     run(sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv")
@@ -155,6 +156,7 @@ for name in {names!r}:
 """
 
 
+@pytest.mark.slow
 def test_each_public_name_can_be_the_first_import():
     """An import circle shows only to whoever comes in at the wrong place."""
     run(sys.executable, "-c", EACH_FIRST.format(names=austeer.__all__), cwd=ROOT)

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow  # .ci/run has them: hashing all cells once for every edit takes long
+
 ROOT = Path(__file__).parents[1]
 OWN = ("austeer", "rmodels", "eval", "experiments", "embedded", "paper", "MFU_screening.py", "set_MFU.py")
 DRIVER = """

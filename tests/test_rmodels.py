@@ -112,8 +112,7 @@ def test_idle_gate_returns_its_very_input():
 
 
 @pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=[pytest.mark.slow] if name not in ("llama", "qwen3_moe") else []) for name in FAMILIES],
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name != "llama" else []) for name in FAMILIES]
 )
 def test_compiles_without_a_graph_break(checkpoints, name):
     model = load(checkpoints, name)
