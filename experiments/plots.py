@@ -139,7 +139,9 @@ def parts_of_gains(by_task: dict[str, Sequence[Line]], path: Path) -> None:
                 axis.barh(y, part.gain, left=ends[side], height=0.62, color=PARTS[name], label=name if not y else None)
                 ends[side] += part.gain
             axis.plot(line.total, y, "D", color="#000000", ms=6, label="gain" if not y else None)
+        axis.use_sticky_edges = False  # bars leave no room for the diamonds at their ends
         axis.margins(x=0.05)
+        axis.set_axisbelow(True)
         axis.axvline(0, color="#555555", lw=1)
         axis.set_yticks(range(len(lines)), [line.name for line in lines])
         axis.invert_yaxis()
