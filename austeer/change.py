@@ -31,7 +31,7 @@ FORMAT = "austeer-adapter-1"
 
 @dataclass
 class Adapter:
-    """Hold a pair of float32 factors for each projection, by its name: down, (rank, inputs), and up, (outputs, rank)."""
+    """Hold two float32 factors for each projection, keyed by its name: `down` (rank, inputs) and `up` (outputs, rank)."""
 
     factors: dict[str, tuple[Tensor, Tensor]]
     strength: float = 1.0

@@ -1,4 +1,4 @@
-"""Choose how the effects of AUs are estimated, on pairs that no plan is made from and no test asks.
+"""Compare two ways of estimating the effects of AUs, on pairs that neither the plans nor the test items use.
 
     python benchmarks/estimates.py --model M --data_name copa-choices --data-dir DIR [--draws 0 1 2] [--out FILE.json]
 

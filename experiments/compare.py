@@ -90,11 +90,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         choices=PROTOCOLS,
         help="clean (default), or paper: as the authors' code, quirk by quirk",
     )
-    add(
-        "--n-pairs",
-        type=int,
-        help="use only the first so many contrastive pairs, or with --pairs-draw so many random ones",
-    )
+    add("--n-pairs", type=int, help="use only the first N contrastive pairs, or N random ones with --pairs-draw")
     add("--pairs-draw", type=int, nargs="+", default=[], metavar="SEED", help="draw --n-pairs pairs at random, once for each "
         "of these seeds; what belongs together, such as COPA's mirrored items, is drawn together")  # fmt: skip
     add("--encoder", help="sentence encoder for similar wrong answers, or tfidf (default: all-MiniLM-L6-v2)")

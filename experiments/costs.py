@@ -112,7 +112,10 @@ def cost_of_prompts(bench: Bench, plain: str, changed: str) -> dict:
 
 
 def meter_of(bench: Bench, text: str) -> KLMeter:
-    """Return the meter on a text: "measure" (corrects strengths), "report" (reports costs), "prompts" or "own"."""
+    """Return the KL meter for one kind of text.
+
+    text: "measure" or "report", a part of the neutral text; "prompts", the task's; "own", what the model itself continues.
+    """
     if ("meter", text) not in bench.kept:
         bench.kept["meter", text] = KLMeter(bench.model, _texts(bench, text))
     return bench.kept["meter", text]

@@ -1,4 +1,4 @@
-"""Report gains at equal KL on neutral text: a table by level, and the curves of gain over KL.
+"""Report what methods gain at the same KL on neutral text: the rows of a table, and the points of the curves.
 
 A line of the table is a method at a site and a level. It has several rows where pairs were drawn several times, or where a
 control was; draws of pairs are told apart by the pairs themselves.

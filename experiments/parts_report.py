@@ -33,7 +33,7 @@ class Line:
 
 
 def has_parts(rows: Sequence[dict]) -> bool:
-    """Say whether every row that was tested holds E, C and K."""
+    """Say whether every tested row has the columns that a gain is taken apart by: exact match, C and K."""
     return all(UNBIASED in row["columns"] for row in rows if "columns" in row)
 
 

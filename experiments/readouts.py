@@ -16,17 +16,17 @@ from austeer import arguments
 from austeer.errors import AUSteerError
 from austeer.files import write_text
 from eval.decomposition import LIKELIER, UNBIASED
-from eval.statistics import wilson
-from eval.tasks.likelihood import encoded_items, log_probabilities
+from eval.statistics import summary
+from eval.tasks.open_text import log_odds_per_token
 from eval.tasks.options import OptionTask
 from eval.tasks.registry import PAPER_TASKS
 from eval.tasks.whole_choices import WholeChoices
 from experiments.bench import BENCHES
 from experiments.cell import cell_of
-from experiments.records import unpack
+from experiments.report import with_interval
 from experiments.run_cell import run_cell
 from experiments.store import Store
-from rmodels import check_device, context_length
+from rmodels import check_device
 
 WORDS = {"exact match": "word for word", LIKELIER: "likelier option", UNBIASED: "likelier option, offset removed"}
 CHOICES = {"likelier choice": "whole choice", "likelier choice, per token": "whole choice, per token"}
@@ -56,7 +56,7 @@ def _options(task: str, args: argparse.Namespace, store: Store) -> list[str]:
     by_words = WORDS.keys() <= record["columns"].keys()
     extras = record["extras"] if by_words else {}
     return [
-        _line(task, name, unpack(record["columns"][column]), extras if column == LIKELIER else {})
+        _line(task, name, record["measures"][column], extras if column == LIKELIER else {})
         for column, name in (WORDS if by_words else CHOICES).items()
     ]
 
@@ -65,21 +65,15 @@ def _open(task: str, args: argparse.Namespace, store: Store) -> list[str]:
     """Return a line of how often the model finds the wanted answer of a pair likelier than the other, per token."""
     cell = cell_of(**_fields(args), task=task, method="vanilla")
     bench = BENCHES.open(cell.model, cell.task, store)
-    encoded = encoded_items(bench.task.pairs[: args.limit], bench.tokenizer, context_length(bench.model))
-    found = log_probabilities(bench.model, encoded, progress=task).tolist()
-    wanted = [
-        right / len(pair.positive) > wrong / len(pair.negative)  # whole answers would favour the shorter one
-        for pair, (right, wrong) in zip(encoded, found, strict=True)
-    ]
-    return [_line(task, "wanted answer of a ranking pair, per token", wanted, {})]
+    odds = log_odds_per_token(bench.model, bench.tokenizer, bench.task.pairs[: args.limit])
+    measure = summary({"wanted": [value > 0 for value in odds]})["wanted"]
+    return [_line(task, "wanted answer of a ranking pair, per token", measure, {})]
 
 
-def _line(task: str, name: str, right: Sequence[bool], extras: dict) -> str:
-    low, high = wilson(sum(right), len(right))
-    share = f"{100 * sum(right) / len(right):.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+def _line(task: str, name: str, measure: dict[str, float], extras: dict) -> str:
     area, majority = extras.get("AUC"), extras.get("majority, %")
     more = ["" if area is None else f"{area:.3f}", "" if majority is None else f"{majority:.1f}"]
-    return "| " + " | ".join([task, name, share, str(len(right)), *more]) + " |"
+    return "| " + " | ".join([task, name, with_interval(measure, 100), str(measure["n"]), *more]) + " |"
 
 
 def _fields(args: argparse.Namespace) -> dict:
@@ -91,7 +85,12 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = arguments.parser("main.py readouts", __doc__, parents=[arguments.model_options()])
     add = parser.add_argument
     known = [name for name, task in PAPER_TASKS.items() if issubclass(task, OptionTask | WholeChoices) or name in OPEN]
-    add("--task", nargs="+", choices=known, help=f"(default: {' '.join(TASKS)}; with --chat those answered in words)")
+    add(
+        "--task",
+        nargs="+",
+        choices=known,
+        help=f"tasks to read (default: {' '.join(TASKS)}; with --chat only those answered in words)",
+    )
     add("--data-dir", help="folder of the tasks' datasets (default: datasets/, then the hub)")
     add("--limit", type=int, help="use at most this many items of each task")
     add("--chat", action="store_true", help="put prompts into the model's chat format")

@@ -73,7 +73,7 @@ def other_measures(rows: Sequence[dict], labels: dict[str, str]) -> str:
         name += f", {len(draws)} draws" if len(draws) > 1 else ""
         row = sorted(draws, key=lambda row: row["right"])[len(draws) // 2]
         values = [
-            _with_interval(row["measures"][measure], 100 if measure in shares else 1)
+            with_interval(row["measures"][measure], 100 if measure in shares else 1)
             + (f", p = {_paired(row, vanilla, measure):.1g}" if site else "")
             for measure in measures
         ]
@@ -174,7 +174,7 @@ def _paired(row: dict, vanilla: dict, measure: str) -> float:
     return sign_flip([a - b for a, b in zip(after, before, strict=True)])
 
 
-def _with_interval(measure: dict[str, float], unit: int) -> str:
+def with_interval(measure: dict[str, float], unit: int) -> str:
     value, low, high = (unit * measure[key] for key in ("value", "low", "high"))
     digits = 1 if unit == 100 else 3
     return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"

@@ -195,7 +195,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help=f"instead of --pairs a task: {', '.join(PAPER_TASKS)}")  # fmt: skip
     add("--data-dir", help="folder of the tasks' datasets (default: datasets/, then the hub)")
     add("--plan", metavar="FILE",
-        help="plan whose gates set the dose; it must scale AUs and shift none (default: a plan that costs --kl)")  # fmt: skip
+        help="plan whose gates are the doses; it may scale AUs but not shift them (default: one is made that costs --kl)")  # fmt: skip
     add(
         "--kl", type=float, default=0.03, help="cost of the plan that is made, in nats per token (default: %(default)s)"
     )
@@ -204,9 +204,9 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--top", type=int, default=200, help="AUs that are the strongest by each score (default: %(default)s)")
     add("--n", type=int, default=32, help="at most this many held-out pairs (default: %(default)s)")
     add("--all", action="store_true", help="also at dose 0.1")
-    add("--flag", nargs="+", default=[], metavar="RANKS", help="files of causal ranks: save them to the folder --out with "
-        "those AUs flagged whose first-order prediction fails, so that plans of a stated cost leave them out")  # fmt: skip
-    add("--out", metavar="FOLDER", help="where flagged ranks go")
+    add("--flag", nargs="+", default=[], metavar="RANKS", help="copy these causal ranks into the folder --out and mark the "
+        "AUs whose first-order prediction fails; plans of a stated cost then leave them out")  # fmt: skip
+    add("--out", metavar="FOLDER", help="folder for the copies that --flag makes")
     add("--seed", type=int, default=0, help="seed of the random score (default: %(default)s)")
     add("--results", default="results", help="folder for ranks, records and pictures (default: %(default)s)")
     args = parser.parse_args(argv)

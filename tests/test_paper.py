@@ -261,7 +261,9 @@ def test_how_many_aus_a_row_changes(tmp_path):
     rows = {row.label: row.values for row in block.rows}
     assert [rows[row][0].text for row in rows] == ["0", "4", "371", "32"] and rows["x"][0].small == "of 512"
     assert rows["fdr"][1].facts == ["ffn, q 0.05, 371 AUs"] and rows["x"][1].facts == ["ffn, k 4, alpha 2"]
-    sparse = "Not sparse (more than a quarter of the site's AUs): fdr (a 72 %, b 72 %)."
+    sparse = (
+        "These rows are not sparse, since they change more than a quarter of their site's AUs: fdr (a 72 %, b 72 %)."
+    )
     assert sparse in block.notes
     page.write([spec], manifest)
     text = (tmp_path / "report.md").read_text()

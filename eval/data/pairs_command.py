@@ -103,7 +103,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--answer-field", default="answer", help="field of the right answer in your data (default: %(default)s)")
     add("--wrong-field", help="field of a wrong answer in your data, if it has one")
     add("--numbers", action="store_true", help="compare your answers as numbers: a wrong one must differ in value")
-    add("--n-pairs", type=int, help="of a task only the first so many, or with --pairs-draw so many random ones")
+    add("--n-pairs", type=int, help="use only the first N pairs of a task, or N random ones with --pairs-draw")
     add(
         "--pairs-draw",
         type=int,

@@ -67,8 +67,8 @@ class Task(ABC):
     ):
         """Set how pairs are made.
 
-        n_pairs: use only the first so many. pairs_draw: draw them at random instead, whole groups, by this seed. general_pairs: take wrong answers by the paper's general recipe. encoder: finds
-        similar answers. swapped_choices: make a second pair of every item, with its choices swapped.
+        n_pairs: use only the first n pairs. pairs_draw: instead draw n at random with this seed, keeping groups whole.
+        general_pairs: make wrong answers by the paper's general recipe. encoder: finds similar answers. swapped_choices: make a second pair of every item, with its choices swapped.
         """
         if swapped_choices and not self.swaps_choices:
             raise AUSteerError("swapped choices are for the pairs of copa only: leave out --swapped-choices")

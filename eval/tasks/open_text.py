@@ -125,7 +125,7 @@ class BPO(_OpenText):
 
     def answers(self, answerer, items: Sequence[Item], file=None, progress=None):
         """Return how much the model prefers the good answer; with a file, its own answers too, for the judge."""
-        preferences = _preferences(answerer.model, answerer.tokenizer, items)
+        preferences = log_odds_per_token(answerer.model, answerer.tokenizer, items)
         if file is None:
             return [Answer("", (value,)) for value in preferences]
         answers = super().answers(answerer, items, file, progress)
@@ -195,7 +195,7 @@ def token_losses(
 
 
 @torch.inference_mode()
-def _preferences(model, tokenizer, items: Sequence[Item]) -> list[float]:
+def log_odds_per_token(model, tokenizer, items: Sequence[Item]) -> list[float]:
     """Return the log-probability per token of the good answer, less that of the bad one: sums would favour short answers."""
 
     def preference(item: Item) -> float:

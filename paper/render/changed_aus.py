@@ -35,7 +35,13 @@ def not_sparse(records: dict[str, dict[str, list[dict]]], labels: dict[str, str]
                 parts.append(f"{column} {100 * share:.0f} %")
         if parts:
             sentences.append(f"{labels[row]} ({', '.join(parts)})")
-    return [f"Not sparse (more than a quarter of the site's AUs): {'; '.join(sentences)}."] if sentences else []
+    return (
+        [
+            f"These rows are not sparse, since they change more than a quarter of their site's AUs: {'; '.join(sentences)}."
+        ]
+        if sentences
+        else []
+    )
 
 
 def _n_steered(record: dict) -> int | None:

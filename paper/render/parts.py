@@ -27,7 +27,7 @@ def parts(spec: Spec, manifest: Manifest, block: str) -> Block:
 
 
 def _value(spec: Spec, manifest: Manifest, block: str, row: str, column: str) -> tuple[Value, float | None]:
-    """Return what is shown, and the p of the skill of a single run."""
+    """Return a cell of the table, and the p-value of its skill if it is a single steered run."""
     vanilla = manifest.records(spec.source, block, "vanilla", column)
     unsteered = spec.show["unsteered"].get(row)
     records = vanilla if unsteered else manifest.records(spec.source, block, row, column)
