@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # bash reproduce.sh [options]   installs what it needs, then makes every table and figure, and results/<scale>/report.html
-#   --scale embedded|small|paper   tiny shipped models (default; two cores, no GPU), one 24 GB GPU, the paper's models
+#   --scale embedded|real|small|paper   tiny shipped models (default), small real ones (both: two cores, no GPU), one 24 GB GPU,
+#                                       the paper's models
 #   --only table1,figure10   --models llama2-7b-chat   --limit N   --estimate   --dry-run   --help
 # To resume, run it again: it continues where it stopped. In the background: nohup bash reproduce.sh > log 2>&1 &
 # Several GPUs or nodes: docs/scaling.md

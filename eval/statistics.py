@@ -60,6 +60,17 @@ def paired_bootstrap(before: Sequence[float], after: Sequence[float]) -> tuple[f
     return (sum(differences) / len(differences), *bootstrap(differences))
 
 
+def crossed_bootstrap(runs: Sequence[Sequence[float]]) -> tuple[float, float, float]:
+    """Return the mean over runs on the same items, with its 95 % interval: runs and items are drawn anew, each with replacement."""
+    values = np.asarray(runs, float)
+    n_runs, n_items = values.shape
+    generator = np.random.default_rng(SEED)
+    items = generator.multinomial(n_items, np.full(n_items, 1 / n_items), RESAMPLES) / n_items
+    drawn = generator.multinomial(n_runs, np.full(n_runs, 1 / n_runs), RESAMPLES) / n_runs
+    low, high = np.percentile(((items @ values.T) * drawn).sum(1), (2.5, 97.5))
+    return float(values.mean()), float(low), float(high)
+
+
 def resampled_ratios(totals: Sequence[float], counts: Sequence[float]) -> np.ndarray:
     """Return sum(totals) / sum(counts) in every resample. Lists of equal length share their resamples, so their difference is a paired one."""
     totals, counts = np.asarray(totals, float), np.asarray(counts, float)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 from austeer.errors import AUSteerError
+from austeer.methods.registry import METHODS
 from austeer.pairs import FIELDS
 
 EMBEDDED = "embedded"  # also embedded-VARIANT: another model of the same task, such as embedded-seed1
@@ -126,6 +127,12 @@ def cell_of(**flat) -> Cell:
     )
     cell = Cell(*_bench_specs(parts), MethodSpec(**method), SearchSpec(**parts[SearchSpec]))
     return cell if cell.steered else cell.unsteered(cell.method.name)
+
+
+def at_kl(cell: Cell, level: float) -> Cell:
+    """Return the cell at a stated KL. What has no strength, such as an instruction, stands at the KL that it has."""
+    has_strength = cell.steered and METHODS[cell.method.name].scalable
+    return replace(cell, search=replace(cell.search, kind=AT_KL, level=level if has_strength else None))
 
 
 def bench_of(**flat) -> tuple[ModelSpec, TaskSpec]:

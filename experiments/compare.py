@@ -15,7 +15,6 @@ import json
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
@@ -30,14 +29,14 @@ from austeer.methods.base import TOGETHER, Method, sites_of
 from austeer.methods.registry import DEFAULT, METHODS, OWN_COMMAND, options_of, with_options
 from austeer.ranks import AURanks
 from austeer.tokens import PROTOCOLS
-from experiments import kl_report, kl_tables, parts_report, plots, report
+from experiments import kl_report, parts_report, plots, report
 from experiments.arguments import check, parents, task_names
 from experiments.bench import has_instruction
-from experiments.cell import AT_KL, EMBEDDED, FIELD_NAMES, LIVE, Cell, SearchSpec, TaskSpec, bench_of, cell_of
+from experiments.cell import EMBEDDED, FIELD_NAMES, LIVE, Cell, TaskSpec, at_kl, bench_of, cell_of
 from experiments.engines.answering import ENGINES, check_engine
 from experiments.executors.base import run_cells
 from experiments.executors.choose import executor_for
-from experiments.kl_tables import LABELS
+from experiments.report import LABELS
 from experiments.search import SEARCHES
 from experiments.store import Store
 
@@ -267,28 +266,21 @@ def in_protocol(protocol: str, method: Method) -> bool:
 def _cells(task: TaskSpec, sites: Sequence[str], args: argparse.Namespace) -> list[Cell]:
     flat = _flat(task.name, task.pairs.pairs_draw, args)
     vanilla = cell_of(**flat, method="vanilla")
-    cells = [vanilla]
-    if has_instruction(vanilla.model, vanilla.task):
-        prompted = vanilla.unsteered("prompt-only")
-        cells.append(replace(prompted, search=SearchSpec(AT_KL)) if args.at_kl else prompted)
+    cells = [vanilla.unsteered("prompt-only")] if has_instruction(vanilla.model, vanilla.task) else []
     names = list(METHODS) if "all" in args.method else list(dict.fromkeys(args.method))
     for name in names if args.steer else ():
         method = METHODS[name]
         if not in_protocol(task.protocol, method):
             continue
         draws = (max(1, args.draws * FLIPS // 5) if name == "flipped" else args.draws) if method.draws else 1
-        searches = [{"level": level, "search": AT_KL} for level in _levels(method, args)] if args.at_kl else [{}]
         cells += [
-            cell_of(**(flat | search), method=name, site=site, draw=draw)
+            cell_of(**flat, method=name, site=site, draw=draw)
             for site in _places(method, sites)
             for draw in range(draws)
-            for search in searches
         ]
-    return cells
-
-
-def _levels(method: Method, args: argparse.Namespace) -> list[float | None]:
-    return list(dict.fromkeys(args.at_kl)) if method.scalable else [None]
+    if args.at_kl:
+        cells = list(dict.fromkeys(at_kl(cell, level) for cell in cells for level in args.at_kl))
+    return [vanilla, *cells]
 
 
 def _places(method: Method, sites: Sequence[str]) -> Sequence[str]:
@@ -342,9 +334,13 @@ def _report(rows: dict[str, list[dict]], store: Store, sites: Sequence[str], arg
 def _report_at_kl(rows: dict[str, list[dict]], store: Store, sites: Sequence[str], args: argparse.Namespace) -> None:
     text, curves = [], {}
     for task, task_rows in rows.items():
-        text += [f"## {task}", "", *kl_tables.tables(task_rows), _conditions(task_rows, args), ""]
-        for name, same_rows in zip((task, f"{task}: skill"), kl_tables.measures(task_rows), strict=False):
+        text += [f"## {task}", "", kl_report.heading(task_rows, LABELS), ""]
+        for name, same_rows in zip((task, f"{task}: skill"), parts_report.measures(task_rows), strict=False):
+            text += [f"{kl_report.measure(same_rows)}:", "", kl_report.table(same_rows, LABELS), ""]
             curves[name] = kl_report.curves(same_rows, LABELS)
+        if likelihoods := parts_report.likelihood_table(task_rows, LABELS):
+            text += [likelihoods, ""]
+        text += [_conditions(task_rows, args), ""]
     file = Path(args.results) / f"{_file_name(args)}-at-kl.md"
     write_text(file, "\n".join(text))
     print("\n" + "\n".join(text))

@@ -11,11 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import mean
 
-from eval.statistics import holm, mcnemar, paired_gain, t_interval
+from eval.statistics import crossed_bootstrap, holm, mcnemar, paired_gain, t_interval
 from experiments.records import unpack
 from experiments.report import gain, name_of
 
 OURS = "fisher"  # the method that all others are compared with
+HEADS = ("KL", "method", "predicted", "measured", "fresh", "prompts", "own", "factor", "AUs", "gain", "right / wrong", "p",
+         "ours: p", "Holm")  # fmt: skip
 
 Estimate = tuple[float, float, float]  # value, low, high
 
@@ -59,12 +61,16 @@ def lines_of(rows: Sequence[dict], labels: dict[str, str]) -> list[Line]:
 def estimate(line: Line, vanilla: dict) -> Estimate:
     """Return the gain and its interval.
 
-    Several draws of pairs give a t interval over draws, and a single run one over items. A control drawn several times on
-    the same pairs gets the range of its draws instead.
+    Several draws of pairs give an interval over draws and items, and a single run one over items. A control drawn several
+    times on the same pairs gets the range of its draws instead.
     """
-    by_pairs = line.gains(vanilla)
-    if len(by_pairs) > 1:
-        return t_interval([*by_pairs.values()])[:3]
+    if len(line.gains(vanilla)) > 1:
+        before = unpack(vanilla["outcomes"])
+        runs = [
+            [100 * (float(after) - was) for was, after in zip(before, unpack(row["outcomes"]), strict=True)]
+            for row in line.rows
+        ]
+        return crossed_bootstrap(runs)
     values = [gain(row, vanilla) for row in line.rows]
     if len(values) > 1:
         return mean(values), min(values), max(values)
@@ -124,8 +130,8 @@ def heading(rows: Sequence[dict], labels: dict[str, str]) -> str:
     """Explain the columns of the tables at equal KL."""
     texts = {row["kl"]["text"] for row in rows if "kl" in row}
     return (
-        "Gains in points, [95 % interval] over items, or by t over draws of pairs; of a control the mean and the range of its "
-        "draws. KL: of the unsteered to the steered model, nats per token of the second halves of passages of "
+        "Gains in points, [95 % interval] over items, or over items and draws of pairs; of a control with several draws on the "
+        "same pairs the mean and the range of them. KL: of the unsteered to the steered model, nats per token of the second halves of passages of "
         f"{', '.join(sorted(texts))}; predicted: before the plan is run; measured: on the passages by which strengths are "
         "corrected; fresh: on passages that corrected nothing; prompts, own: on the task's prompts, and on what the model itself "
         "writes. Choices beside the strength, such as CAA's layer, are made on validation at that KL. p: against vanilla, by an "
@@ -137,53 +143,62 @@ def heading(rows: Sequence[dict], labels: dict[str, str]) -> str:
 
 def measure(rows: Sequence[dict]) -> str:
     """Say what the rows are measured by, on which items, and what vanilla has."""
-    vanilla = next(row for row in rows if row["method"] == "vanilla")
+    vanilla = vanilla_of(rows)
     share = 100 * vanilla["right"] / vanilla["n"]
     return f"{vanilla['measure']} on {vanilla['n']} items of {vanilla['test_split']}, vanilla {share:.1f} %"
 
 
 def table(rows: Sequence[dict], labels: dict[str, str]) -> str:
-    vanilla = next(row for row in rows if row["method"] == "vanilla")
-    lines = lines_of(rows, labels)
-    against = compared(lines, vanilla)
-    out = [
-        "| KL | method | predicted | measured | fresh | prompts | own | factor | AUs | gain | right / wrong | p | ours: p | Holm |",
-        "|--:|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
-    ]
-    out += [_row(line, vanilla, against.get(id(line))) for line in lines]
-    out += ["", *(f"- {reason}" for reason in _reasons(lines))]
+    out = [f"| {' | '.join(HEADS)} |", "|--:|---|" + "--:|" * (len(HEADS) - 2)]
+    out += [f"| {' | '.join(cells)} |" for _, cells in cells_of(rows, labels)]
+    out += ["", *(f"- {reason}" for reason in reasons(lines_of(rows, labels)))]
     return "\n".join(out).rstrip()
 
 
-def _row(line: Line, vanilla: dict, against: tuple[float, float] | None) -> str:
+def cells_of(rows: Sequence[dict], labels: dict[str, str]) -> list[tuple[Line, list[str]]]:
+    """Return each line with its cells under HEADS."""
+    vanilla, lines = vanilla_of(rows), lines_of(rows, labels)
+    against = compared(lines, vanilla)
+    return [(line, _cells(line, vanilla, against.get(id(line)))) for line in lines]
+
+
+def vanilla_of(rows: Sequence[dict]) -> dict:
+    return next(row for row in rows if row["method"] == "vanilla")
+
+
+def _cells(line: Line, vanilla: dict, against: tuple[float, float] | None) -> list[str]:
     total = len(line.rows) + len(line.others)
     draws = "" if total == 1 else f", {total} draws" if not line.others else f", {len(line.rows)} of {total} draws"
     cells = [f"{line.level:g}" if line.level else "", f"{line.name}{draws}"]
     cells += [_number(line.cost(name)) for name in ("predicted", "measured", "fresh", "on_prompts", "on_own", "factor")]
     if not line.rows:
-        return "| " + " | ".join([*cells, *"–" * 6]) + " |"
+        return [*cells, *"–" * 6]
     cells.append(f"{mean(row['touched'] for row in line.rows):.0f}" if line.site else "")
     value, low, high = estimate(line, vanilla)
     cells.append(f"{value:+.1f} [{low:+.1f}, {high:+.1f}]")
     gained, lost, _ = mcnemar(unpack(vanilla["outcomes"]), unpack(line.rows[0]["outcomes"]))
     cells.append(f"{gained} / {lost}" if len(line.rows) == 1 else "")
-    cells.append(f"{paired_p(line.rows, [vanilla], [*line.gains(vanilla).values()]):.1g}")
-    cells += [f"{p:.1g}" for p in against] if against else ["", ""]
-    return "| " + " | ".join(cells) + " |"
+    cells.append(f"{p_of(line, vanilla):.1g}")
+    return cells + ([f"{p:.1g}" for p in against] if against else ["", ""])
 
 
-def _reasons(lines: Sequence[Line]) -> list[str]:
+def p_of(line: Line, vanilla: dict) -> float:
+    """Return the p of a line's gain over vanilla."""
+    return paired_p(line.rows, [vanilla], [*line.gains(vanilla).values()])
+
+
+def reasons(lines: Sequence[Line]) -> list[str]:
     """Say why a level was not reached, and why a cost was not predicted."""
-    reasons = {}
+    found = {}
     for line in lines:
         for row in (*line.rows, *line.others):
             for key, what in (("unreached", f"is not brought to {line.level}"), ("unpriced", "is not priced")):
                 if row["kl"].get(key):
-                    reasons[f"{line.name} {what}: {row['kl'][key]}"] = None
+                    found[f"{line.name} {what}: {row['kl'][key]}"] = None
             if line.rows and row["kl"].get("refused"):
                 lost = "; ".join(f"{point}: {why}" for point, why in row["kl"]["refused"].items())
-                reasons[f"{line.name} at {line.level}: not all candidates were brought to it: {lost}"] = None
-    return list(reasons)
+                found[f"{line.name} at {line.level}: not all candidates were brought to it: {lost}"] = None
+    return list(found)
 
 
 def _number(value: float | None) -> str:
@@ -192,7 +207,7 @@ def _number(value: float | None) -> str:
 
 def curves(rows: Sequence[dict], labels: dict[str, str]) -> dict[str, list[tuple[float, Estimate]]]:
     """Return for each method and site its points (measured KL, gain with interval)."""
-    vanilla = next(row for row in rows if row["method"] == "vanilla")
+    vanilla = vanilla_of(rows)
     points: dict[str, list[tuple[float, Estimate]]] = {}
     for line in lines_of(rows, labels):
         if line.cost("measured"):

@@ -15,6 +15,19 @@ LEVEL = 0.05
 # what the unsteered model's own preferences would answer: a method has to beat these, too
 UNSTEERED = {"forced choice, nothing steered": LIKELIER, "fitted offset, nothing steered": UNBIASED}
 LOG_ODDS = "log-odds"  # the column of tasks that compare answers by likelihood
+PARTS = (
+    "What the gains are made of, in points: skill, the likelier option is right more often once a constant preference for "
+    "one of the two options is taken off; bias, such a preference costs fewer answers; format, the answer is an option, and "
+    "the likelier one. They add up to the gain. The constant is fitted on validation (where there is none, on the other folds "
+    "of the test items), and taken as given: with few items its error can look like a little skill, which AUC cannot. [95 % "
+    "interval over items; of several draws the smallest and the largest]; p: McNemar's, of skill; Holm: adjusted for all "
+    "lines of this table"
+)
+LIKELIHOODS = (
+    "What the gains in likelihood are made of, mean log sigmoid of the log-odds of the right answer, in nats: skill, the gain at "
+    "the best temperatures before and after, which are fitted to these items; calibration, the rest. Gains of an item are "
+    "averaged over draws; [95 % interval over items]; p: of skill, over items, by random signs, not adjusted"
+)
 
 
 @dataclass(frozen=True)
@@ -49,6 +62,11 @@ def as_skill(rows: Sequence[dict]) -> list[dict]:
         else row
         for row in rows
     ]
+
+
+def measures(rows: Sequence[dict]) -> list[Sequence[dict]]:
+    """Return the rows as they are measured and, on tasks with two options, with skill as their measure."""
+    return [rows, as_skill(rows)] if has_parts(rows) else [rows]
 
 
 def lines_of(rows: Sequence[dict], labels: dict[str, str]) -> list[Line]:
@@ -96,17 +114,7 @@ def line_of(name: str, before: Readings, draws: Sequence[dict], tested: bool = F
 
 
 def table(lines: Sequence[Line]) -> str:
-    out = [
-        "What the gains are made of, in points: skill, the likelier option is right more often once a constant preference for "
-        "one of the two options is taken off; bias, such a preference costs fewer answers; format, the answer is an option, and "
-        "the likelier one. They add up to the gain. The constant is fitted on validation (where there is none, on the other folds "
-        "of the test items), and taken as given: with few items its error can look like a little skill, which AUC cannot. [95 % "
-        "interval over items; of several draws the smallest and the largest]; p: McNemar's, of skill; Holm: adjusted for all "
-        "lines of this table",
-        "",
-        "| method | gain | skill | p | Holm | bias | format |",
-        "|---|--:|--:|--:|--:|--:|--:|",
-    ]
+    out = [PARTS, "", "| method | gain | skill | p | Holm | bias | format |", "|---|--:|--:|--:|--:|--:|--:|"]
     for line in lines:
         skill, *others = (f"{part.gain:+.1f} [{part.low:+.1f}, {part.high:+.1f}]" for part in line.parts.values())
         ps = ["" if p is None else f"{p:.1g}" for p in (line.p, line.holm)]
@@ -144,21 +152,25 @@ def _unbeaten(line: Line, vanilla: dict) -> str:
     return f"; it does not beat {' or '.join(names)}" if names else ""
 
 
-def likelihood_table(rows: Sequence[dict], labels: dict[str, str]) -> str:
-    """Return a table of the gains of likelihoods, for tasks that compare whole answers by them; "" for others."""
+def likelihood_parts(rows: Sequence[dict], labels: dict[str, str]) -> list[tuple[str, str, Part, Part]]:
+    """Return (name, method, skill, calibration) of each method's gain in likelihood; none on tasks that do not compare likelihoods."""
     vanilla = _vanilla(rows)
     if "likelihood" not in vanilla.get("measured", {}):
-        return ""
-    out = [
-        "What the gains in likelihood are made of, mean log sigmoid of the log-odds of the right answer, in nats: skill, the gain at "
-        "the best temperatures before and after, which are fitted to these items; calibration, the rest. Gains of an item are "
-        "averaged over draws; [95 % interval over items]; p: of skill, over items, by random signs, not adjusted",
-        "",
-        "| method | gain | skill | p | calibration |",
-        "|---|--:|--:|--:|--:|",
+        return []
+    before = vanilla["columns"][LOG_ODDS]
+    return [
+        (name, draws[0]["method"], *likelihood_taken_apart(before, [row["columns"][LOG_ODDS] for row in draws]))
+        for name, draws in _by_name(rows, labels).items()
     ]
-    for name, draws in _by_name(rows, labels).items():
-        skill, rest = likelihood_taken_apart(vanilla["columns"][LOG_ODDS], [row["columns"][LOG_ODDS] for row in draws])
+
+
+def likelihood_table(rows: Sequence[dict], labels: dict[str, str]) -> str:
+    """Return a table of the gains of likelihoods, for tasks that compare whole answers by them; "" for others."""
+    parts = likelihood_parts(rows, labels)
+    if not parts:
+        return ""
+    out = [LIKELIHOODS, "", "| method | gain | skill | p | calibration |", "|---|--:|--:|--:|--:|"]
+    for name, _, skill, rest in parts:
         spans = [f"{part.gain:+.4f} [{part.low:+.4f}, {part.high:+.4f}]" for part in (skill, rest)]
         out.append(f"| {name} | {skill.gain + rest.gain:+.4f} | {spans[0]} | {skill.p:.1g} | {spans[1]} |")
     return "\n".join(out)

@@ -96,34 +96,55 @@ def curves(panels: Sequence[Panel], x_label: str, title: str, path: Path) -> Non
     plt.close(figure)
 
 
-def gain_over_kl(by_task: dict[str, dict[str, list[tuple[float, tuple[float, float, float]]]]], path: Path) -> None:
-    """Draw the gain over the KL of each method, with its interval: a curve, or a point where there is one level only."""
+Points = Sequence[tuple[float, tuple[float, float, float]]]  # (KL, (gain, low, high)) of a method
+
+
+def gain_over_kl(by_task: dict[str, dict[str, Points]], path: Path) -> None:
+    """Draw gains with their intervals: curves over KL, or where there is one level alone a line per method."""
     plt.rcParams.update({"font.size": 12, "axes.titlesize": 13, "figure.dpi": 110})
-    figure, axes = plt.subplots(len(by_task), 1, figsize=(11, 6 * len(by_task)), squeeze=False)
+    levels = {task: max(len(points) for points in by_name.values()) for task, by_name in by_task.items()}
+    heights = [6.0 if levels[task] > 1 else 1.2 + 0.36 * len(by_name) for task, by_name in by_task.items()]
+    figure, axes = plt.subplots(len(by_task), 1, figsize=(11, sum(heights)), squeeze=False, height_ratios=heights)
     for axis, (task, by_name) in zip(axes[:, 0], by_task.items(), strict=True):
-        for color, marker, (name, points) in zip(cycle(LINES), cycle("osD^vP*X"), by_name.items(), strict=False):
-            kls, estimates = zip(*sorted(points), strict=True)
-            middle, low, high = zip(*estimates, strict=True)
-            if len(points) > 1:
-                axis.fill_between(kls, low, high, color=color, alpha=0.12, lw=0)
-                axis.plot(kls, middle, marker=marker, color=color, lw=1.8, label=name)
-            else:
-                reach = [[middle[0] - low[0]], [high[0] - middle[0]]]
-                axis.errorbar(kls, middle, reach, fmt=marker, color=color, ms=9, capsize=4, label=name)
-        axis.axhline(0, color=COLORS["vanilla"], lw=1)
-        # two draws leave intervals of a hundred points, beside which no curve could be seen
-        values = [0.0, *(estimate[0] for points in by_name.values() for _, estimate in points)]
-        room = max(values) - min(values)
-        axis.set_ylim(max(axis.get_ylim()[0], min(values) - room), min(axis.get_ylim()[1], max(values) + room))
-        axis.set_xscale("log")
-        axis.set(xlabel="KL of the unsteered to the steered model, nats per token of neutral text", title=task)
-        axis.set_ylabel("gain over vanilla, points")
+        (_kl_curves if levels[task] > 1 else _at_one_kl)(axis, by_name)
+        axis.set_title(task)
         axis.grid(alpha=0.3)
-        axis.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=10)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Software": None})
     plt.close(figure)
+
+
+def _kl_curves(axis, by_name: dict[str, Points]) -> None:
+    for color, marker, (name, points) in zip(cycle(LINES), cycle("osD^vP*X"), by_name.items(), strict=False):
+        kls, estimates = zip(*sorted(points), strict=True)
+        middle, low, high = zip(*estimates, strict=True)
+        if len(points) > 1:
+            axis.fill_between(kls, low, high, color=color, alpha=0.12, lw=0)
+            axis.plot(kls, middle, marker=marker, color=color, lw=1.8, label=name)
+        else:
+            reach = [[middle[0] - low[0]], [high[0] - middle[0]]]
+            axis.errorbar(kls, middle, reach, fmt=marker, color=color, ms=9, capsize=4, label=name)
+    axis.axhline(0, color=COLORS["vanilla"], lw=1)
+    axis.set_xscale("log")
+    swept = sorted({float(f"{kl:.1g}") for points in by_name.values() for kl, _ in points})
+    axis.set_xticks(swept, [f"{kl:g}" for kl in swept])
+    axis.xaxis.minorticks_off()
+    axis.set(
+        xlabel="KL of the unsteered to the steered model, nats per token of neutral text",
+        ylabel="gain over vanilla, points",
+    )
+    axis.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=10)
+
+
+def _at_one_kl(axis, by_name: dict[str, Points]) -> None:
+    for y, points in enumerate(by_name.values()):
+        ((_, (middle, low, high)),) = points
+        axis.errorbar([middle], [y], xerr=[[middle - low], [high - middle]], fmt="o", color=LINES[0], ms=7, capsize=3)
+    axis.axvline(0, color=COLORS["vanilla"], lw=1)
+    axis.set_yticks(range(len(by_name)), [f"{name}, {points[0][0]:.2g} nats" for name, points in by_name.items()])
+    axis.invert_yaxis()
+    axis.set_xlabel("gain over vanilla, points")
 
 
 def parts_of_gains(by_task: dict[str, Sequence[Line]], path: Path) -> None:

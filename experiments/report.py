@@ -6,9 +6,11 @@ from collections import Counter
 from collections.abc import Sequence
 from statistics import median
 
+from austeer.methods.registry import METHODS
 from eval.statistics import holm, mcnemar, sign_flip, wilson
 from experiments.records import unpack
 
+LABELS = {"vanilla": "vanilla", "prompt-only": "prompt only", **{name: m.label for name, m in METHODS.items()}}
 SITES = {
     "attention": "Head", "ffn": "FFN", "layer": "Layer", "neuron": "Neuron", "both": "Head+FFN",
     "attention+neuron": "Head+Neuron", "prompt": "",

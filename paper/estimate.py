@@ -9,6 +9,7 @@ from functools import cache
 from time import perf_counter
 
 import torch
+from transformers import AutoConfig
 
 import rmodels
 from austeer.code_identity import code_hash
@@ -80,7 +81,7 @@ def _is_current(panel: Panel, record: dict | None) -> bool:
 
 def _family(model: ModelSpec) -> type:
     by_hub = {known["hub"]: known["family"] for known in models().values()}
-    return rmodels.family(by_hub.get(model.name, "llama"))  # the embedded models are Llamas
+    return rmodels.model_class(AutoConfig.for_model(by_hub.get(model.name, "llama")))  # the embedded models are Llamas
 
 
 def _cell_lines(specs: Sequence[Spec]) -> list[str]:

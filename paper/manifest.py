@@ -23,6 +23,7 @@ class Manifest:
     scale: str
     how: dict = field(default_factory=dict)  # options that all cells share: limit, batch_size, engine, toxicity, attn
     dry_run: bool = False  # whether tiny random checkpoints stand for the models
+    everything: bool = False  # whether a run had --all
     entries: dict[str, dict[str, list[str]]] = field(default_factory=dict)  # spec -> "block|row|column" -> record ids
     panels: dict[str, dict[str, str]] = field(default_factory=dict)  # spec -> panel -> record id
     bases: list[str] = field(default_factory=list)  # ids of unsteered records that steered ones are compared with
@@ -48,7 +49,7 @@ class Manifest:
     def write(self) -> None:
         content = {
             key: getattr(self, key)
-            for key in ("scale", "how", "dry_run", "entries", "panels", "bases", "orphans", "failed")
+            for key in ("scale", "how", "dry_run", "everything", "entries", "panels", "bases", "orphans", "failed")
         }
         write_json(self.folder / NAME, content)
 

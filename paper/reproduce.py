@@ -50,15 +50,19 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     shared = {"data_dir": args.data_dir, "device": args.device, **({"encoder": "tfidf"} if args.dry_run else {})}
     read = partial(specs.read, args.scale, checkpoints=checkpoints, weights=args.weights, **shared, **how)
 
-    selected = read(_names(args.only), _names(args.models))
+    selected = read(_names(args.only), _names(args.models), everything=args.all)
     if not selected:
         raise AUSteerError(f"nothing in scale {args.scale} matches --only and --models: --help lists the names")
     manifest = Manifest.resume(folder, args.scale, how, args.dry_run)
-    if args.scale == "embedded":
-        torch.set_num_threads(1)  # in so small a model, threads wait for each other longer than they work
+    manifest.everything |= args.all
+    on_cores = args.scale == "embedded" or (args.scale == "real" and rmodels.check_device(args.device) == "cpu")
+    if on_cores:
+        torch.set_num_threads(
+            1
+        )  # models are small: a process per core does more than threads, which wait for each other
     selected_names = {spec.name for spec in selected}
     sources = [spec.source for spec in selected if spec.source and spec.source not in selected_names]
-    computed = specs.with_sources(selected, read(sources, _names(args.models)) if sources else [])
+    computed = specs.with_sources(selected, read(sources, _names(args.models), everything=args.all) if sources else [])
     if args.estimate:
         print(estimate.text(computed, manifest))
         return None
@@ -66,9 +70,9 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     def publish(to: Manifest = manifest) -> Path:
         """Write the report of everything in the folder, not of this run alone."""
         names = {*manifest.entries, *manifest.panels, *selected_names} - set(sources)
-        return page.write(read([name for name in specs.names() if name in names]), to)
+        return page.write(read([name for name in specs.names() if name in names], everything=to.everything), to)
 
-    executor = executor_for(args.jobs, args.ray, args.device, args.engine, tiny=args.scale == "embedded")
+    executor = executor_for(args.jobs, args.ray, args.device, args.engine, tiny=on_cores)
     failed = compute(computed, manifest, store, executor, publish)
     manifest.count_orphans()
     report = publish()
@@ -149,12 +153,18 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )  # fmt: skip
     add = parser.add_argument
     add("--scale", default="embedded", choices=specs.SCALES,
-        help="embedded (two cores), small (one GPU of 24 GB), paper (default: %(default)s)")  # fmt: skip
+        help="embedded (two cores, half an hour), real (small real models, two cores, hours), small (one GPU of 24 GB), paper "
+        "(default: %(default)s)")  # fmt: skip
     add("--only", default="", metavar="NAMES", help=f"only these, separated by commas: {', '.join(specs.names())}")
     add("--models", default="", metavar="NAMES", help=f"only these, separated by commas: {', '.join(specs.models())}")
     add("--weights", nargs="+", default=[], metavar="MODEL=FOLDER",
         help="read the weights of a model from this folder or GGUF file")  # fmt: skip
-    add("--limit", type=int, help="use at most this many items per split, for a quick look")
+    add("--all", action="store_true", help="scale real: also the models, tasks and levels that take a GPU or a day")
+    add(
+        "--limit",
+        type=int,
+        help="use at most this many items per split, for a quick look; at scale real as many pairs, too",
+    )
     add("--plan", action="store_true", help=argparse.SUPPRESS)  # the earlier name of --estimate
     add("--estimate", action="store_true", help="print the cells, what is done, memory and time; compute nothing")
     add(

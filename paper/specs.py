@@ -1,8 +1,9 @@
 """Read the tables and figures from specs/*.json, and turn them into the cells and panels of a scale.
 
-A spec of kind `accuracy`, `lines` or `heatmap` has blocks x rows x columns; its rows are its own and, by `with`, groups
-that many tables share (rows.json). An entry is one cell or several: the draws of a control, or two sites, of which the
-better on validation is shown. Fields of a cell are merged in the order scale, block, row, column (experiments/cell.py has
+A spec of kind `accuracy`, `lines`, `heatmap` or `equal-kl` has blocks x rows x columns; its rows are its own and, by `with`, groups
+that many tables share (rows.json). An entry is one cell or several: the draws of a control or of the pairs, or two sites,
+of which the better on validation is shown. At equal KL a column is a level. Blocks, rows and columns that are marked `all`,
+and rows that a block's own `rows` leave out, are computed with `--all` only. Fields of a cell are merged in the order scale, block, row, column (experiments/cell.py has
 them all). A spec of kind `study` has panels, each a measurement of paper/studies/. Other kinds read the records of
 another spec, their `source`. `printed` has the paper's numbers, and `dagger` says which of them the paper took from other
 papers. docs/tables.md says how to add a spec.
@@ -17,12 +18,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from austeer.errors import AUSteerError
-from experiments.cell import FIELD_NAMES, LIVE, Cell, ModelSpec, TaskSpec, bench_of, cell_of
+from experiments.cell import AT_KL, FIELD_NAMES, LIVE, Cell, ModelSpec, TaskSpec, at_kl, bench_of, cell_of
 from paper.dry_run import TINY_AUS, TINY_PAIRS, shrink
 
 FOLDER = Path(__file__).parent / "specs"
-SCALES = ("embedded", "small", "paper")
-COMPUTED = ("accuracy", "lines", "heatmap")  # kinds whose entries are cells of their own
+SCALES = ("embedded", "real", "small", "paper")
+COMPUTED = ("accuracy", "lines", "heatmap", "equal-kl")  # kinds whose entries are cells of their own
 TABLE_FIELDS = {
     "label",
     "ours",
@@ -35,7 +36,10 @@ TABLE_FIELDS = {
     "x",
     "test_chosen",
     "draws",
+    "pairs_draws",
     "later",
+    "all",
+    "rows",
 }
 SPEC_FIELDS = {"title", "kind", "says", "rows", "with", "scales", "printed", "dagger", "show", "source"}
 
@@ -47,7 +51,7 @@ class Entry:
     block: str
     row: str
     column: str
-    cells: tuple[Cell, ...]  # more than one: draws of a control, or sites of which one is shown
+    cells: tuple[Cell, ...]  # more than one: draws of a control or of the pairs, or sites of which one is shown
     draws: bool = False
 
 
@@ -127,12 +131,13 @@ def read(
     model_names: Sequence[str] = (),
     checkpoints: dict[str, str] | None = None,
     weights: Sequence[str] = (),
+    everything: bool = True,
     **shared,
 ) -> list[Spec]:
     """Read the specs of a scale.
 
-    shared: fields of all cells; checkpoints: folders of other models to load instead, by hub id; weights: MODEL=FOLDER, where
-    the weights of a model are.
+    everything: whether to read what only `--all` computes; shared: fields of all cells; checkpoints: folders of other models
+    to load instead, by hub id; weights: MODEL=FOLDER, where the weights of a model are.
     """
     known = names()
     for name in only:
@@ -141,7 +146,7 @@ def read(
     for name in model_names:
         if name not in models():
             raise AUSteerError(f"there is no model {name!r} in the specs: choose from {', '.join(models())}")
-    specs = [_read(name, scale, model_names, checkpoints or {}, shared) for name in only or known]
+    specs = [_read(name, scale, model_names, checkpoints or {}, everything, shared) for name in only or known]
     folders = dict(map(_weights_of, weights))
     return [_with_weights(spec, folders) for spec in specs if spec is not None]
 
@@ -165,7 +170,9 @@ def _with_weights(spec: Spec, folders: dict[str, str]) -> Spec:
     return replace(spec, entries=tuple(entries), panels=tuple(panels))
 
 
-def _read(name: str, scale: str, model_names: Sequence[str], checkpoints: dict[str, str], shared: dict) -> Spec | None:
+def _read(
+    name: str, scale: str, model_names: Sequence[str], checkpoints: dict[str, str], everything: bool, shared: dict
+) -> Spec | None:
     data = json.loads((FOLDER / f"{name}.json").read_text())
     unknown = sorted(set(data) - SPEC_FIELDS)
     if unknown:
@@ -175,27 +182,38 @@ def _read(name: str, scale: str, model_names: Sequence[str], checkpoints: dict[s
     here = data["scales"].get(scale)
     if here is None:
         return None
-    blocks = {key: block for key, block in here.get("blocks", {}).items() if _has_model(key, block, model_names)}
+
+    def wanted(parts: dict[str, dict]) -> dict[str, dict]:
+        return {key: part for key, part in parts.items() if everything or not part.get("all")}
+
+    blocks = {
+        key: block for key, block in wanted(here.get("blocks", {})).items() if _has_model(key, block, model_names)
+    }
     if here.get("blocks") and not blocks:
         return None
-    rows = {key: row for key, row in _rows(data).items() if scale in row.get("only", SCALES)}
-    columns, base = here.get("columns", {}), {**shared, **here.get("base", {})}
-    base |= {key: value for key, value in shared.items() if key == "limit" and value is not None}
+    rows = {key: row for key, row in wanted(_rows(data)).items() if scale in row.get("only", SCALES)}
+    columns, base = wanted(here.get("columns", {})), {**shared, **here.get("base", {})}
+    limit = shared.get("limit")
+    base |= {"limit": limit} if limit is not None else {}
     entries = []
     if data["kind"] in COMPUTED:
         for block, block_fields in blocks.items():
             for row, row_fields in rows.items():
                 for column, column_fields in columns.items():
-                    if block in row_fields.get("blocks", blocks) and column in row_fields.get("columns", columns):
+                    has_row = everything or row in block_fields.get("rows", rows)
+                    if (
+                        has_row
+                        and block in row_fields.get("blocks", blocks)
+                        and column in row_fields.get("columns", columns)
+                    ):
                         at = row_fields.get("at", {}).get(block, {}).get(column, {})
-                        entries.append(
-                            _entry(block, row, column, [base, block_fields, row_fields, column_fields, at], checkpoints)
-                        )
+                        layers = [base, block_fields, row_fields, column_fields, at]
+                        entries.append(_entry(block, row, column, layers, checkpoints, limit))
     # the paper's numbers never stand beside another model's
     printed = data.get("printed", {}) if scale != "embedded" and not checkpoints else {}
     panels = tuple(
         panel
-        for key, fields in here.get("panels", {}).items()
+        for key, fields in wanted(here.get("panels", {})).items()
         if _has_model(key, fields, model_names)
         for panel in _panels(key, fields, base, checkpoints, printed)
     )
@@ -227,7 +245,10 @@ def _has_model(name: str, block: dict, model_names: Sequence[str]) -> bool:
     return not model_names or block.get("model", name) in model_names
 
 
-def _entry(block: str, row: str, column: str, layers: list[dict], checkpoints: dict[str, str]) -> Entry:
+def _entry(
+    block: str, row: str, column: str, layers: list[dict], checkpoints: dict[str, str], limit: int | None
+) -> Entry:
+    layers = [*layers, _limited(layers, limit)]
     merged = {key: value for layer in layers for key, value in layer.items()}
     unknown = sorted(set(merged) - FIELD_NAMES - TABLE_FIELDS)
     if unknown:
@@ -236,8 +257,25 @@ def _entry(block: str, row: str, column: str, layers: list[dict], checkpoints: d
         )
     flat, draws = _flat(layers, checkpoints), merged.get("draws", 1)
     sites = merged.get("sites") or [merged.get("site")]
-    cells = tuple(cell_of(**flat | {"site": site, "draw": draw}) for site in sites for draw in range(draws))
-    return Entry(block, row, column, cells, draws > 1)
+    cells = [
+        cell_of(**flat | {"site": site, "draw": draw, "pairs_draw": pairs_draw})
+        for pairs_draw in merged.get("pairs_draws", [flat.get("pairs_draw")])
+        for site in sites
+        for draw in range(draws)
+    ]
+    if flat.get("search") == AT_KL:
+        cells = [cell if cell.method.name == "vanilla" else at_kl(cell, flat["level"]) for cell in cells]
+    return Entry(block, row, column, tuple(dict.fromkeys(cells)), draws > 1)
+
+
+def _limited(layers: list[dict], limit: int | None) -> dict:
+    """Return what a limit makes of a cell: fewer items, and where pairs are drawn, as few of them and one draw."""
+    if limit is None:
+        return {}
+    merged = {key: value for layer in layers for key, value in layer.items()}
+    if "pairs_draws" not in merged:
+        return {"limit": limit}
+    return {"limit": limit, "n_pairs": min(merged["n_pairs"], limit), "pairs_draws": merged["pairs_draws"][:1]}
 
 
 def _panels(key: str, fields: dict, base: dict, checkpoints: dict[str, str], printed: dict) -> list[Panel]:

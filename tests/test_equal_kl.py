@@ -459,8 +459,14 @@ def test_gain_and_interval_of_one_draw_of_several_and_of_a_control():
     draws = [made_up("fisher", better(gained), pairs=str(gained)) for gained in (4, 6, 8)]
     (three,) = kl_report.lines_of(draws, {})
     value, low, high = kl_report.estimate(three, VANILLA)
-    half = 4.3027 * 2 / 3**0.5  # the t quantile of two degrees of freedom, and a standard deviation of 2
-    assert (value, low, high) == pytest.approx((6, 6 - half, 6 + half), rel=1e-3)
+    spread = math.sqrt(8 / 3 / 3 + 100 * 0.06 * 0.94)  # over draws, of which three are drawn again, and over items
+    assert value == pytest.approx(6)
+    assert (low, high) == pytest.approx((6 - 1.96 * spread, 6 + 1.96 * spread), abs=1.2)
+    alike = [made_up("fisher", better(20, 5), pairs=str(draw)) for draw in range(3)]
+    (same,) = kl_report.lines_of(alike, {})
+    assert kl_report.estimate(same, VANILLA) == pytest.approx(kl_report.estimate(one, VANILLA), abs=1.5), (
+        "draws add nothing"
+    )
     control = [made_up("random-at-kl", better(gained), draw=draw) for draw, gained in enumerate((0, 3, 9))]
     (band,) = kl_report.lines_of(control, {})
     assert kl_report.estimate(band, VANILLA) == pytest.approx((4, 0, 9))

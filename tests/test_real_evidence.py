@@ -2,30 +2,18 @@
 
 import importlib
 import json
-import re
 from pathlib import Path
 
 import pytest
 
-from austeer.errors import AUSteerError
-from experiments import kl_report, kl_tables, parts_report
+from experiments import kl_report, parts_report
+from experiments.report import LABELS
+from paper import specs
+from paper.manifest import Manifest
+from paper.render import equal_kl
 
 ROOT = Path(__file__).parents[1]
 REAL = ROOT / "docs" / "real"
-
-
-def test_tables_at_equal_kl_are_those_of_the_records(capsys):
-    kl_tables.main([str(REAL / "records.jsonl")])
-    assert (REAL / "at-kl.md").read_text().endswith(capsys.readouterr().out)
-
-
-def test_what_is_no_file_of_records_is_refused(tmp_path):
-    with pytest.raises(AUSteerError, match=r"nothing\.jsonl"):
-        kl_tables.main([str(tmp_path / "nothing.jsonl")])
-    for text in ("{", "[1]", '{"model": "m"}'):
-        (tmp_path / "bad.jsonl").write_text(text)
-        with pytest.raises(AUSteerError, match=r"bad\.jsonl, line 1 is no record"):
-            kl_tables.main([str(tmp_path / "bad.jsonl")])
 
 
 def test_the_table_of_predicted_costs_is_that_of_the_figures(monkeypatch):
@@ -45,18 +33,16 @@ def test_the_table_of_predicted_costs_is_that_of_the_figures(monkeypatch):
 def test_gains_that_are_quoted_are_those_of_the_records(document):
     """The rows of docs/budget.md, and the sentence of the README."""
     text = " ".join((ROOT / document).read_text().split())
-    (rows,) = kl_tables.kept(REAL / "records.jsonl").values()
-    vanilla = rows[0]
+    (spec,) = specs.read("real", ["skill"])
+    rows = equal_kl.records_of(spec, Manifest.read(REAL), "SmolLM2-135M, COPA by whole choices")
+    vanilla = kl_report.vanilla_of(rows)
     lines = {line.method: line for line in kl_report.lines_of(rows, {})}
     gain, low, high = kl_report.estimate(lines["fisher"], vanilla)
     swapped = kl_report.estimate(lines["shuffled-pairs"], vanilla)
     lora = kl_report.estimate(lines["lora-r1"], vanilla)
-    skill = {}
-    for line in parts_report.likelihood_table(rows, kl_tables.LABELS).splitlines()[4:]:
-        name, _, value = line.strip("| ").split(" | ")[:3]
-        skill[name.partition(",")[0]] = float(re.match(r"[+-][\d.]+", value)[0])
+    skill = {method: part.gain for _, method, part, _ in parts_report.likelihood_parts(rows, LABELS)}
     assert f"{gain:+.1f} [{low:+.1f}, {high:+.1f}]" in text or f"{gain:+.1f} points [{low:+.1f}, {high:+.1f}]" in text
     assert f"{abs(swapped[0]):.1f}" in text and f"{lora[0]:+.1f}" in text
-    assert f"{skill['causal']:.3f}" in text and f"{skill['LoRA']:.3f}" in text
+    assert f"{skill['fisher']:.3f}" in text and f"{skill['lora-r1']:.3f}" in text
     assert f"{100 * vanilla['right'] / vanilla['n']:.1f} %" in text
     assert len(lines["fisher"].rows) == 5 and len(lines["lora-r1"].rows) == 1

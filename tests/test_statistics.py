@@ -11,6 +11,7 @@ from scipy.stats import binomtest, norm, spearmanr
 
 from eval.statistics import (
     bootstrap,
+    crossed_bootstrap,
     holm,
     mcnemar,
     paired_bootstrap,
@@ -189,3 +190,10 @@ def test_spearman_against_scipy_and_a_plain_loop():
     expected = np.percentile([spearmanr(a[draw], b[draw]).statistic for draw in draws], (2.5, 97.5))
     assert (low, high) == pytest.approx(tuple(expected))
     assert spearman(a, -a)[0] == pytest.approx(-1) and spearman(a, np.ones(40)) == (0, 0, 0), "no order, no correlation"
+
+
+def test_runs_and_items_are_drawn_anew():
+    apart = crossed_bootstrap([[2.0] * 10, [4.0] * 10, [6.0] * 10])  # all of the noise is between runs
+    assert apart == pytest.approx((4, 4 - 8 / 3 * 0.6, 4 + 8 / 3 * 0.6), abs=0.5)
+    alike = crossed_bootstrap([[0.0, 1.0] * 50] * 3)  # all of it is between items
+    assert alike == pytest.approx((0.5, 0.4, 0.6), abs=0.02)

@@ -34,9 +34,29 @@ class Finding:
 def findings(sections: Sequence[Section]) -> list[Finding]:
     """Return the first three findings that the records allow, the most important first."""
     main = main_table(sections)
-    candidates = [_over_seeds(sections) or _over_vanilla(main), _skill(sections), _over_controls(main), _without_search(main),
+    candidates = [_at_equal_kl(sections), _over_seeds(sections) or _over_vanilla(main), _skill(sections), _over_controls(main), _without_search(main),
             _over_prompt(main), _cheaper_search(sections)]  # fmt: skip
     return [finding for finding in candidates if finding][:N_FINDINGS]
+
+
+def _at_equal_kl(sections: Sequence[Section]) -> Finding | None:
+    """Say which methods show skill at the same KL, by model and task."""
+    section = next((s for s in sections if s.blocks and s.spec.kind == "equal-kl"), None)
+    if section is None:
+        return None
+    last = {
+        block.name.partition(": ")[0]: block for block in section.blocks if "gain" in block.columns
+    }  # that of skill
+    found = []
+    for name, block in last.items():
+        gains = {row.label: row.values[block.columns.index("gain")] for row in block.rows}
+        shown = [f"{label} {value.text}" for label, value in gains.items() if value.significant and value.gain[0] > 0]
+        found.append(f"{name}: {', '.join(shown) or 'none'}")
+    return Finding(
+        "Significantly more skill than vanilla at the same KL: " + "; ".join(found) + ".",
+        "Points, 95 % interval over items and draws of pairs; Holm-adjusted for the methods of a table.",
+        section,
+    )
 
 
 def _over_seeds(sections: Sequence[Section]) -> Finding | None:

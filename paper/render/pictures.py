@@ -8,11 +8,11 @@ from pathlib import Path
 
 from austeer.errors import one_line
 from paper.manifest import Manifest
-from paper.render import curves, heat_maps
+from paper.render import curves, equal_kl, heat_maps
 from paper.specs import Panel, Spec
 from paper.studies import STUDIES
 
-DRAWN_FROM_CELLS = {"lines": curves, "heatmap": heat_maps}
+DRAWN_FROM_CELLS = {"lines": curves, "heatmap": heat_maps, "equal-kl": equal_kl}
 
 
 @dataclass(frozen=True)

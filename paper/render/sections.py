@@ -16,7 +16,7 @@ from paper.render.values import Block
 from paper.render.versions import mixed
 from paper.specs import Spec
 
-TABLES = ("accuracy", "settings", "counts", "noise", "parts", "prediction", "human", "overhead")
+TABLES = ("accuracy", "equal-kl", "settings", "counts", "noise", "parts", "prediction", "human", "overhead")
 
 
 @dataclass

@@ -15,6 +15,7 @@ from paper.manifest import Manifest
 from paper.render.changed_aus import AUS, PRINTED, changed, not_sparse
 from paper.render.conditions import conditions, unlike, without_difference
 from paper.render.derived_tables import counts, human, noise, overhead, prediction, settings
+from paper.render.equal_kl import equal_kl
 from paper.render.parts import parts as parts_of_gains
 from paper.render.searches import searches
 from paper.render.seeds import over_seeds
@@ -27,6 +28,8 @@ DAGGER = "† The paper did not run this itself: it took the number from Wang et
 
 
 def blocks(spec: Spec, manifest: Manifest) -> list[Block]:
+    if spec.kind == "equal-kl":
+        return [made for block in spec.blocks for made in equal_kl(spec, manifest, block)]
     make = {"accuracy": accuracy, "lines": accuracy, "settings": settings, "counts": counts, "noise": noise,
             "parts": parts_of_gains, "prediction": prediction, "human": human, "overhead": overhead}[spec.kind]  # fmt: skip
     result = []

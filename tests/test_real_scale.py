@@ -1,0 +1,104 @@
+"""The scale of small real models: which cells it has, and how methods at the same KL are shown."""
+
+import pytest
+from test_equal_kl import better, made_up
+from test_parts_report import row
+
+from eval.decomposition import UNBIASED
+from paper import reproduce, specs
+from paper.manifest import Manifest
+from paper.render import findings, page, sections
+
+COPA, WORDS = "SmolLM2-135M, COPA by whole choices", "SmolLM2-135M, BoolQ by words"
+
+
+def spec_of(**how) -> specs.Spec:
+    (spec,) = specs.read("real", ["skill"], **how)
+    return spec
+
+
+def cells_of(spec: specs.Spec, block: str, row: str) -> list:
+    return [cell for entry in spec.entries if (entry.block, entry.row) == (block, row) for cell in entry.cells]
+
+
+def test_a_level_is_asked_of_whatever_has_a_strength():
+    spec = spec_of()
+    assert {cell.search.level for cell in cells_of(spec, COPA, "fisher")} == {0.003, 0.01, 0.03, 0.1}
+    for name in ("few-shot", "prompt-only"):
+        assert {(cell.search.kind, cell.search.level) for cell in cells_of(spec, COPA, name)} == {("at-kl", None)}
+    assert {cell.search.kind for cell in cells_of(spec, COPA, "vanilla")} == {"grid"}, "vanilla has no KL"
+
+
+def test_the_default_leaves_out_what_takes_a_gpu():
+    default, everything = spec_of(everything=False), spec_of()
+    assert set(default.blocks) < set(everything.blocks) and set(default.columns) == {"0.03"}
+    assert len(cells_of(default, COPA, "lora-r1")) == 5, "a cell for each draw of the pairs"
+    assert not cells_of(default, WORDS, "lora-r1") and cells_of(everything, WORDS, "lora-r1"), "training takes long"
+    assert "l0-gates" not in default.rows and "l0-gates" in everything.rows
+
+
+def test_a_limit_takes_fewer_pairs_too_and_one_draw_of_them():
+    (cell,) = cells_of(spec_of(limit=40, everything=False), WORDS, "fisher")
+    assert (cell.task.limit, cell.task.pairs.n_pairs, cell.task.pairs.pairs_draw) == (40, 40, 0)
+    (cell,) = cells_of(spec_of(limit=900, everything=False), COPA, "fisher")
+    assert (cell.task.limit, cell.task.pairs.n_pairs) == (900, 400)
+
+
+RECORD = {"environment": {"commit": "c"}, "device": "cpu", "dtype": "torch.float32", "wording": "w"}
+
+
+def shown(tmp_path, block: str, records: list[dict]) -> sections.Section:
+    """Return the section of these records, all of which stand in the row of their method."""
+    spec, manifest = spec_of(everything=False), Manifest(tmp_path, "real")
+    entries = manifest.entries.setdefault("skill", {})
+    for number, record in enumerate(records):
+        record = record | RECORD | {"id": f"{record['method']}-{number}"}
+        manifest._bundle[record["id"]] = record
+        entries.setdefault(f"{block}|{record['method']}|0.03", []).append(record["id"])
+    page.write([spec], manifest)
+    return sections.section(spec, manifest)
+
+
+def test_gains_stars_and_controls(tmp_path):
+    vanilla = {key: value for key, value in made_up("vanilla", better(0)).items() if key != "kl"} | {"columns": {}}
+    steered = [made_up("fisher", better(20), level=0.03, pairs=draw) for draw in "ab"]
+    records = [
+        vanilla,
+        *steered,
+        made_up("lora-r1", better(2, 1), level=0.03),
+        made_up("random-at-kl", better(9), level=0.03),
+    ]
+    section = shown(tmp_path, COPA, [record | {"columns": {}} for record in records])
+    (block,) = section.blocks
+    gains = {row.key: row.values[block.columns.index("gain")] for row in block.rows}
+    assert gains["fisher"].text.startswith("+20.0 [") and gains["fisher"].significant and len(gains["fisher"].ids) == 2
+    assert not gains["lora-r1"].significant and not gains["random-at-kl"].significant, "no control is tested"
+    (found,) = findings.findings([section])
+    assert f"{COPA}: causal, KL budget, FFN, 2 draws +20.0" in found.verdict and "random" not in found.verdict
+    assert (tmp_path / "figures" / "skill.png").exists()
+    assert any("AUSteer, Head / 0.03" in line and "not run" in line for line in section.missing)
+
+
+def test_on_words_the_finding_counts_skill_and_not_exact_match(tmp_path):
+    vanilla = row("vanilla", 80, 100, 120, site=None)
+    kl = {"kl": {"asked": 0.03, "measured": 0.03, "text": "prose"}, "pairs_hash": "p", "touched": 1}
+    biased = row("published", 120, 120, 120) | kl  # 20 points of exact match, none of skill
+    skilled = row("fisher", 160, 160, 170) | kl
+    section = shown(tmp_path, WORDS, [vanilla, biased, skilled])
+    exact, skill, parts = section.blocks
+    assert UNBIASED in skill.name and "exact match" in exact.name and "made of" in parts.name
+    (found,) = findings.findings([section])
+    assert "causal, KL budget, FFN +25.0" in found.verdict and "published" not in found.verdict.lower()
+    assert "AUSteer" not in found.verdict
+    forced = next(row for row in parts.rows if row.label.startswith("forced choice"))
+    assert [value.text for value in forced.values] == ["+10.0", "+0.0", "", "", "+0.0", "+10.0"]
+
+
+@pytest.mark.slow
+def test_dry_run_of_the_real_scale(tmp_path):
+    from samples import write_datasets
+
+    data = write_datasets(tmp_path / "data")
+    command = ["--scale", "real", "--dry-run", "--data-dir", str(data), "--results", str(tmp_path), "--jobs", "2"]
+    assert reproduce.main(command) is None
+    assert "DRY RUN" in (tmp_path / "real-dry-run" / "report.md").read_text()
