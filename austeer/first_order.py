@@ -38,11 +38,6 @@ class Check:
         """Return truth over prediction, from 0 to FACTOR: how much of the slope at 0 is left at the gate."""
         return torch.where(self.predicted == 0, 1.0, self.true / self.predicted).clamp(0, FACTOR)
 
-    @property
-    def excess(self) -> Tensor:
-        """Return truth less prediction: what curvature adds."""
-        return self.true - self.predicted
-
 
 def first_order_lies(predicted: Tensor, true: Tensor) -> Tensor:
     ratio = true / predicted

@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print("\n".join(f"{name} pairs: {note}" for name, note in study.record["notes"].items()), flush=True)
     own = [selection for selection in chosen if selection.by == truth.PLAN]
     truth.run(study, own, progress=True)
-    study.record["correction"] = truth.correct(study, own, by_score, on_judged)
+    study.record["correction"] = truth.correct(study, own, on_judged["gradient"])
     for file, ranks in to_flag.items():
         flag(ranks, study.record["correction"]["rows"]).save(Path(args.out) / Path(file).name)
     print(
@@ -133,7 +133,7 @@ def _corrections(found: dict) -> list[str]:
             f"{row['site']}: first order lies about {len(row['lies'])} of the plan's {row['of']} strongest AUs, checked on "
             f"{found['pairs']} ranking pairs by {row['forwards']:.0f} forwards of one text",
         ]
-        lines += [f"  {name:<46} ρ {_interval(row[name]['rho'])}" for name in truth.CORRECTED]
+        lines.append(f"  the gradient on the judged pairs, corrected by this check: ρ {_interval(row['corrected']['rho'])}")
     changes = f"the plan {found['plan']:+.5f}, without the AUs that lie {found['reduced plan']:+.5f}"
     return [*lines, "", f"change of the objective on the judged pairs: {changes}"]
 

@@ -51,12 +51,6 @@ SCORES = {
     "difference": "mean difference (CNA-like)",
     "random": "random",
 }
-CORRECTED = (  # predictions that know the truth on a few ranking pairs, and none of it on the judged ones
-    "gradient on the judged pairs, times the ratio",
-    "gradient on the judged pairs, plus the excess",
-    "gradient on the ranking pairs, plus the excess",
-    "the truth on the few ranking pairs",
-)
 PLAN, WITHIN = "plan", "within the plan"
 FORMAT = "austeer-truth-scores-1"
 
@@ -270,8 +264,11 @@ def _predicted(score: Gates, selection: Selection) -> Tensor:
     return torch.tensor([float(values[run.layer, run.dim]) * run.dose for run in selection.runs], dtype=torch.float64)
 
 
-def correct(study: Study, chosen: Sequence[Selection], by_score: dict[str, Gates], on_judged: dict[str, Gates]) -> dict:
-    """Check the plan's strongest AUs on a few ranking pairs. Judge the corrected predictions, and the plan without the AUs that failed."""
+def correct(study: Study, chosen: Sequence[Selection], gradient: Gates) -> dict:
+    """Check the plan's strongest AUs on a few ranking pairs. Judge the corrected predictions, and the plan without the AUs that failed.
+
+    gradient: on the judged pairs. Times what is left of the slope at the gate, by the ranking pairs, it is the corrected prediction.
+    """
     task, temperature = study.bench.task, study.judged.temperature
     draw = torch.randperm(len(task.pairs), generator=torch.Generator().manual_seed(study.settings.seed))
     pairs = [task.pairs[number] for number in draw[: study.settings.checked].tolist()]
@@ -286,12 +283,7 @@ def correct(study: Study, chosen: Sequence[Selection], by_score: dict[str, Gates
         rows.append({
             "site": selection.site, "of": len(aus), "forwards": check.forwards,
             "lies": [[layer, dim] for (_, layer, dim), lies in zip(aus, check.lies.tolist(), strict=True) if lies],
-            **{name: agreement(values, true) for name, values in zip(CORRECTED, (
-                _predicted(on_judged["gradient"], selection) * check.ratio,
-                _predicted(on_judged["gradient"], selection) + check.excess,
-                _predicted(by_score["gradient"], selection) + check.excess,
-                check.true,
-            ), strict=True)},
+            "corrected": agreement(_predicted(gradient, selection) * check.ratio, true),
         })  # fmt: skip
     of_nothing = {site: values * 0 for site, values in study.gates.items()}
     nothing, whole, rest = map(study.judged.value, (of_nothing, study.gates, reduced))

@@ -59,8 +59,8 @@ def draw(spec: Spec, manifest: Manifest, path: Path) -> str | None:
             if points := lines[block, row]:
                 row_fields = spec.rows[row]
                 xs_of_row = [places[index][point.x] for point in points]
-                name = _legend_label(row_fields["label"], points, row_fields.get("draws", 1))
-                legend[name] = _line(axis, xs_of_row, points, index, row_fields.get("draws", 1) > 1)
+                numbers = sorted({point.draws for point in points})
+                legend[_legend_label(row_fields["label"], numbers)] = _line(axis, xs_of_row, points, index, numbers[-1] > 1)
         vanilla = sorted({point.x: point.vanilla for row in spec.rows for point in lines[block, row]}.items())
         if vanilla:
             legend.setdefault(
@@ -95,7 +95,7 @@ def _point(spec: Spec, manifest: Manifest, block: str, row: str, column: str) ->
     if not records:
         return None
     shares = [100 * record["right"] / record["n"] for record in records]
-    if spec.rows[row].get("draws", 1) > 1:
+    if len(records) > 1:
         low, high = min(shares), max(shares)
     else:
         low, high = (100 * edge for edge in wilson(sum(unpack(records[0]["outcomes"])), records[0]["n"]))
@@ -120,11 +120,9 @@ def _shifted_xs(xs: Sequence[float], log: bool, rows: int) -> list[dict[float, f
     return [{x: inverse(transform(x) + (row - (rows - 1) / 2) * apart) for x in xs} for row in range(rows)]
 
 
-def _legend_label(label: str, points: list[Point], draws: int) -> str:
-    if draws == 1:
-        return label
-    numbers = sorted({point.draws for point in points})
-    return f"{label}: median, and range of {' or '.join(map(str, numbers))} draws"
+def _legend_label(label: str, draws: list[int]) -> str:
+    """Return a line's name in the legend. draws: the numbers of draws that its points have."""
+    return label if draws == [1] else f"{label}: median, and range of {' or '.join(map(str, draws))} draws"
 
 
 def _line(axis, at: list[float], points: list[Point], index: int, band: bool) -> Line2D:

@@ -10,11 +10,10 @@ from paper.specs import Spec
 
 
 def selected_records(spec: Spec, manifest: Manifest, block: str, row: str, column: str) -> list[dict]:
-    """Return the draws of a control, or the one record of an entry: of two sites, the one that was better on validation."""
+    """Return the draws of an entry, or its one record: of two sites, the one that was better on validation."""
     records = manifest.records(spec.name, block, row, column)
-    if len(records) < 2 or spec.rows[row].get("draws", 1) > 1:
-        return records
-    return [better_site(records)]
+    drawn = spec.rows[row].get("draws", 1) > 1 or len({record.get("pairs_hash") for record in records}) > 1
+    return records if drawn or len(records) < 2 else [better_site(records)]
 
 
 def better_site(records: Sequence[dict]) -> dict:
