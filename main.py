@@ -29,6 +29,7 @@ COMMANDS = {  # name -> module with a main, and what it does
         "austeer.commands.fisher",
         "measure what steering a model costs, for plans of a stated cost (set_MFU.py --kl)",
     ),
+    "lm-eval": ("experiments.lm_eval_model", "run lm-evaluation-harness on a steered model"),
     "data": ("eval.data.command", "fetch and check the paper's datasets"),
     "pairs": ("eval.data.pairs_command", "make, show and save the contrastive pairs of a task or of your data"),
     "import-authors": ("eval.data.import_authors", "read prompts, data and ranks from the authors' checkout"),

@@ -133,7 +133,9 @@ def _corrections(found: dict) -> list[str]:
             f"{row['site']}: first order lies about {len(row['lies'])} of the plan's {row['of']} strongest AUs, checked on "
             f"{found['pairs']} ranking pairs by {row['forwards']:.0f} forwards of one text",
         ]
-        lines.append(f"  the gradient on the judged pairs, corrected by this check: ρ {_interval(row['corrected']['rho'])}")
+        lines.append(
+            f"  the gradient on the judged pairs, corrected by this check: ρ {_interval(row['corrected']['rho'])}"
+        )
     changes = f"the plan {found['plan']:+.5f}, without the AUs that lie {found['reduced plan']:+.5f}"
     return [*lines, "", f"change of the objective on the judged pairs: {changes}"]
 

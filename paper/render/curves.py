@@ -60,7 +60,9 @@ def draw(spec: Spec, manifest: Manifest, path: Path) -> str | None:
                 row_fields = spec.rows[row]
                 xs_of_row = [places[index][point.x] for point in points]
                 numbers = sorted({point.draws for point in points})
-                legend[_legend_label(row_fields["label"], numbers)] = _line(axis, xs_of_row, points, index, numbers[-1] > 1)
+                legend[_legend_label(row_fields["label"], numbers)] = _line(
+                    axis, xs_of_row, points, index, numbers[-1] > 1
+                )
         vanilla = sorted({point.x: point.vanilla for row in spec.rows for point in lines[block, row]}.items())
         if vanilla:
             legend.setdefault(
