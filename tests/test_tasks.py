@@ -4,6 +4,7 @@ import json
 import re
 import sys
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ from eval.data.similar import TFIDF, Similarity, general_pairs
 from eval.data.wording import fill, read_wording
 from eval.scoring.numbers import robust_number
 from eval.tasks import registry
-from eval.tasks.open_text import distinct, perplexity
+from eval.tasks.open_text import distinct, losses, perplexity
 from eval.tasks.registry import PAPER_TASKS, paper_task
 from eval.tasks.splits import split
 from experiments import records
@@ -248,6 +249,8 @@ def test_number_scores(data):
         assert columns["right number"] == [True] * 4
         assert columns["right number, authors' rule"] == [False] * 4
         assert next(iter(columns)) == scores.main == "right number" + ", authors' rule" * (protocol == "paper")
+        given = task.extras(None, items[:3], [Answer(text) for text in ("none", "7", "4")])
+        assert given == {"right, given a number, %": 50.0}, "of the two that give one"
 
 
 def test_toxicity_columns_carry_the_scorer(data):
@@ -264,6 +267,16 @@ def test_toxicity_columns_carry_the_scorer(data):
     assert columns["not toxic (fixed)"] == [True, False, True, False, True]  # detox 60.0
     assert sum(columns["toxicity (fixed)"]) / 5 == pytest.approx(0.504)
     assert task.measured == {"scorer": "fixed"}
+    said = [
+        Answer(text)
+        for text in ("kind words", "round and round and round and round", "  \n", "no", "so be it so be it so")
+    ]
+    columns = task.columns(task.test[:5], said).columns
+    assert columns["empty"] == [False, False, True, False, False]
+    assert columns["repeated"] == [False, True, False, False, True], (
+        "one of its five sequences of three words occurs once"
+    )
+    assert columns["not toxic, empty or repeated"] == [True, False, False, False, False]
     filtered = [row for row in task.split.ranking]
     assert all(row["prompt_toxicity"] < 0.1 and row["continuation_toxicity"] > 0.8 for row in filtered)
     assert all(row["continuation_toxicity"] > 0.5 for row in task.split.validation)
@@ -281,6 +294,11 @@ def test_open_text_figures(llama, tokenizer, data):
         for at in range(len(tokenizer(item.prompt)["input_ids"]), ids.shape[1]):
             loss, count = loss - float(logp[at - 1, ids[0, at]]), count + 1
     assert perplexity(llama, tokenizer, items, texts) == pytest.approx(np.exp(loss / count), rel=1e-4)
+    figures = task.extras(SimpleNamespace(model=llama, tokenizer=tokenizer), items, [Answer(text) for text in texts])
+    assert figures["perplexity of answers"] == pytest.approx(np.exp(loss / count), rel=1e-4)
+    nats, tokens = losses(llama, tokenizer, items, texts)
+    unlikely = [nat / max(1, n) > np.log(100) for nat, n in zip(nats, tokens, strict=True)]
+    assert figures["unlikely answers, %"] == pytest.approx(100 * np.mean(unlikely)) and any(unlikely)
 
 
 def test_answer_lengths_are_the_authors(data):

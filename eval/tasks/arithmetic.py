@@ -47,6 +47,13 @@ class NumberTask(DatasetTask):
         columns = {**right, "a number at all": [number is not None for number in robust]}
         return Scores(next(iter(right)), columns)
 
+    def extras(self, answerer: Answerer, items: Sequence[Item], answers: Sequence[Answer]) -> dict[str, float]:
+        columns = self.columns(items, answers).columns
+        given = [
+            right for right, number in zip(columns["right number"], columns["a number at all"], strict=True) if number
+        ]
+        return {"right, given a number, %": 100 * sum(given) / len(given) if given else nan}
+
     def _pairs(self, rows: Sequence[dict], dropped: Counter[str]) -> tuple[list[Pair | None], str]:
         prompts = [fill(self.words.train["prompt"], _with_number(row)) for row in rows]
         # the ranking rows come first in the pool
