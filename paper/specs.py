@@ -217,6 +217,8 @@ def _read(
         if _has_model(key, fields, model_names)
         for panel in _panels(key, fields, base, checkpoints, printed)
     )
+    if here.get("panels") and not panels:
+        return None
     return Spec(
         name, scale, data["title"], data["kind"], data["says"], blocks, rows, columns, here.get("averages", {}),
         tuple(entries), panels, data.get("source", ""), {**data.get("show", {}), **here.get("show", {})}, printed,

@@ -13,7 +13,17 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from paper.studies import convergence, dimension_sweep, effect, overhead, overlap, rank_stability, score_map, top_tokens
+from paper.studies import (
+    convergence,
+    dimension_sweep,
+    effect,
+    overhead,
+    overlap,
+    rank_stability,
+    score_map,
+    side_effects,
+    top_tokens,
+)
 
 STUDIES: dict[str, ModuleType] = {
     "dimension_sweep": dimension_sweep,  # Figures 2, 6, 7, 8
@@ -24,4 +34,5 @@ STUDIES: dict[str, ModuleType] = {
     "overhead": overhead,  # Table 11, which has no picture
     "rank_stability": rank_stability,  # ours
     "effect": effect,  # ours
+    "side_effects": side_effects,  # ours
 }
