@@ -30,6 +30,10 @@ COMMANDS = {  # name -> module with a main, and what it does
         "measure what steering a model costs, for plans of a stated cost (set_MFU.py --kl)",
     ),
     "lm-eval": ("experiments.lm_eval_model", "run lm-evaluation-harness on a steered model"),
+    "record": (
+        "experiments.record_table",
+        "enter a method into the table of records, or replay a record (docs/records.md)",
+    ),
     "data": ("eval.data.command", "fetch and check the paper's datasets"),
     "pairs": ("eval.data.pairs_command", "make, show and save the contrastive pairs of a task or of your data"),
     "import-authors": ("eval.data.import_authors", "read prompts, data and ranks from the authors' checkout"),
