@@ -320,7 +320,7 @@ def _report(rows: dict[str, list[dict]], store: Store, sites: Sequence[str], arg
         plots.comparison(rows, scores, LABELS, method, folder / f"{name}.png")
         print(f"picture: {folder / name}.png")
     if parts and args.steer:
-        plots.parts_of_gains(parts, folder / f"{name}-parts.png")
+        plots.gains(parts, folder / f"{name}-parts.png")
         print(f"parts of the gains: {folder / name}-parts.png")
     print(f"table: {folder / name}.md   records: {folder / 'records'}")
     # in a file of their own, since times differ between runs and tables of results must not
@@ -345,7 +345,7 @@ def _report_at_kl(rows: dict[str, list[dict]], store: Store, sites: Sequence[str
     write_text(file, "\n".join(text))
     print("\n" + "\n".join(text))
     if any(curves.values()):
-        plots.gain_over_kl(curves, file.with_suffix(".png"))
+        plots.gains(curves, file.with_suffix(".png"))
         print(f"picture: {file.with_suffix('.png')}")
     print(f"table: {file}   records: {store.records}")
 

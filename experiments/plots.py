@@ -99,20 +99,27 @@ def curves(panels: Sequence[Panel], x_label: str, title: str, path: Path) -> Non
 Points = Sequence[tuple[float, tuple[float, float, float]]]  # (KL, (gain, low, high)) of a method
 
 
-def gain_over_kl(by_task: dict[str, dict[str, Points]], path: Path) -> None:
-    """Draw gains with their intervals: curves over KL, or where there is one level alone a line per method."""
+def gains(by_task: dict[str, dict[str, Points] | Sequence[Line]], path: Path) -> None:
+    """Draw the gains of each task: what they are made of, or curves over KL, or where there is one level alone a line per method."""
     plt.rcParams.update({"font.size": 12, "axes.titlesize": 13, "figure.dpi": 110})
-    levels = {task: max(len(points) for points in by_name.values()) for task, by_name in by_task.items()}
-    heights = [6.0 if levels[task] > 1 else 1.2 + 0.36 * len(by_name) for task, by_name in by_task.items()]
-    figure, axes = plt.subplots(len(by_task), 1, figsize=(11, sum(heights)), squeeze=False, height_ratios=heights)
-    for axis, (task, by_name) in zip(axes[:, 0], by_task.items(), strict=True):
-        (_kl_curves if levels[task] > 1 else _at_one_kl)(axis, by_name)
+    kinds = {task: _kind(shown) for task, shown in by_task.items()}
+    heights = [6.0 if kinds[task] is _kl_curves else 1.2 + 0.38 * len(shown) for task, shown in by_task.items()]
+    figure, axes = plt.subplots(len(by_task), 1, figsize=(12, sum(heights) + 0.4), squeeze=False, height_ratios=heights)
+    for axis, (task, shown) in zip(axes[:, 0], by_task.items(), strict=True):
+        kinds[task](axis, shown)
         axis.set_title(task)
-        axis.grid(alpha=0.3)
+        axis.set_axisbelow(True)
+        axis.grid(axis="both" if kinds[task] is _kl_curves else "x", alpha=0.3)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Software": None})
     plt.close(figure)
+
+
+def _kind(shown: dict[str, Points] | Sequence[Line]):
+    if not isinstance(shown, dict):
+        return _parts
+    return _kl_curves if max(map(len, shown.values())) > 1 else _at_one_kl
 
 
 def _kl_curves(axis, by_name: dict[str, Points]) -> None:
@@ -147,32 +154,22 @@ def _at_one_kl(axis, by_name: dict[str, Points]) -> None:
     axis.set_xlabel("gain over vanilla, points")
 
 
-def parts_of_gains(by_task: dict[str, Sequence[Line]], path: Path) -> None:
-    """Draw what each gain is made of: a bar per method, its parts side by side, and a diamond at their sum."""
-    plt.rcParams.update({"font.size": 12, "axes.titlesize": 13, "figure.dpi": 110})
-    heights = [1.2 + 0.42 * len(lines) for lines in by_task.values()]
-    figure, axes = plt.subplots(len(by_task), 1, figsize=(12, sum(heights) + 1.2), squeeze=False, height_ratios=heights)
-    for axis, (task, lines) in zip(axes[:, 0], by_task.items(), strict=True):
-        for y, line in enumerate(lines):
-            ends = {1: 0.0, -1: 0.0}  # parts that gain are stacked to the right, those that lose to the left
-            for name, part in line.parts.items():
-                side = 1 if part.gain >= 0 else -1
-                axis.barh(y, part.gain, left=ends[side], height=0.62, color=PARTS[name], label=name if not y else None)
-                ends[side] += part.gain
-            axis.plot(line.total, y, "D", color="#000000", ms=6, label="gain" if not y else None)
-        axis.use_sticky_edges = False  # bars leave no room for the diamonds at their ends
-        axis.margins(x=0.05)
-        axis.set_axisbelow(True)
-        axis.axvline(0, color="#555555", lw=1)
-        axis.set_yticks(range(len(lines)), [line.name for line in lines])
-        axis.invert_yaxis()
-        axis.set(title=task, xlabel="gain over vanilla, points of exact match")
-        axis.grid(axis="x", alpha=0.3)
-        axis.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, metadata={"Software": None})
-    plt.close(figure)
+def _parts(axis, lines: Sequence[Line]) -> None:
+    """Draw a bar per method, the parts of its gain side by side, and a diamond at their sum."""
+    for y, line in enumerate(lines):
+        ends = {1: 0.0, -1: 0.0}  # parts that gain are stacked to the right, those that lose to the left
+        for name, part in line.parts.items():
+            side = 1 if part.gain >= 0 else -1
+            axis.barh(y, part.gain, left=ends[side], height=0.62, color=PARTS[name], label=name if not y else None)
+            ends[side] += part.gain
+        axis.plot(line.total, y, "D", color="#000000", ms=6, label="gain" if not y else None)
+    axis.use_sticky_edges = False  # bars leave no room for the diamonds at their ends
+    axis.margins(x=0.05)
+    axis.axvline(0, color=COLORS["vanilla"], lw=1)
+    axis.set_yticks(range(len(lines)), [line.name for line in lines])
+    axis.invert_yaxis()
+    axis.set_xlabel("gain over vanilla, points of exact match")
+    axis.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
 
 
 def _gains(axis, rows: Sequence[dict], labels: dict[str, str], task: str) -> None:

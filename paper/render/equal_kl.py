@@ -14,8 +14,8 @@ from paper.render.values import Block, Row, Value
 from paper.specs import Spec
 
 NOTE = (
-    "Gain over vanilla at each KL, with its 95 % interval over items and draws of pairs. On tasks with two words as options the gain "
-    "that is shown is skill."
+    "Gains over vanilla at the KL that stands beside a method, with 95 % intervals over items and draws of pairs; on tasks with two "
+    "words as options, what the gains are made of."
 )
 
 
@@ -103,13 +103,13 @@ def _weights(rows: Sequence[dict]) -> str:
 
 def draw(spec: Spec, manifest: Manifest, path: Path) -> str | None:
     """Draw the gains of every block. Return a note on how to read the picture, or None without records."""
-    by_block = {}
+    by_block: dict[str, dict | list] = {}
     for block in spec.blocks:
         if rows := records_of(spec, manifest, block):
-            shown = parts_report.measures(rows)[-1]
-            if curves := kl_report.curves(shown, LABELS):
-                by_block[block] = curves
+            parts = parts_report.lines_of(rows, LABELS) if parts_report.has_parts(rows) else None
+            if shown := parts or kl_report.curves(rows, LABELS):
+                by_block[block] = shown
     if not by_block:
         return None
-    plots.gain_over_kl(by_block, path)
+    plots.gains(by_block, path)
     return NOTE
