@@ -337,14 +337,15 @@ def _report_at_kl(rows: dict[str, list[dict]], store: Store, sites: Sequence[str
         text += [f"## {task}", "", kl_report.heading(task_rows, LABELS), ""]
         for name, same_rows in zip((task, f"{task}: skill"), parts_report.measures(task_rows), strict=False):
             text += [f"{kl_report.measure(same_rows)}:", "", kl_report.table(same_rows, LABELS), ""]
-            curves[name] = kl_report.curves(same_rows, LABELS)
+            if points := kl_report.curves(same_rows, LABELS):
+                curves[name] = points
         if likelihoods := parts_report.likelihood_table(task_rows, LABELS):
             text += [likelihoods, ""]
         text += [_conditions(task_rows, args), ""]
     file = Path(args.results) / f"{_file_name(args)}-at-kl.md"
     write_text(file, "\n".join(text))
     print("\n" + "\n".join(text))
-    if any(curves.values()):
+    if curves:
         plots.gains(curves, file.with_suffix(".png"))
         print(f"picture: {file.with_suffix('.png')}")
     print(f"table: {file}   records: {store.records}")

@@ -130,8 +130,9 @@ def heading(rows: Sequence[dict], labels: dict[str, str]) -> str:
     """Explain the columns of the tables at equal KL."""
     texts = {row["kl"]["text"] for row in rows if "kl" in row}
     return (
-        "Gains in points, [95 % interval] over items, or over items and draws of pairs; of a control with several draws on the "
-        "same pairs the mean and the range of them. KL: of the unsteered to the steered model, nats per token of the second halves of passages of "
+        "Gains in points, [95 % interval] over items, or over items and draws of pairs; for a control drawn several times on "
+        "the same pairs: mean and range of the draws. With two draws the t test over draws has one degree of freedom and is rarely "
+        "significant. KL: of the unsteered to the steered model, nats per token of the second halves of passages of "
         f"{', '.join(sorted(texts))}; predicted: before the plan is run; measured: on the passages by which strengths are "
         "corrected; fresh: on passages that corrected nothing; prompts, own: on the task's prompts, and on what the model itself "
         "writes. Choices beside the strength, such as CAA's layer, are made on validation at that KL. p: against vanilla, by an "

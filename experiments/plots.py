@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
@@ -40,7 +40,7 @@ def comparison(
     size = (19, max(4.6, 0.36 * lines) * len(by_task))
     figure, axes = plt.subplots(len(by_task), 3, figsize=size, squeeze=False, width_ratios=(1.5, 1, 1))
     for (left, middle, right), (task, rows) in zip(axes, by_task.items(), strict=True):
-        _gains(left, rows, labels, task)
+        _bars_of_comparison(left, rows, labels, task)
         best = max((row for row in rows if row["method"] == method), key=lambda row: row["right"])
         where = f"{labels[method]}, {SITES[best['site']]}"
         _score_map(middle, scores[task][best["site"]], f"{task}: scores, {where}")
@@ -116,13 +116,15 @@ def gains(by_task: dict[str, dict[str, Points] | Sequence[Line]], path: Path) ->
     plt.close(figure)
 
 
-def _kind(shown: dict[str, Points] | Sequence[Line]):
+def _kind(shown: dict[str, Points] | Sequence[Line]) -> Callable:
+    """Return the function that draws this."""
     if not isinstance(shown, dict):
         return _parts
     return _kl_curves if max(map(len, shown.values())) > 1 else _at_one_kl
 
 
 def _kl_curves(axis, by_name: dict[str, Points]) -> None:
+    """Draw a curve per method, and a point for what has no strength."""
     for color, marker, (name, points) in zip(cycle(LINES), cycle("osD^vP*X"), by_name.items(), strict=False):
         kls, estimates = zip(*sorted(points), strict=True)
         middle, low, high = zip(*estimates, strict=True)
@@ -134,7 +136,7 @@ def _kl_curves(axis, by_name: dict[str, Points]) -> None:
             axis.errorbar(kls, middle, reach, fmt=marker, color=color, ms=9, capsize=4, label=name)
     axis.axhline(0, color=COLORS["vanilla"], lw=1)
     axis.set_xscale("log")
-    swept = sorted({float(f"{kl:.1g}") for points in by_name.values() for kl, _ in points})
+    swept = sorted({float(f"{kl:.1g}") for points in by_name.values() if len(points) > 1 for kl, _ in points})
     axis.set_xticks(swept, [f"{kl:g}" for kl in swept])
     axis.xaxis.minorticks_off()
     axis.set(
@@ -145,6 +147,7 @@ def _kl_curves(axis, by_name: dict[str, Points]) -> None:
 
 
 def _at_one_kl(axis, by_name: dict[str, Points]) -> None:
+    """Draw a line per method, its gain with its interval, and its KL beside its name."""
     for y, points in enumerate(by_name.values()):
         ((_, (middle, low, high)),) = points
         axis.errorbar([middle], [y], xerr=[[middle - low], [high - middle]], fmt="o", color=LINES[0], ms=7, capsize=3)
@@ -172,7 +175,7 @@ def _parts(axis, lines: Sequence[Line]) -> None:
     axis.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
 
 
-def _gains(axis, rows: Sequence[dict], labels: dict[str, str], task: str) -> None:
+def _bars_of_comparison(axis, rows: Sequence[dict], labels: dict[str, str], task: str) -> None:
     vanilla = next(row for row in rows if row["method"] == "vanilla")
     runs = list(dict.fromkeys((row["method"], row["site"]) for row in rows if row["method"] != "vanilla"))
     names = []

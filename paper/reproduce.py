@@ -130,6 +130,8 @@ def _stages(
 
 
 def _check(args: argparse.Namespace) -> None:
+    if args.all and args.scale != "real":
+        raise AUSteerError("--all is for --scale real: the other scales have no parts that wait for it")
     if args.plan:
         raise AUSteerError("--plan was renamed: use --estimate")
     if args.ray and args.device not in (None, "cpu"):
@@ -153,7 +155,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )  # fmt: skip
     add = parser.add_argument
     add("--scale", default="embedded", choices=specs.SCALES,
-        help="embedded (two cores, half an hour), real (small real models, two cores, hours), small (one GPU of 24 GB), paper "
+        help="embedded (two cores, under half an hour), real (small real models, two cores, hours), small (one GPU of 24 GB), paper "
         "(default: %(default)s)")  # fmt: skip
     add("--only", default="", metavar="NAMES", help=f"only these, separated by commas: {', '.join(specs.names())}")
     add("--models", default="", metavar="NAMES", help=f"only these, separated by commas: {', '.join(specs.models())}")
@@ -182,7 +184,11 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "each plan becomes an adapter and a whole grid runs as one batch (needs .venv-vllm/bin/python; docs/serving.md); "
         "mixtures of experts and 4-bit models always answer live")  # fmt: skip
     add("--ray", metavar="ADDRESS", help="compute cells on a Ray cluster: HOST:PORT, auto or local (docs/scaling.md)")
-    add("--jobs", type=int, help="processes (default: for the embedded models one per core, at most 4; else 1)")
+    add(
+        "--jobs",
+        type=int,
+        help="processes (default: one per core, at most 4, for the embedded models and for scale real on a CPU; else 1)",
+    )
     return parser.parse_args(argv)
 
 

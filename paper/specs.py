@@ -1,10 +1,10 @@
 """Read the tables and figures from specs/*.json, and turn them into the cells and panels of a scale.
 
-A spec of kind `accuracy`, `lines`, `heatmap` or `equal-kl` has blocks x rows x columns; its rows are its own and, by `with`, groups
-that many tables share (rows.json). An entry is one cell or several: the draws of a control or of the pairs, or two sites,
-of which the better on validation is shown. At equal KL a column is a level. Blocks, rows and columns that are marked `all`,
-and rows that a block's own `rows` leave out, are computed with `--all` only. Fields of a cell are merged in the order scale, block, row, column (experiments/cell.py has
-them all). A spec of kind `study` has panels, each a measurement of paper/studies/. Other kinds read the records of
+A spec of kind `accuracy`, `lines`, `heatmap` or `equal-kl` has blocks x rows x columns; its rows are its own and, by `with`,
+groups that many tables share (rows.json). An entry is one cell or several: the draws of a control or of the pairs, or two
+sites, of which the better on validation is shown. At equal KL a column is a level. Parts marked `all` are computed with
+`--all` only; so are rows that a block's `rows` does not name. Fields of a cell are merged in the order scale, block, row,
+column (experiments/cell.py has them all). A spec of kind `study` has panels, each a measurement of paper/studies/. Other kinds read the records of
 another spec, their `source`. `printed` has the paper's numbers, and `dagger` says which of them the paper took from other
 papers. docs/tables.md says how to add a spec.
 """
@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from austeer.errors import AUSteerError
+from austeer.methods.registry import METHODS
 from experiments.cell import AT_KL, FIELD_NAMES, LIVE, Cell, ModelSpec, TaskSpec, at_kl, bench_of, cell_of
 from paper.dry_run import TINY_AUS, TINY_PAIRS, shrink
 
@@ -259,8 +260,10 @@ def _entry(
         )
     flat, draws = _flat(layers, checkpoints), merged.get("draws", 1)
     sites = merged.get("sites") or [merged.get("site")]
+    random = METHODS[merged["method"]].draws if merged["method"] in METHODS else False
     cells = [
-        cell_of(**flat | {"site": site, "draw": draw, "pairs_draw": pairs_draw})
+        # a control draws anew with every draw of the pairs, else its runs would all steer the same AUs
+        cell_of(**flat | {"site": site, "draw": draw + (pairs_draw or 0) * random, "pairs_draw": pairs_draw})
         for pairs_draw in merged.get("pairs_draws", [flat.get("pairs_draw")])
         for site in sites
         for draw in range(draws)
@@ -275,9 +278,10 @@ def _limited(layers: list[dict], limit: int | None) -> dict:
     if limit is None:
         return {}
     merged = {key: value for layer in layers for key, value in layer.items()}
-    if "pairs_draws" not in merged:
-        return {"limit": limit}
-    return {"limit": limit, "n_pairs": min(merged["n_pairs"], limit), "pairs_draws": merged["pairs_draws"][:1]}
+    limited = {"limit": min(merged.get("limit") or limit, limit)}
+    if "pairs_draws" in merged:
+        limited |= {"n_pairs": min(merged["n_pairs"] or limit, limit), "pairs_draws": [merged["pairs_draws"][0] or 0]}
+    return limited
 
 
 def _panels(key: str, fields: dict, base: dict, checkpoints: dict[str, str], printed: dict) -> list[Panel]:

@@ -93,8 +93,8 @@ def _drawn_once(found: dict[tuple[str, str], list[Point]]) -> list[str]:
 
 
 def _point(spec: Spec, manifest: Manifest, block: str, row: str, column: str) -> Point | None:
-    records = selected_records(spec, manifest, block, row, column)
-    if not records:
+    records = [record for record in selected_records(spec, manifest, block, row, column) if "right" in record]
+    if not records:  # none, or none that reached its KL
         return None
     shares = [100 * record["right"] / record["n"] for record in records]
     if len(records) > 1:

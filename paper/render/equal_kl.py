@@ -34,14 +34,18 @@ def equal_kl(spec: Spec, manifest: Manifest, block: str) -> list[Block]:
 
 
 def records_of(spec: Spec, manifest: Manifest, block: str) -> list[dict]:
-    """Return the block's records, each once, vanilla first; none where vanilla is missing."""
+    """Return the block's records, each once; none where vanilla is missing."""
     found = {
         record["id"]: record
         for row in spec.rows
         for column in spec.columns
         for record in manifest.records(spec.name, block, row, column)
     }
-    return [*found.values()] if any(record["method"] == "vanilla" for record in found.values()) else []
+    return (
+        sorted(found.values(), key=lambda row: row["method"] != "vanilla")
+        if "vanilla" in {row["method"] for row in found.values()}
+        else []
+    )
 
 
 def _gains(spec: Spec, block: str, rows: Sequence[dict]) -> Block:
@@ -57,19 +61,17 @@ def _gains(spec: Spec, block: str, rows: Sequence[dict]) -> Block:
             gain.gain, gain.p = kl_report.estimate(line, vanilla), kl_report.p_of(line, vanilla)
             tested.append(gain)
         made.append(_row(spec, line.method, cells[place], values))
-    for gain, gain.p in zip(tested, holm([gain.p for gain in tested]), strict=True):
-        gain.significant = gain.p < LEVEL
+    for gain, p in zip(tested, holm([gain.p for gain in tested]), strict=True):
+        gain.p, gain.significant = p, p < LEVEL
     reasons = kl_report.reasons(kl_report.lines_of(rows, LABELS))
     return Block(f"{block}: {kl_report.measure(rows)}", heads, heads, made, reasons)
 
 
 def _parts(spec: Spec, block: str, lines: Sequence[parts_report.Line]) -> Block:
-    heads, made = ["total", "skill", "p", "Holm", "bias", "format"], []
+    heads, made = ["total", "skill", "bias", "format"], []
     for line in lines:
         spans = [Value(f"{part.gain:+.1f}", f"[{part.low:+.1f}, {part.high:+.1f}]") for part in line.parts.values()]
-        ps = [Value("" if p is None else f"{p:.1g}") for p in (line.p, line.holm)]
-        values = [Value(f"{line.total:+.1f}"), spans[0], *ps, *spans[1:]]
-        made.append(_row(spec, line.rows[0]["method"], line.name, values))
+        made.append(_row(spec, line.rows[0]["method"], line.name, [Value(f"{line.total:+.1f}"), *spans]))
     return Block(f"{block}: what the gains are made of", heads, heads, made, [parts_report.PARTS])
 
 

@@ -15,8 +15,9 @@ INTRO = (
 SCALES = {
     "embedded": "Every number here comes from the tiny embedded models of this repository. They say nothing about a real "
     "model, so none of the paper's numbers stand beside them.",
-    "real": "Small real models on real data, at full items where the plan says so. Every gain is taken apart, since exact match "
-    "alone counts answers that only changed their form or their preference.",
+    "real": "Small real models on real data, on the numbers of items that docs/real/plan.md states. Every gain is taken apart, "
+    "since exact match alone counts answers that only changed their form or their preference. Tests and intervals are explained "
+    "below each table.",
     "small": "Two of the paper's models on one 24 GB GPU, with at most 300 items per split.",
     "paper": "All of the paper's models.",
 }
