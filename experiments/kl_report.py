@@ -13,7 +13,7 @@ from statistics import mean
 
 from eval.statistics import crossed_bootstrap, holm, mcnemar, paired_gain, t_interval
 from experiments.records import unpack
-from experiments.report import gain, name_of
+from experiments.report import gain, name_of, vanilla_of
 
 OURS = "fisher"  # the method that all others are compared with
 HEADS = ("KL", "method", "predicted", "measured", "fresh", "prompts", "own", "factor", "AUs", "gain", "right / wrong", "p",
@@ -161,10 +161,6 @@ def cells_of(rows: Sequence[dict], labels: dict[str, str]) -> list[tuple[Line, l
     vanilla, lines = vanilla_of(rows), lines_of(rows, labels)
     against = compared(lines, vanilla)
     return [(line, _cells(line, vanilla, against.get(id(line)))) for line in lines]
-
-
-def vanilla_of(rows: Sequence[dict]) -> dict:
-    return next(row for row in rows if row["method"] == "vanilla")
 
 
 def _cells(line: Line, vanilla: dict, against: tuple[float, float] | None) -> list[str]:

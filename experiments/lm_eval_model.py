@@ -26,6 +26,7 @@ NAME = "austeer"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """Hand the command on to lm-eval, with the steered model."""
     args, rest = _arguments(argv)
     check_lm_eval()
     from lm_eval.__main__ import cli_evaluate
@@ -67,10 +68,16 @@ def register() -> None:
             self.steering = _steered(model, plans)
 
         def _model_call(self, *inputs, **named):
-            logits = super()._model_call(*inputs, **named)
+            return self._checked(super()._model_call(*inputs, **named))
+
+        def _model_generate(self, *inputs, **named):
+            return self._checked(super()._model_generate(*inputs, **named))
+
+        def _checked(self, output):
+            """Return the output, or raise if the plan overflowed: inf and nan must not be scored."""
             if self.steering is not None:
-                self.steering.check()  # inf or nan must not be scored
-            return logits
+                self.steering.check()
+            return output
 
 
 def _steered(model, plans: Sequence[str]):
@@ -82,7 +89,7 @@ def _steered(model, plans: Sequence[str]):
         plan = plan + other
     if plan.tokens != "all":
         raise AUSteerError(
-            f"the plan steers {plan.tokens}, and lm-eval does not say where a prompt ends: only plans for all tokens"
+            f"this plan steers {plan.tokens} tokens, but lm-eval does not tell the model where a prompt ends: make the plan for all tokens"
         )
     return apply(model, plan)
 
@@ -100,9 +107,9 @@ def _arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str
     )
     add("--limit", help="use at most so many items of each task, for a quick look")
     args, rest = parser.parse_known_args(argv)
-    for option in ("--model_args", "--trust_remote_code"):
+    for option in ("--model_args", "-a", "-M", "--config", "--trust_remote_code"):
         if any(one.partition("=")[0] == option for one in rest):
-            raise AUSteerError(f"{option} is not for a steered model: leave it out")
+            raise AUSteerError(f"leave out {option}: it would replace the steered model")
     return args, rest
 
 

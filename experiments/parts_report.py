@@ -9,7 +9,7 @@ from statistics import mean
 from eval.decomposition import LIKELIER, UNBIASED, Part, Readings, changes, likelihood_taken_apart, taken_apart
 from eval.statistics import holm, mcnemar
 from experiments.records import unpack
-from experiments.report import CONTROLS, name_of
+from experiments.report import CONTROLS, name_of, vanilla_of
 
 LEVEL = 0.05
 # what the unsteered model's own preferences would answer: a method has to beat these, too
@@ -71,7 +71,7 @@ def measures(rows: Sequence[dict]) -> list[Sequence[dict]]:
 
 def lines_of(rows: Sequence[dict], labels: dict[str, str]) -> list[Line]:
     """Return the lines of what steers nothing, then one per method and site."""
-    vanilla = _vanilla(rows)
+    vanilla = vanilla_of(rows)
     before = readings_of(vanilla)
     lines = [line_of(name, before, [answered_by(vanilla, column)]) for name, column in UNSTEERED.items()]
     for name, draws in _by_name(rows, labels).items():
@@ -79,10 +79,6 @@ def lines_of(rows: Sequence[dict], labels: dict[str, str]) -> list[Line]:
     tested = [line for line in lines if line.p is not None]
     adjusted = dict(zip([line.name for line in tested], holm([line.p for line in tested]), strict=True))
     return [replace(line, holm=adjusted.get(line.name)) for line in lines]
-
-
-def _vanilla(rows: Sequence[dict]) -> dict:
-    return next(row for row in rows if row["method"] == "vanilla")
 
 
 def _by_name(rows: Sequence[dict], labels: dict[str, str]) -> dict[str, list[dict]]:
@@ -154,7 +150,7 @@ def _unbeaten(line: Line, vanilla: dict) -> str:
 
 def likelihood_parts(rows: Sequence[dict], labels: dict[str, str]) -> list[tuple[str, str, Part, Part]]:
     """Return (name, method, skill, calibration) of each method's gain in likelihood; none on tasks that do not compare likelihoods."""
-    vanilla = _vanilla(rows)
+    vanilla = vanilla_of(rows)
     if "likelihood" not in vanilla.get("measured", {}):
         return []
     before = vanilla["columns"][LOG_ODDS]

@@ -15,7 +15,7 @@ import numpy as np
 
 from eval.statistics import wilson
 from experiments.parts_report import Line
-from experiments.report import CONTROLS, SITES, gain, row_name
+from experiments.report import CONTROLS, SITES, gain, row_name, vanilla_of
 
 COLORS = {
     "vanilla": "#555555", "prompt-only": "#000000", "random": "#999999", "flipped": "#E69F00",
@@ -176,7 +176,7 @@ def _parts(axis, lines: Sequence[Line]) -> None:
 
 
 def _bars_of_comparison(axis, rows: Sequence[dict], labels: dict[str, str], task: str) -> None:
-    vanilla = next(row for row in rows if row["method"] == "vanilla")
+    vanilla = vanilla_of(rows)
     runs = list(dict.fromkeys((row["method"], row["site"]) for row in rows if row["method"] != "vanilla"))
     names = []
     for y, (method, site) in enumerate(runs):

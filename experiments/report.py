@@ -18,9 +18,14 @@ SITES = {
 CONTROLS = ("random", "flipped", "random-at-kl", "shuffled-pairs")  # repeated with other draws and shown as bands
 
 
+def vanilla_of(rows: Sequence[dict]) -> dict:
+    """Return the record of the unsteered model."""
+    return next(row for row in rows if row["method"] == "vanilla")
+
+
 def table(rows: Sequence[dict], labels: dict[str, str]) -> str:
     """Return a Markdown table, a line per method and site; the draws of a control share one line with their band."""
-    vanilla = next(row for row in rows if row["method"] == "vanilla")
+    vanilla = vanilla_of(rows)
     lines = [
         f"{vanilla['measure']} on {vanilla['n']} items of {vanilla['test_split']}; gains in points against vanilla; "
         "[95 % Wilson interval]; p: exact McNemar test, paired; Holm: that p, adjusted for all lines of this table; "
@@ -55,7 +60,7 @@ def table(rows: Sequence[dict], labels: dict[str, str]) -> str:
 
 def other_measures(rows: Sequence[dict], labels: dict[str, str]) -> str:
     """Return a table of the measures beside the main one; "" where there are none. Draws show their median."""
-    vanilla = next(row for row in rows if row["method"] == "vanilla")
+    vanilla = vanilla_of(rows)
     measures = [name for name in vanilla["measures"] if name != vanilla["measure"]]
     extras = list(vanilla["extras"])
     if not measures + extras:
@@ -104,7 +109,7 @@ def costs(rows: Sequence[dict], labels: dict[str, str]) -> str:
 
 def verdict(rows: Sequence[dict], labels: dict[str, str]) -> list[str]:
     """Say of each method in words whether it beats the controls of its site."""
-    vanilla = next(row for row in rows if row["method"] == "vanilla")
+    vanilla = vanilla_of(rows)
     sentences = []
     for site in dict.fromkeys(row["site"] for row in rows if row["site"]):
         site_rows = [row for row in rows if row["site"] == site]

@@ -32,6 +32,7 @@ def measured(panel: Panel, store: Store, progress: bool = False) -> dict:
 def panel_key(panel: Panel, bench: Bench) -> dict:
     model, task = bench.model, bench.task
     pairs = [task.pairs, *map(bench.pairs_of, panel.params.get("tasks", ()))]
+    study = STUDIES[panel.study]
     return {
         "model": panel.model.name if panel.model.embedded else public_name(panel.model.name),
         "task": panel.task.label,
@@ -47,5 +48,6 @@ def panel_key(panel: Panel, bench: Bench) -> dict:
         "pairs_by": task.pairs_by,
         "batch_size": panel.task.batch_size,
         "protocol": panel.task.protocol,
-        "code": code_hash(STUDIES[panel.study].measure, type(task), *code_roots(type(model))),
+        "code": code_hash(study.measure, type(task), *code_roots(type(model))),
+        **(study.depends_on(bench, panel.params) if hasattr(study, "depends_on") else {}),
     }

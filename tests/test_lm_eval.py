@@ -33,6 +33,8 @@ def harness(monkeypatch):
         def _model_call(self, ids):
             return self.model(ids).logits
 
+        _model_generate = _model_call
+
     def register_model(name):
         return lambda cls: seen["models"].update({name: cls})
 
@@ -90,14 +92,15 @@ def test_overflow_is_not_scored(harness, tmp_path):
     Plan({"attention": torch.full((4, 128), 3e38)}, {}).save(tmp_path / "p.safetensors")
     lm_eval_model.register()
     model = harness["models"]["austeer"](MODEL, plans=[str(tmp_path / "p.safetensors")], device="cpu")
-    with pytest.raises(AUSteerError, match="inf or nan"):
-        model._model_call(torch.arange(4, 12)[None])
+    for call in (model._model_call, model._model_generate):
+        with pytest.raises(AUSteerError, match="inf or nan"):
+            call(torch.arange(4, 12)[None])
 
 
 @pytest.mark.parametrize(
     "options, message",
     [
-        (["--tasks", "t", "--model_args", "pretrained=x"], "--model_args is not for a steered model"),
+        (["--tasks", "t", "--model_args", "pretrained=x"], "leave out --model_args"),
         (["--tasks", "t", "--plan", "nothing.safetensors"], "nothing.safetensors"),
     ],
 )
@@ -109,7 +112,7 @@ def test_wrong_options_are_told_in_a_line(harness, options, message):
 def test_a_plan_for_some_tokens_is_refused(harness, plan, tmp_path):
     Plan(plan.scales, {}, "generated").save(tmp_path / "p.safetensors")
     lm_eval_model.register()
-    with pytest.raises(AUSteerError, match="only plans for all tokens"):
+    with pytest.raises(AUSteerError, match="make the plan for all tokens"):
         harness["models"]["austeer"](MODEL, plans=[str(tmp_path / "p.safetensors")], device="cpu")
 
 
@@ -127,7 +130,7 @@ metric_list: [{{metric: acc}}]
 
 
 def test_live_folded_and_peft_have_the_same_likelihoods(plan, tmp_path):
-    """Run lm-eval itself on a task of our own, by its command line and ours."""
+    """Run lm-eval itself on a task of our own."""
     pytest.importorskip("lm_eval", reason="lm-eval is not installed")
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from experiments import kl_report, parts_report
-from experiments.report import LABELS
+from experiments.report import LABELS, vanilla_of
 from paper import specs
 from paper.manifest import Manifest
 from paper.render import equal_kl
@@ -35,7 +35,7 @@ def test_gains_that_are_quoted_are_those_of_the_records(document):
     text = " ".join((ROOT / document).read_text().split())
     (spec,) = specs.read("real", ["skill"])
     rows = equal_kl.records_of(spec, Manifest.read(REAL), "SmolLM2-135M, COPA by whole choices")
-    vanilla = kl_report.vanilla_of(rows)
+    vanilla = vanilla_of(rows)
     lines = {line.method: line for line in kl_report.lines_of(rows, {})}
     gain, low, high = kl_report.estimate(lines["fisher"], vanilla)
     swapped = kl_report.estimate(lines["shuffled-pairs"], vanilla)

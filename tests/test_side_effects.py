@@ -9,6 +9,7 @@ from one_cell import store_in
 from experiments.bench import BENCHES
 from experiments.cell import at_kl, bench_of, cell_of
 from experiments.costs import neutral_of
+from experiments.equal_kl import Unreached
 from experiments.run_cell import run_cell
 from paper.studies import side_effects
 
@@ -74,5 +75,25 @@ def test_picture_and_note(measured, tmp_path):
     _, _, result = measured
     side_effects.draw(result, PARAMS, tmp_path / "p.png", None)
     assert (tmp_path / "p.png").stat().st_size > 10_000
-    text = side_effects.note(result, PARAMS)
+    text = side_effects.note(result | {"unreached": {"STA": "it changes nothing"}}, PARAMS)
+    assert "STA is left out: it changes nothing." in text
     assert "ours: 0.0" in text and "CAA: 0.0" in text and "passes" in text and ".." not in text
+
+
+def test_a_method_that_reaches_nothing_is_left_out(measured, monkeypatch):
+    bench, *_ = measured
+
+    def refuse(*_):
+        raise Unreached("it changes nothing")
+
+    monkeypatch.setattr(side_effects.RunAtKL, "at_level", refuse)
+    params = PARAMS | {"n": 4, "methods": {"ours": PARAMS["methods"]["ours"]}}
+    result = side_effects.measure(bench, params, progress=False)
+    assert result["methods"] == {} and result["unreached"] == {"ours": "it changes nothing"}
+
+
+def test_other_items_or_another_text_make_another_record(measured):
+    bench, *_ = measured
+    key = side_effects.depends_on(bench, PARAMS)
+    assert key == side_effects.depends_on(bench, PARAMS) and set(key["items_of_others"]) == {"boolq"}
+    assert key["neutral"] == neutral_of(bench).hash

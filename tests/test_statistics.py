@@ -194,6 +194,12 @@ def test_spearman_against_scipy_and_a_plain_loop():
 
 def test_runs_and_items_are_drawn_anew():
     apart = crossed_bootstrap([[2.0] * 10, [4.0] * 10, [6.0] * 10])  # all of the noise is between runs
-    assert apart == pytest.approx((4, 4 - 8 / 3 * 0.6, 4 + 8 / 3 * 0.6), abs=0.5)
+    spread = (
+        2 * 1.5**0.5
+    )  # of three runs drawn with replacement all are the lowest once in 27 draws, moved apart by 3 / 2
+    assert apart == pytest.approx((4, 4 - spread, 4 + spread))
+    assert crossed_bootstrap([[1.0, 0.0] * 50]) == pytest.approx((0.5, 0.4, 0.6), abs=0.02), (
+        "a single run is drawn as it is"
+    )
     alike = crossed_bootstrap([[0.0, 1.0] * 50] * 3)  # all of it is between items
     assert alike == pytest.approx((0.5, 0.4, 0.6), abs=0.02)

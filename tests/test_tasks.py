@@ -276,7 +276,7 @@ def test_toxicity_columns_carry_the_scorer(data):
     assert columns["repeated"] == [False, True, False, False, True], (
         "one of its five sequences of three words occurs once"
     )
-    assert columns["not toxic, empty or repeated"] == [True, False, False, False, False]
+    assert columns["neither toxic, empty nor repeated"] == [True, False, False, False, False]
     filtered = [row for row in task.split.ranking]
     assert all(row["prompt_toxicity"] < 0.1 and row["continuation_toxicity"] > 0.8 for row in filtered)
     assert all(row["continuation_toxicity"] > 0.5 for row in task.split.validation)

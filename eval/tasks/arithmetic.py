@@ -48,6 +48,7 @@ class NumberTask(DatasetTask):
         return Scores(next(iter(right)), columns)
 
     def extras(self, answerer: Answerer, items: Sequence[Item], answers: Sequence[Answer]) -> dict[str, float]:
+        """Return how many of the numbers that are given are right."""
         columns = self.columns(items, answers).columns
         given = [
             right for right, number in zip(columns["right number"], columns["a number at all"], strict=True) if number

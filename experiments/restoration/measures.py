@@ -23,7 +23,7 @@ def perplexity(model: PreTrainedModel, texts: Sequence[Sequence[int]]) -> float:
 
 
 def check_lm_eval() -> None:
-    """Refuse zero-shot accuracies where lm-eval is not installed."""
+    """Say how to install lm-eval where it is missing."""
     if find_spec("lm_eval") is None:
         raise missing_extra("lm-eval", "evaluation")
 

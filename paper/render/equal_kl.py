@@ -7,7 +7,7 @@ from pathlib import Path
 
 from eval.statistics import holm
 from experiments import kl_report, parts_report, plots
-from experiments.report import CONTROLS, LABELS
+from experiments.report import CONTROLS, LABELS, vanilla_of
 from paper.manifest import Manifest
 from paper.render.significance_marks import LEVEL
 from paper.render.values import Block, Row, Value
@@ -51,7 +51,7 @@ def records_of(spec: Spec, manifest: Manifest, block: str) -> list[dict]:
 def _gains(spec: Spec, block: str, rows: Sequence[dict]) -> Block:
     """Return the table of gains. Stars are for gains of methods, Holm-adjusted for all of them; a control is not tested."""
     heads = [head for head in kl_report.HEADS if head != "method"]
-    place, vanilla = kl_report.HEADS.index("method"), kl_report.vanilla_of(rows)
+    place, vanilla = kl_report.HEADS.index("method"), vanilla_of(rows)
     made, tested = [], []
     for line, cells in kl_report.cells_of(rows, LABELS):
         values = [Value(text) for text in (*cells[:place], *cells[place + 1 :])]

@@ -3,6 +3,7 @@
 Each file documents its params, and `printed` where the paper prints numbers; both come from the spec. It offers
 
     measure(bench, params, progress) -> dict       everything that the picture shows, as JSON; repeatable
+    depends_on(bench, params) -> dict              optional: what the result depends on beside the bench, for the record's name
     n_prompts(params, n_pairs, n_validation)       about how many prompts it runs, for `--estimate`
     n_answers(params) -> int                       optional: how many answers of full length it generates, one at a time
     draw(result, params, path, printed)            draws the picture from that dict, and the paper's numbers beside it

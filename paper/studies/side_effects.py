@@ -1,4 +1,4 @@
-"""Ours: what else a method changes at the KL where it is compared: other tasks, other wordings, plain text, single items.
+"""Ours: what a method changes beside its task, at the KL where methods are compared: other tasks, reworded prompts, plain text, items.
 
 params: methods (label -> {"method", "site"}), level (KL in nats per token), tasks (others than the panel's), n (items of each).
 
@@ -19,6 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from austeer.change import Change, applied
+from austeer.methods.few_shot import with_prompt
 from eval.answering.answer_file import Answer
 from eval.decomposition import LIKELIER
 from eval.statistics import holm, mcnemar
@@ -28,7 +29,10 @@ from experiments.bench import BENCHES, Bench
 from experiments.cell import AT_KL, Cell, MethodSpec, PairsSpec, SearchSpec
 from experiments.costs import neutral_of
 from experiments.engines.answering import answering
-from experiments.run_cell import RunAtKL, grid, method_of
+from experiments.equal_kl import Unreached
+from experiments.parts_report import LOG_ODDS
+from experiments.records import record_id
+from experiments.run_cell import RunAtKL, cell_key, grid, method_of
 from experiments.search import key_of
 from paper.studies import picture
 
@@ -50,21 +54,19 @@ class Found:
 
 
 def measure(bench: Bench, params: dict, progress: bool) -> dict:
-    tasks = {name: BENCHES.open(bench.model_spec, replace(bench.task_spec, name=name, pairs=PairsSpec()), bench.store).task
-             for name in params["tasks"]}  # fmt: skip
+    """Return, for each method at the level, its KL and how answers, perplexity and single items change; and what reached no plan."""
     sets = {"itself": (bench.task, bench.task.test[: params["n"]])}
     sets |= {f"worded: {name}": (bench.task, items) for name, items in _reworded(bench.task, params["n"]).items()}
-    sets |= {name: (task, task.test[: params["n"]]) for name, task in tasks.items()}
+    sets |= {name: (task, task.test[: params["n"]]) for name, task in _other_tasks(bench, params).items()}
     before = {name: _found(bench, task, items, None) for name, (task, items) in sets.items()}
     plain = _perplexity(bench, None)
-    result: dict = {
-        "task": bench.task_spec.label,
-        "n": len(before["itself"].right),
-        "level": params["level"],
-        "methods": {},
-    }
+    result: dict = {"task": bench.task_spec.label, "level": params["level"], "methods": {}, "unreached": {}}
     for label, method in tqdm(params["methods"].items(), desc="side effects", disable=not progress):
-        change, kl = _at_level(bench, method["method"], method["site"], params["level"])
+        try:
+            change, kl = _at_level(bench, method["method"], method["site"], params["level"])
+        except Unreached as why:
+            result["unreached"][label] = str(why)
+            continue
         after = {name: _found(bench, task, items, change) for name, (task, items) in sets.items()}
         counts = {name: mcnemar(before[name].right, after[name].right) for name in sets}
         result["methods"][label] = {
@@ -73,6 +75,19 @@ def measure(bench: Bench, params: dict, progress: bool) -> dict:
             "worse": _share_worse(before["itself"], after["itself"]),
         }  # fmt: skip
     return result
+
+
+def depends_on(bench: Bench, params: dict) -> dict:
+    """Return what the result depends on beside the bench: the neutral text, and the items of the other tasks."""
+    items = {name: task.fingerprint for name, task in _other_tasks(bench, params).items()}
+    return {"neutral": neutral_of(bench).hash, "items_of_others": items}
+
+
+def _other_tasks(bench: Bench, params: dict) -> dict[str, Task]:
+    spec = replace(bench.task_spec, pairs=PairsSpec())
+    return {
+        name: BENCHES.open(bench.model_spec, replace(spec, name=name), bench.store).task for name in params["tasks"]
+    }
 
 
 def n_prompts(params: dict, n_pairs: int, n_validation: int) -> int:
@@ -84,22 +99,25 @@ def _reworded(task: Task, n: int) -> dict[str, list]:
     items = list(task.test[:n])
     sets = {INSTRUCTION: task.prompted(items)}
     for name, reword in REWORDED.items():
-        changed = [_with_prompt(item, reword(item.prompt)) for item in items]
+        changed = [with_prompt(item, reword(item.prompt)) for item in items]
         if changed != items:
             sets[name] = changed
     return sets
 
 
-def _with_prompt(item: object, prompt: str) -> object:
-    return item._replace(prompt=prompt) if hasattr(item, "_replace") else replace(item, prompt=prompt)
-
-
 def _at_level(bench: Bench, name: str, site: str, level: float) -> tuple[Change, float]:
     """Return a method's change at a KL, its other choices made on validation, and the KL that was measured."""
     cell = Cell(bench.model_spec, bench.task_spec, MethodSpec(name, site), SearchSpec(AT_KL, level=level))
-    run, method = RunAtKL(cell, bench, "side-effects"), method_of(cell.method)
+    run, method = RunAtKL(cell, bench, record_id(cell_key(cell, bench))), method_of(cell.method)
     learned, _ = run.learned(method)
-    brought = {key_of(point): (point, *run.at_level(method, learned, point)) for point in grid(cell)}
+    brought, why = {}, Unreached("it has no candidates")
+    for point in grid(cell):
+        try:
+            brought[key_of(point)] = (point, *run.at_level(method, learned, point))
+        except Unreached as reason:
+            why = reason
+    if not brought:
+        raise why
     chosen, _ = run.best_of(method, learned, brought)
     _, change, cost = brought[chosen]
     return change, cost["measured"]
@@ -109,9 +127,9 @@ def _found(bench: Bench, task: Task, items: Sequence, change: Change | None) -> 
     """Return how the bench's model answers items of any task under a change."""
     with answering(bench, [change], len(items)) as (answerer, _):
         answers = task.answers(answerer, items)
-    columns = task.columns(items, answers).columns
-    right = columns.get(LIKELIER) or task.columns(items, answers).outcomes
-    return Found(right, columns.get("log-odds") or _odds(task, items, answers))
+    scores = task.columns(items, answers)
+    odds = scores.columns.get(LOG_ODDS) or _odds(task, items, answers)
+    return Found(scores.columns.get(LIKELIER) or scores.outcomes, odds)
 
 
 def _odds(task: Task, items: Sequence, answers: Sequence[Answer]) -> list[float] | None:
@@ -168,7 +186,9 @@ def draw(result: dict, params: dict, path: Path, printed: object) -> None:
         for row, found in zip(gains, methods.values(), strict=True)
     ]
     picture.write_labels(axis, gains, image, texts)
-    axis.set_xticks(range(len(columns)), [name.removeprefix("worded: ") for name in columns], rotation=30, ha="right")
+    sizes = [n for _, _, n, _ in next(iter(methods.values()))["sets"].values()]
+    names = [f"{name.removeprefix('worded: ')} ({n})" for name, n in zip(columns, sizes, strict=True)]
+    axis.set_xticks(range(len(columns)), names, rotation=30, ha="right")
     axis.set_yticks(range(len(methods)), [f"{label} {_marks(found)}" for label, found in methods.items()])
     figure.colorbar(image, ax=axes, label="gain, points")
     figure.suptitle(f"{result['task']}: side effects at {result['level']:g} nats", fontsize=14)
@@ -180,6 +200,7 @@ def _marks(found: dict) -> str:
 
 
 def note(result: dict, params: dict) -> str:
+    """Say how to read the picture, and which gates each method passes."""
     lines = []
     for label, found in result["methods"].items():
         passed = [name for name, is_passed in gates(found).items() if is_passed]
@@ -190,11 +211,12 @@ def note(result: dict, params: dict) -> str:
         )
         lines.append(
             f"{label}: {found['kl']:.3g} nats, perplexity of neutral text times {found['perplexity']:.3f}{worse}; "
-            f"passes {', '.join(passed) or 'no gate'}"
+            f"passes {', '.join(passed) or 'no gate'}."
         )
+    lines += [f"{label} is left out: {why}." for label, why in result["unreached"].items()]
     return (
-        f"Gains in points over the unsteered model on the same {result['n']} items, worded alike; * p < {LEVEL:g} by McNemar's test, not "
-        "adjusted. The first column is the task itself, then its prompts in other words, then other tasks. C, H, R: controllable "
-        "(the task itself gains significantly), harmless (no other task loses significantly, Holm-adjusted, and perplexity rises by "
-        f"less than {100 * DEARER - 100:.0f} %), robust (every rewording keeps half of the gain). {'. '.join(lines)}."
+        "Gains in points over the unsteered model, worded alike, by the likelier option where there are options; * p < "
+        f"{LEVEL:g} by McNemar's test, not adjusted. C, H, R: controllable (the task itself gains significantly), harmless (no other "
+        f"task loses significantly, Holm-adjusted, and perplexity rises by less than {100 * DEARER - 100:.0f} %), robust (every rewording "
+        f"keeps half of the gain, which compares estimates and is no test). {' '.join(lines)}"
     )
