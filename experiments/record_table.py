@@ -68,7 +68,7 @@ def _enter(args: argparse.Namespace) -> None:
     flat, store = _flat(args), Store(args.path, str(Path(args.results) / "records"))
     entered = entry(flat, _where(args), store, args.jobs)
     refuse(entered, standing(args.folder))
-    name = "-".join((public_name(flat["model"]).rpartition("/")[2], *(flat[key] for key in ("task", "method", "site"))))
+    name = "-".join((_model_name(flat).rpartition("/")[2], *(flat[key] for key in ("task", "method", "site"))))
     change_of_first_draw(entered, _where(args), store).save(args.folder / f"{name}.safetensors")
     write_json(args.folder / f"{name}.json", entered)
     write_page(args.folder)
@@ -192,7 +192,11 @@ def table(records: Sequence[dict]) -> str:
 def _place(record: dict) -> tuple[str, ...]:
     """Return what records compete on: model, task, test split and weights."""
     cell = record["cell"]
-    return public_name(cell["model"]), cell["task"], cell["test_split"], record["vanilla"]["fingerprint"]
+    return _model_name(cell), cell["task"], cell["test_split"], record["vanilla"]["fingerprint"]
+
+
+def _model_name(cell: dict) -> str:
+    return cell["model"] if cell["model"] == EMBEDDED else public_name(cell["model"])
 
 
 def _gain(record: dict) -> str:

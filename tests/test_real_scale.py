@@ -1,10 +1,14 @@
 """The scale of small real models: which cells it has, and how methods at the same KL are shown."""
 
+from dataclasses import replace
+
 import pytest
+from conftest import SHARED, needs_shared
 from test_equal_kl import better, made_up
 from test_parts_report import row
 
 from eval.decomposition import UNBIASED
+from eval.tasks.registry import paper_task
 from paper import reproduce, specs
 from paper.manifest import Manifest
 from paper.render import findings, page, sections
@@ -42,19 +46,45 @@ def test_a_limit_takes_fewer_pairs_too_and_one_draw_of_them():
     assert (cell.task.limit, cell.task.pairs.n_pairs, cell.task.pairs.pairs_draw) == (40, 40, 0)
     (cell,) = cells_of(spec_of(limit=900, everything=False), COPA, "fisher")
     assert (cell.task.limit, cell.task.pairs.n_pairs) == (900, 400)
+    (cell,) = cells_of(spec_of(limit=900, everything=False), WORDS, "fisher")
+    assert cell.task.limit == 400, "a limit never adds items"
+    (pairs,) = specs.read("real", ["pairs"], limit=40)
+    assert {cell.task.pairs.n_pairs for entry in pairs.entries for cell in entry.cells} == {40}
+
+
+def test_controls_draw_anew_with_the_pairs():
+    spec = spec_of(everything=False)
+    draws = {
+        name: [(cell.task.pairs.pairs_draw, cell.method.draw) for cell in cells_of(spec, COPA, name)]
+        for name in spec.rows
+    }
+    assert draws["random-at-kl"] == [(0, 0), (1, 1), (2, 2), (3, 3), (4, 4)]
+    assert draws["fisher"] == [(0, 0), (1, 0), (2, 0), (3, 0), (4, 0)]
+
+
+@needs_shared
+def test_every_draw_of_pairs_leaves_some_over():
+    for name in ("skill", "pairs"):
+        (spec,) = specs.read("real", [name], data_dir=str(SHARED / "data"))
+        for cell in {replace(cell.task, limit=1) for entry in spec.entries for cell in entry.cells}:
+            if cell.pairs.pairs_draw is not None and cell.name == "copa-choices":
+                assert paper_task(
+                    cell.name, data_dir=cell.data_dir, toxicity="embedded", cache="", device=None, **vars(cell.pairs)
+                ).left_over
 
 
 RECORD = {"environment": {"commit": "c"}, "device": "cpu", "dtype": "torch.float32", "wording": "w"}
 
 
 def shown(tmp_path, block: str, records: list[dict]) -> sections.Section:
-    """Return the section of these records, all of which stand in the row of their method."""
+    """Return the section of these records, each of which stands in the first row of its method."""
     spec, manifest = spec_of(everything=False), Manifest(tmp_path, "real")
     entries = manifest.entries.setdefault("skill", {})
     for number, record in enumerate(records):
         record = record | RECORD | {"id": f"{record['method']}-{number}"}
         manifest._bundle[record["id"]] = record
-        entries.setdefault(f"{block}|{record['method']}|0.03", []).append(record["id"])
+        row = next(name for name, fields in spec.rows.items() if fields["method"] == record["method"])
+        entries.setdefault(f"{block}|{row}|0.03", []).append(record["id"])
     page.write([spec], manifest)
     return sections.section(spec, manifest)
 
@@ -68,15 +98,22 @@ def test_gains_stars_and_controls(tmp_path):
         made_up("lora-r1", better(2, 1), level=0.03),
         made_up("random-at-kl", better(9), level=0.03),
     ]
+    examples = made_up("few-shot", better(30), level=None, measured=0.2)
+    unreached = made_up("caa", better(0), level=0.03, unreached="it overflowed")
+    del unreached["outcomes"], unreached["kl"]["measured"]
+    records += [made_up("published", better(30), level=0.1), examples, unreached]
     section = shown(tmp_path, COPA, [record | {"columns": {}} for record in records])
     (block,) = section.blocks
     gains = {row.key: row.values[block.columns.index("gain")] for row in block.rows}
     assert gains["fisher"].text.startswith("+20.0 [") and gains["fisher"].significant and len(gains["fisher"].ids) == 2
     assert not gains["lora-r1"].significant and not gains["random-at-kl"].significant, "no control is tested"
+    assert gains["published"].significant and gains["few-shot"].significant and gains["caa"].text == "–"
+    assert any("it overflowed" in note for note in block.notes)
     (found,) = findings.findings([section])
+    assert "AUSteer" not in found.verdict and "xamples" not in found.verdict, "of the primary level alone"
     assert f"{COPA}: causal, KL budget, FFN, 2 draws +20.0" in found.verdict and "random" not in found.verdict
     assert (tmp_path / "figures" / "skill.png").exists()
-    assert any("AUSteer, Head / 0.03" in line and "not run" in line for line in section.missing)
+    assert any("AUSteer, Neuron / 0.03" in line and "not run" in line for line in section.missing)
 
 
 def test_on_words_the_finding_counts_skill_and_not_exact_match(tmp_path):
@@ -91,7 +128,7 @@ def test_on_words_the_finding_counts_skill_and_not_exact_match(tmp_path):
     assert "causal, KL budget, FFN +25.0" in found.verdict and "published" not in found.verdict.lower()
     assert "AUSteer" not in found.verdict
     forced = next(row for row in parts.rows if row.label.startswith("forced choice"))
-    assert [value.text for value in forced.values] == ["+10.0", "+0.0", "", "", "+0.0", "+10.0"]
+    assert [value.text for value in forced.values] == ["+10.0", "+0.0", "+0.0", "+10.0"]
 
 
 @pytest.mark.slow
