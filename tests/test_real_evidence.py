@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -46,3 +47,10 @@ def test_gains_that_are_quoted_are_those_of_the_records(document):
     assert f"{skill['fisher']:.3f}" in text and f"{skill['lora-r1']:.3f}" in text
     assert f"{100 * vanilla['right'] / vanilla['n']:.1f} %" in text
     assert len(lines["fisher"].rows) == 5 and len(lines["lora-r1"].rows) == 1
+
+
+def test_what_holds_is_what_the_report_says():
+    """Every gain with an interval in docs/findings.md stands in the report of the real models."""
+    found, report = (" ".join((ROOT / "docs" / name).read_text().split()) for name in ("findings.md", "real/report.md"))
+    gains = re.findall(r"[+-]\d+\.\d+ \[[+-]\d+\.\d+, [+-]\d+\.\d+\]", found)
+    assert len(gains) >= 10 and not [gain for gain in gains if gain not in report]
