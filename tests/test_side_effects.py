@@ -27,6 +27,7 @@ def measured(tmp_path_factory):
     return bench, store, side_effects.measure(bench, PARAMS, progress=False)
 
 
+@pytest.mark.slow
 def test_the_task_itself_is_as_its_record_says(measured):
     _, store, result = measured
     for label, method in PARAMS["methods"].items():
@@ -37,6 +38,7 @@ def test_the_task_itself_is_as_its_record_says(measured):
         assert found["kl"] == pytest.approx(record["kl"]["measured"])
 
 
+@pytest.mark.slow
 def test_other_tasks_and_wordings_are_asked(measured):
     _, _, result = measured
     sets = ["itself", "worded: an instruction in front", "worded: in lower case", "worded: as something said", "boolq"]
@@ -45,6 +47,7 @@ def test_other_tasks_and_wordings_are_asked(measured):
         assert all(n == 40 for _, _, n, _ in found["sets"].values()) and 0 <= found["worse"] <= 1
 
 
+@pytest.mark.slow
 def test_perplexity_is_of_the_second_halves_of_the_text(measured):
     bench, *_ = measured
     texts = neutral_of(bench).part("report")
@@ -57,29 +60,33 @@ def test_perplexity_is_of_the_second_halves_of_the_text(measured):
         assert side_effects._perplexity(bench, None) == pytest.approx(math.exp(nats / count), rel=1e-4)
 
 
+SETS = {"itself": [20, 4, 100, 0.002], "worded: a": [15, 3, 100, 0.01], "boolq": [3, 5, 100, 0.7]}
+FOUND = {"kl": 0.03, "perplexity": 1.03, "worse": 0.3, "sets": SETS}
+
+
 def test_the_three_gates():
-    fine = {"itself": [20, 4, 100, 0.002], "worded: a": [15, 3, 100, 0.01], "boolq": [3, 5, 100, 0.7]}
-    found = {"kl": 0.03, "perplexity": 1.03, "worse": 0.3, "sets": fine}
-    assert side_effects.gates(found) == {"controllable": True, "harmless": True, "robust": True}
-    assert not side_effects.gates(found | {"perplexity": 1.06})["harmless"]
-    assert not side_effects.gates(found | {"sets": fine | {"boolq": [1, 20, 100, 0.0001]}})["harmless"]
-    assert side_effects.gates(found | {"sets": fine | {"boolq": [20, 1, 100, 0.0001]}})["harmless"], (
+    assert side_effects.gates(FOUND) == {"controllable": True, "harmless": True, "robust": True}
+    assert not side_effects.gates(FOUND | {"perplexity": 1.06})["harmless"]
+    assert not side_effects.gates(FOUND | {"sets": SETS | {"boolq": [1, 20, 100, 0.0001]}})["harmless"]
+    assert side_effects.gates(FOUND | {"sets": SETS | {"boolq": [20, 1, 100, 0.0001]}})["harmless"], (
         "a gain does no harm"
     )
-    assert not side_effects.gates(found | {"sets": fine | {"worded: a": [8, 1, 100, 0.04]}})["robust"]
-    lost = side_effects.gates(found | {"sets": fine | {"itself": [4, 20, 100, 0.002]}})
+    assert not side_effects.gates(FOUND | {"sets": SETS | {"worded: a": [8, 1, 100, 0.04]}})["robust"]
+    lost = side_effects.gates(FOUND | {"sets": SETS | {"itself": [4, 20, 100, 0.002]}})
     assert not lost["controllable"] and not lost["robust"]
 
 
-def test_picture_and_note(measured, tmp_path):
-    _, _, result = measured
+def test_picture_and_note(tmp_path):
+    result = {"task": "copa", "level": 0.03, "methods": {"ours": FOUND, "CAA": FOUND | {"perplexity": 1.5, "worse": None}},
+              "unreached": {"STA": "it changes nothing"}}  # fmt: skip
     side_effects.draw(result, PARAMS, tmp_path / "p.png", None)
     assert (tmp_path / "p.png").stat().st_size > 10_000
-    text = side_effects.note(result | {"unreached": {"STA": "it changes nothing"}}, PARAMS)
-    assert "STA is left out: it changes nothing." in text
-    assert "ours: 0.0" in text and "CAA: 0.0" in text and "passes" in text and ".." not in text
+    text = side_effects.note(result, PARAMS)
+    assert "ours: 0.03 nats" in text and "in 30 % of items; passes controllable, harmless, robust." in text
+    assert "passes controllable, robust." in text and "STA is left out: it changes nothing." in text
 
 
+@pytest.mark.slow
 def test_a_method_that_reaches_nothing_is_left_out(measured, monkeypatch):
     bench, *_ = measured
 
@@ -92,6 +99,7 @@ def test_a_method_that_reaches_nothing_is_left_out(measured, monkeypatch):
     assert result["methods"] == {} and result["unreached"] == {"ours": "it changes nothing"}
 
 
+@pytest.mark.slow
 def test_other_items_or_another_text_make_another_record(measured):
     bench, *_ = measured
     key = side_effects.depends_on(bench, PARAMS)
