@@ -16,10 +16,13 @@ from austeer.pairs import Pair, write_pairs
 from embedded import acceptance
 from embedded import tasks as small_world
 from eval.tasks.base import PairSet
+from experiments.costs import neutral_of
 from MFU_screening import screen
 from paper import measure_effect
 from paper.studies import STUDIES, convergence, dimension_sweep, effect, overhead, picture, rank_stability, top_tokens
 from paper.studies.block import Block, next_token
+from paper.studies.ranks import rank_sites
+from set_MFU import set_MFU
 
 BENCH = bench_for(Path("nowhere"), task="svamp", limit=24, n_pairs=12)
 HEAD = {"site": "attention", "layer": 0, "head": 1}
@@ -32,6 +35,7 @@ SMALL = {
     "score_map": {"momentum": "causal", "threshold": 2.0},
     "overlap": {"momentum": "activation", "k": 8, "tasks": ["boolq", "svamp", "tone"]},
     "rank_stability": {"ks": [2, 8], "draws": 3, "seed": 0},
+    "strengths": {"k": 8, "alphas": [0.5, 2.0], "sites": ["attention", "ffn"]},
     "effect": {"site": "attention", "strengths": [0.5, 20.0], "top": 2, "random": 4, "n": 7, "seed": 0},
 }  # fmt: skip
 
@@ -62,6 +66,24 @@ def right(strengths, items, **where):
 def test_every_study_is_measured_in_small():
     elsewhere = {"side_effects"}  # tests/test_side_effects.py
     assert set(SMALL) | elsewhere == {name for name, study in STUDIES.items() if hasattr(study, "draw")}
+
+
+def test_strengths_cost_what_two_models_differ_by(results):
+    """KL by hand, between the model and one whose weights hold the plan."""
+    found = results["strengths"]
+    ranks = rank_sites(BENCH, "activation", ["attention"], False)["attention"]
+    texts = neutral_of(BENCH).part("measure")
+    half = texts.shape[1] // 2
+    for alpha, kl in zip([0.5, 2.0], found["kl"]["attention"], strict=True):
+        twin = copy.deepcopy(BENCH.model)
+        for site, layer, dim, scale, _ in set_MFU(ranks, k=8, alpha=alpha).aus():
+            assert site == "attention"
+            twin.model.layers[layer].self_attn.o_proj.weight[:, dim] *= 1 + scale
+        with torch.inference_mode():
+            plain, steered = (m(texts).logits[:, half - 1 : -1].log_softmax(-1) for m in (BENCH.model, twin))
+        assert kl == pytest.approx(float((plain.exp() * (plain - steered)).sum(-1).mean()), rel=1e-3)
+    low, high = found["kl"]["ffn"]
+    assert 0 < low < high
 
 
 def test_sweep_counts_what_a_plain_loop_counts(results):

@@ -23,6 +23,7 @@ from paper.studies import (
     rank_stability,
     score_map,
     side_effects,
+    strengths,
     top_tokens,
 )
 
@@ -36,4 +37,5 @@ STUDIES: dict[str, ModuleType] = {
     "rank_stability": rank_stability,  # ours
     "effect": effect,  # ours
     "side_effects": side_effects,  # ours
+    "strengths": strengths,  # ours
 }
