@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from multiprocessing import parent_process
+
 from austeer.code_identity import code_hash
 from austeer.errors import one_line
 from austeer.identity import fingerprint, public_name
@@ -16,7 +18,7 @@ from rmodels import code_roots
 def attempt(panel: Panel, store: Store) -> dict:
     """Return the panel's record, or {"failed": why}: one picture that fails does not end the others."""
     try:
-        return measured(panel, store)
+        return measured(panel, store, progress=parent_process() is None)  # workers would draw over each other
     except Exception as error:
         return {"failed": one_line(error)}
 
