@@ -195,6 +195,8 @@ def _read(
     rows = {key: row for key, row in wanted(_rows(data)).items() if scale in row.get("only", SCALES)}
     columns, base = wanted(here.get("columns", {})), {**shared, **here.get("base", {})}
     limit = shared.get("limit")
+    if limit is not None and "quick" in data.get("show", {}):  # a quick look at the rows that matter most
+        rows = {key: row for key, row in rows.items() if key in data["show"]["quick"]}
     base |= {"limit": limit} if limit is not None else {}
     entries = []
     if data["kind"] in COMPUTED:

@@ -48,6 +48,7 @@ def test_a_limit_takes_fewer_pairs_too_and_one_draw_of_them():
     assert (cell.task.limit, cell.task.pairs.n_pairs) == (900, 400)
     (cell,) = cells_of(spec_of(limit=900, everything=False), WORDS, "fisher")
     assert cell.task.limit == 400, "a limit never adds items"
+    assert len(spec_of(limit=900).rows) == 6 < len(spec_of().rows), "a quick look has the main rows alone"
     (pairs,) = specs.read("real", ["pairs"], limit=40)
     assert {cell.task.pairs.n_pairs for entry in pairs.entries for cell in entry.cells} == {40}
 
