@@ -62,7 +62,20 @@ def paired_bootstrap(before: Sequence[float], after: Sequence[float]) -> tuple[f
 
 
 def crossed_bootstrap(runs: Sequence[Sequence[float]]) -> tuple[float, float, float]:
-    """Return the mean over runs on the same items, with its 95 % interval: runs and items are drawn anew, each with replacement.
+    """Return the mean over runs on the same items, with its 95 % interval: runs and items are drawn anew, each with replacement."""
+    low, high = np.percentile(_crossed_means(runs), (2.5, 97.5))
+    return float(np.mean(runs)), float(low), float(high)
+
+
+def crossed_p(runs: Sequence[Sequence[float]]) -> float:
+    """Return the two-sided p of a mean over runs on the same items: twice the share of the resamples on the other side of 0."""
+    means = _crossed_means(runs)
+    beyond = min((means <= 1e-12).sum(), (means >= -1e-12).sum())
+    return min(1.0, float(2 * (beyond + 1) / (RESAMPLES + 1)))
+
+
+def _crossed_means(runs: Sequence[Sequence[float]]) -> np.ndarray:
+    """Return the mean of every resample of runs and items.
 
     Drawing R runs with replacement shows only (R - 1) / R of the variance between them, so they are first moved apart by as much.
     """
@@ -73,8 +86,7 @@ def crossed_bootstrap(runs: Sequence[Sequence[float]]) -> tuple[float, float, fl
     generator = np.random.default_rng(SEED)
     items = generator.multinomial(n_items, np.full(n_items, 1 / n_items), RESAMPLES) / n_items
     drawn = generator.multinomial(n_runs, np.full(n_runs, 1 / n_runs), RESAMPLES) / n_runs
-    low, high = np.percentile(((items @ values.T) * drawn).sum(1), (2.5, 97.5))
-    return float(values.mean()), float(low), float(high)
+    return ((items @ values.T) * drawn).sum(1)
 
 
 def resampled_ratios(totals: Sequence[float], counts: Sequence[float]) -> np.ndarray:

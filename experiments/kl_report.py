@@ -11,7 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import mean
 
-from eval.statistics import crossed_bootstrap, holm, mcnemar, paired_gain, t_interval
+import numpy as np
+
+from eval.statistics import crossed_bootstrap, crossed_p, holm, mcnemar, paired_gain
 from experiments.records import unpack
 from experiments.report import gain, name_of, vanilla_of
 
@@ -79,25 +81,32 @@ def estimate(line: Line, vanilla: dict) -> Estimate:
 
 
 def p_against(ours: Line, other: Line, vanilla: dict) -> float:
-    """Return the paired p of ours against another line, on the draws of pairs that both have."""
-    gains, theirs = ours.gains(vanilla), other.gains(vanilla)
-    both = gains.keys() & theirs.keys()
-    runs = [[row for row in line.rows if not both or row["pairs_hash"] in both] for line in (ours, other)]
-    return paired_p(*runs, [gains[pairs] - theirs[pairs] for pairs in both])
+    """Return the paired p of ours against another line, draw by draw where both have the same draws of pairs."""
+    both = ours.gains(vanilla).keys() & other.gains(vanilla).keys()
+    if not both:
+        return paired_p([ours.rows], [other.rows])
+    return paired_p(
+        *(
+            [[row for row in line.rows if row["pairs_hash"] == pairs] for pairs in sorted(both)]
+            for line in (ours, other)
+        )
+    )
 
 
-def paired_p(one: Sequence[dict], another: Sequence[dict], by_draw: Sequence[float]) -> float:
-    """Return the p of the difference between two rows' runs. by_draw: that difference for each draw of pairs.
+def paired_p(runs: Sequence[Sequence[dict]], others: Sequence[Sequence[dict]]) -> float:
+    """Return the p of the difference between paired runs, each the mean of some records.
 
-    One run against one is McNemar's test. Of several runs the outcomes of an item are averaged and tested over items, by t.
-    Draws of pairs are tested, too, and the larger p counts: neither items nor draws alone hold all of the noise.
+    One record against one is McNemar's test. Else runs and items are drawn anew together: neither alone holds all of the noise.
     """
-    outcomes, others = ([unpack(row["outcomes"]) for row in rows] for rows in (one, another))
-    if len(outcomes) == len(others) == 1:
-        return mcnemar(others[0], outcomes[0])[2]
-    items = zip(zip(*outcomes, strict=True), zip(*others, strict=True), strict=True)
-    p = t_interval([mean(ours) - mean(theirs) for ours, theirs in items])[3]
-    return max(p, t_interval(by_draw)[3]) if len(by_draw) > 1 else p
+    if len(runs) == len(runs[0]) == len(others[0]) == 1:
+        return mcnemar(*(unpack(rows[0][0]["outcomes"]) for rows in (others, runs)))[2]
+    ahead = [np.subtract(_share_right(run), _share_right(other)) for run, other in zip(runs, others, strict=True)]
+    return crossed_p(ahead)
+
+
+def _share_right(records: Sequence[dict]) -> np.ndarray:
+    """Return in what share of the records each item is right."""
+    return np.mean([unpack(record["outcomes"]) for record in records], 0)
 
 
 def compared(lines: Sequence[Line], vanilla: dict) -> dict[int, tuple[float, float]]:
@@ -131,13 +140,12 @@ def heading(rows: Sequence[dict], labels: dict[str, str]) -> str:
     texts = {row["kl"]["text"] for row in rows if "kl" in row}
     return (
         "Gains in points, [95 % interval] over items, or over items and draws of pairs; for a control drawn several times on "
-        "the same pairs: mean and range of the draws. With two draws the t test over draws has one degree of freedom and is rarely "
-        "significant. KL: of the unsteered to the steered model, nats per token of the second halves of passages of "
+        "the same pairs: mean and range of the draws. KL: of the unsteered to the steered model, nats per token of the second halves of passages of "
         f"{', '.join(sorted(texts))}; predicted: before the plan is run; measured: on the passages by which strengths are "
         "corrected; fresh: on passages that corrected nothing; prompts, own: on the task's prompts, and on what the model itself "
         "writes. Choices beside the strength, such as CAA's layer, are made on validation at that KL. p: against vanilla, by an "
-        "exact McNemar test; of several runs by t over items whose outcomes are averaged, or over draws of pairs, whichever is "
-        f"larger; ours: of {labels.get(OURS, OURS)} against this line at the same KL, or at the nearest where a row has no "
+        "exact McNemar test, of several draws by the bootstrap over items and draws; "
+        f"ours: of {labels.get(OURS, OURS)} against this line at the same KL, or at the nearest where a row has no "
         "strength, by the same tests, Holm-adjusted for all of these"
     )
 
@@ -181,7 +189,8 @@ def _cells(line: Line, vanilla: dict, against: tuple[float, float] | None) -> li
 
 def p_of(line: Line, vanilla: dict) -> float:
     """Return the p of a line's gain over vanilla."""
-    return paired_p(line.rows, [vanilla], [*line.gains(vanilla).values()])
+    by_pairs = [[row for row in line.rows if row["pairs_hash"] == pairs] for pairs in line.gains(vanilla)]
+    return paired_p(by_pairs, [[vanilla]] * len(by_pairs))
 
 
 def reasons(lines: Sequence[Line]) -> list[str]:

@@ -40,7 +40,7 @@ KEPT = ("id", "method", "site", "options", "draw", "pairs_hash", "fingerprint", 
 RULES = """1. The gain is measured at {level:g} nats of KL per token of neutral text, within a tenth of that ([budget.md](budget.md)): on
    tasks with two words as options in skill, on tasks by whole choices in accuracy ([tasks.md](tasks.md#what-a-gain-is-made-of)).
 2. Five draws of {pairs} ranking pairs, by group, with seeds 0 to 4. Nothing is chosen on test items.
-3. p < {p:g} against the unsteered model, by two t tests: over items (outcomes averaged over draws) and over draws. The larger p counts.
+3. p < {p:g} against the unsteered model, by the bootstrap over items and draws ([statistics.md](statistics.md)).
 4. A new record has a larger mean gain than the standing one, and the plan or adapter of its first draw lies beside it.
 5. `replay` computes the draws again. On the same processor all outcomes must be equal; on another at most {different:.0%} may differ."""
 

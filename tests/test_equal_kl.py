@@ -3,13 +3,11 @@
 import json
 import math
 import random
-from statistics import mean, stdev
 
 import pytest
 import torch
 from conftest import PAIRS
 from one_cell import bench_for, computed, embedded_cell, store_in
-from scipy.stats import t as student
 
 import main
 from austeer.commands import fisher as fisher_command
@@ -25,7 +23,7 @@ from austeer.neutral import NeutralText, from_passages
 from austeer.pairs import Pair
 from austeer.plan import Plan
 from eval.decomposition import UNBIASED, fitted_offset, is_right
-from eval.statistics import crossed_bootstrap, mcnemar
+from eval.statistics import crossed_bootstrap, crossed_p, mcnemar
 from experiments import costs, kl_report, records
 from experiments.bench import BENCHES
 from experiments.cell import AT_KL
@@ -481,10 +479,10 @@ def test_ours_is_compared_with_every_line_of_its_level():
     against = {line.method: p for line in lines if (p := kl_report.compared(lines, VANILLA).get(id(line)))}
     p_rival = mcnemar(better(5), better(20))[2]
     ahead = [a - (b + c) / 2 for a, b, c in zip(better(20), better(1), better(8), strict=True)]
-    p_control = two_sided(mean(ahead) / (stdev(ahead) / len(ahead) ** 0.5), len(ahead) - 1)
+    p_control = crossed_p([ahead])
     assert set(against) == {"published", "random-at-kl"}
     assert against["published"][0] == pytest.approx(p_rival)
-    assert against["random-at-kl"][0] == pytest.approx(p_control, rel=1e-3), "the mean of its draws, item by item"
+    assert against["random-at-kl"][0] == p_control, "the mean of its draws, item by item"
     assert max(against["published"][1], against["random-at-kl"][1]) >= 2 * min(p_rival, p_control) * 0.99
     pairs = [
         ("fisher", 4, "a"),
@@ -497,18 +495,11 @@ def test_ours_is_compared_with_every_line_of_its_level():
     lines = kl_report.lines_of([made_up(method, better(gained), pairs=draw) for method, gained, draw in pairs], {})
     ours, other = lines
     assert {line.method for line in lines} == {"fisher", "caa"}
-    t = (2 + 5 + 3) / 3 / (math.sqrt(((2 - 10 / 3) ** 2 + (5 - 10 / 3) ** 2 + (3 - 10 / 3) ** 2) / 2) / math.sqrt(3))
-    by_draws = two_sided(t, 2)
-    means = [
-        [mean(values) for values in zip(*(better(n) for n in gained), strict=True)] for gained in ((4, 9, 8), (2, 4, 5))
+    ahead = [
+        [a - b for a, b in zip(better(gained), better(theirs), strict=True)]
+        for gained, theirs in ((4, 2), (9, 4), (8, 5))
     ]
-    ahead = [a - b for a, b in zip(*means, strict=True)]
-    by_items = two_sided(mean(ahead) / (stdev(ahead) / len(ahead) ** 0.5), len(ahead) - 1)
-    assert kl_report.p_against(ours, other, VANILLA) == pytest.approx(max(by_draws, by_items), rel=1e-3)
-
-
-def two_sided(t: float, freedom: int) -> float:
-    return float(2 * student.sf(abs(t), freedom))
+    assert kl_report.p_against(ours, other, VANILLA) == crossed_p(ahead), "draw against the same draw"
 
 
 def test_draws_that_happen_to_gain_alike_prove_nothing():
@@ -516,8 +507,8 @@ def test_draws_that_happen_to_gain_alike_prove_nothing():
     draws = [made_up("fisher", better(6, 4), pairs=draw) for draw in "ab"]
     table = kl_report.table([VANILLA, *draws], {})
     (row,) = [line for line in table.splitlines() if line.startswith("| 0.01 |")]
-    changes = [1] * 6 + [-1] * 4 + [0] * 90
-    p = two_sided(mean(changes) / (stdev(changes) / 10), 99)
+    changes = [after - was for was, after in zip(BASE, better(6, 4), strict=True)]
+    p = crossed_p([changes, changes])
     assert f"| {p:.1g} |" in row and "| 0 |" not in row
 
 

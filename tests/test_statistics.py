@@ -12,6 +12,7 @@ from scipy.stats import binomtest, norm, spearmanr
 from eval.statistics import (
     bootstrap,
     crossed_bootstrap,
+    crossed_p,
     holm,
     mcnemar,
     paired_bootstrap,
@@ -203,3 +204,13 @@ def test_runs_and_items_are_drawn_anew():
     )
     alike = crossed_bootstrap([[0.0, 1.0] * 50] * 3)  # all of it is between items
     assert alike == pytest.approx((0.5, 0.4, 0.6), abs=0.02)
+
+
+def test_p_over_runs_and_items_goes_with_the_interval():
+    rng = np.random.default_rng(1)
+    for shift in (0.0, 0.1, 0.3):
+        runs = rng.normal(shift, 1, (4, 60)) + rng.normal(0, 0.1, (4, 1))
+        _, low, high = crossed_bootstrap(runs)
+        assert (crossed_p(runs) < 0.05) == (low > 0 or high < 0)
+        assert crossed_p(runs) == crossed_p(-runs)
+    assert crossed_p([[0.0] * 10] * 3) == 1.0 and crossed_p([[1.0] * 10] * 3) == pytest.approx(2 / 2001)
