@@ -172,7 +172,7 @@ def _parts(axis, lines: Sequence[Line]) -> None:
     axis.set_yticks(range(len(lines)), [line.name for line in lines])
     axis.invert_yaxis()
     axis.set_xlabel("gain over vanilla, points of exact match")
-    axis.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
+    axis.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=11)
 
 
 def _bars_of_comparison(axis, rows: Sequence[dict], labels: dict[str, str], task: str) -> None:
