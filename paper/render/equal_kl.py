@@ -41,11 +41,8 @@ def records_of(spec: Spec, manifest: Manifest, block: str) -> list[dict]:
         for column in spec.columns
         for record in manifest.records(spec.name, block, row, column)
     }
-    return (
-        sorted(found.values(), key=lambda row: row["method"] != "vanilla")
-        if "vanilla" in {row["method"] for row in found.values()}
-        else []
-    )
+    records = sorted(found.values(), key=lambda row: row["method"] != "vanilla")
+    return records if records and records[0]["method"] == "vanilla" else []
 
 
 def _gains(spec: Spec, block: str, rows: Sequence[dict]) -> Block:
