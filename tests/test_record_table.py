@@ -111,7 +111,7 @@ def test_entering_a_row_writes_its_files_and_the_page(monkeypatch, tmp_path):
     assert sorted(file.name for file in folder.iterdir()) == [
         f"embedded-copa-causal-fitted-attention.{end}" for end in ("json", "safetensors")
     ]
-    assert "causal, fitted" in (tmp_path / "records.md").read_text()
+    assert "fitted temperature" in (tmp_path / "records.md").read_text()
     plan = Plan.load(folder / "embedded-copa-causal-fitted-attention.safetensors")
     record = json.loads((folder / "embedded-copa-causal-fitted-attention.json").read_text())
     assert len(plan.aus()) == record["draws"][0]["touched"]
