@@ -159,8 +159,9 @@ def measure(rows: Sequence[dict]) -> str:
 
 def table(rows: Sequence[dict], labels: dict[str, str]) -> str:
     out = [f"| {' | '.join(HEADS)} |", "|--:|---|" + "--:|" * (len(HEADS) - 2)]
-    out += [f"| {' | '.join(cells)} |" for _, cells in cells_of(rows, labels)]
-    out += ["", *(f"- {reason}" for reason in reasons(lines_of(rows, labels)))]
+    lines = cells_of(rows, labels)
+    out += [f"| {' | '.join(cells)} |" for _, cells in lines]
+    out += ["", *(f"- {reason}" for reason in reasons([line for line, _ in lines]))]
     return "\n".join(out).rstrip()
 
 

@@ -24,9 +24,9 @@ PARTS = (
     "lines of this table"
 )
 LIKELIHOODS = (
-    "What the gains in likelihood are made of, mean log sigmoid of the log-odds of the right answer, in nats: skill, the gain at "
-    "the best temperatures before and after, which are fitted to these items; calibration, the rest. Gains of an item are "
-    "averaged over draws; [95 % interval over items]; p: of skill, over items, by random signs, not adjusted"
+    "How the gains in likelihood split, in nats (mean log sigmoid of the log-odds of the right answer). Skill is the gain when each model "
+    "is scored at its best temperature, fitted to these items; calibration is the rest. The gains of an item are averaged over draws; "
+    "[95 % interval over items]; p is of skill, over items, by random signs, and not adjusted"
 )
 
 
@@ -149,7 +149,7 @@ def _unbeaten(line: Line, vanilla: dict) -> str:
 
 
 def likelihood_parts(rows: Sequence[dict], labels: dict[str, str]) -> list[tuple[str, str, Part, Part]]:
-    """Return (name, method, skill, calibration) of each method's gain in likelihood; none on tasks that do not compare likelihoods."""
+    """Return (name, method, skill, calibration) for each method's gain in likelihood; an empty list if the task compares none."""
     vanilla = vanilla_of(rows)
     if "likelihood" not in vanilla.get("measured", {}):
         return []

@@ -147,7 +147,7 @@ def _kl_curves(axis, by_name: dict[str, Points]) -> None:
 
 
 def _at_one_kl(axis, by_name: dict[str, Points]) -> None:
-    """Draw a line per method, its gain with its interval, and its KL beside its name."""
+    """Draw one line per method: its gain with the interval, labelled with its name and KL."""
     for y, points in enumerate(by_name.values()):
         ((_, (middle, low, high)),) = points
         axis.errorbar([middle], [y], xerr=[[middle - low], [high - middle]], fmt="o", color=LINES[0], ms=7, capsize=3)

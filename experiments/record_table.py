@@ -1,4 +1,4 @@
-"""Keep a table of records that others can beat: per model and task the largest gain at 0.01 nats (docs/records.md).
+"""Keep a table of the best results, which others can beat: for each model and task, the largest gain at 0.01 nats (docs/records.md).
 
 python main.py record enter --model M --data_name T --method fisher --applied_module attention+neuron --data-dir DIR
 python main.py record replay docs/records/FILE.json --data-dir DIR
@@ -117,7 +117,7 @@ def _result(kept: dict) -> dict:
 
 
 def change_of_first_draw(entered: dict, where: dict, store: Store) -> Change:
-    """Return the plan or adapter of the first draw. The method may have to learn again."""
+    """Return the plan or adapter of the first draw, learning it again if it was not kept."""
     cell = cells_of(entered["cell"], where)[0]
     run, method = RunAtKL(cell, BENCHES.open(cell.model, cell.task, store), "record"), method_of(cell.method)
     return run.at_level(method, run.learned(method)[0], entered["draws"][0]["settings"])[0]
@@ -232,7 +232,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     enter.add_argument("--path", default="AU_ranks", metavar="PATH", help="folder of ranks (default: %(default)s)")
     replay = actions.add_parser("replay", help="compute a record's draws anew and compare")
-    replay.add_argument("file", type=Path, help="file of docs/records/")
+    replay.add_argument("file", type=Path, help="a record file from docs/records/")
     replay.add_argument("--data-dir", help="folder of the task's dataset (default: datasets/, then the hub)")
     arguments.weights_option(replay)
     replay.add_argument("--device", help="cpu, cuda, ... (default: the first GPU, else the CPU)")
@@ -257,9 +257,9 @@ def _check(args: argparse.Namespace) -> None:
         f"--{name}" for name, given in (("pairs", args.pairs), ("limit", args.limit), ("chat", args.chat)) if given
     ]
     if unused:
-        raise AUSteerError(f"a record is of a whole task of the project: leave out {', '.join(unused)}")
+        raise AUSteerError(f"a record covers a whole task of the project: leave out {', '.join(unused)}")
     if args.data_name == "all":
-        raise AUSteerError("a record is of one task: name it with --data_name")
+        raise AUSteerError("a record covers one task: choose it with --data_name")
     method = METHODS[args.method]
     if not method.scalable:
         raise AUSteerError(f"{args.method} has no strength that could bring it to {LEVEL:g} nats")

@@ -268,7 +268,7 @@ def test_how_many_aus_a_row_changes(tmp_path):
     assert [rows[row][0].text for row in rows] == ["0", "4", "371", "32"] and rows["x"][0].small == "of 512"
     assert rows["fdr"][1].facts == ["ffn, q 0.05, 371 AUs"] and rows["x"][1].facts == ["ffn, k 4, alpha 2"]
     sparse = (
-        "These rows are not sparse, since they change more than a quarter of their site's AUs: fdr (a 72 %, b 72 %)."
+        "These rows change more than a quarter of the AUs of their site and so are not sparse: fdr (a 72 %, b 72 %)."
     )
     assert sparse in block.notes
     page.write([spec], manifest)

@@ -78,7 +78,7 @@ RECORD = {"environment": {"commit": "c"}, "device": "cpu", "dtype": "torch.float
 
 
 def shown(tmp_path, block: str, records: list[dict]) -> sections.Section:
-    """Return the section of these records, each of which stands in the first row of its method."""
+    """Return the report section of these records, each placed in the first row of its method."""
     spec, manifest = spec_of(everything=False), Manifest(tmp_path, "real")
     entries = manifest.entries.setdefault("skill", {})
     for number, record in enumerate(records):

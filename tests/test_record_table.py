@@ -123,7 +123,7 @@ def test_entering_a_row_writes_its_files_and_the_page(monkeypatch, tmp_path):
     "command, message",
     [
         ("enter --data_name copa --method fisher --applied_module layer+x", "fisher acts at attention, ffn"),
-        ("enter --method fisher --applied_module attention", "a record is of one task"),
+        ("enter --method fisher --applied_module attention", "a record covers one task"),
         ("enter --data_name copa --method few-shot --applied_module prompt", "few-shot has no strength"),
         ("enter --data_name copa --method fisher --applied_module attention --limit 5", "leave out --limit"),
         ("replay nothing.json", "nothing.json"),

@@ -238,7 +238,7 @@ def _generated(
 
 
 def _of_options(logits: Tensor, generation: Generation) -> list[tuple[float, ...]]:
-    """Return the log-probability of each option in each row, summed over the option's spellings."""
+    """Return, for each row, the log-probability of every option, summed over its spellings."""
     if not generation.options:
         return [()] * len(logits)
     logp = logits.float().log_softmax(-1).cpu()

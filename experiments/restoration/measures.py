@@ -23,7 +23,7 @@ def perplexity(model: PreTrainedModel, texts: Sequence[Sequence[int]]) -> float:
 
 
 def check_lm_eval() -> None:
-    """Say how to install lm-eval where it is missing."""
+    """Raise an error that says how to install lm-eval if it is missing."""
     if find_spec("lm_eval") is None:
         raise missing_extra("lm-eval", "evaluation")
 

@@ -37,7 +37,7 @@ def not_sparse(records: dict[str, dict[str, list[dict]]], labels: dict[str, str]
             sentences.append(f"{labels[row]} ({', '.join(parts)})")
     return (
         [
-            f"These rows are not sparse, since they change more than a quarter of their site's AUs: {'; '.join(sentences)}."
+            f"These rows change more than a quarter of the AUs of their site and so are not sparse: {'; '.join(sentences)}."
         ]
         if sentences
         else []

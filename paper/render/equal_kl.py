@@ -20,7 +20,7 @@ NOTE = (
 
 
 def equal_kl(spec: Spec, manifest: Manifest, block: str) -> list[Block]:
-    """Return the tables of one model and task: gains, and what they are made of."""
+    """Return the tables of one model and task: the gains, then the parts that they consist of."""
     rows = records_of(spec, manifest, block)
     if not rows:
         return []
@@ -50,7 +50,8 @@ def _gains(spec: Spec, block: str, rows: Sequence[dict]) -> Block:
     heads = [head for head in kl_report.HEADS if head != "method"]
     place, vanilla = kl_report.HEADS.index("method"), vanilla_of(rows)
     made, tested = [], []
-    for line, cells in kl_report.cells_of(rows, LABELS):
+    lines = kl_report.cells_of(rows, LABELS)
+    for line, cells in lines:
         values = [Value(text) for text in (*cells[:place], *cells[place + 1 :])]
         gain = values[heads.index("gain")]
         gain.ids = [row["id"] for row in (*line.rows, *line.others)]
@@ -60,7 +61,7 @@ def _gains(spec: Spec, block: str, rows: Sequence[dict]) -> Block:
         made.append(_row(spec, line.method, cells[place], values))
     for gain, p in zip(tested, holm([gain.p for gain in tested]), strict=True):
         gain.p, gain.significant = p, p < LEVEL
-    reasons = kl_report.reasons(kl_report.lines_of(rows, LABELS))
+    reasons = kl_report.reasons([line for line, _ in lines])
     return Block(f"{block}: {kl_report.measure(rows)}", heads, heads, made, reasons)
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from eval.statistics import holm, mcnemar, paired_gain
+from experiments.parts_report import LEVEL
 from paper.render.values import Value
 
-LEVEL = 0.05
 Table = dict[str, dict[str, Value]]
 
 

@@ -30,13 +30,13 @@ from experiments.cell import AT_KL, Cell, MethodSpec, PairsSpec, SearchSpec
 from experiments.costs import neutral_of
 from experiments.engines.answering import answering
 from experiments.equal_kl import Unreached
-from experiments.parts_report import LOG_ODDS
+from experiments.parts_report import LEVEL, LOG_ODDS
 from experiments.records import record_id
 from experiments.run_cell import RunAtKL, cell_key, grid, method_of
 from experiments.search import key_of
 from paper.studies import picture
 
-LEVEL, DEARER = 0.05, 1.05
+DEARER = 1.05
 INSTRUCTION = "an instruction in front"
 REWORDED = {  # what a prompt becomes; a wording that leaves all prompts as they are is left out
     "in lower case": str.lower,
@@ -154,7 +154,7 @@ def _share_worse(before: Found, after: Found) -> float | None:
 
 
 def gates(found: dict) -> dict[str, bool]:
-    """Return which of the three gates a method passes."""
+    """Return whether a method passes each of the three gates."""
     sets = found["sets"]
     gains = {name: (gained - lost) / n for name, (gained, lost, n, _) in sets.items()}
     others = [name for name in sets if name != "itself" and not name.startswith("worded: ")]
